@@ -1,0 +1,53 @@
+"""A folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from eaopd_megatron.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `out` that takes its name at the end; after an error nothing of it is left.
+
+    An `out` that exists is replaced only once the new one is complete. A full disk or another write error is a UserError.
+    """
+    partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an earlier run that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.rglob("*"):
+            _sync(file)
+        _sync(partial)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        partial.rename(out)
+        _sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(write_error(out, error)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_error(out: Path, error: OSError) -> str:
+    """One line on why `out` was not written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    reason = "the disk or the quota is full" if full else "writing failed"
+    return f"{out}: {reason} ({error.strerror or error}); nothing was written there"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

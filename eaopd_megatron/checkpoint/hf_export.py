@@ -1,0 +1,120 @@
+"""The parameters of all shards → a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from eaopd_megatron.checkpoint.atomic import whole_folder
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.checkpoint.hf_import import place_of
+from eaopd_megatron.checkpoint.mapping import OUTPUT, Entry
+from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, TensorWriter, read_json
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.megatron.groups import Parallel
+
+DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def gather_hf(
+    shards: Mapping[str, torch.Tensor], folder: HfFolder, parallel: Parallel
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face tensors of a model's shards, one at a time, on the first rank of the tensor-parallel group.
+
+    shards: Megatron name → this rank's part (parameters, or their gradients). Collective over the tensor-parallel group:
+    every rank must run the iterator to its end; it yields nothing on ranks other than the first.
+    """
+    place = place_of(folder, parallel.tp_rank, parallel.tp_size)
+    for entry in _entries(shards, folder):
+        parts = _gather(shards[entry.megatron].detach(), parallel)
+        if parts:
+            yield from zip((name for name, _ in entry.sources), entry.cut.merge(parts, place), strict=True)
+
+
+def export_hf(
+    model: GPTModel,
+    parallel: Parallel,
+    hf_source: HfFolder,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write the model as the Hugging Face folder `out`: safetensors, config.json, generation_config.json, tokenizer files.
+
+    Collective over all ranks; global rank 0 writes. hf_source gives configuration and tokenizer (its weights are not read).
+    dtype None: the model's own. Tensors are gathered and written one at a time. `out` appears when it is complete and
+    replaces an earlier one then; on a full disk all ranks raise UserError and `out` stays as it was.
+    """
+    parameters = dict(model.named_parameters())
+    if OUTPUT in parameters and hf_source.config.tie_word_embeddings:
+        raise ValueError("a model with an output layer of its own cannot be exported under tied embeddings")
+    dtype = dtype or next(iter(parameters.values())).dtype
+    error: Exception | None = None
+    if parallel.dp_rank == 0:
+        tensors = gather_hf(parameters, hf_source, parallel)
+        if parallel.is_main:
+            try:
+                _write(tensors, parameters, hf_source, out, dtype, max_shard_bytes)
+            except Exception as raised:  # the other ranks still wait in the gathers, and then for the outcome
+                error = raised
+        for _ in tensors:
+            pass
+    outcome = [None if error is None else str(error)]
+    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    if error is not None:
+        raise error
+    if outcome[0] is not None:
+        raise UserError(outcome[0])
+
+
+def _entries(names: Mapping[str, torch.Tensor], folder: HfFolder) -> list[Entry]:
+    return folder.family.entries(folder.config, own_output=OUTPUT in names)
+
+
+def _write(
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    parameters: Mapping[str, torch.Tensor],
+    source: HfFolder,
+    out: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
+    plan = [
+        PlannedTensor(name, shape, dtype) for entry in _entries(parameters, source) for name, shape in entry.sources
+    ]
+    with whole_folder(out) as folder:
+        needed, free = sum(tensor.nbytes for tensor in plan), shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserError(f"{out}: the weights need {needed} bytes, the disk has {free} left; nothing was written there")
+        with TensorWriter(folder, plan, max_shard_bytes) as writer:
+            for name, tensor in tensors:
+                writer.write(name, tensor)
+        _write_config(source, folder, dtype)
+        source.copy_companions(folder)
+
+
+def _write_config(source: HfFolder, folder: Path, dtype: torch.dtype) -> None:
+    """The source's config.json, with the dtype that was written under the key that its readers know."""
+    config = read_json(source.path / "config.json", source.label)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = DTYPE_WORDS[dtype]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _gather(shard: torch.Tensor, parallel: Parallel) -> list[torch.Tensor] | None:
+    """The shards of all tensor-parallel ranks on the first of them, in host memory; None on the others."""
+    shard = shard.cpu().contiguous()
+    if parallel.tp_size == 1:
+        return [shard]
+    first = parallel.tp_rank == 0
+    octets = shard.reshape(-1).view(torch.uint8)  # any dtype passes as bytes
+    received = [torch.empty_like(octets) for _ in range(parallel.tp_size)] if first else None
+    dist.gather(octets, received, dst=parallel.tp_source(), group=parallel.tp_group)
+    return [part.view(shard.dtype).reshape(shard.shape) for part in received] if received is not None else None

@@ -1,0 +1,215 @@
+"""A Hugging Face model folder: configuration, end-of-sequence ids, tokenizer, and its tensors read slice by slice."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eaopd_megatron.checkpoint.families import FAMILIES, family_of
+from eaopd_megatron.checkpoint.mapping import Family
+from eaopd_megatron.checkpoint.tensor_files import DTYPES, TensorFiles, read_json
+from eaopd_megatron.errors import UserError
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", *(name for name in COMPANIONS if not name.endswith(".json"))]
+
+
+class HfFolder:
+    """An opened folder. `open` has read config.json; weights and tokenizer are touched when they are asked for."""
+
+    def __init__(self, path: Path, name: str, config: Any, family: Family) -> None:
+        self.path = path
+        self.name = name
+        self.config = config
+        self.family = family
+
+    @classmethod
+    def open(cls, path: str, name: str = "model") -> HfFolder:
+        """Open a folder, or download a hub id `owner/name` that is no folder here.
+
+        name: what the folder is to the user (`student.model`), the start of every error line.
+        Raises UserError: folder or config.json missing or broken, an architecture without a mapping.
+        """
+        folder = _find(path, name)
+        label = f"{name}: {folder}"
+        raw = read_json(folder / "config.json", label)
+        family = family_of(raw, label)
+        from transformers import AutoConfig  # two seconds that a wrong path should not cost
+
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except Exception as error:  # transformers raises whatever the broken value raises
+            raise UserError(f"{label}: config.json is broken: {_first_line(error)}") from None
+        return cls(folder, name, config, family)
+
+    @property
+    def label(self) -> str:
+        """`name: path`, the start of an error line about this folder."""
+        return f"{self.name}: {self.path}"
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding without Megatron's padding."""
+        return int(self.config.vocab_size)
+
+    @functools.cached_property
+    def eos_ids(self) -> list[int]:
+        """Every id that ends a sequence, those of generation_config.json first."""
+        found: list[int] = []
+        sources = [getattr(self.config, "eos_token_id", None)]
+        if (self.path / "generation_config.json").exists():
+            sources.insert(0, read_json(self.path / "generation_config.json", self.label).get("eos_token_id"))
+        for value in sources:
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and token not in found:
+                    found.append(int(token))
+        return found
+
+    @functools.cached_property
+    def files(self) -> TensorFiles:
+        """The safetensors files; opening them reads every header (UserError where one is missing or damaged)."""
+        return TensorFiles(self.path, self.label)
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self.files.places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape from its file's header."""
+        return self.files.places[name].shape
+
+    def slice(self, name: str) -> Any:
+        """A lazy tensor that reads only the rows and columns asked for."""
+        return self.files.slice(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor in the dtype of its file. UserError where the folder has none of this name."""
+        return self.slice(name)[:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 where every tensor is stored in it, else float32, which holds the others without loss."""
+        stored = {place.dtype for place in self.files.places.values()}
+        return torch.bfloat16 if stored == {"BF16"} else torch.float32
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        if not any((self.path / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise UserError(f"{self.label}: no tokenizer: tokenizer.json is missing")
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except Exception as error:  # as above
+            raise UserError(f"{self.label}: the tokenizer cannot be loaded: {_first_line(error)}") from None
+
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer, loaded once. UserError where there is none."""
+        return self._tokenizer
+
+    def copy_companions(self, out: Path) -> None:
+        """Copy tokenizer files and generation_config.json (not config.json, not weights) into out."""
+        for file in COMPANIONS:
+            if (self.path / file).exists():
+                shutil.copyfile(self.path / file, out / file)
+
+    def check_tensors(self) -> None:
+        """Refuse (UserError) a folder in which a tensor is missing, unknown, of another shape or of a dtype that is not read."""
+        places = self.files.places
+        expected = self.family.hf_shapes(self.config)
+        missing = [name for name in expected if name not in places]
+        if missing:
+            raise UserError(f"{self.label}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
+        unused = [name for name in places if name not in expected and name not in self.family.copies(self.config)]
+        if unused:
+            architecture = self.family.architecture
+            raise UserError(f"{self.label}: tensor {unused[0]} has no place in {architecture} ({len(unused)} such)")
+        for name, shape in expected.items():
+            place = places[name]
+            if place.shape != shape:
+                raise UserError(
+                    f"{self.label}: tensor {name} has shape {list(place.shape)}, config.json asks for {list(shape)}"
+                )
+            if place.dtype not in DTYPES:
+                raise UserError(
+                    f"{self.label}: tensor {name} is stored as {place.dtype}; supported: {', '.join(sorted(DTYPES))}"
+                )
+        for copy, original in self.family.copies(self.config).items():
+            if copy in places and not self._same(copy, original):
+                raise UserError(
+                    f"{self.label}: {copy} differs from {original} although config.json ties them; "
+                    "set tie_word_embeddings to false, or remove one"
+                )
+
+    def _same(self, left: str, right: str, rows: int = 8192) -> bool:
+        shape = self.shape(left)
+        if shape != self.shape(right):
+            return False
+        one, other = self.slice(left), self.slice(right)
+        return all(torch.equal(one[i : i + rows], other[i : i + rows]) for i in range(0, shape[0], rows))
+
+
+def check_same_tokenizer(teacher: HfFolder, student: HfFolder) -> None:
+    """Refuse (UserError) a teacher whose ids mean other texts than the student's, or that has another number of them."""
+    texts = [
+        {token_id: text for text, token_id in folder.tokenizer().get_vocab().items()} for folder in (teacher, student)
+    ]
+    if texts[0] != texts[1]:
+        first = min(i for i in texts[0].keys() | texts[1].keys() if texts[0].get(i) != texts[1].get(i))
+        theirs, ours = (repr(text[first]) if first in text else "nothing" for text in texts)
+        raise UserError(
+            f"{teacher.name} and {student.name} have different tokenizers: token {first} is {theirs} in {teacher.path} "
+            f"and {ours} in {student.path}"
+        )
+    if teacher.vocab_size != student.vocab_size:
+        raise UserError(
+            f"{teacher.name} and {student.name} have different vocabulary sizes: {teacher.vocab_size} in {teacher.path}, "
+            f"{student.vocab_size} in {student.path}"
+        )
+
+
+def _find(path: str, name: str) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{name}: {path} is a file; give the Hugging Face folder that holds config.json")
+    if not _HUB_ID.fullmatch(path):
+        raise UserError(f"{name}: there is no folder {path}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
+    except RepositoryNotFoundError:
+        reason = "the Hugging Face hub has no such model, or not for you"
+    except LocalEntryNotFoundError:
+        reason = "the Hugging Face hub cannot be reached and the model is not in its cache"
+    except Exception as error:  # any network, disk or hub fault
+        reason = f"its download failed: {_first_line(error)}"
+    raise UserError(f"{name}: there is no folder {path}, and {reason}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+__all__ = ["FAMILIES", "HfFolder", "check_same_tokenizer"]

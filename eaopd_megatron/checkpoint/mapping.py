@@ -1,0 +1,239 @@
+"""How Megatron-Core's parameters are cut from Hugging Face tensors, and put together again.
+
+A family of models is a table of rules (`families/`): a Megatron name, the kind of cut, the Hugging Face tensors and their
+shapes. Import and export walk the same table.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which shard: its number among the tensor-parallel ones, and the model's sizes by name."""
+
+    tp_rank: int
+    tp_size: int
+    sizes: Mapping[str, int]
+    padded_vocab: int
+
+
+class Cut(ABC):
+    """One kind of cut. Sources are tensors, or lazy slices that take the same indices."""
+
+    name: str
+
+    @abstractmethod
+    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+        """This rank's parameter from whole Hugging Face tensors; reads no more of them than it needs."""
+
+    @abstractmethod
+    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+        """The Hugging Face tensors from the parameter of every rank, in the order of the ranks."""
+
+
+class Replicated(Cut):
+    """The same on every rank."""
+
+    name = "replicated"
+
+    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+        return sources[0][:]
+
+    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+        return [shards[0]]
+
+
+class Column(Cut):
+    """Megatron's column-parallel layers hold a range of output features: rows of the weight, a part of the bias."""
+
+    name = "column"
+
+    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+        return _range(sources[0], place)
+
+    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+        return [torch.cat(list(shards))]
+
+
+class Row(Cut):
+    """Megatron's row-parallel layers hold a range of input features: columns of the weight."""
+
+    name = "row"
+
+    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+        count = _shape(sources[0])[1] // place.tp_size
+        return sources[0][:, place.tp_rank * count : (place.tp_rank + 1) * count]
+
+    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+        return [torch.cat(list(shards), dim=1)]
+
+
+class GatedMlp(Cut):
+    """gate | up: each is cut by itself, so that a rank multiplies the features of one with the same of the other."""
+
+    name = "gated mlp"
+
+    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+        return torch.cat([_range(source, place) for source in sources])
+
+    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+        return [torch.cat(part) for part in zip(*(shard.chunk(2) for shard in shards), strict=True)]
+
+
+class Qkv(Cut):
+    """q, k, v → for each query group the rows of its query heads, of its key, of its value; ranks hold whole groups.
+
+    Holds for weights [rows, hidden] and biases [rows].
+    """
+
+    name = "qkv"
+
+    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+        groups = place.sizes["groups"] // place.tp_size
+        parts = [_range(source, place) for source in sources]
+        parts = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
+        joined = torch.cat(parts, dim=1)
+        return joined.reshape(-1, *joined.shape[2:])
+
+    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+        joined = torch.cat(list(shards))
+        joined = joined.reshape(place.sizes["groups"], -1, *joined.shape[1:])
+        head = place.sizes["head_dim"]
+        parts = joined.split([joined.shape[1] - 2 * head, head, head], dim=1)
+        return [part.reshape(-1, *part.shape[2:]) for part in parts]
+
+
+class Vocabulary(Cut):
+    """A range of the vocabulary's rows, padded with rows of zeros to Megatron's size."""
+
+    name = "vocabulary"
+
+    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+        count = place.padded_vocab // place.tp_size
+        start, end = place.tp_rank * count, min((place.tp_rank + 1) * count, place.sizes["vocab"])
+        if start >= end:  # nothing but padding
+            row = sources[0][0:1]
+            return row.new_zeros(count, *row.shape[1:])
+        rows = sources[0][start:end]
+        return torch.cat([rows, rows.new_zeros(count - (end - start), *rows.shape[1:])])
+
+    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+        return [torch.cat(list(shards))[: place.sizes["vocab"]]]
+
+
+REPLICATED, COLUMN, ROW, GATED_MLP, QKV, VOCABULARY = Replicated(), Column(), Row(), GatedMlp(), Qkv(), Vocabulary()
+
+
+class SwappedRows:
+    """A lazy tensor whose rows are another's in an exchanged order: row i is the other's row `rows.get(i, i)`."""
+
+    def __init__(self, source: Any, rows: Mapping[int, int]) -> None:
+        self.source = source
+        self.rows = rows
+
+    def __getitem__(self, wanted: slice) -> torch.Tensor:
+        out = self.source[wanted].clone()
+        start = wanted.start or 0
+        for row, origin in self.rows.items():
+            if start <= row < start + len(out):
+                out[row - start] = self.source[origin : origin + 1][0]
+        return out
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: its Megatron name, its cut, and its Hugging Face tensors with their shapes."""
+
+    megatron: str
+    cut: Cut
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class Rule:
+    """A line of a family's table: `Rule(QKV, "decoder.layers.{layer}…", ("model.layers.{layer}…", "q hidden"), …)`.
+
+    `{layer}` in both names runs over the layers. A shape is the names of its sizes, outermost first.
+    """
+
+    def __init__(self, cut: Cut, megatron: str, *sources: tuple[str, str]) -> None:
+        self.cut = cut
+        self.megatron = megatron
+        self.sources = sources
+
+    def entries(self, sizes: Mapping[str, int]) -> list[Entry]:
+        """The rule for each layer, or once where it names none."""
+        layers = range(sizes["layers"]) if "{layer}" in self.megatron else range(1)
+        return [
+            Entry(
+                self.megatron.format(layer=layer),
+                self.cut,
+                tuple((name.format(layer=layer), tuple(sizes[s] for s in shape.split())) for name, shape in self.sources),
+            )
+            for layer in layers
+        ]
+
+
+def dense_sizes(config: Any) -> dict[str, int]:
+    """The sizes that a decoder's shapes are made of, by the names that the rules use."""
+    return {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "ffn": config.intermediate_size,
+        "groups": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "q": config.num_attention_heads * config.head_dim,
+        "kv": config.num_key_value_heads * config.head_dim,
+        "vocab": config.vocab_size,
+    }
+
+
+@dataclass(frozen=True)
+class Family:
+    """The mapping of one architecture, by the name that config.json gives it."""
+
+    architecture: str
+    rules: tuple[Rule, ...]
+    sizes: Callable[[Any], dict[str, int]] = dense_sizes
+
+    def entries(self, config: Any, *, own_output: bool) -> list[Entry]:
+        """Every parameter of the model. own_output: it has an output layer beside its embedding.
+
+        Where the configuration ties the two, an output layer of its own is filled from the embedding.
+        """
+        entries = {e.megatron: e for rule in self.rules for e in rule.entries(self.sizes(config))}
+        if not own_output:
+            del entries[OUTPUT]
+        elif config.tie_word_embeddings:
+            entries[OUTPUT] = Entry(OUTPUT, entries[OUTPUT].cut, entries[EMBEDDING].sources)
+        return list(entries.values())
+
+    def hf_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a folder with this configuration must hold, and no other."""
+        entries = self.entries(config, own_output=not config.tie_word_embeddings)
+        return {name: shape for entry in entries for name, shape in entry.sources}
+
+    def copies(self, config: Any) -> dict[str, str]:
+        """Tensors that a folder may hold although they are copies: the tied output layer → the embedding."""
+        if not config.tie_word_embeddings:
+            return {}
+        names = {e.megatron: e.sources[0][0] for rule in self.rules for e in rule.entries(self.sizes(config))}
+        return {names[OUTPUT]: names[EMBEDDING]}
+
+
+def _shape(source: Any) -> Sequence[int]:
+    return source.shape if isinstance(source, torch.Tensor) else source.get_shape()
+
+
+def _range(source: Any, place: Place) -> torch.Tensor:
+    count = _shape(source)[0] // place.tp_size
+    return source[place.tp_rank * count : (place.tp_rank + 1) * count]

@@ -1,0 +1,146 @@
+"""The command `eaopd`. Each verb imports what it needs when it is called, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eaopd_megatron import __version__
+from eaopd_megatron.errors import UserError
+
+app = typer.Typer(
+    help="On-policy distillation for Megatron-Core with the entropy-aware objective.",
+    epilog="Start with: eaopd train recipes/countdown/eopd.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="a.b.c=value", help="Settings that replace the recipe's.", show_default=False),
+]
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train a student. Run again, it goes on from the last checkpoint.
+
+    Starts its own ranks on this host; under torchrun or srun it joins theirs.
+    """
+    from eaopd_megatron.launch import joined, joined_environment, launch, local_world_size
+
+    arguments = ["train", recipe, *(overrides or [])]
+    if joined():
+        from eaopd_megatron import worker
+
+        os.environ.update(joined_environment())
+        raise typer.Exit(worker.main(arguments))
+
+    from eaopd_megatron.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    logs = Path(loaded.run.folder) / "logs"
+    raise typer.Exit(launch(arguments, local_world_size(loaded.student), log_folder=logs))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder.", show_default=False)],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="BENCHMARK", help="Further benchmarks after --benchmarks.", show_default=False),
+    ] = None,
+    benchmarks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[,NAME]", help="Benchmarks' names or .jsonl files.", show_default=False),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Responses a problem.")] = 8,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share the model.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the most probable token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.8,
+    max_response_tokens: Annotated[int, typer.Option(min=1)] = 8192,
+    problems: Annotated[int | None, typer.Option(min=1, help="The first so many.", show_default="all")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 1234,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for every answer's grade.", show_default=False)] = None,
+) -> None:
+    """Score a model on benchmarks: avg@k, pass@k, distinct right answers."""
+    names = [name.strip() for part in [*(benchmarks or []), *(more or [])] for name in part.split(",") if name.strip()]
+    if not names:
+        raise UserError("no benchmark is named; say which with --benchmarks, for example --benchmarks countdown")
+    from eaopd_megatron.evaluation.command import evaluate as run
+
+    run(
+        model=model,
+        benchmarks=names,
+        samples=samples,
+        tensor_parallel=tensor_parallel,
+        temperature=temperature,
+        top_p=top_p,
+        max_response_tokens=max_response_tokens,
+        problems=problems,
+        seed=seed,
+        out=out,
+    )
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]) -> None:
+    """Write report.html, with its plots, into a run's folder."""
+    from eaopd_megatron.reporting.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def show(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    key: Annotated[str | None, typer.Option(metavar="a.b.c", help="Only this setting's value.", show_default=False)] = None,
+) -> None:
+    """Print a recipe as it would be run: its bases, its overrides and every default."""
+    from eaopd_megatron.config import dump, load_recipe, setting
+
+    loaded = load_recipe(recipe, overrides or [])
+    if key is None:
+        print(dump(loaded), end="")
+    else:
+        value = setting(loaded, key)
+        print(value if isinstance(value, str) else json.dumps(value))
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, devices, backends, and what is missing or harmful. Exit code 1: something is."""
+    from eaopd_megatron.doctor import main as examine
+
+    raise typer.Exit(examine())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"eaopd-megatron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _eaopd(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script. A `UserError` becomes one line on stderr and its exit code."""
+    try:
+        app(arguments, prog_name="eaopd")
+    except UserError as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,99 @@
+"""The recipe's keys as dotted names, and the nearest right one to a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import SequenceMatcher
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from eaopd_megatron.config.tree import Recipe
+
+LEAST_LIKENESS = 0.6
+
+
+@cache
+def sections() -> dict[str, tuple[str, ...]]:
+    """Each section's keys; the recipe's own top level stands under ''."""
+    found: dict[str, tuple[str, ...]] = {"": tuple(Recipe.model_fields)}
+    for name, field in Recipe.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found[name] = tuple(kind.model_fields)
+    return found
+
+
+@cache
+def settings() -> tuple[str, ...]:
+    """Every key that holds a value, dotted: 'seed', 'run.folder', ..."""
+    top = tuple(key for key in sections()[""] if key not in sections())
+    return top + tuple(f"{section}.{key}" for section, keys in sections().items() if section for key in keys)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; an empty mapping is a leaf, a list too."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def fault(tree: Mapping[Any, Any]) -> str | None:
+    """What is wrong with the keys of an unchecked tree, in words; None: every key exists."""
+    for name, value in tree.items():
+        if name not in sections()[""]:
+            return unknown(str(name))
+        if name not in sections():
+            continue
+        if not isinstance(value, Mapping):
+            return f"{name!r} is a section (keys: {', '.join(sections()[name])}), not a value such as {value!r}"
+        for key in value:
+            if key not in sections()[name]:
+                return unknown(f"{name}.{key}")
+    return None
+
+
+def unknown(key: str) -> str:
+    """The message for a dotted key that does not exist, with the nearest one that does."""
+    section, _, leaf = key.rpartition(".")
+    hint = _nearest_here(section, leaf) or _nearest_anywhere(leaf)
+    if hint:
+        return f"unknown key {key!r}; did you mean {hint!r}?"
+    here = section if section in sections() else ""
+    return f"unknown key {key!r}; the keys {f'of {here!r}' if here else 'at the top'} are {', '.join(sections()[here])}"
+
+
+def _nearest_here(section: str, leaf: str) -> str | None:
+    if section not in sections():
+        return None
+    found = nearest(leaf, sections()[section])
+    return f"{section}.{found}" if found and section else found
+
+
+def _nearest_anywhere(leaf: str) -> str | None:
+    found = nearest(leaf, {name.rpartition(".")[2] for name in settings()})
+    return next((name for name in settings() if name.rpartition(".")[2] == found), None)
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice most like the word, if any is like it enough; the first of equals in alphabetical order."""
+    ranked = sorted((-_likeness(word, choice), choice) for choice in choices)
+    return ranked[0][1] if ranked and -ranked[0][0] >= LEAST_LIKENESS else None
+
+
+def _likeness(word: str, choice: str) -> float:
+    """0 to 1. An abbreviation by initials ('learning_rate' and 'lr', 'tp' and 'tensor_parallel') counts as near."""
+    word, choice = word.lower().replace("-", "_"), choice.lower()
+    if word == choice:
+        return 1.0
+    if _initials(word) == choice or _initials(choice) == word:
+        return 0.95
+    return SequenceMatcher(None, word, choice).ratio()
+
+
+def _initials(word: str) -> str:
+    return "".join(part[:1] for part in word.split("_")) if "_" in word else ""

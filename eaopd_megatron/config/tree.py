@@ -1,0 +1,214 @@
+"""Every key of a recipe, its type, its default and the values that it takes.
+
+The models are strict (no silent conversion of "8" or true into a number), frozen, and refuse unknown keys. What depends on
+one key stands at that key; what depends on several stands in the section's, or the recipe's, own check.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from eaopd_megatron.objective import Objective
+
+Count = Annotated[int, Field(ge=1)]
+"""A whole number from 1."""
+CountOrZero = Annotated[int, Field(ge=0)]
+"""A whole number from 0."""
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+"""A share in (0, 1]."""
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""A share in [0, 1)."""
+Name = Annotated[str, Field(min_length=1)]
+Precision = Literal["fp32", "bf16"]
+
+
+class Section(BaseModel):
+    """What all sections share: strict types, no unknown keys, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """The folder of a run and what is kept in it."""
+
+    folder: Name
+    save_interval: CountOrZero = 50  # iterations between checkpoints; 0: only at the end
+    keep_checkpoints: Count = 2  # the newest ones that stay on the disk
+    log_rollouts: CountOrZero = 4  # samples recorded an iteration
+
+
+class Student(Section):
+    """The model that is trained, and how it is laid out over the ranks."""
+
+    model: Name  # a Hugging Face folder, or a hub id
+    tensor_parallel: Count = 1
+    pipeline_parallel: Count = 1
+    context_parallel: Count = 1
+    expert_parallel: Count = 1
+    data_parallel: Count | None = None  # none: what the ranks, or the devices of this host, allow
+    sequence_parallel: bool = False
+    precision: Precision = "bf16"
+
+    @field_validator("pipeline_parallel", "context_parallel", "expert_parallel")
+    @classmethod
+    def _only_tensor_and_data_parallel(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("it must be 1: this version lays a student out over tensor_parallel x data_parallel ranks only")
+        return value
+
+    @model_validator(mode="after")
+    def _sequence_parallel_needs_tensor_parallel(self) -> Self:
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("student.sequence_parallel is true, which needs student.tensor_parallel of 2 or more")
+        return self
+
+
+class Teacher(Section):
+    """The model whose distribution the student learns, and what is handed over of it."""
+
+    model: Name
+    placement: Literal["colocated"] = "colocated"  # on the student's ranks
+    signal: Literal["topk", "logits"] = "topk"  # what the objective is given for a token
+    precision: Precision = "bf16"
+    terminal_map: Literal["swap", "label", "none"] = "swap"  # how the teacher's and the student's end tokens meet
+
+
+class ObjectiveChoice(Section):
+    """A preset of the objective and what differs from it (none: as the preset says)."""
+
+    preset: Name = "eopd"
+    reverse_kl: str | None = None
+    forward_kl: str | None = None
+    gate: str | None = None
+    threshold: float | None = None  # nats
+    gate_width: float | None = None  # nats
+    forward_weight: float | None = None
+    reverse_weight: float | None = None
+    top_k: int | None = None
+    clip: float | None = None
+
+    def build(self) -> Objective:
+        """The objective itself. Raises ValueError, naming the field, for a value that it does not take."""
+        from eaopd_megatron.objective import Objective
+
+        changes = {name: value for name, value in self if name != "preset" and value is not None}
+        return replace(Objective.preset(self.preset), **changes)
+
+
+class Data(Section):
+    """The prompts."""
+
+    source: Name = "countdown"  # a built-in task, a .jsonl file, or hub:owner/name[:config]
+    split: Name = "train"
+    prompt_field: Name = "problem"
+    answer_field: Name = "answer"
+    template: Literal["chat", "raw"] = "chat"
+    suffix: str = ""  # appended to each problem
+    max_prompt_tokens: Count = 1024
+    shuffle: bool = True
+    last_batch: Literal["drop", "keep"] = "drop"  # a batch smaller than the others
+
+
+class Rollout(Section):
+    """How the student writes the responses that it is trained on."""
+
+    engine: Literal["local"] = "local"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_response_tokens: Count = 4096
+    batch_size: Count = 128  # sequences generated together on a rank
+    stop_ids: list[CountOrZero] = []  # beside the model's own end ids
+
+    @field_validator("temperature", "top_p")
+    @classmethod
+    def _sample_from_the_student_itself(cls, value: float) -> float:
+        if value != 1.0:
+            raise ValueError(
+                "it must be 1.0: the objective is an expectation over the student's own distribution, and with anything "
+                "else it would be another objective (evaluation.temperature and evaluation.top_p are free)"
+            )
+        return value
+
+
+class Train(Section):
+    """Algorithm 1's sizes."""
+
+    iterations: Count
+    prompts_per_iteration: Count = 128
+    mini_batch: Count = 32  # samples an update, over all data-parallel ranks
+    micro_batch_tokens: Count = 16384  # padded tokens of a micro-batch on a rank
+
+
+class Optimizer(Section):
+    """AdamW and its schedule, whose steps are completed updates."""
+
+    lr: Positive = 3.0e-6
+    weight_decay: NotNegative = 0.01
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    eps: Positive = 1.0e-8
+    clip_grad: NotNegative = 1.0  # largest gradient norm; 0: not clipped
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_updates: CountOrZero = 0
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # the floor, as a share of lr
+
+
+class Evaluation(Section):
+    """Benchmarks before, during and after training."""
+
+    interval: CountOrZero = 0  # iterations; 0: before and after training only
+    benchmarks: list[Name] = []  # names or .jsonl files
+    samples: Count = 8  # responses a problem
+    problems: Count | None = None  # the first so many; none: all
+    temperature: NotNegative = 1.0  # 0: the most probable token
+    top_p: Fraction = 0.8
+    max_response_tokens: Count = 8192
+    suffix: str = ""
+    seed: CountOrZero = 1234
+
+
+class Reporting(Section):
+    """Where metrics go beside the run's own folder."""
+
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: Name = "eaopd"
+    wandb_name: str | None = None
+
+
+class Distributed(Section):
+    """Limits on waiting for other ranks."""
+
+    timeout_minutes: Positive = 10.0
+
+
+class Recipe(Section):
+    """A whole recipe. Made by `load_recipe`; the docstrings and comments of the sections say what each key means."""
+
+    seed: CountOrZero = 0
+    run: Run
+    student: Student
+    teacher: Teacher
+    objective: ObjectiveChoice = ObjectiveChoice()
+    data: Data = Data()
+    rollout: Rollout = Rollout()
+    train: Train
+    optimizer: Optimizer = Optimizer()
+    evaluation: Evaluation = Evaluation()
+    reporting: Reporting = Reporting()
+    distributed: Distributed = Distributed()
+
+    @model_validator(mode="after")
+    def _an_update_fits_into_an_iteration(self) -> Self:
+        if self.train.mini_batch > self.train.prompts_per_iteration:
+            raise ValueError(
+                f"train.mini_batch is {self.train.mini_batch}, more than train.prompts_per_iteration "
+                f"({self.train.prompts_per_iteration}): no update would ever be full"
+            )
+        return self

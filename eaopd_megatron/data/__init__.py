@@ -1,0 +1,1 @@
+"""Prompts, samples, packing and the prompt cursor."""

@@ -1,0 +1,106 @@
+"""What travels through an iteration: prompts, the student's responses, and the micro-batches cut from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem and its token ids, template applied once: student and teacher read the same ids."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    problem: dict[str, Any]
+
+
+@dataclass
+class Sample:
+    """One response of the student. Log-probs are in nats, one per response token.
+
+    rollout_logprobs come from the engine that sampled and serve the mismatch metric only; π_old is `old_logprobs`,
+    recomputed by the trainer. `teacher_signal` holds what the teacher said of each token, if it was asked beforehand.
+    """
+
+    prompt: Prompt
+    response_ids: list[int]
+    finish_reason: str  # "stop" | "length"
+    rollout_logprobs: list[float]
+    weight_version: int
+    index: int = 0  # place among the iteration's prompts, over all data-parallel ranks
+    teacher: str = ""
+    old_logprobs: torch.Tensor | None = None
+    teacher_signal: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.prompt.token_ids, *self.response_ids]
+
+    def record(self, text: str) -> dict[str, Any]:
+        """The sample as it is kept in the run's rollouts folder and beside an error."""
+        return {
+            "prompt_id": self.prompt.id,
+            "prompt_ids": list(self.prompt.token_ids),
+            "response_ids": self.response_ids,
+            "finish_reason": self.finish_reason,
+            "rollout_logprobs": self.rollout_logprobs,
+            "old_logprobs": None if self.old_logprobs is None else self.old_logprobs.tolist(),
+            "weight_version": self.weight_version,
+            "teacher": self.teacher,
+            "text": text,
+        }
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Training needs temperature 1 and top_p 1: the objective is defined on the student's own policy."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one forward pass, padded on the right.
+
+    token_ids [b, s]; rows [n]: index into the flattened [b·s] positions of the position *before* each response token, where
+    its logits are; tokens [n]: the response tokens, sample after sample.
+    """
+
+    samples: list[Sample]
+    token_ids: torch.Tensor
+    rows: torch.Tensor
+    tokens: torch.Tensor
+
+    def split(self, per_token: torch.Tensor) -> list[torch.Tensor]:
+        """[n, ...] → one tensor a sample."""
+        return list(per_token.split([len(s.response_ids) for s in self.samples]))
+
+    def gather(self, per_sample: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One tensor a sample → [n, ...] on this micro-batch's device."""
+        return torch.cat(list(per_sample)).to(self.tokens.device)
+
+    def sample_of(self, token: int) -> Sample:
+        """The sample to which response token number `token` belongs."""
+        for sample in self.samples:
+            if token < len(sample.response_ids):
+                return sample
+            token -= len(sample.response_ids)
+        raise IndexError(token)
+
+    def last_tokens(self) -> torch.Tensor:
+        """[n] bool: the response's last token, where the response ended by itself."""
+        flags = [
+            torch.arange(len(s.response_ids)) == (len(s.response_ids) - 1 if s.finish_reason == "stop" else -1)
+            for s in self.samples
+        ]
+        return torch.cat(flags).to(self.tokens.device)

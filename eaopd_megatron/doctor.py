@@ -1,0 +1,282 @@
+"""`eaopd doctor`: what this machine has, and what is missing or harmful, each with its remedy.
+
+Facts are gathered first, torch's and Megatron-Core's in a process of their own, so that a package that breaks an import
+(an incomplete transformer-engine does) becomes a line here; then `findings` judges them. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+
+PROJECT = "eaopd-megatron"
+SHOWN = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "psutil")
+OPTIONAL = {
+    "transformer-engine": "fused layers on GPUs",
+    "sglang": "rollout on inference servers",
+    "triton": "fused kernels on GPUs",
+}
+LEAST_DISK = 2 * 2**30
+"""Bytes below which a run's checkpoints are at risk."""
+PROBE_SECONDS = 180
+
+PROBE = """
+import json, sys
+facts = {}
+try:
+    import torch
+    import torch.distributed as dist
+    facts["torch"] = torch.__version__
+    facts["cuda_build"] = torch.version.cuda
+    facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts["backends"] = [b for b in ("gloo", "nccl") if getattr(dist, f"is_{b}_available")()]
+except Exception as error:
+    facts["torch_error"] = f"{type(error).__name__}: {error}"
+print(json.dumps(facts), flush=True)
+try:
+    import megatron.core
+    import megatron.core.models.gpt
+    print(json.dumps({"megatron": megatron.core.__version__}), flush=True)
+except Exception as error:
+    print(json.dumps({"megatron_error": f"{type(error).__name__}: {error}"}), flush=True)
+"""
+
+Level = Literal["ok", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was seen. Bytes for memory and disk."""
+
+    python: tuple[int, int, int]
+    packages: dict[str, str | None]  # every needed, shown or optional one; None: not installed
+    requirements: tuple[str, ...]  # the project's own, without extras
+    probe: dict[str, Any]  # what the PROBE printed
+    cpus: int
+    memory: int | None
+    driver_gpus: tuple[str, ...]  # what nvidia-smi lists
+    disk_free: int
+    folder: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: its subject, what was seen, and what to do about it."""
+
+    level: Level
+    subject: str
+    seen: str
+    remedy: str = ""
+
+
+def main() -> int:
+    """Prints the findings; 1 where one is a problem, else 0."""
+    found = findings(gather())
+    _print(found)
+    return int(any(finding.level == "problem" for finding in found))
+
+
+def gather() -> Facts:
+    """Looks at this machine and this Python environment; takes as long as an import of torch and Megatron-Core."""
+    requirements = _requirements()
+    names = {Requirement(text).name for text in requirements} | set(SHOWN) | set(OPTIONAL)
+    folder = Path.cwd()
+    return Facts(
+        python=sys.version_info[:3],
+        packages={name: _version(name) for name in sorted(names)},
+        requirements=requirements,
+        probe=_probe(),
+        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory=_memory(),
+        driver_gpus=_driver_gpus(),
+        disk_free=shutil.disk_usage(folder).free,
+        folder=str(folder),
+        environment={name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ},
+    )
+
+
+def _requirements() -> tuple[str, ...]:
+    """What pyproject.toml asks for, read from the checkout or, failing that, from the installed package."""
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if project.is_file():
+        return tuple(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"])
+    try:
+        declared = metadata.requires(PROJECT) or []
+    except metadata.PackageNotFoundError:
+        return ()
+    return tuple(text for text in declared if "extra ==" not in text)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _probe(command: Sequence[str] = (sys.executable, "-c", PROBE)) -> dict[str, Any]:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"probe_error": f"the imports did not end in {PROBE_SECONDS} s"}
+    facts: dict[str, Any] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            facts |= json.loads(line)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        facts["probe_error"] = f"the imports ended with exit code {done.returncode}: {last}"
+    return facts
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _driver_gpus() -> tuple[str, ...]:
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(line.partition(" (UUID")[0] for line in listed.stdout.splitlines() if line.startswith("GPU "))
+
+
+def findings(facts: Facts) -> list[Finding]:
+    """Every line of the report, the machine first."""
+    return [*_machine(facts), *_packages(facts), *_devices(facts), *_imports(facts), *_optional(facts)]
+
+
+def _machine(facts: Facts) -> list[Finding]:
+    python = ".".join(map(str, facts.python))
+    found = [
+        Finding("ok", "python", f"{python} on {platform.system()} {platform.machine()}")
+        if facts.python >= (3, 11)
+        else Finding("problem", "python", python, "use Python 3.11: set EAOPD_PYTHON to it and make the environment anew")
+    ]
+    memory = f", {facts.memory / 2**30:.0f} GiB of memory" if facts.memory else ""
+    threads = facts.environment.get("OMP_NUM_THREADS")
+    found.append(Finding("ok", "processors", f"{facts.cpus}{memory}" + (f", OMP_NUM_THREADS={threads}" if threads else "")))
+    free = f"{facts.disk_free / 2**30:.1f} GiB free for {facts.folder}"
+    found.append(
+        Finding("ok", "disk", free)
+        if facts.disk_free >= LEAST_DISK
+        else Finding("problem", "disk", free, f"free at least {LEAST_DISK / 2**30:.0f} GiB, or put run.folder on another disk")
+    )
+    return found
+
+
+def _packages(facts: Facts) -> list[Finding]:
+    """Each requirement of the project against what is installed; those that are as they should be and not shown stay quiet."""
+    found = []
+    for requirement in map(Requirement, facts.requirements):
+        name, version = requirement.name, facts.packages.get(requirement.name)
+        install = f'python -m pip install "{requirement}"'
+        if version is None:
+            why = ": without it Megatron-Core's checkpoints hang" if name == "psutil" else ""
+            found.append(Finding("problem", name, f"not installed{why}", install))
+        elif not requirement.specifier.contains(version, prereleases=True):
+            found.append(Finding("problem", name, f"{version}, but {requirement} is needed", install))
+        elif name in SHOWN:
+            found.append(Finding("ok", name, version))
+    needed = {Requirement(text).name for text in facts.requirements}
+    return found + [Finding("ok", name, facts.packages[name] or "") for name in SHOWN if name not in needed and facts.packages.get(name)]
+
+
+def _devices(facts: Facts) -> list[Finding]:
+    probe, listed = facts.probe, facts.driver_gpus
+    if "torch" not in probe:
+        return [Finding("problem", "devices", f"{len(listed)} GPUs by nvidia-smi; torch cannot be asked", "mend torch first")]
+    gpus, build = probe.get("gpus", []), probe.get("cuda_build")
+    backends = probe.get("backends", [])
+    if gpus:
+        names = ", ".join(f"{gpus.count(name)} x {name}" for name in sorted(set(gpus)))
+        found = [Finding("ok", "devices", f"{names}, CUDA {build}")]
+    elif listed and build is None:
+        remedy = "install the CUDA build of the same torch version (`eaopd` uses the GPUs that torch sees)"
+        found = [Finding("problem", "devices", f"{len(listed)} GPUs by nvidia-smi, but torch is a CPU build", remedy)]
+    elif listed:
+        remedy = f"update the driver to one for CUDA {build}, and look at CUDA_VISIBLE_DEVICES"
+        found = [Finding("problem", "devices", f"{len(listed)} GPUs by nvidia-smi, but torch sees none", remedy)]
+    else:
+        found = [Finding("ok", "devices", "CPU only")]
+    missing = [name for name in ("gloo", *(["nccl"] if gpus else [])) if name not in backends]
+    if missing:
+        remedy = "install the torch of pyproject.toml from its official wheels"
+        found.append(Finding("problem", "backends", f"{', '.join(missing)} missing in this torch", remedy))
+    else:
+        found.append(Finding("ok", "backends", ", ".join(backends)))
+    return found
+
+
+def _imports(facts: Facts) -> list[Finding]:
+    probe = facts.probe
+    if "torch_error" in probe:
+        return [Finding("problem", "import torch", _short(probe["torch_error"]), "install the torch of pyproject.toml anew")]
+    if "megatron" in probe:
+        return [Finding("ok", "import megatron.core", "works")]
+    seen = _short(probe.get("megatron_error") or probe.get("probe_error") or "no answer")
+    if facts.packages.get("transformer-engine") and re.search("transformer.engine|cudnn", seen, re.IGNORECASE):
+        return [Finding("problem", "import megatron.core", seen, "python -m pip uninstall transformer-engine")]
+    return [Finding("problem", "import megatron.core", seen, "mend the packages above, then make the environment anew")]
+
+
+def _optional(facts: Facts) -> list[Finding]:
+    found = []
+    for name, use in OPTIONAL.items():
+        version = facts.packages.get(name)
+        if version is None:
+            found.append(Finding("note", name, f"not installed ({use})"))
+        elif name == "transformer-engine" and not (facts.probe.get("gpus") or facts.driver_gpus):
+            remedy = "python -m pip uninstall transformer-engine: without a GPU it breaks the import of Megatron-Core"
+            found.append(Finding("problem", name, f"{version} on a machine without a GPU", remedy))
+        else:
+            found.append(Finding("ok", name, version))
+    return found
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def _print(found: Sequence[Finding]) -> None:
+    problems = [finding for finding in found if finding.level == "problem"]
+    if sys.stdout.isatty():
+        _print_table(found)
+    else:
+        for finding in found:
+            mark = {"ok": "  ", "note": "- ", "problem": "! "}[finding.level]
+            print(f"{mark}{finding.subject}: {finding.seen}")
+    for finding in problems:
+        print(f"! {finding.subject}: {finding.remedy}")
+    print("nothing is missing or harmful" if not problems else f"{len(problems)} to mend")
+
+
+def _print_table(found: Sequence[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    style = {"ok": "green", "note": "dim", "problem": "bold red"}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for finding in found:
+        mark = {"ok": "ok", "note": "-", "problem": "!"}[finding.level]
+        table.add_row(Text(mark, style[finding.level]), Text(finding.subject), Text(finding.seen))
+    Console().print(table)

@@ -1,0 +1,63 @@
+"""What the samples of a benchmark say: avg@k, the unbiased pass@k, and an interval over problems.
+
+All functions work on many problems at once: `c[i]` of problem i's `n` independent samples are right.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+def avg_at_k(counts: ArrayLike, n: int) -> FloatArray:
+    """Share of right samples of each problem, counts / n; shape of `counts`. ValueError where a count is not in 0..n."""
+    return _checked_counts(counts, n) / n
+
+
+def pass_at_k(n: int, c: ArrayLike, k: int) -> FloatArray:
+    """Probability that k of a problem's n samples, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased for the pass@k of fresh samples (Chen et al. 2021, equation 1). The binomials are whole numbers and the one
+    division is correctly rounded, so nothing cancels or overflows for any n. Shape of `c`; ValueError unless 1 <= k <= n.
+    """
+    counts = _checked_counts(c, n)
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs 1 <= k <= n, and there are n = {n} samples")
+    total = math.comb(n, k)
+    by_count = {count: (total - math.comb(n - count, k)) / total for count in np.unique(counts).tolist()}
+    return np.array([by_count[count] for count in counts.ravel().tolist()], dtype=np.float64).reshape(counts.shape)
+
+
+def pass_ks(n: int) -> list[int]:
+    """The k at which pass@k is reported for n samples: 1, 2, 4, ... and n itself."""
+    return sorted({2**i for i in range(n.bit_length())} | {n}) if n > 0 else []
+
+
+def bootstrap_interval(
+    values: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values` [problems], resampling problems; the same for the same seed.
+
+    Two calls with the same seed and number of problems draw the same problems, so intervals of differences are paired.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"a bootstrap needs a list of at least one value, not shape {array.shape}")
+    rng = np.random.default_rng(seed)
+    means = np.array([array[rng.integers(0, array.size, array.size)].mean() for _ in range(resamples)])
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def _checked_counts(counts: ArrayLike, n: int) -> IntArray:
+    array = np.asarray(counts)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"counts of right samples must be whole numbers, not {array.dtype}")
+    array = array.astype(np.int64)
+    if n < 1 or (array.size and not 0 <= int(array.min()) <= int(array.max()) <= n):
+        raise ValueError(f"counts of right samples must lie in 0..n with n >= 1; n = {n}, counts = {array.tolist()}")
+    return array

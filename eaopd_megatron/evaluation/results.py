@@ -1,0 +1,179 @@
+"""What an evaluation found: figures of each benchmark, the grades behind them, and their JSON file."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation.estimators import FloatArray, avg_at_k, pass_at_k, pass_ks
+from eaopd_megatron.evaluation.grading import Grade
+
+
+@dataclass(frozen=True)
+class ProblemResult:
+    """One problem's samples, in the order in which they were drawn.
+
+    correct[s]: sample s is right; keys[s]: what it answers (None: nothing); truncated[s]: it ran into the length limit;
+    errors: samples (counted as wrong) whose grader threw or ran out of time.
+    """
+
+    id: str
+    correct: tuple[bool, ...]
+    keys: tuple[str | None, ...]
+    truncated: tuple[bool, ...]
+    errors: int = 0
+
+    @classmethod
+    def from_grades(cls, id: str, grades: Sequence[Grade], truncated: Sequence[bool]) -> "ProblemResult":
+        """A problem's grades, with truncated[s] for each."""
+        return cls(
+            id=id,
+            correct=tuple(grade.correct for grade in grades),
+            keys=tuple(grade.key for grade in grades),
+            truncated=tuple(bool(cut) for cut in truncated),
+            errors=sum(grade.error for grade in grades),
+        )
+
+    @property
+    def distinct_correct(self) -> int:
+        """Number of different right answers among the samples."""
+        return len({key for key, correct in zip(self.keys, self.correct, strict=True) if correct})
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """A benchmark's figures over its problems: avg@K, pass@1 ... pass@K, distinct_correct, truncated, grader_errors.
+
+    All are means over problems except `grader_errors`, the number of samples; `truncated` is a share of samples.
+    """
+
+    name: str
+    samples: int
+    figures: dict[str, float]
+    results: tuple[ProblemResult, ...] = field(repr=False)
+
+    @property
+    def problems(self) -> int:
+        """Number of problems."""
+        return len(self.results)
+
+    def per_problem(self, figure: str) -> FloatArray:
+        """A figure problem by problem [problems]; `figures[figure]` is its mean (its sum for `grader_errors`)."""
+        counts = np.array([sum(result.correct) for result in self.results], dtype=np.int64)
+        if figure.startswith("avg@"):
+            return avg_at_k(counts, self.samples)
+        if figure.startswith("pass@"):
+            return pass_at_k(self.samples, counts, int(figure.removeprefix("pass@")))
+        if figure == "distinct_correct":
+            return np.array([result.distinct_correct for result in self.results], dtype=np.float64)
+        if figure == "truncated":
+            return np.array([sum(result.truncated) / self.samples for result in self.results], dtype=np.float64)
+        if figure == "grader_errors":
+            return np.array([result.errors for result in self.results], dtype=np.float64)
+        raise KeyError(figure)
+
+
+def summarise(name: str, samples: int, results: Sequence[ProblemResult]) -> BenchmarkResult:
+    """The figures of a benchmark from each problem's `samples` grades.
+
+    UserError if there are no problems; ValueError if a problem has another number of samples.
+    """
+    if not results:
+        raise UserError(f"benchmark {name} has no problems: check its file and evaluation.problems")
+    for result in results:
+        if not len(result.correct) == len(result.keys) == len(result.truncated) == samples:
+            raise ValueError(f"problem {result.id} of {name} has {len(result.correct)} grades, not {samples}")
+    names = [f"avg@{samples}", *(f"pass@{k}" for k in pass_ks(samples)), "distinct_correct", "truncated"]
+    benchmark = BenchmarkResult(name, samples, {}, tuple(results))
+    figures = {figure: float(benchmark.per_problem(figure).mean()) for figure in names}
+    figures["grader_errors"] = float(benchmark.per_problem("grader_errors").sum())
+    return BenchmarkResult(name, samples, figures, tuple(results))
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """All benchmarks after `iteration` iterations (0: before training)."""
+
+    iteration: int
+    benchmarks: dict[str, BenchmarkResult]
+
+    def to_metrics(self) -> dict[str, float]:
+        """{"evaluation/<benchmark>/<figure>": value} for the run's metrics."""
+        return {
+            f"evaluation/{name}/{figure}": value
+            for name, benchmark in self.benchmarks.items()
+            for figure, value in benchmark.figures.items()
+        }
+
+    def write(self, folder: Path) -> Path:
+        """Writes folder/XXXXXX.json (the iteration), whole or not at all, and returns its path."""
+        benchmarks = {
+            name: {
+                "samples": benchmark.samples,
+                "problems": benchmark.problems,
+                **benchmark.figures,
+                "results": [_problem_to_json(result) for result in benchmark.results],
+            }
+            for name, benchmark in self.benchmarks.items()
+        }
+        path = folder / f"{self.iteration:06d}.json"
+        write_atomically(path, json.dumps({"iteration": self.iteration, "benchmarks": benchmarks}) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> "EvaluationResult":
+        """Reads a file of `write`; the figures are computed again from the grades. UserError if it is damaged."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            benchmarks = {
+                name: summarise(name, entry["samples"], [_problem_from_json(row) for row in entry["results"]])
+                for name, entry in content["benchmarks"].items()
+            }
+            return cls(int(content["iteration"]), benchmarks)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not an evaluation's file ({error}): remove it and evaluate again") from error
+
+
+def read_evaluations(folder: Path) -> list[EvaluationResult]:
+    """All evaluations of a run's evaluation folder by iteration; an absent folder has none. UserError as for `read`."""
+    found = [EvaluationResult.read(path) for path in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda evaluation: evaluation.iteration)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file by `content`, so that a reader or a crash meets the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _problem_to_json(result: ProblemResult) -> dict[str, Any]:
+    return {
+        "id": result.id,
+        "correct": list(result.correct),
+        "keys": list(result.keys),
+        "truncated": list(result.truncated),
+        "errors": result.errors,
+    }
+
+
+def _problem_from_json(row: Mapping[str, Any]) -> ProblemResult:
+    return ProblemResult(
+        str(row["id"]), tuple(row["correct"]), tuple(row["keys"]), tuple(row["truncated"]), int(row["errors"])
+    )

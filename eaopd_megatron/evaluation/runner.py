@@ -1,0 +1,79 @@
+"""Samples a model on benchmarks and grades what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from eaopd_megatron.data.prompts import PromptBuilder, load_problems
+from eaopd_megatron.data.samples import Prompt, Sampling
+from eaopd_megatron.evaluation.grading import Grader, benchmark_name, grade_all, grader_for
+from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, ProblemResult, summarise
+from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.rollout.local import LocalRollout
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark's prompts and how its answers are graded."""
+
+    name: str
+    prompts: list[Prompt]
+    grader: Grader
+
+    @classmethod
+    def load(cls, source: str, builder: PromptBuilder, first: int | None) -> Benchmark:
+        """`countdown` (its held-out problems), a .jsonl file or a hub data set; `first`: only so many problems."""
+        problems = load_problems(source, "heldout" if source == "countdown" else "test")[:first]
+        prompts, _ = builder.build(problems, source)
+        return cls(benchmark_name(source), prompts, grader_for(source))
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Draws `samples` responses a problem. The random numbers depend on (seed, benchmark, problem, sample) alone, so two
+    evaluations of a run are compared under common random numbers."""
+
+    rollout: LocalRollout
+    parallel: Parallel
+    tokenizer: Any
+    benchmarks: Sequence[Benchmark]
+    samples: int
+    sampling: Sampling
+    seed: int
+
+    def run(self, iteration: int, notify: Callable[[str], None] = lambda text: None) -> EvaluationResult | None:
+        """All ranks enter; the main rank gets the result, the others None."""
+        found: dict[str, BenchmarkResult] = {}
+        for benchmark in self.benchmarks:
+            notify(f"evaluating {benchmark.name}: {len(benchmark.prompts)} problems x {self.samples} samples")
+            mine = range(self.parallel.dp_rank, len(benchmark.prompts), self.parallel.dp_size)
+            prompts = [benchmark.prompts[i] for i in mine for _ in range(self.samples)]
+            keys = [(self.seed, "evaluation", benchmark.name, i, j) for i in mine for j in range(self.samples)]
+            responses = self.rollout.generate(prompts, keys, self.sampling, version=iteration)
+            if self.parallel.tp_rank != 0:
+                continue
+            texts = [self.tokenizer.decode(s.response_ids, skip_special_tokens=True) for s in responses]
+            grades = grade_all(benchmark.grader, [(p.problem, t) for p, t in zip(prompts, texts, strict=True)])
+            results: dict[int, ProblemResult] = {}
+            for number, i in enumerate(mine):
+                part = slice(number * self.samples, (number + 1) * self.samples)
+                truncated = [s.finish_reason == "length" for s in responses[part]]
+                results[i] = ProblemResult.from_grades(benchmark.prompts[i].id, grades[part], truncated)
+            gathered = [results] * self.parallel.dp_size
+            if self.parallel.dp_size > 1:
+                dist.all_gather_object(gathered, results, group=self.parallel.dp_group)
+            everything = {i: result for part_ in gathered for i, result in part_.items()}
+            found[benchmark.name] = summarise(benchmark.name, self.samples, [everything[i] for i in sorted(everything)])
+        return EvaluationResult(iteration, found) if self.parallel.is_main else None
+
+    def write(self, result: EvaluationResult | None, folder: Path) -> dict[str, float]:
+        """The result's file, on the main rank, and its metrics (empty on the others)."""
+        if result is None:
+            return {}
+        result.write(folder)
+        return result.to_metrics()

@@ -1,0 +1,1 @@
+"""Everything that touches Megatron-Core's models, process groups and optimiser."""

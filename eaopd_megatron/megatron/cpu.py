@@ -1,0 +1,89 @@
+"""Megatron-Core on a machine without CUDA: its literal uses of "cuda" are answered by the CPU.
+
+Megatron-Core 0.16 names the device in about ten places (schedules, gradient clipping, optimisers, checkpoints) as the literal
+string "cuda". Where CUDA is present nothing here is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Inside this context `device="cuda"`, `.cuda()`, `.to("cuda")` and `pin_memory=True` mean the CPU,
+    and `Tensor.type()` is spelled as Megatron-Core's assertions expect."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return _TYPE_NAMES.get(args[0].dtype, func(*args))
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], torch.device("cpu"), *args[2:])
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": torch.device("cpu")}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def cuda_literals() -> Iterator[None]:
+    """Run Megatron-Core code that names the device "cuda". Does nothing where CUDA is present.
+
+    Scoped rather than process-wide: the mode costs a quarter of the time of a tiny model's step.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    with CudaMeansCpu():
+        yield
+
+
+def _random_state(device: Any = "cuda") -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _set_random_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def install() -> None:
+    """Answer `torch.cuda`'s current device, synchronisation and random state from the CPU. Idempotent; nothing with CUDA."""
+    if torch.cuda.is_available():
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    if not hasattr(megatron_random, "_set_cuda_rng_state"):
+        raise ImportError("megatron-core moved tensor_parallel.random._set_cuda_rng_state: adapt megatron/cpu.py")
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.get_rng_state = _random_state
+    torch.cuda.random.get_rng_state = _random_state
+    torch.cuda.manual_seed = _seed
+    megatron_random._set_cuda_rng_state = _set_random_state

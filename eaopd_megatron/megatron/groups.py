@@ -1,0 +1,104 @@
+"""Start-up of torch.distributed and of Megatron-Core's process groups."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.megatron import cpu
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model is cut over ranks. The data-parallel size is what the number of ranks leaves."""
+
+    tensor_parallel: int = 1
+    sequence_parallel: bool = False
+
+    def check_world(self, world_size: int) -> None:
+        if world_size % self.tensor_parallel:
+            raise UserError(
+                f"student.tensor_parallel={self.tensor_parallel} does not divide the {world_size} ranks that were started"
+            )
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process's place: its rank, its groups and its device."""
+
+    layout: Layout
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_group: dist.ProcessGroup
+    dp_rank: int
+    dp_size: int
+    dp_group: dist.ProcessGroup
+    device: torch.device
+    store: dist.Store
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def tp_size(self) -> int:
+        return self.layout.tensor_parallel
+
+    def tp_source(self) -> int:
+        """Global rank of the tensor-parallel group's first member, which samples for the others."""
+        return dist.get_global_rank(self.tp_group, 0)
+
+
+def start(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> Parallel:
+    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT and make Megatron's groups.
+
+    Raises UserError where the layout does not divide the number of ranks. Call `stop` at the end.
+    """
+    cpu.install()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    layout.check_world(world_size)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world_size, timeout=timeout
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_parallel, distributed_timeout_minutes=max(1, int(timeout_minutes))
+    )
+    with cpu.cuda_literals():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Parallel(
+        layout=layout,
+        rank=rank,
+        world_size=world_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        device=device,
+        store=store,
+    )
+
+
+def stop() -> None:
+    """Leave Megatron's groups and torch.distributed."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

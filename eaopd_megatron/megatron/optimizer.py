@@ -1,0 +1,121 @@
+"""Data-parallel gradients and AdamW, both Megatron-Core's, from zeroed gradients to one update."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from eaopd_megatron.megatron.cpu import cuda_literals
+from eaopd_megatron.megatron.groups import Parallel
+
+
+def wrap(model: GPTModel, parallel: Parallel) -> DistributedDataParallel:
+    """The model with one fp32 gradient buffer that sums over micro-batches and, in `finish_gradients`, over ranks.
+
+    All data-parallel ranks start from the weights of the first.
+    """
+    if not model.config.calculate_per_token_loss:
+        raise ValueError("calculate_per_token_loss must be set before wrap: gradients would be divided by the ranks")
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    with cuda_literals():
+        ddp = DistributedDataParallel(model.config, settings, model)
+        if parallel.dp_size > 1:
+            ddp.broadcast_params()
+    return ddp
+
+
+def build_optimizer(
+    ddp: DistributedDataParallel,
+    *,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip_grad: float,
+    precision: Literal["fp32", "bf16"],
+) -> ChainedOptimizer:
+    """AdamW with decoupled weight decay on every parameter; bf16 weights have fp32 main parameters.
+
+    clip_grad: largest norm of the whole gradient; 0 leaves it as it is. The states exist from the start (zeros), so that a
+    checkpoint can be written before the first update.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        weight_decay=weight_decay,
+        adam_beta1=beta1,
+        adam_beta2=beta2,
+        adam_eps=eps,
+        decoupled_weight_decay=True,
+        clip_grad=clip_grad,
+        bf16=precision == "bf16",
+        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+    )
+    with cuda_literals():
+        # no overrides: Megatron's default would keep the norms' weights from decay through a scheduler that is not used here
+        optimizer = get_megatron_optimizer(config, [ddp], config_overrides={}, use_gloo_process_groups=False)
+    own_steps(optimizer)
+    return optimizer
+
+
+def own_steps(optimizer: ChainedOptimizer) -> None:
+    """Give every parameter of torch's AdamW its own complete state (missing parts are zeros).
+
+    A step counter that parameters share would be raised once for each of them, and the bias correction silently wrong.
+    """
+    for part in optimizer.chained_optimizers:
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for state in part.optimizer.state.values():
+                state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
+
+
+def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
+    """Set the learning rate of every parameter; the only place that does after the optimiser was built."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def zero_gradients(ddp: DistributedDataParallel, optimizer: ChainedOptimizer) -> None:
+    """Before the first backward of an update. Both calls are needed: the last step left each `.grad` on the buffer itself."""
+    ddp.zero_grad_buffer()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def finish_gradients(ddp: DistributedDataParallel, num_tokens: torch.Tensor) -> None:
+    """Gradients of a loss summed over tokens → the gradient of its mean over the tokens of all data-parallel ranks.
+
+    num_tokens (0-d or one element, any number type; unchanged): this rank's tokens in the update, equal on the ranks of a
+    tensor-parallel group; 0 is allowed. Sums over data-parallel ranks and, for the norms' weights, over tensor-parallel ranks
+    (under sequence parallelism, and for the query and key norms always). Collective.
+    """
+    device = next(ddp.parameters()).device
+    with cuda_literals():
+        finalize_model_grads([ddp], num_tokens.detach().to(device, torch.float64).clone())
+
+
+def step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
+    """Clip and update. Returns (updated, norm of the whole gradient before clipping), the same on every rank.
+
+    A norm that is not finite changes no weight and gives False. Collective.
+    """
+    with cuda_literals(), torch.no_grad():
+        overflow = optimizer.prepare_grads()
+        norm = float(optimizer.get_grad_norm())
+        if overflow or not math.isfinite(norm):
+            return False, norm
+        for part in optimizer.chained_optimizers:
+            if part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+        return bool(optimizer.step_with_ready_grads()), norm

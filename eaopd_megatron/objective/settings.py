@@ -1,0 +1,102 @@
+"""What is minimised: the choice of terms, gate and weights, with the paper's values as defaults (arXiv 2603.07079)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+ReverseKL = Literal["sampled", "exact", "none"]
+ForwardKL = Literal["topk", "topk_tail", "exact", "none"]
+Gate = Literal["hard", "soft", "always", "never"]
+Signal = Literal["topk", "logits"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "opd": {"reverse_kl": "sampled", "forward_kl": "none"},
+    "eopd": {"reverse_kl": "sampled", "forward_kl": "topk"},
+    "eopd_exact": {"reverse_kl": "exact", "forward_kl": "exact"},
+    "rkl": {"reverse_kl": "exact", "forward_kl": "none"},
+    "fkl": {"reverse_kl": "none", "forward_kl": "exact", "gate": "always"},
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Loss of a token: reverse_weight · reverse term + forward_weight · gate(H) · forward term, with H the teacher's entropy.
+
+    reverse_kl      "sampled": the clipped policy-gradient term of the paper; "exact": KL(student || teacher); "none"
+    forward_kl      "topk": KL over the teacher's top_k ids, renormalised (the paper); "topk_tail": the same ids and one
+                    bucket for the rest; "exact": KL(teacher || student); "none"
+    gate            "hard": 1 where H > threshold (the paper); "soft": sigmoid((H - threshold) / gate_width); "always"; "never"
+    threshold       nats; +inf closes a hard gate, -inf opens it
+    gate_width      nats
+    clip            epsilon of the ratio's range [1 - epsilon, 1 + epsilon]; inf: no clipping
+
+    Raises ValueError naming the field.
+    """
+
+    reverse_kl: ReverseKL = "sampled"
+    forward_kl: ForwardKL = "topk"
+    gate: Gate = "hard"
+    threshold: float = 0.8
+    gate_width: float = 0.1
+    forward_weight: float = 1.0
+    reverse_weight: float = 1.0
+    top_k: int = 16
+    clip: float = 0.2
+
+    PRESETS: ClassVar[tuple[str, ...]] = tuple(PRESETS)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("reverse_kl", ReverseKL), ("forward_kl", ForwardKL), ("gate", Gate)):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                raise ValueError(f"{name}: {value!r} is not one of {', '.join(get_args(choices))}")
+        for name in ("threshold", "gate_width", "forward_weight", "reverse_weight", "clip"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+                raise ValueError(f"{name}: {value!r} is not a number")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
+            raise ValueError(f"top_k: {self.top_k!r} is not a whole number of at least 1")
+        for name in ("gate_width", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not above 0")
+        for name in ("forward_weight", "reverse_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not a finite number of at least 0")
+        if math.isinf(self.gate_width):
+            raise ValueError("gate_width: inf is not finite")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Objective:
+        """A named objective: "opd", "eopd" (the paper), "eopd_exact", "rkl" or "fkl"; ``changes`` replace single fields."""
+        if name not in PRESETS:
+            raise ValueError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def has_reverse(self) -> bool:
+        """Whether the reverse term can add to the loss."""
+        return self.reverse_kl != "none" and self.reverse_weight > 0
+
+    @property
+    def has_forward(self) -> bool:
+        """Whether the forward term can add to the loss."""
+        return self.forward_kl != "none" and self.forward_weight > 0 and self.gate != "never"
+
+    def refusal(self, signal: Signal) -> str | None:
+        """Why a teacher that gives ``signal`` cannot serve this objective, in one line; None when it can.
+
+        "topk" is `TeacherTopK`, "logits" is `TeacherLogits`.
+        """
+        if signal not in get_args(Signal):
+            raise ValueError(f"signal: {signal!r} is not one of {', '.join(get_args(Signal))}")
+        if signal == "topk":
+            for name in ("reverse_kl", "forward_kl"):
+                if getattr(self, name) == "exact":
+                    others = '"topk" or "topk_tail"' if name == "forward_kl" else '"sampled"'
+                    return (
+                        f'{name}="exact" needs the teacher\'s whole distribution, and top-k log-probs are not that: '
+                        f"choose {name}={others}, or a teacher that gives logits"
+                    )
+        return None

@@ -1,0 +1,186 @@
+"""What a run's figures say: every evaluation figure before and after, what deserves a warning, and one line of it all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from eaopd_megatron.evaluation.estimators import FloatArray, bootstrap_interval
+from eaopd_megatron.evaluation.results import BenchmarkResult
+from eaopd_megatron.reporting.run_data import RunData
+
+TERMINAL_LOGPROB_FLOOR = -10.0  # nats; below it the teacher takes the student's stop for a mistake
+TRUNCATION_CEILING = 0.5
+KL_FLOOR = -1e-3  # nats; rounding alone gives about -1e-5
+VERSION_LAG_CEILING = 4.0  # weight versions
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems and its 95 % bootstrap interval over problems."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure of one benchmark, before training and in the latest evaluation (None: only one evaluation yet).
+
+    change: the paired difference; None if there is no later evaluation or if it has other problems.
+    """
+
+    benchmark: str
+    figure: str
+    before: Estimate
+    after: Estimate | None
+    change: Estimate | None
+
+    @property
+    def relative_change(self) -> float | None:
+        """(after - before) / before, or None where that says nothing."""
+        return self.change.value / self.before.value if self.change is not None and self.before.value > 0 else None
+
+
+def estimate(values: FloatArray) -> Estimate:
+    """Mean of values [problems] with its interval."""
+    low, high = bootstrap_interval(values)
+    return Estimate(float(values.mean()), low, high)
+
+
+def compare_evaluations(run: RunData) -> list[Comparison]:
+    """Every figure of every benchmark of the first evaluation against the same benchmark's last one."""
+    rows = []
+    for name in dict.fromkeys(name for evaluation in run.evaluations for name in evaluation.benchmarks):
+        history = [evaluation.benchmarks[name] for evaluation in run.evaluations if name in evaluation.benchmarks]
+        before, after = history[0], history[-1] if len(history) > 1 else None
+        for figure in before.figures:
+            if figure != "grader_errors":
+                rows.append(_compare(name, figure, before, after))
+    return rows
+
+
+def _compare(name: str, figure: str, before: BenchmarkResult, after: BenchmarkResult | None) -> Comparison:
+    first = before.per_problem(figure)
+    if after is None or figure not in after.figures:
+        return Comparison(name, figure, estimate(first), None, None)
+    second = after.per_problem(figure)
+    same = [result.id for result in before.results] == [result.id for result in after.results]
+    return Comparison(name, figure, estimate(first), estimate(second), estimate(second - first) if same else None)
+
+
+def find_warnings(run: RunData) -> list[str]:
+    """A line for each sign of a run that goes wrong, with the iteration where it is worst and what to look at."""
+    lines = list(run.problems)
+
+    def below(limit: float) -> Callable[[FloatArray], FloatArray]:
+        return lambda values: limit - values
+
+    def above(limit: float) -> Callable[[FloatArray], FloatArray]:
+        return lambda values: values - limit
+
+    checks: list[tuple[str, Callable[[FloatArray], FloatArray], str, str]] = [
+        (
+            "teacher/terminal_logprob",
+            below(TERMINAL_LOGPROB_FLOOR),
+            f"the teacher's log-probability of the stopping token is below {TERMINAL_LOGPROB_FLOOR:g} nats",
+            "teacher and student may end with different ids: see teacher.terminal_map",
+        ),
+        (
+            "rollout/truncated",
+            above(TRUNCATION_CEILING),
+            f"more than {TRUNCATION_CEILING:.0%} of the rollouts are cut off at the length limit",
+            "see rollout.max_response_tokens and the stop ids",
+        ),
+        (
+            "objective/kl_min",
+            below(KL_FLOOR),
+            f"the smallest KL of a token is below {KL_FLOOR:g} nats, more than rounding explains",
+            "teacher and student may be normalised over different vocabularies",
+        ),
+        (
+            "rollout/version_lag",
+            lambda values: values - VERSION_LAG_CEILING + 1e-9,
+            f"rollouts are {VERSION_LAG_CEILING:g} weight versions old or older",
+            "training on stale samples collapses",
+        ),
+    ]
+    for name, excess, text, remedy in checks:
+        iterations, values = run.series(name)
+        amount = excess(values)
+        if values.size and (amount > 0).any():
+            worst = int(amount.argmax())
+            lines.append(
+                f"{text}: {int((amount > 0).sum())} of {values.size} iterations, worst {values[worst]:.3g} at iteration "
+                f"{iterations[worst]:.0f}, last {values[-1]:.3g}; {remedy}"
+            )
+    return lines + _gate_warning(run) + _evaluation_warnings(run)
+
+
+def _gate_warning(run: RunData) -> list[str]:
+    gate = run.gate()
+    if gate is None or not gate.in_use or not run.names("objective/"):
+        return []
+    fractions = run.series("objective/gate_fraction")[1]
+    if not fractions.size:
+        return ["the objective has a gate, but objective/gate_fraction was never recorded: the gate may be off"]
+    if not (fractions > 0).any():
+        return [
+            f"the gate never opened: no token of {fractions.size} iterations has a teacher entropy above "
+            f"{gate.threshold:g} nats, so the run trained without its forward KL; see objective.threshold and whether "
+            "the teacher's signal holds entropies"
+        ]
+    return []
+
+
+def _evaluation_warnings(run: RunData) -> list[str]:
+    lines = []
+    for evaluation in run.evaluations:
+        for name, benchmark in evaluation.benchmarks.items():
+            errors = benchmark.figures["grader_errors"]
+            answers = benchmark.samples * benchmark.problems
+            if errors:
+                lines.append(
+                    f"grader errors: {errors:.0f} of {answers} answers of {name} at iteration {evaluation.iteration} "
+                    "could not be graded (the grader threw or ran out of time) and count as wrong"
+                )
+            if benchmark.figures["truncated"] > TRUNCATION_CEILING:
+                lines.append(
+                    f"{benchmark.figures['truncated']:.0%} of the answers of {name} at iteration {evaluation.iteration} "
+                    "are cut off at the length limit; see evaluation.max_response_tokens"
+                )
+    return lines
+
+
+def summary_of(run: RunData) -> str:
+    """One line: the chief figures before -> after (means over benchmarks) and the student's entropy on gated tokens."""
+    parts = []
+    rows = compare_evaluations(run)
+    benchmarks = len({row.benchmark for row in rows})
+    for figure in _chief_figures([row.figure for row in rows]):
+        chosen = [row for row in rows if row.figure == figure]
+        before = sum(row.before.value for row in chosen) / len(chosen)
+        label = "distinct right answers" if figure == "distinct_correct" else figure.replace("pass@", "Pass@")
+        done = [row.after.value for row in chosen if row.after is not None]
+        if len(done) < len(chosen):
+            parts.append(f"{label} {before:.3f}")
+            continue
+        after = sum(done) / len(done)
+        relative = f" ({(after - before) / before:+.0%})".replace("%", " %") if before > 0 else ""
+        parts.append(f"{label} {before:.3f} -> {after:.3f}{relative}")
+    student = run.recent("student/entropy_gated")
+    teacher = run.recent("teacher/entropy_gated")
+    if student is not None:
+        versus = f" (teacher {teacher:.2f})" if teacher is not None else ""
+        parts.append(f"student entropy on gated tokens {student:.2f} nats{versus}")
+    loss = run.recent("objective/loss")
+    if not rows and loss is not None:
+        parts.insert(0, f"loss {run.early('objective/loss'):.3f} -> {loss:.3f}")
+    prefix = f"mean of {benchmarks} benchmarks: " if benchmarks > 1 else ""
+    return prefix + (", ".join(parts) if parts else f"{run.last_iteration} iterations, nothing evaluated")
+
+
+def _chief_figures(figures: list[str]) -> list[str]:
+    """pass@1, the largest pass@k, and the number of distinct right answers, as far as they are there."""
+    passes = sorted({name for name in figures if name.startswith("pass@")}, key=lambda name: int(name[5:]))
+    chosen = list(dict.fromkeys([*passes[:1], *passes[-1:]]))
+    return chosen + (["distinct_correct"] if "distinct_correct" in figures else [])

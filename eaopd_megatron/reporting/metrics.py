@@ -1,0 +1,178 @@
+"""A run's figures: metrics.jsonl (one JSON object an iteration), TensorBoard events and Weights & Biases."""
+
+import importlib
+import json
+import logging
+import math
+import secrets
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation.results import write_atomically
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "metrics.jsonl"
+_COUNTERS = ("iteration", "update")  # whole numbers that place a record; everything else is a figure
+_TENSORBOARD_FLUSH_SECONDS = 5
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in order. A last line that was cut off by a crash, or is being written, is left out.
+
+    An absent file has no records. UserError, with the line's number, for any other line that is not a JSON object.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+                raise ValueError("no object with an iteration")
+        except ValueError as error:
+            if number == len(lines):  # no line end after it
+                break
+            raise UserError(f"{path} line {number} is not a metrics record ({error}): remove that line") from error
+        records.append(record)
+    return records
+
+
+class _Sink(Protocol):
+    def write(self, record: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class MetricsWriter:
+    """Appends records to folder/metrics.jsonl and sends them on. One process of a run (rank 0) owns it.
+
+    resume_iteration: the iteration of the checkpoint from which the run goes on; later records, which the run makes
+    again, are removed first. None: a run from the start; what an earlier one left in the file is removed.
+    wandb: None, or {"project", "name" (or None), "config" (the resolved recipe)}.
+    `dropped`: how often each figure was NaN or infinite and so was left out of its record.
+
+    UserError if tensorboard or wandb is asked for and missing.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool, wandb: dict[str, Any] | None, resume_iteration: int | None) -> None:
+        self.dropped: Counter[str] = Counter()
+        self._sinks: list[_Sink] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE_NAME
+        if tensorboard:
+            self._sinks.append(_TensorBoard(folder / "tensorboard", resume_iteration))
+        if wandb is not None:
+            self._sinks.append(_Wandb(folder, wandb, resume_iteration))
+        _keep_until(path, resume_iteration)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends {"iteration": int, "update": int, "<name>": number, ...}; on return the line is in the file.
+
+        Numbers may be Python's, numpy's or tensors of one element. Figures that are NaN or infinite are left out.
+        """
+        clean: dict[str, float] = {name: int(record[name]) for name in _COUNTERS if name in record}
+        for name, value in record.items():
+            if name in _COUNTERS:
+                continue
+            number = float(value)
+            if math.isfinite(number):
+                clean[name] = number
+            else:
+                self._drop(name, number, int(record["iteration"]))
+        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._file.flush()
+        for sink in self._sinks:
+            sink.write(clean)
+
+    def close(self) -> None:
+        """Closes the file and the other receivers."""
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _drop(self, name: str, number: float, iteration: int) -> None:
+        self.dropped[name] += 1
+        count = self.dropped[name]
+        if count & (count - 1) == 0:  # the first, second, fourth, ... time: a run that always does it stays readable
+            logger.warning("%s is %s at iteration %d and is left out (time %d)", name, number, iteration, count)
+
+
+def _keep_until(path: Path, iteration: int | None) -> None:
+    """Keeps the records up to `iteration` (None: none at all) in whole lines, by an atomic rewrite."""
+    if not path.exists():
+        return
+    records = [] if iteration is None else [r for r in read_metrics(path) if r["iteration"] <= iteration]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, resume_iteration: int | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "reporting.tensorboard: the package tensorboard is missing; pip install tensorboard, "
+                "or set reporting.tensorboard=false"
+            ) from error
+        first = 0 if resume_iteration is None else resume_iteration + 1
+        self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
+            log_dir=str(folder), purge_step=first, flush_secs=_TENSORBOARD_FLUSH_SECONDS
+        )
+
+    def write(self, record: Mapping[str, float]) -> None:
+        step = int(record["iteration"])
+        for name, value in record.items():
+            if name not in _COUNTERS:
+                self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class _Wandb:
+    """The run's id lies in the run's folder, so that a resumed run continues the same curves."""
+
+    def __init__(self, folder: Path, options: dict[str, Any], resume_iteration: int | None) -> None:
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise UserError(
+                "reporting.wandb: the package wandb is missing; pip install wandb, or set reporting.wandb=false"
+            ) from error
+        id_file = folder / "wandb_id.txt"
+        if resume_iteration is None or not id_file.exists():
+            write_atomically(id_file, secrets.token_hex(8) + "\n")
+        self._run = wandb.init(
+            project=options.get("project"),
+            name=options.get("name"),
+            config=options.get("config"),
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(folder),
+        )
+        # wandb's own step cannot go back, and a resumed run repeats iterations: the x axis is the iteration instead
+        self._run.define_metric("iteration")
+        self._run.define_metric("*", step_metric="iteration")
+
+    def write(self, record: Mapping[str, float]) -> None:
+        self._run.log(dict(record))
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,349 @@
+"""The report's pictures. Each function draws one from a run's data, or raises `Missing` with the metrics that it lacks.
+
+Colours (Okabe and Ito's, told apart by colour-blind readers) mean the same everywhere: blue is the teacher, red-orange
+the student, green the forward KL, purple the reverse KL. Solid lines are gated tokens, dashed ones the other tokens.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+
+from eaopd_megatron.evaluation.estimators import FloatArray
+from eaopd_megatron.evaluation.results import BenchmarkResult
+from eaopd_megatron.reporting.findings import estimate
+from eaopd_megatron.reporting.run_data import RunData
+
+TEACHER, STUDENT, FORWARD, REVERSE, NEUTRAL = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#333333"
+SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+BY_K = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#004166", "#000000")
+GATED, OTHER = "-", (0, (4, 2))
+SMOOTH_FROM = 60  # points; with fewer every point is drawn as it is
+
+LineStyle = str | tuple[int, tuple[int, int]]
+
+
+class Missing(Exception):
+    """The metrics without which a picture cannot be drawn."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(", ".join(names))
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture of the report: its file's name, heading, how to read it, and the function that draws it."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[RunData], Figure]
+
+
+def to_png(figure: Figure) -> bytes:
+    """A figure as PNG, without a display and without matplotlib's global state."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def smooth(values: FloatArray) -> FloatArray:
+    """Centred running mean over a thirtieth of the points; windows are cut at the ends, so that nothing is invented."""
+    half = max(1, len(values) // 60)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def draw_objective(run: RunData) -> Figure:
+    figure, (left, right) = _panels(2)
+    _require(run, "objective/loss", "objective/reverse_kl")
+    _line(left, run, "objective/loss", "loss", NEUTRAL)
+    _line(right, run, "objective/reverse_kl", "reverse KL", REVERSE)
+    _line(right, run, "objective/forward_kl_gated", "forward KL, gated tokens", FORWARD, GATED)
+    _line(right, run, "objective/forward_kl_ungated", "forward KL, other tokens", FORWARD, OTHER)
+    _finish(left, "Loss", "nats / token")
+    _finish(right, "Divergences", "nats / token", floor=True)
+    return figure
+
+
+def draw_entropy(run: RunData) -> Figure:
+    gated = [name for name in ("teacher/entropy_gated", "student/entropy_gated") if run.series(name)[1].size]
+    if not gated:
+        _require(run, "teacher/entropy", "student/entropy")
+        figure, (axes,) = _panels(1)
+        _line(axes, run, "teacher/entropy", "teacher", TEACHER)
+        _line(axes, run, "student/entropy", "student", STUDENT)
+        _finish(axes, "Entropy, all tokens", "nats", floor=True)
+        return figure
+    figure, (left, right) = _panels(2)
+    for role, colour in (("teacher", TEACHER), ("student", STUDENT)):
+        _line(left, run, f"{role}/entropy_gated", role, colour, GATED)
+        _line(right, run, f"{role}/entropy_ungated", role, colour, OTHER)
+    gate = run.gate()
+    if gate is not None and gate.in_use:
+        left.axhline(gate.threshold, color="#888888", linewidth=1, linestyle=":", label=f"threshold {gate.threshold:g}")
+    _finish(left, "Entropy, gated tokens", "nats")
+    _finish(right, "Entropy, other tokens", "nats", floor=True)
+    return figure
+
+
+def draw_gate(run: RunData) -> Figure:
+    _require(run, "objective/gate_fraction")
+    has_clip = bool(run.series("objective/clip_fraction")[1].size)
+    figure, axes = _panels(2 if has_clip else 1)
+    _line(axes[0], run, "objective/gate_fraction", "gate open", FORWARD)
+    if run.series("objective/gate_ambiguous")[1].any():
+        _line(axes[0], run, "objective/gate_ambiguous", "gate uncertain", NEUTRAL)
+    _finish(axes[0], "Gate fraction", "share of tokens", floor=True, percent=True)
+    if has_clip:
+        _line(axes[1], run, "objective/clip_fraction", "ratio clipped", REVERSE)
+        _finish(axes[1], "Clip fraction", "share of tokens", floor=True, percent=True)
+    return figure
+
+
+def draw_evaluation(run: RunData) -> Figure:
+    names = _benchmarks(run)
+    # with one right answer a problem the number of distinct ones is pass@K again
+    several = [name for name in names if any(r.distinct_correct > 1 for _, b in _history(run, name) for r in b.results)]
+    figure, axes = _panels(len(names) + bool(several))
+    for panel, name in zip(axes, names, strict=False):
+        history = _history(run, name)
+        iterations = [iteration for iteration, _ in history]
+        figures = [figure for figure in history[0][1].figures if figure.startswith("pass@")]
+        for figure_name, colour in zip(figures, _by_k(len(figures)), strict=True):
+            points = [estimate(benchmark.per_problem(figure_name)) for _, benchmark in history]
+            label = f"{figure_name} (= avg@{history[0][1].samples})" if figure_name == "pass@1" else figure_name
+            values = np.array([point.value for point in points])
+            spread = np.array([[point.value - point.low for point in points], [point.high - point.value for point in points]])
+            panel.errorbar(iterations, values, yerr=np.maximum(spread, 0), color=colour, marker="o", markersize=4,
+                           linewidth=1.6, elinewidth=0.9, capsize=2, label=label)  # fmt: skip
+        _finish(panel, name, "share of problems", floor=True, percent=True)
+    if several:
+        for name, colour in zip(several, _cycle(len(several)), strict=True):
+            history = _history(run, name)
+            points = [estimate(benchmark.per_problem("distinct_correct")) for _, benchmark in history]
+            iterations = [iteration for iteration, _ in history]
+            axes[len(names)].plot(iterations, [p.value for p in points], color=colour, marker="o", markersize=4, label=name)
+            axes[len(names)].fill_between(iterations, [p.low for p in points], [p.high for p in points], color=colour,
+                                          alpha=0.15, linewidth=0)  # fmt: skip
+        _finish(axes[len(names)], "Distinct right answers", "answers / problem", floor=True)
+    return figure
+
+
+def draw_pass_at_k(run: RunData) -> Figure:
+    names = _benchmarks(run)
+    figure, axes = _panels(len(names))
+    for panel, name in zip(axes, names, strict=False):
+        history = _history(run, name)
+        ends = [history[0]] if len(history) == 1 else [history[0], history[-1]]
+        for (iteration, benchmark), colour, marker in zip(ends, ("#777777", STUDENT), ("s", "o"), strict=False):
+            figures = [figure for figure in benchmark.figures if figure.startswith("pass@")]
+            ks = [int(figure.removeprefix("pass@")) for figure in figures]
+            points = [estimate(benchmark.per_problem(figure)) for figure in figures]
+            label = "before training" if iteration == 0 else f"after iteration {iteration}"
+            panel.plot(ks, [p.value for p in points], color=colour, marker=marker, markersize=5, label=label)
+            panel.fill_between(ks, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(ks, [str(k) for k in ks])
+            panel.xaxis.set_minor_locator(NullLocator())
+        _finish(panel, name, "pass@k", floor=True, percent=True, xlabel="k (samples)")
+    return figure
+
+
+def draw_rollout(run: RunData) -> Figure:
+    _require(run, "rollout/length")
+    shares = [name for name in ("rollout/stopped", "rollout/truncated") if run.series(name)[1].size]
+    terminal = run.series("teacher/terminal_logprob")[1].size > 0
+    figure, axes = _panels(1 + bool(shares) + terminal)
+    _line(axes[0], run, "rollout/length", "response length", STUDENT)
+    _finish(axes[0], "Response length", "tokens", floor=True)
+    if shares:
+        _line(axes[1], run, "rollout/stopped", "stopped by itself", FORWARD)
+        _line(axes[1], run, "rollout/truncated", "cut at the limit", NEUTRAL)
+        _finish(axes[1], "How responses end", "share of responses", percent=True)
+        axes[1].set_ylim(-0.03, 1.03)
+    if terminal:
+        _line(axes[-1], run, "teacher/terminal_logprob", "teacher's log-prob.", TEACHER)
+        _finish(axes[-1], "Stopping token", "nats")
+        low, high = axes[-1].get_ylim()
+        axes[-1].set_ylim(min(low, -1.0), max(high, 0.0))
+    return figure
+
+
+def draw_optimizer(run: RunData) -> Figure:
+    _require(run, "optimizer/lr")
+    has_norm = bool(run.series("optimizer/grad_norm")[1].size)
+    figure, axes = _panels(2 if has_norm else 1)
+    _line(axes[0], run, "optimizer/lr", "learning rate", NEUTRAL)
+    _finish(axes[0], "Learning rate", "learning rate", floor=True)
+    axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    if has_norm:
+        _line(axes[1], run, "optimizer/grad_norm", "gradient norm", STUDENT)
+        values = run.series("optimizer/grad_norm")[1]
+        if (values > 0).all() and values.max() > 8 * values.min():
+            axes[1].set_yscale("log")
+        _finish(axes[1], "Gradient norm before clipping", "norm")
+    return figure
+
+
+def draw_time(run: RunData) -> Figure:
+    names = run.names("time/")
+    if not names:
+        raise Missing("time/*")
+    records = [record for record in run.records if any(name in record for name in names)]
+    iterations = np.array([record["iteration"] for record in records], dtype=np.float64)
+    table = np.array([[record.get(name, 0.0) for record in records] for name in names], dtype=np.float64)
+    shown = np.array([smooth(row) for row in table]) if len(records) >= SMOOTH_FROM else table
+    colours = _cycle(len(names))
+    labels = [name.removeprefix("time/") for name in names]
+    figure, (left, right) = _panels(2)
+    left.stackplot(iterations, shown, colors=colours, labels=labels, linewidth=0)
+    left.set_xlim(iterations[0], max(iterations[-1], iterations[0] + 1))
+    _finish(left, "Time of an iteration", "s", floor=True)
+    totals = table.sum(axis=1)
+    positions = np.arange(len(names))[::-1]
+    right.barh(positions, totals, color=colours)
+    for position, total in zip(positions, totals, strict=True):
+        share = total / totals.sum() if totals.sum() else 0.0
+        right.text(total, position, f"  {total:,.1f} s ({share:.0%})", va="center", fontsize=8)
+    right.set_yticks(positions, labels)
+    _finish(right, "Total by phase", "", xlabel="s", legend=False)
+    right.grid(False, axis="y")
+    right.set_xlim(0, max(float(totals.max()) * 1.35, 1e-9))
+    right.xaxis.set_major_locator(MaxNLocator(5))
+    return figure
+
+
+def draw_throughput(run: RunData) -> Figure:
+    names = run.names("throughput/") + run.names("rollout/tokens_per_second")
+    if not names:
+        raise Missing("rollout/tokens_per_second", "throughput/*")
+    tokens = [name for name in names if name.endswith("tokens_per_second")]
+    rest = [name for name in names if name not in tokens]
+    figure, axes = _panels(bool(tokens) + len(rest))
+    for name, colour in zip(tokens, _cycle(len(tokens)), strict=True):
+        label = name.removesuffix("tokens_per_second").replace("throughput/", "all ").strip("/_ ").replace("_", " ")
+        _line(axes[0], run, name, label or "all", colour)
+    if tokens:
+        _finish(axes[0], "Tokens per second", "tokens / s", floor=True)
+    for panel, name in zip(axes[bool(tokens) :], rest, strict=False):
+        _line(panel, run, name, name, NEUTRAL)
+        _finish(panel, name, name.rsplit("/", 1)[-1].replace("_", " "), floor=True, legend=False)
+    return figure
+
+
+PLOTS: tuple[Plot, ...] = (
+    Plot(
+        "evaluation",
+        "Evaluation over training",
+        "Bars and bands: 95 % bootstrap intervals over problems. Pass@k is the unbiased estimate.",
+        draw_evaluation,
+    ),
+    Plot(
+        "pass_at_k",
+        "Pass@k before and after",
+        "A curve that rises at k = 1 but not at large k has become surer, not more able.",
+        draw_pass_at_k,
+    ),
+    Plot(
+        "objective",
+        "Loss terms",
+        "Means over response tokens. The loss holds the sampled policy-gradient term, which is no distance: "
+        "read progress off the divergences.",
+        draw_objective,
+    ),
+    Plot(
+        "entropy",
+        "Entropies of teacher and student",
+        "On gated tokens the student should keep close to the teacher; far below it, answers become alike.",
+        draw_entropy,
+    ),
+    Plot(
+        "gate",
+        "Gate and clipping",
+        "Gate: share of response tokens whose teacher entropy is above the threshold.",
+        draw_gate,
+    ),
+    Plot("rollout", "Rollouts", "Responses that are cut off teach the student nothing about stopping.", draw_rollout),
+    Plot("optimizer", "Optimiser", "Learning rate and norm of the gradient before it is clipped.", draw_optimizer),
+    Plot("time", "Where the time goes", "Seconds of each phase, stacked, and their sums over the run.", draw_time),
+    Plot("throughput", "Throughput", "Tokens per second over all ranks.", draw_throughput),
+)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(5.2 * columns if columns < 3 else 12.6, 3.5 * rows), dpi=130, layout="constrained")
+    grid = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
+    return figure, grid
+
+
+def _line(axes: Axes, run: RunData, name: str, label: str, colour: str, style: LineStyle = "-") -> None:
+    """Draws a metric if it was recorded: few points as they are, many as a smooth line over the faint values."""
+    iterations, values = run.series(name)
+    if len(values) >= SMOOTH_FROM:
+        axes.plot(iterations, values, color=colour, alpha=0.25, linewidth=0.7)
+        axes.plot(iterations, smooth(values), color=colour, linewidth=1.8, linestyle=style, label=label)
+    elif len(values):
+        marker = "o" if len(values) < 15 else ""
+        axes.plot(iterations, values, color=colour, linewidth=1.6, linestyle=style, marker=marker, markersize=3, label=label)
+
+
+def _finish(
+    axes: Axes,
+    title: str,
+    ylabel: str,
+    *,
+    floor: bool = False,
+    percent: bool = False,
+    legend: bool = True,
+    xlabel: str = "iteration",
+) -> None:
+    """Titles, units and a light grid; floor: the axis begins at 0 where no value is below."""
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(True, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if floor and axes.dataLim.y0 >= 0:
+        axes.set_ylim(bottom=0)
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    if xlabel == "iteration":
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if legend and axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
+
+
+def _require(run: RunData, *names: str) -> None:
+    """At least one of the metrics must be there."""
+    if not any(run.series(name)[1].size for name in names):
+        raise Missing(*names)
+
+
+def _benchmarks(run: RunData) -> list[str]:
+    names = list(dict.fromkeys(name for evaluation in run.evaluations for name in evaluation.benchmarks))
+    if not names:
+        raise Missing("evaluation/*.json")
+    return names
+
+
+def _history(run: RunData, name: str) -> list[tuple[int, BenchmarkResult]]:
+    return [(e.iteration, e.benchmarks[name]) for e in run.evaluations if name in e.benchmarks]
+
+
+def _cycle(count: int) -> list[str]:
+    return [SERIES[index % len(SERIES)] for index in range(count)]
+
+
+def _by_k(count: int) -> Sequence[str]:
+    return BY_K[:count] if count <= len(BY_K) else _cycle(count)

@@ -1,0 +1,145 @@
+"""What a user sees while a run goes on: a live display on a terminal, plain lines elsewhere, and log.txt in any case."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_SECONDS = 5.0  # at most one plain line in so many seconds
+_RATE_WINDOW = 20  # iterations over which the remaining time is estimated
+
+# label, metric, format; a figure is shown where the record has it
+_FIGURES = (
+    ("loss", "objective/loss", "{:.3f}"),
+    ("reverse KL", "objective/reverse_kl", "{:.3f}"),
+    ("gated forward KL", "objective/forward_kl_gated", "{:.3f}"),
+    ("gated", "objective/gate_fraction", "{:.1%}"),
+    ("entropy teacher", "teacher/entropy", "{:.2f}"),
+    ("student", "student/entropy", "{:.2f}"),
+    ("length", "rollout/length", "{:.0f}"),
+    ("truncated", "rollout/truncated", "{:.0%}"),
+    ("tokens/s", "rollout/tokens_per_second", "{:,.0f}"),
+)
+
+
+class Progress:
+    """A run's display; used as a context manager by the one process that reports.
+
+    total: iterations of the run; start: iterations already done (a resumed run). Log lines are appended to `log_path`.
+    console: where to show it; the standard output unless said. `clock`: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int,
+        log_path: Path,
+        console: Console | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total = total
+        self._done = start
+        self._console = console or Console()
+        self._clock = clock
+        self._ends: deque[float] = deque(maxlen=_RATE_WINDOW + 1)
+        self._next_line = 0.0
+        self._evaluation = ""
+        self._figures: list[tuple[str, str]] = []
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log_path.open("a", encoding="utf-8")
+        self._bar = Bar(
+            TextColumn("distilling"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
+        )
+        self._task = self._bar.add_task("distilling", total=total, completed=start, left="")
+        self._live = (
+            Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
+            if self._console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+        self._log.close()
+
+    def message(self, text: str) -> None:
+        """Shows a line with its time: a phase of the start-up, a checkpoint, a warning."""
+        self._write(text, show=True)
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Shows a metrics record (an iteration that ended; iteration 0: the evaluation before training)."""
+        iteration = int(record["iteration"])
+        evaluated = _evaluation_text(record)
+        if evaluated:
+            self._evaluation = evaluated
+            self.message(f"evaluation after {iteration} iterations: {evaluated}" if iteration else f"before training: {evaluated}")
+        self._figures = [(label, form.format(record[name])) for label, name, form in _FIGURES if name in record] or self._figures
+        now = self._clock()
+        if iteration > self._done or not self._ends:
+            self._ends.append(now)
+        self._done = max(self._done, iteration)
+        self._bar.update(self._task, completed=self._done, left=self._left())
+        if not any(name.startswith("objective/") for name in record):
+            return
+        if now >= self._next_line or iteration >= self._total:
+            self._next_line = now + PLAIN_SECONDS
+            figures = "  ".join(f"{label} {value}" for label, value in self._figures)
+            self._write(f"iteration {iteration}/{self._total}  {figures}  {self._left()}".rstrip(), show=self._live is None)
+
+    def _left(self) -> str:
+        """Estimated time to the end, from the last iterations; empty before there are two."""
+        if len(self._ends) < 2 or self._done >= self._total:
+            return ""
+        seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._total - self._done)
+        minutes, rest = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{rest:02d} left"
+
+    def _write(self, text: str, *, show: bool) -> None:
+        stamp = datetime.now()
+        self._log.write(f"{stamp:%Y-%m-%d %H:%M:%S} {text}\n")
+        self._log.flush()
+        if show:  # soft_wrap: a log file's lines are not folded at 80 columns
+            self._console.print(Text(f"{stamp:%H:%M:%S} {text}"), soft_wrap=self._live is None)
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        line = Text()
+        for label, value in self._figures:
+            line.append(f"{label} ", style="dim").append(value, style="bold").append("   ")
+        table.add_row(line)
+        if self._evaluation:
+            table.add_row(Text.assemble(("last evaluation  ", "dim"), self._evaluation))
+        return Group(self._bar.get_renderable(), table)
+
+
+def _evaluation_text(record: Mapping[str, Any]) -> str:
+    """`countdown pass@1 0.081 pass@8 0.432`, benchmark by benchmark; empty if the record holds no evaluation."""
+    found: dict[str, dict[int, float]] = {}
+    for name, value in record.items():
+        parts = name.rsplit("/", 1)
+        if name.startswith("evaluation/") and parts[1].startswith("pass@"):
+            found.setdefault(parts[0].removeprefix("evaluation/"), {})[int(parts[1].removeprefix("pass@"))] = value
+    texts = []
+    for benchmark, by_k in found.items():
+        ends = dict.fromkeys((min(by_k), max(by_k)))
+        texts.append(f"{benchmark} " + " ".join(f"pass@{k} {by_k[k]:.3f}" for k in ends))
+    return ", ".join(texts)

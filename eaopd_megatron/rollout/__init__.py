@@ -1,0 +1,1 @@
+"""The student's responses: one small interface, one module an engine."""

@@ -1,0 +1,44 @@
+"""How student and teacher agree on the token that ends a response (docs: the EOS mismatch punishes stopping).
+
+A base student ends with one id, its chat teacher expects another; unmapped, the teacher gives the student's stop about −21 nats
+and truncation goes to 100 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from eaopd_megatron.data.samples import MicroBatch
+
+
+@dataclass(frozen=True)
+class TerminalMap:
+    """kind: "swap" exchanges the two ids in the teacher's output rows, so every term of the objective means the same stop;
+    "label" (the paper) only looks up the terminal token's teacher log-prob under the teacher's id; "none" changes nothing."""
+
+    kind: str
+    student_id: int
+    teacher_id: int
+
+    @classmethod
+    def between(cls, kind: str, student_eos: list[int], teacher_eos: list[int]) -> TerminalMap:
+        """The map between the first end-of-sequence ids of the two models; "none" where they agree."""
+        same = not student_eos or not teacher_eos or student_eos[0] == teacher_eos[0]
+        if same or kind == "none":
+            return cls("none", *(student_eos or [-1])[:1], *(teacher_eos or [-1])[:1])
+        return cls(kind, student_eos[0], teacher_eos[0])
+
+    def row_map(self) -> dict[int, int] | None:
+        """Output rows to exchange when the teacher's weights are loaded."""
+        if self.kind != "swap":
+            return None
+        return {self.student_id: self.teacher_id, self.teacher_id: self.student_id}
+
+    def labels(self, batch: MicroBatch) -> torch.Tensor | None:
+        """[n] ids under which log p(y) is looked up, or None where they are the tokens themselves."""
+        if self.kind != "label":
+            return None
+        terminal = batch.last_tokens() & (batch.tokens == self.student_id)
+        return torch.where(terminal, self.teacher_id, batch.tokens)

@@ -1,0 +1,49 @@
+"""Running means of per-token metrics over micro-batches, mini-batches and data-parallel ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+class Averages:
+    """Sums and counts by name, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, torch.Tensor] = {}
+        self._minima: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, values: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """Values [n] of any type; `where` [n] bool leaves the others out of sum and count."""
+        values = values.detach().double()
+        if where is not None:
+            values = values[where]
+        self._sums[name] = self._sums.get(name, 0) + values.sum()
+        self._counts[name] = self._counts.get(name, 0) + torch.tensor(float(values.numel()))
+
+    def minimum(self, name: str, values: torch.Tensor) -> None:
+        """Keep the smallest value seen."""
+        if values.numel():
+            smallest = values.detach().double().min()
+            self._minima[name] = torch.minimum(self._minima[name], smallest) if name in self._minima else smallest
+
+    def reduce(self, group: dist.ProcessGroup | None) -> dict[str, float]:
+        """Means and minima over the group's ranks, the same on each; a name that nobody counted is absent."""
+        local = (
+            {name: (float(self._sums[name]), float(self._counts[name])) for name in self._sums},
+            {name: float(value) for name, value in self._minima.items()},
+        )
+        gathered = [local]
+        if group is not None and dist.get_world_size(group) > 1:
+            gathered = [local] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, local, group=group)
+        result: dict[str, float] = {}
+        for name in sorted({name for sums, _ in gathered for name in sums}):
+            parts = [sums[name] for sums, _ in gathered if name in sums]
+            count = sum(c for _, c in parts)
+            if count:
+                result[name] = sum(s for s, _ in parts) / count
+        for name in sorted({name for _, minima in gathered for name in minima}):
+            result[name] = min(minima[name] for _, minima in gathered if name in minima)
+        return result

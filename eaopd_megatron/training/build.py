@@ -1,0 +1,137 @@
+"""Models, optimiser, teacher, rollout and data of a recipe, built on this rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
+from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.config import Recipe
+from eaopd_megatron.data.prompts import PromptBuilder
+from eaopd_megatron.data.samples import Sampling
+from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
+from eaopd_megatron.megatron import optimizer as megatron_optimizer
+from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.model import DTYPES, build_model, check_config
+from eaopd_megatron.rollout.local import LocalRollout
+from eaopd_megatron.teacher.colocated import ColocatedTeacher
+from eaopd_megatron.teacher.terminal import TerminalMap
+from eaopd_megatron.training.folder import RunFolder
+from eaopd_megatron.training.step import Student
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of on this rank."""
+
+    student_folder: HfFolder
+    teacher_folder: HfFolder
+    tokenizer: Any
+    model: torch.nn.Module
+    student: Student
+    teacher: ColocatedTeacher
+    rollout: LocalRollout
+    sampling: Sampling
+    evaluator: Evaluator
+
+
+def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
+    """Everything of the recipe but its prompts and its state. Raises UserError for a pair that does not fit."""
+    layout = parallel.layout
+    student_folder = HfFolder.open(recipe.student.model, "student.model")
+    teacher_folder = HfFolder.open(recipe.teacher.model, "teacher.model")
+    check_config(student_folder.config, layout, recipe.student.model)
+    check_config(teacher_folder.config, layout, recipe.teacher.model)
+    check_same_tokenizer(teacher_folder, student_folder)
+    vocab_size = student_folder.vocab_size
+    objective = recipe.objective.build()
+    terminal = TerminalMap.between(recipe.teacher.terminal_map, student_folder.eos_ids, teacher_folder.eos_ids)
+    row_map = terminal.row_map()
+
+    model = build_model(student_folder.config, layout, DTYPES[recipe.student.precision])
+    load_hf(model, student_folder, parallel)
+    teacher_model = build_model(
+        teacher_folder.config, layout, DTYPES[recipe.teacher.precision], untie=row_map is not None
+    )
+    load_hf(teacher_model, teacher_folder, parallel, row_map=row_map)
+
+    ddp = megatron_optimizer.wrap(model, parallel)
+    optimizer = megatron_optimizer.build_optimizer(
+        ddp,
+        lr=recipe.optimizer.lr,
+        weight_decay=recipe.optimizer.weight_decay,
+        beta1=recipe.optimizer.beta1,
+        beta2=recipe.optimizer.beta2,
+        eps=recipe.optimizer.eps,
+        clip_grad=recipe.optimizer.clip_grad,
+        precision=recipe.student.precision,
+    )
+    multiple = layout.tensor_parallel if layout.sequence_parallel else 1
+    budget = recipe.train.micro_batch_tokens
+    student = Student(
+        ddp,
+        optimizer,
+        parallel,
+        objective,
+        vocab_size=vocab_size,
+        budget=budget,
+        multiple=multiple,
+        failures=folder.failures,
+    )
+    teacher = ColocatedTeacher(
+        teacher_model,
+        parallel,
+        vocab_size=vocab_size,
+        signal=recipe.teacher.signal,
+        top_k=min(objective.top_k, vocab_size),
+        terminal=terminal,
+        budget=budget,
+        multiple=multiple,
+    )
+    rollout = LocalRollout(model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size)
+    stop_ids = tuple(sorted({*student_folder.eos_ids, *teacher_folder.eos_ids, *recipe.rollout.stop_ids}))
+    tokenizer = student_folder.tokenizer()
+    return Parts(
+        student_folder,
+        teacher_folder,
+        tokenizer,
+        model,
+        student,
+        teacher,
+        rollout,
+        Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
+        evaluator(recipe, parallel, rollout, tokenizer, stop_ids),
+    )
+
+
+def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str) -> PromptBuilder:
+    """The recipe's template with the training's or the evaluation's suffix."""
+    return PromptBuilder(
+        tokenizer,
+        template=recipe.data.template,
+        suffix=suffix,
+        field=recipe.data.prompt_field,
+        max_tokens=recipe.data.max_prompt_tokens,
+    )
+
+
+def evaluator(
+    recipe: Recipe, parallel: Parallel, rollout: LocalRollout, tokenizer: Any, stop_ids: tuple[int, ...]
+) -> Evaluator:
+    """The recipe's benchmarks, ready to be run on the model that the rollout generates with."""
+    chosen = recipe.evaluation
+    builder = prompt_builder(recipe, tokenizer, chosen.suffix)
+    return Evaluator(
+        rollout,
+        parallel,
+        tokenizer,
+        [Benchmark.load(source, builder, chosen.problems) for source in chosen.benchmarks],
+        chosen.samples,
+        Sampling(chosen.temperature, chosen.top_p, chosen.max_response_tokens, stop_ids),
+        chosen.seed,
+    )
+
+

@@ -1,0 +1,94 @@
+"""A run's folder: where things lie in it, whether the run is finished, and whether this recipe may go on in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eaopd_megatron.config import Recipe, differences, dump, load_recipe
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation.results import write_atomically
+
+_FREE = ("evaluation.", "reporting.", "distributed.")
+"""Settings that may change between a run's start and its continuation: none of them reaches the student's weights."""
+_FREE_KEYS = ("run.folder", "run.save_interval", "run.keep_checkpoints", "run.log_rollouts", "rollout.batch_size")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run's folder (docs: the run's folder)."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def failures(self) -> Path:
+        return self.path / "failures"
+
+    @property
+    def student(self) -> Path:
+        """The trained student as a Hugging Face folder."""
+        return self.path / "student"
+
+    @property
+    def finished_file(self) -> Path:
+        return self.path / "finished.json"
+
+    def finished(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None while the run is not finished."""
+        try:
+            return dict(json.loads(self.finished_file.read_text()))
+        except FileNotFoundError:
+            return None
+
+    def finish(self, recipe: Recipe) -> None:
+        """Mark the run as finished: the last thing that it does."""
+        write_atomically(self.finished_file, json.dumps({"iterations": recipe.train.iterations}) + "\n")
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Refuse to go on in a folder that holds a run of another recipe (UserError with the first difference)."""
+        if not self.config.exists():
+            return
+        for key, there, here in differences(load_recipe(self.config), recipe):
+            if key not in _FREE_KEYS and not key.startswith(_FREE):
+                raise UserError(
+                    f"{self.path} holds a run with {key}={there}, this recipe has {here}: "
+                    "choose another run.folder, or remove that one"
+                )
+
+    def write_config(self, recipe: Recipe) -> None:
+        """Keep the resolved recipe beside the run."""
+        write_atomically(self.config, dump(recipe))
+
+
+def already_finished(recipe: Recipe) -> str | None:
+    """The line for a user who starts a finished run again; None where there is something to do. Needs no torch."""
+    folder = RunFolder(Path(recipe.run.folder))
+    folder.check_recipe(recipe)
+    if folder.finished() is None:
+        return None
+    return (
+        f"{folder.path}: this run is finished ({recipe.train.iterations} iterations). "
+        f"Report: {folder.path / 'report.html'}  Student: {folder.student}"
+    )

@@ -1,0 +1,230 @@
+"""A run: its parts, its place in time, and what it leaves behind after each iteration."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from eaopd_megatron.config import Recipe
+from eaopd_megatron.data.cursor import PromptCursor
+from eaopd_megatron.data.prompts import load_problems
+from eaopd_megatron.data.samples import Sample
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation.results import write_atomically
+from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.reporting.metrics import MetricsWriter
+from eaopd_megatron.reporting.progress import Progress
+from eaopd_megatron.training.averages import Averages
+from eaopd_megatron.training.build import build, prompt_builder
+from eaopd_megatron.training.checkpoints import TrainingCheckpoints
+from eaopd_megatron.training.folder import RunFolder
+from eaopd_megatron.training.schedule import Schedule
+
+TERMINAL_LOGPROB_WARNING = -10.0  # nats; below it the pair does not agree on how to stop
+
+
+class Interrupted(UserError):
+    """A signal asked the run to stop; its checkpoint is written."""
+
+    exit_code = 130
+
+
+class Run:
+    """A run on this rank. `iteration` and `updates` count what is completed."""
+
+    def __init__(self, recipe: Recipe, parallel: Parallel) -> None:
+        self.recipe, self.parallel = recipe, parallel
+        self.folder = RunFolder(Path(recipe.run.folder))
+        self.progress = self._reporter()
+        self.say(f"student {recipe.student.model}, teacher {recipe.teacher.model}: loading on {parallel.world_size} ranks")
+        self.parts = build(recipe, parallel, self.folder)
+        self.student, self.teacher = self.parts.student, self.parts.teacher
+        problems = load_problems(recipe.data.source, recipe.data.split)
+        builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix)
+        self.prompts, dropped = builder.build(problems, recipe.data.source)
+        if dropped:
+            self.say(f"{dropped} prompts are longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}: left out")
+        self.cursor = PromptCursor(
+            len(self.prompts),
+            recipe.train.prompts_per_iteration,
+            recipe.seed,
+            recipe.data.shuffle,
+            recipe.data.last_batch,
+        )
+        updates = sum(-(-self.cursor.size(i) // recipe.train.mini_batch) for i in range(recipe.train.iterations))
+        options = recipe.optimizer
+        self.schedule = Schedule(
+            options.lr, updates, options.schedule, options.warmup_updates, options.lr * options.min_lr_ratio
+        )
+        self.averages = Averages()
+        self._times: dict[str, float] = defaultdict(float)
+        self._signal: int | None = None
+        self.checkpoints = TrainingCheckpoints(recipe, parallel, self.folder, self.parts, self.prompts)
+        self.iteration, self.updates = self.checkpoints.resume()
+        self._open_records()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    # One iteration
+
+    def generate(self) -> list[Sample]:
+        """This rank's share of the iteration's prompts, answered by the current student."""
+        iteration, mini = self.iteration, self.recipe.train.mini_batch
+        indices = self.cursor.indices(iteration)
+        mine = [i for i in range(len(indices)) if i % mini % self.parallel.dp_size == self.parallel.dp_rank]
+        samples = self.parts.rollout.generate(
+            [self.prompts[indices[i]] for i in mine],
+            [(self.recipe.seed, "rollout", iteration, i) for i in mine],
+            self.parts.sampling,
+            version=self.updates,
+        )
+        for index, sample in zip(mine, samples, strict=True):
+            sample.index, sample.teacher = index, self.recipe.teacher.model
+        return samples
+
+    def mini_batches(self, samples: list[Sample]) -> list[list[Sample]]:
+        """This rank's share of each mini-batch of the iteration, possibly empty; as many on every rank."""
+        mini = self.recipe.train.mini_batch
+        count = -(-self.cursor.size(self.iteration) // mini)
+        return [[s for s in samples if s.index // mini == number] for number in range(count)]
+
+    @contextlib.contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Adds the seconds spent inside to the iteration's time/<phase>."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._times[phase] += time.perf_counter() - start
+
+    def finish_iteration(self, samples: list[Sample]) -> None:
+        """Record the iteration, evaluate and save where it is time, and stop in good order if a signal asked for it."""
+        self._measure(samples)
+        self.iteration += 1
+        record = self.averages.reduce(self.parallel.dp_group)
+        self.averages = Averages()
+        record |= self._rates(record)
+        self._write_rollouts(samples)
+        last = self.iteration == self.recipe.train.iterations
+        interval = self.recipe.evaluation.interval
+        if last or (interval and self.iteration % interval == 0):
+            record |= self._evaluation()
+        self._record(record)
+        asked = self._any_rank_was_asked_to_stop()
+        save = self.recipe.run.save_interval
+        if last or asked or (save and self.iteration % save == 0):
+            with self.clock("checkpoint"):
+                self.checkpoints.save(self.iteration, self.updates)
+        if asked and not last:
+            raise Interrupted(
+                f"stopped by signal {asked} after iteration {self.iteration}: checkpoint saved; the same command continues"
+            )
+
+    def evaluate(self) -> None:
+        """The evaluation before training."""
+        self._record(self._evaluation())
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._writer:
+            self._writer.close()
+        if self.progress:
+            self.progress.__exit__(None, None, None)
+
+    # What an iteration leaves behind
+
+    def _measure(self, samples: list[Sample]) -> None:
+        add = self.averages.add
+        add("rollout/length", torch.tensor([len(s.response_ids) for s in samples]))
+        add("rollout/stopped", torch.tensor([s.finish_reason == "stop" for s in samples]))
+        add("rollout/truncated", torch.tensor([s.finish_reason == "length" for s in samples]))
+        start = self.updates - len(self.mini_batches(samples))
+        add("rollout/version_lag", torch.tensor([start - s.weight_version for s in samples]))
+        signals = [s.teacher_signal["logprobs"].exp().sum(-1) for s in samples if s.teacher_signal]
+        if signals:
+            add("teacher/topk_mass", torch.cat(signals))
+
+    def _rates(self, record: dict[str, float]) -> dict[str, float]:
+        tokens = record["rollout/length"] * self.cursor.size(self.iteration - 1)
+        rates = {f"time/{phase}": seconds for phase, seconds in self._times.items()}
+        whole = sum(seconds for phase, seconds in self._times.items() if phase != "checkpoint")
+        rates["rollout/tokens_per_second"] = tokens / max(self._times["rollout"], 1e-9)
+        rates["throughput/tokens_per_second"] = tokens / max(whole, 1e-9)
+        rates["memory/peak"] = float(
+            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+        )
+        self._times.clear()
+        if record.get("teacher/terminal_logprob", 0.0) < TERMINAL_LOGPROB_WARNING:
+            self.say(
+                f"warning: the teacher gives the student's end token {record['teacher/terminal_logprob']:.1f} nats: "
+                "the pair does not agree on how to stop (teacher.terminal_map)"
+            )
+        return rates
+
+    def _evaluation(self) -> dict[str, float]:
+        evaluator = self.parts.evaluator
+        return evaluator.write(evaluator.run(self.iteration, self.say), self.folder.evaluation)
+
+    def _write_rollouts(self, samples: list[Sample]) -> None:
+        count = self.recipe.run.log_rollouts
+        if not self.parallel.is_main or not count:
+            return
+        decode = self.parts.tokenizer.decode
+        lines = [json.dumps(s.record(decode(s.response_ids))) for s in samples[:count]]
+        write_atomically(self.folder.rollouts / f"{self.iteration:06d}.jsonl", "\n".join(lines) + "\n")
+
+    def _record(self, figures: dict[str, float]) -> None:
+        if self._writer and self.progress:
+            record: dict[str, Any] = {"iteration": self.iteration, "update": self.updates, **figures}
+            self._writer.write(record)
+            self.progress.update(record)
+
+    # Start and stop
+
+    def _reporter(self) -> Progress | None:
+        if not self.parallel.is_main:
+            return None
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        progress = Progress(self.recipe.train.iterations, 0, self.folder.log)
+        progress.__enter__()
+        return progress
+
+    def _open_records(self) -> None:
+        self._writer: MetricsWriter | None = None
+        if not self.parallel.is_main:
+            return
+        self.folder.write_config(self.recipe)
+        options = self.recipe.reporting
+        wandb = {
+            "project": options.wandb_project,
+            "name": options.wandb_name,
+            "config": self.recipe.model_dump(),
+        }
+        resumed = self.iteration if self.iteration else None
+        self._writer = MetricsWriter(
+            self.folder.path, options.tensorboard, wandb if options.wandb else None, resumed
+        )
+        if resumed:
+            self.say(f"continuing after iteration {self.iteration}")
+
+    def say(self, text: str) -> None:
+        if self.progress:
+            self.progress.message(text)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signal = number
+
+    def _any_rank_was_asked_to_stop(self) -> int:
+        flag = torch.tensor([self._signal or 0], device=self.parallel.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
