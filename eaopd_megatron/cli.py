@@ -42,11 +42,19 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
         from eaopd_megatron import worker
 
         os.environ.update(joined_environment())
-        raise typer.Exit(worker.main(arguments))
+        if code := worker.main(arguments):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # a failed rank must not wait for the others in the destructors of its process groups
+        return
 
     from eaopd_megatron.config import load_recipe
+    from eaopd_megatron.training.folder import already_finished
 
     loaded = load_recipe(recipe, overrides or [])
+    if finished := already_finished(loaded):
+        print(finished)
+        return
     logs = Path(loaded.run.folder) / "logs"
     raise typer.Exit(launch(arguments, local_world_size(loaded.student), log_folder=logs))
 
@@ -69,6 +77,7 @@ def evaluate(
     max_response_tokens: Annotated[int, typer.Option(min=1)] = 8192,
     problems: Annotated[int | None, typer.Option(min=1, help="The first so many.", show_default="all")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 1234,
+    suffix: Annotated[str, typer.Option(help="Appended to each problem.", show_default=False)] = "",
     out: Annotated[Path | None, typer.Option(help="A JSON file for every answer's grade.", show_default=False)] = None,
 ) -> None:
     """Score a model on benchmarks: avg@k, pass@k, distinct right answers."""
@@ -77,7 +86,7 @@ def evaluate(
         raise UserError("no benchmark is named; say which with --benchmarks, for example --benchmarks countdown")
     from eaopd_megatron.evaluation.command import evaluate as run
 
-    run(
+    code = run(
         model=model,
         benchmarks=names,
         samples=samples,
@@ -88,7 +97,9 @@ def evaluate(
         problems=problems,
         seed=seed,
         out=out,
+        suffix=suffix,
     )
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -103,7 +114,9 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
 def show(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    key: Annotated[str | None, typer.Option(metavar="a.b.c", help="Only this setting's value.", show_default=False)] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="a.b.c", help="Only this setting's value.", show_default=False)
+    ] = None,
 ) -> None:
     """Print a recipe as it would be run: its bases, its overrides and every default."""
     from eaopd_megatron.config import dump, load_recipe, setting
@@ -132,7 +145,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _eaopd(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 

@@ -168,22 +168,28 @@ def _machine(facts: Facts) -> list[Finding]:
     found = [
         Finding("ok", "python", f"{python} on {platform.system()} {platform.machine()}")
         if facts.python >= (3, 11)
-        else Finding("problem", "python", python, "use Python 3.11: set EAOPD_PYTHON to it and make the environment anew")
+        else Finding(
+            "problem", "python", python, "use Python 3.11: set EAOPD_PYTHON to it and make the environment anew"
+        )
     ]
     memory = f", {facts.memory / 2**30:.0f} GiB of memory" if facts.memory else ""
     threads = facts.environment.get("OMP_NUM_THREADS")
-    found.append(Finding("ok", "processors", f"{facts.cpus}{memory}" + (f", OMP_NUM_THREADS={threads}" if threads else "")))
+    found.append(
+        Finding("ok", "processors", f"{facts.cpus}{memory}" + (f", OMP_NUM_THREADS={threads}" if threads else ""))
+    )
     free = f"{facts.disk_free / 2**30:.1f} GiB free for {facts.folder}"
     found.append(
         Finding("ok", "disk", free)
         if facts.disk_free >= LEAST_DISK
-        else Finding("problem", "disk", free, f"free at least {LEAST_DISK / 2**30:.0f} GiB, or put run.folder on another disk")
+        else Finding(
+            "problem", "disk", free, f"free at least {LEAST_DISK / 2**30:.0f} GiB, or put run.folder on another disk"
+        )
     )
     return found
 
 
 def _packages(facts: Facts) -> list[Finding]:
-    """Each requirement of the project against what is installed; those that are as they should be and not shown stay quiet."""
+    """Each requirement of the project against what is installed. A met one that is not in SHOWN is not mentioned."""
     found = []
     for requirement in map(Requirement, facts.requirements):
         name, version = requirement.name, facts.packages.get(requirement.name)
@@ -196,13 +202,21 @@ def _packages(facts: Facts) -> list[Finding]:
         elif name in SHOWN:
             found.append(Finding("ok", name, version))
     needed = {Requirement(text).name for text in facts.requirements}
-    return found + [Finding("ok", name, facts.packages[name] or "") for name in SHOWN if name not in needed and facts.packages.get(name)]
+    return found + [
+        Finding("ok", name, facts.packages[name] or "")
+        for name in SHOWN
+        if name not in needed and facts.packages.get(name)
+    ]
 
 
 def _devices(facts: Facts) -> list[Finding]:
     probe, listed = facts.probe, facts.driver_gpus
     if "torch" not in probe:
-        return [Finding("problem", "devices", f"{len(listed)} GPUs by nvidia-smi; torch cannot be asked", "mend torch first")]
+        return [
+            Finding(
+                "problem", "devices", f"{len(listed)} GPUs by nvidia-smi; torch cannot be asked", "mend torch first"
+            )
+        ]
     gpus, build = probe.get("gpus", []), probe.get("cuda_build")
     backends = probe.get("backends", [])
     if gpus:
@@ -228,7 +242,9 @@ def _devices(facts: Facts) -> list[Finding]:
 def _imports(facts: Facts) -> list[Finding]:
     probe = facts.probe
     if "torch_error" in probe:
-        return [Finding("problem", "import torch", _short(probe["torch_error"]), "install the torch of pyproject.toml anew")]
+        return [
+            Finding("problem", "import torch", _short(probe["torch_error"]), "install the torch of pyproject.toml anew")
+        ]
     if "megatron" in probe:
         return [Finding("ok", "import megatron.core", "works")]
     seen = _short(probe.get("megatron_error") or probe.get("probe_error") or "no answer")

@@ -1,10 +1,11 @@
 """Starting the ranks of one host, watching them, and joining ranks that torchrun or srun started.
 
-The launcher is plain supervision of subprocesses rather than `torch.distributed.launcher.elastic_launch`: that one gives
-the ranks 30 seconds after a signal, whatever a checkpoint needs, sends the survivors of a dead rank a SIGTERM (which here
-means "save and stop", impossible without the dead rank), and reports a failure on a page of its own. What is kept of it
-is its store: the launcher holds the TCP store and the ranks are all clients. Its port is free because it is bound when it
-is chosen, and it outlives any rank, so that the ranks can still tell each other why one of them died.
+The launcher is plain supervision of subprocesses rather than `torch.distributed.launcher.elastic_launch`: that one
+gives the ranks 30 seconds after a signal, whatever a checkpoint needs, sends the survivors of a dead rank a SIGTERM
+(which here means "save and stop", impossible without the dead rank), and reports a failure on a page of its own. What
+is kept of it is its store: the launcher holds the TCP store and the ranks are all clients. Its port is free because
+it is bound when it is chosen, and it outlives any rank, so that the ranks can still tell each other why one of them
+died.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _by_srun(environment: Mapping[str, str]) -> bool:
 
 
 def joined_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What torch.distributed's env:// needs, taken from torchrun's variables or, where they are missing, from srun's."""
+    """What torch.distributed's env:// needs: torchrun's variables or, where they are missing, made from srun's."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given = {name: environment[name] for name in names if name in environment}
     if _by_torchrun(environment):
@@ -118,9 +119,9 @@ def local_world_size(student: Student) -> int:
 
 
 def die_with_parent() -> None:
-    """Called first by a rank: the kernel kills it when its launcher dies, however that happens (Linux; elsewhere nothing).
+    """Called first by a rank: the kernel kills it when its launcher dies, however that happens.
 
-    Nothing either for a process that `launch` did not start.
+    Does nothing elsewhere than on Linux, and in a process that `launch` did not start.
     """
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is None or not sys.platform.startswith("linux"):
@@ -156,12 +157,13 @@ def launch(
 ) -> int:
     """Runs `command + arguments` once a rank on this host and returns the exit code of the whole.
 
-    0 when every rank ended well; a failed rank ends the others within FAILURE_SECONDS, and one line `error: ...` on stderr
-    names the cause: the earliest error that a rank reports as the user's, else the rank that failed first. SIGINT, SIGTERM
-    and SIGHUP reach the ranks as SIGTERM; STOP_SECONDS later, or at the second signal, they are killed, and the code is
-    128 + the signal's number. Rank 0 has this process's stdout. All other output goes to `log_folder`/rank_N.log (appended;
-    without a folder: to a temporary one, kept only where a rank failed for a reason that is not the user's).
-    A rank reports an error as one JSON object, {"message", "exit_code", "rank", "user", "time"}, in `$EAOPD_ERROR_FILE.RANK`.
+    0 when every rank ended well; a failed rank ends the others within FAILURE_SECONDS, and one line `error: ...` on
+    stderr names the cause: the earliest error that a rank reports as the user's, else the rank that failed first.
+    SIGINT, SIGTERM and SIGHUP reach the ranks as SIGTERM; STOP_SECONDS later, or at the second signal, they are
+    killed, and the code is 128 + the signal's number. Rank 0 has this process's stdout. All other output goes to
+    `log_folder`/rank_N.log (appended; without a folder: to a temporary one, kept only where a rank failed for a
+    reason that is not the user's). A rank reports an error as one JSON object, {"message", "exit_code", "rank",
+    "user", "time"}, in `$EAOPD_ERROR_FILE.RANK`.
     """
     with tempfile.TemporaryDirectory(prefix="eaopd-") as scratch, _signals() as received:
         if log_folder is None:
@@ -228,7 +230,8 @@ def _start(command: Sequence[str], number: int, environment: Mapping[str, str], 
             stdin=subprocess.DEVNULL,
             stdout=None if number == 0 else stream,
             stderr=stream,
-            start_new_session=True,  # a terminal's Ctrl-C reaches the launcher alone, and a rank is killed with its children
+            # A terminal's Ctrl-C then reaches the launcher alone, and a rank is killed with its children.
+            start_new_session=True,
         )
         return _Rank(number, process, log, stream.tell())
 
@@ -265,11 +268,8 @@ def _supervise(ranks: Sequence[_Rank], received: Sequence[signal.Signals]) -> li
             return []
         if received and stopped is None:
             stopped = now
-            print(
-                f"{received[0].name}: the ranks may save their state for {STOP_SECONDS:g} s (a second signal ends them now)",
-                file=sys.stderr,
-                flush=True,
-            )
+            time_left = f"the ranks have {STOP_SECONDS:g} s to save their state; a second signal ends them at once"
+            print(f"{received[0].name}: {time_left}", file=sys.stderr, flush=True)
             for rank in running:
                 rank.process.send_signal(signal.SIGTERM)
         if failed is None and any(rank.failed and not _as_asked(rank, stopped is not None) for rank in ranks):
@@ -307,8 +307,13 @@ def _verdict(
     if received:
         code = 128 + received[0]
         if late:
-            return code, f"error: stopped by {received[0].name}; rank {', '.join(map(str, late))} had not ended and was killed"
-        if all(_as_asked(rank, True) or rank.process.returncode in (0, -signal.SIGTERM) or rank.killed for rank in ranks):
+            return (
+                code,
+                f"error: stopped by {received[0].name}; rank {', '.join(map(str, late))} had not ended and was killed",
+            )
+        if all(
+            _as_asked(rank, True) or rank.process.returncode in (0, -signal.SIGTERM) or rank.killed for rank in ranks
+        ):
             return code, f"stopped by {received[0].name}"
     failed = [rank for rank in ranks if rank.failed and not rank.killed and not _as_asked(rank, bool(received))]
     if not failed:

@@ -18,7 +18,8 @@ from eaopd_megatron.launch import die_with_parent
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`train RECIPE [overrides]` or `evaluate FILE` (the options as JSON). Returns the exit code; errors are reported here."""
+    """`train RECIPE [overrides]` or `evaluate FILE` (the options as JSON). Returns the exit code; errors are reported
+    here."""
     verb, target, *rest = arguments
     if verb == "train":
         return _guarded(lambda: _train(load_recipe(target, rest)))
@@ -32,6 +33,13 @@ def main(arguments: Sequence[str]) -> int:
 def _train(recipe: Recipe) -> None:
     import torch
 
+    from eaopd_megatron.training.folder import already_finished
+
+    if finished := already_finished(recipe):
+        if os.environ["RANK"] == "0":
+            print(finished)
+        return
+
     from eaopd_megatron.megatron import groups
     from eaopd_megatron.training.ending import finish
     from eaopd_megatron.training.loop import train
@@ -40,8 +48,8 @@ def _train(recipe: Recipe) -> None:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     layout = groups.Layout(recipe.student.tensor_parallel, recipe.student.sequence_parallel)
-    parallel = groups.start(layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes)
-    with watched(parallel.store, parallel.rank, parallel.world_size):
+    parallel, store = groups.start(layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes)
+    with watched(store, parallel.rank, parallel.world_size):
         run = Run(recipe, parallel)
         try:
             train(run)
@@ -52,17 +60,20 @@ def _train(recipe: Recipe) -> None:
 
 
 def _guarded(work: Callable[[], None]) -> int:
-    """Run, and report an error: to the launcher through $EAOPD_ERROR_FILE.<rank>, to the user where there is no launcher."""
+    """Run, and report an error: to the launcher through $EAOPD_ERROR_FILE.<rank>, to the user where there is no
+    launcher."""
     _quieten()
     rank = int(os.environ.get("RANK", "0"))
     try:
         work()
         return 0
+    except SystemExit as stop:  # a signal, and the state is saved
+        return int(stop.code or 0)
     except BaseException as error:
+        if isinstance(error, OSError) and error.filename:  # a full disk, a folder without permission
+            error = UserError(f"{error.filename}: {error.strerror}")
         user = isinstance(error, UserError)
         code = error.exit_code if isinstance(error, UserError) else 1
-        if isinstance(error, SystemExit):
-            raise
         message = str(error) if user else f"{type(error).__name__}: {error}"
         if not user:
             traceback.print_exc()

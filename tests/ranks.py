@@ -1,8 +1,8 @@
 """Start N gloo ranks once and run many checks on them, each with its own outcome.
 
-A check is a function ``check_xxx(group, **arguments)`` in a module that can be imported from its path. Every rank calls it;
-``group`` is the process group of all ranks (gloo, 127.0.0.1). A check passes when no rank raises. The ranks import torch
-and what the check module imports, nothing else, and they import a module once. A test module looks like this::
+A check is a function ``check_xxx(group, **arguments)`` in a module that can be imported from its path. Every rank calls
+it; ``group`` is the process group of all ranks (gloo, 127.0.0.1). A check passes when no rank raises. The ranks import
+torch and what the check module imports, nothing else, and they import a module once. A test module looks like this::
 
     CHECKS = Path(__file__).with_name("checks_pipeline.py")
 
@@ -15,13 +15,14 @@ and what the check module imports, nothing else, and they import a module once. 
     def test_two_ranks(two_ranks, check):
         two_ranks.run(CHECKS, check)           # or .run(CHECKS, "check_one", preset="opd"): arguments go through JSON
 
-``run`` raises `RankFailure` (an AssertionError) with the traceback of each rank that failed, the first one first, and what
-the check printed. A failure in one check does not disturb the next: the world is rebuilt, and ranks that died or hung are
-started anew. A check has ``limit`` seconds; a rank that takes longer dies and its stack is in the report. The state that a
-check leaves in its modules (Megatron's global groups, say) stays for the next check: a check must clean up after itself, and
-module-level caches must not hold process groups.
+``run`` raises `RankFailure` (an AssertionError) with the traceback of each rank that failed, the first one first, and
+what the check printed. A failure in one check does not disturb the next: the world is rebuilt, and ranks that died or
+hung are started anew. A check has ``limit`` seconds; a rank that takes longer dies and its stack is in the report. The
+state that a check leaves in its modules (Megatron's global groups, say) stays for the next check: a check must clean up
+after itself, and module-level caches must not hold process groups.
 
-Ranks have RANK, WORLD_SIZE and LOCAL_RANK set, one thread each (OMP_NUM_THREADS=1), and the repository's root on their path.
+Ranks have RANK, WORLD_SIZE and LOCAL_RANK set, one thread each (OMP_NUM_THREADS=1), and the repository's root on their
+path.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ from typing import Any
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
-STOP = "stop"
 
 
 class RankFailure(AssertionError):
@@ -109,14 +109,10 @@ class Ranks:
         raise RankFailure("\n".join(report))
 
     def close(self) -> None:
-        """End the ranks."""
-        if self._store is not None and all(process.poll() is None for process in self._processes):
-            self._store.set(f"order/{self._orders}", STOP)
-            deadline = time.monotonic() + 5
-            while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):
-                time.sleep(0.02)
+        """End the ranks; they hold nothing worth a farewell."""
         for process in self._processes:
             process.kill()
+        for process in self._processes:
             process.wait()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -198,12 +194,7 @@ def _serve(port: int, limit: float) -> None:
     order = 0
     while True:
         store.wait([f"order/{order}"], timedelta(days=1))
-        text = store.get(f"order/{order}").decode()
-        if text == STOP:
-            with contextlib.suppress(Exception):
-                _leave_world()
-            return
-        request = json.loads(text)
+        request = json.loads(store.get(f"order/{order}"))
         report = ""
         try:
             module = _load(request["module"])

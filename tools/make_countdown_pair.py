@@ -2,8 +2,9 @@
 """Make the embedded pair: a teacher and a student for Countdown, as ordinary Hugging Face folders.
 
 Both are trained from scratch with transformers on one CPU process, on right answers to the training problems. The
-teacher gets far enough to be worth imitating and stays undecided where a problem has several right answers; the
-student gets a short warm-up, because a student that is never right learns nothing from its own rollouts.
+teacher gets far enough to be worth imitating and stays undecided where a problem has several right answers. The
+student gets a short warm-up, because a student that is never right learns nothing from its own rollouts; it stops in
+mid-course, before its learning rate falls, so that it is a student with something left to learn.
 
     python tools/make_countdown_pair.py --out recipes/countdown --seed 0
     python tools/make_countdown_pair.py --out recipes/countdown --evaluate-only
@@ -77,16 +78,19 @@ def encode(text: str) -> list[int]:
     return [countdown.TOKEN_IDS[word] for word in text.split()]
 
 
-def train(model: Qwen3ForCausalLM, *, name: str, steps: int, batch: int, lr: float, seed: int) -> None:
-    """Supervised training in place: mean cross-entropy of the response tokens, AdamW, cosine to 0 after 5 % warm-up."""
+def train(model: Qwen3ForCausalLM, *, name: str, steps: int, batch: int, lr: float, decay: bool, seed: int) -> None:
+    """Supervised training in place: mean cross-entropy of the response tokens with AdamW.
+
+    The learning rate rises over the first 5 % of the steps, then falls to 0 on a cosine, or stays without `decay`.
+    """
     model.train()
     examples = countdown.supervised_examples(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = max(1, steps // 20)
 
     def scale(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
+        if step < warmup or not decay:
+            return min(1.0, (step + 1) / warmup)
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
@@ -225,7 +229,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256, help="examples a step")
     parser.add_argument("--teacher-steps", type=int, default=1000)
     parser.add_argument("--teacher-lr", type=float, default=2e-3)
-    parser.add_argument("--student-steps", type=int, default=400)
+    parser.add_argument("--student-steps", type=int, default=325)
     parser.add_argument("--student-lr", type=float, default=2e-3)
     parser.add_argument("--problems", type=int, default=10_000, help="held-out problems to measure on, at most")
     parser.add_argument("--samples", type=int, default=8, help="responses a problem when measuring")
@@ -249,7 +253,15 @@ def main() -> None:
         models[name] = build_model(SHAPES[name])
         steps, lr = (getattr(options, f"{name}_{what}") for what in ("steps", "lr"))
         print(f"{name}: {models[name].num_parameters()} parameters, {steps} steps of {options.batch}", flush=True)
-        train(models[name], name=name, steps=steps, batch=options.batch, lr=lr, seed=2 * options.seed + offset)
+        train(
+            models[name],
+            name=name,
+            steps=steps,
+            batch=options.batch,
+            lr=lr,
+            decay=name == "teacher",
+            seed=2 * options.seed + offset,
+        )
         save(models[name], folder)
         print(f"{name}: written to {folder}", flush=True)
     for name, model in models.items():

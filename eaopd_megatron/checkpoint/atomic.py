@@ -12,13 +12,24 @@ from pathlib import Path
 from eaopd_megatron.errors import UserError
 
 
+def check_new(out: Path, name: str) -> None:
+    """Refuse (UserError) an output folder that holds something; `name` is what the user calls it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{name}: {out} exists already; remove it or choose another")
+
+
+def partial_of(out: Path) -> Path:
+    """Where `out` is written until it is whole."""
+    return out.with_name(f".{out.name}.partial")
+
+
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """Yields an empty folder beside `out` that takes its name at the end; after an error nothing of it is left.
 
-    An `out` that exists is replaced only once the new one is complete. A full disk or another write error is a UserError.
+    An `out` that exists is replaced once the new one is complete. A full disk or another write error is a UserError.
     """
-    partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
+    partial, old = partial_of(out), out.with_name(f".{out.name}.old")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of an earlier run that was killed
         partial.mkdir(parents=True)
@@ -40,7 +51,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 def write_error(out: Path, error: OSError) -> str:
     """One line on why `out` was not written."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     reason = "the disk or the quota is full" if full else "writing failed"
     return f"{out}: {reason} ({error.strerror or error}); nothing was written there"
 

@@ -1,22 +1,22 @@
 """Model and optimiser in Megatron-Core's torch_dist format: each rank writes its shard, any layout reads them.
 
-Written by torch.distributed.checkpoint from this very process. Megatron-Core's own writer starts a manager process and one
-more process a file: that costs seconds a save, outlives a killed run, and waits for ever where psutil is missing.
+Written by torch.distributed.checkpoint from this very process. Megatron-Core's own writer starts a manager process and
+one more a file: that costs seconds a save, outlives a killed run, and waits for ever where psutil is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -24,38 +24,56 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_repl
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from eaopd_megatron.checkpoint.agreement import agree, describe, first_of, system_error
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.cpu import cuda_literals
 from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.optimizer import load_state, sharded_state
 
+MODEL = "model."
+"""What the names of a model's tensors start with in a checkpoint."""
 FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1)
-T = TypeVar("T")
+
+
+def training_state(
+    model: GPTModel, optimizer: ChainedOptimizer | None = None, *, loading: bool = False
+) -> dict[str, Any]:
+    """The sharded state dict of a model and its optimiser, to be saved or (loading) to be filled."""
+    state = {"model": model.sharded_state_dict(prefix=MODEL)}
+    if optimizer is not None:
+        state["optimizer"] = sharded_state(optimizer, state["model"], loading=loading)
+    return state
+
+
+def restore(model: GPTModel, optimizer: ChainedOptimizer | None, loaded: dict[str, Any]) -> None:
+    """Put what `load_sharded` returned for `training_state(..., loading=True)` into the model and its optimiser."""
+    model.load_state_dict({name.removeprefix(MODEL): tensor for name, tensor in loaded["model"].items()})
+    if optimizer is not None:
+        load_state(optimizer, loaded["optimizer"])
 
 
 def save_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> None:
     """Write a Megatron sharded state dict into `folder`, an empty folder that all ranks see; every file is synced.
 
-    Collective. ShardedTensors and ShardedObjects go to `__<rank>_0.distcp`, the rest (equal on all ranks) to `common.pt`.
+    Collective. Sharded tensors and objects go to `__<rank>_0.distcp`, the rest (equal on all ranks) to `common.pt`.
     When a rank fails, all ranks raise the first rank's error: an OSError with its errno, else a RuntimeError.
     """
     sharded, common = agree(parallel, lambda: save_preprocess(state))
     agree(parallel, lambda: _write_common(folder, common) if parallel.is_main else None)
-    failure = None
     try:
         with cuda_literals():
             _write_shards(folder, sharded)
-    except checkpoint.CheckpointException as error:  # no subclass of Exception; every rank gets the errors of all
-        failure = error
-    if failure is not None:
-        rank, (error, _) = min(failure.failures.items(), key=lambda item: item[0])
-        raise _rebuild(rank, _describe(error)) from failure
+    except checkpoint.CheckpointException as errors:  # no subclass of Exception; each rank gets the errors of all
+        raise first_of({rank: describe(error) for rank, (error, _) in errors.failures.items()}) from errors
 
 
 def load_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
-    """Read what `state` (a sharded state dict built for loading) asks for; returns it with tensors in the place of shards.
+    """Read what `state` (a sharded state dict built for loading) asks for; returns tensors in the place of its shards.
 
     Collective. Raises UserError where the folder is no such checkpoint, or lacks a tensor or its shape.
     """
@@ -64,31 +82,11 @@ def load_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> dic
     try:
         with cuda_literals():
             return dist_checkpointing.load(state, str(folder))
-    except checkpoint.CheckpointException as error:
-        cause = min(error.failures.items(), key=lambda item: item[0])[1][0]
-        raise UserError(f"{folder}: {_one_line(cause)}") from error
+    except checkpoint.CheckpointException as errors:
+        error = errors.failures[min(errors.failures)][0]
+        raise UserError(f"{folder}: {_one_line(error)}") from errors
     except CheckpointingException as error:
         raise UserError(f"{folder}: {_one_line(error)}") from error
-
-
-def agree(parallel: Parallel, work: Callable[[], T]) -> T:
-    """Do this rank's own work and wait for the others' (a barrier). When a rank fails, all ranks raise the first's error.
-
-    The error arrives as UserError or OSError where it was one, otherwise as RuntimeError.
-    """
-    cause: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:
-        cause = error
-    errors: list[tuple[str, int, str] | None] = [_describe(cause) if cause else None]
-    if parallel.world_size > 1:
-        mine, errors = errors[0], [None] * parallel.world_size
-        dist.all_gather_object(errors, mine)
-    for rank, described in enumerate(errors):
-        if described is not None:
-            raise _rebuild(rank, described) from cause
-    return result
 
 
 def _write_common(folder: Path, common: dict[str, Any]) -> None:
@@ -103,16 +101,18 @@ def _write_common(folder: Path, common: dict[str, Any]) -> None:
 
 
 class _Files(FileSystem):
-    """torch's zip writer answers a failed write with an error of its own, which loses the system's: give that one back."""
+    """torch's zip writer answers a failed write with an error of its own: give the system's back, with its errno."""
 
     @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IO[Any]]:
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         try:
             with super().create_stream(path, mode) as stream:
                 yield stream
         except Exception as error:
-            found = _system_error(error)
-            raise OSError(found.errno, found.strerror, str(path)) if found else error from error
+            found = system_error(error)
+            if found is None:
+                raise
+            raise OSError(found.errno, found.strerror, str(path)) from error
 
 
 def _write_shards(folder: Path, sharded: dict[str, Any]) -> None:
@@ -125,30 +125,6 @@ def _write_shards(folder: Path, sharded: dict[str, Any]) -> None:
     writer.fs = _Files()
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     checkpoint.save(mcore_to_pyt_state_dict(shards), storage_writer=writer, planner=planner)
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
-
-
-def _describe(error: BaseException) -> tuple[str, int, str]:
-    """(kind, errno, text): what of an error can be sent to other ranks."""
-    system = _system_error(error)
-    if isinstance(error, UserError):
-        return "user", 0, str(error)
-    if system is not None and system.errno is not None:
-        where = f": {system.filename}" if system.filename else ""
-        return "system", system.errno, f"{system.strerror}{where}"
-    return "other", 0, f"{type(error).__name__}: {error}"
-
-
-def _rebuild(rank: int, described: tuple[str, int, str]) -> Exception:
-    kind, number, text = described
-    if kind == "user":
-        return UserError(text)
-    return OSError(number, text) if kind == "system" else RuntimeError(f"rank {rank}: {text}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.checkpoint.atomic import whole_folder
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import place_of
@@ -27,8 +28,8 @@ def gather_hf(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face tensors of a model's shards, one at a time, on the first rank of the tensor-parallel group.
 
-    shards: Megatron name → this rank's part (parameters, or their gradients). Collective over the tensor-parallel group:
-    every rank must run the iterator to its end; it yields nothing on ranks other than the first.
+    shards: Megatron name → this rank's part (parameters, or their gradients). Collective over the tensor-parallel
+    group: every rank must run the iterator to its end; it yields nothing on ranks other than the first.
     """
     place = place_of(folder, parallel.tp_rank, parallel.tp_size)
     for entry in _entries(shards, folder):
@@ -46,9 +47,9 @@ def export_hf(
     *,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write the model as the Hugging Face folder `out`: safetensors, config.json, generation_config.json, tokenizer files.
+    """Write the model as the Hugging Face folder `out`: safetensors, configuration, tokenizer.
 
-    Collective over all ranks; global rank 0 writes. hf_source gives configuration and tokenizer (its weights are not read).
+    Collective over all ranks; global rank 0 writes. hf_source gives configuration and tokenizer, not weights.
     dtype None: the model's own. Tensors are gathered and written one at a time. `out` appears when it is complete and
     replaces an earlier one then; on a full disk all ranks raise UserError and `out` stays as it was.
     """
@@ -66,12 +67,12 @@ def export_hf(
                 error = raised
         for _ in tensors:
             pass
-    outcome = [None if error is None else str(error)]
-    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    agree(parallel, lambda: _raise(error))
+
+
+def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error
-    if outcome[0] is not None:
-        raise UserError(outcome[0])
 
 
 def _entries(names: Mapping[str, torch.Tensor], folder: HfFolder) -> list[Entry]:
@@ -92,12 +93,14 @@ def _write(
     with whole_folder(out) as folder:
         needed, free = sum(tensor.nbytes for tensor in plan), shutil.disk_usage(folder).free
         if needed > free:
-            raise UserError(f"{out}: the weights need {needed} bytes, the disk has {free} left; nothing was written there")
+            raise UserError(
+                f"{out}: the weights need {needed} bytes, the disk has {free} left; nothing was written there"
+            )
         with TensorWriter(folder, plan, max_shard_bytes) as writer:
             for name, tensor in tensors:
                 writer.write(name, tensor)
-        _write_config(source, folder, dtype)
         source.copy_companions(folder)
+        _write_config(source, folder, dtype)
 
 
 def _write_config(source: HfFolder, folder: Path, dtype: torch.dtype) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from eaopd_megatron.checkpoint.families import FAMILIES, family_of
+from eaopd_megatron.checkpoint.families import family_of
 from eaopd_megatron.checkpoint.mapping import Family
 from eaopd_megatron.checkpoint.tensor_files import DTYPES, TensorFiles, read_json
 from eaopd_megatron.errors import UserError
 
 COMPANIONS = (
+    "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -125,13 +126,13 @@ class HfFolder:
         return self._tokenizer
 
     def copy_companions(self, out: Path) -> None:
-        """Copy tokenizer files and generation_config.json (not config.json, not weights) into out."""
+        """Copy config.json, generation_config.json and the tokenizer's files into out: all but the weights."""
         for file in COMPANIONS:
             if (self.path / file).exists():
                 shutil.copyfile(self.path / file, out / file)
 
     def check_tensors(self) -> None:
-        """Refuse (UserError) a folder in which a tensor is missing, unknown, of another shape or of a dtype that is not read."""
+        """Refuse (UserError) a folder where a tensor is missing, unknown, or of a shape or dtype that does not fit."""
         places = self.files.places
         expected = self.family.hf_shapes(self.config)
         missing = [name for name in expected if name not in places]
@@ -167,7 +168,7 @@ class HfFolder:
 
 
 def check_same_tokenizer(teacher: HfFolder, student: HfFolder) -> None:
-    """Refuse (UserError) a teacher whose ids mean other texts than the student's, or that has another number of them."""
+    """Refuse (UserError) a teacher whose ids mean other texts than the student's, or that has more or fewer of them."""
     texts = [
         {token_id: text for text, token_id in folder.tokenizer().get_vocab().items()} for folder in (teacher, student)
     ]
@@ -180,8 +181,8 @@ def check_same_tokenizer(teacher: HfFolder, student: HfFolder) -> None:
         )
     if teacher.vocab_size != student.vocab_size:
         raise UserError(
-            f"{teacher.name} and {student.name} have different vocabulary sizes: {teacher.vocab_size} in {teacher.path}, "
-            f"{student.vocab_size} in {student.path}"
+            f"{teacher.name} and {student.name} have different vocabulary sizes: "
+            f"{teacher.vocab_size} in {teacher.path}, {student.vocab_size} in {student.path}"
         )
 
 
@@ -210,6 +211,3 @@ def _find(path: str, name: str) -> Path:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-__all__ = ["FAMILIES", "HfFolder", "check_same_tokenizer"]

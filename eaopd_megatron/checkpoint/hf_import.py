@@ -23,8 +23,8 @@ def place_of(folder: HfFolder, tp_rank: int, tp_size: int) -> Place:
 def load_hf(model: GPTModel, folder: HfFolder, parallel: Parallel, *, row_map: dict[int, int] | None = None) -> None:
     """Fill this rank's shard in place, in the model's dtype; a rank reads only its part of each tensor.
 
-    row_map: token ids whose rows are exchanged in the output layer, and in it alone (row i becomes the folder's row
-    `row_map[i]`; one direction of an exchange is enough). A model with tied embeddings needs `build_model(…, untie=True)`.
+    row_map: token ids whose rows are exchanged in the output layer, and in it alone: row i becomes the folder's row
+    `row_map[i]` (one direction of an exchange is enough). Tied embeddings need a `build_model(…, untie=True)` for it.
     Raises UserError where a tensor is missing, unknown or of another shape than config.json says; ValueError where a
     parameter of the model is left without a tensor.
     """

@@ -1,11 +1,12 @@
 """How Megatron-Core's parameters are cut from Hugging Face tensors, and put together again.
 
-A family of models is a table of rules (`families/`): a Megatron name, the kind of cut, the Hugging Face tensors and their
-shapes. Import and export walk the same table.
+A family of models is a table of rules (`families/`): a Megatron name, the kind of cut, the Hugging Face tensors and
+their shapes. Import and export walk the same table.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ class Entry:
 class Rule:
     """A line of a family's table: `Rule(QKV, "decoder.layers.{layer}…", ("model.layers.{layer}…", "q hidden"), …)`.
 
-    `{layer}` in both names runs over the layers. A shape is the names of its sizes, outermost first.
+    `{layer}` in the names runs over the layers. A shape is the names of its sizes, outermost first.
     """
 
     def __init__(self, cut: Cut, megatron: str, *sources: tuple[str, str]) -> None:
@@ -170,17 +171,17 @@ class Rule:
         self.megatron = megatron
         self.sources = sources
 
-    def entries(self, sizes: Mapping[str, int]) -> list[Entry]:
-        """The rule for each layer, or once where it names none."""
-        layers = range(sizes["layers"]) if "{layer}" in self.megatron else range(1)
-        return [
-            Entry(
-                self.megatron.format(layer=layer),
-                self.cut,
-                tuple((name.format(layer=layer), tuple(sizes[s] for s in shape.split())) for name, shape in self.sources),
-            )
-            for layer in layers
-        ]
+    @property
+    def repeated(self) -> bool:
+        """Whether there is one of it in every layer."""
+        return "{layer}" in self.megatron
+
+    def entry(self, sizes: Mapping[str, int], layer: int | None = None) -> Entry:
+        """The rule in one layer, or outside of them."""
+        sources = (
+            (name.format(layer=layer), tuple(sizes[size] for size in shape.split())) for name, shape in self.sources
+        )
+        return Entry(self.megatron.format(layer=layer), self.cut, tuple(sources))
 
 
 def dense_sizes(config: Any) -> dict[str, int]:
@@ -206,16 +207,25 @@ class Family:
     sizes: Callable[[Any], dict[str, int]] = dense_sizes
 
     def entries(self, config: Any, *, own_output: bool) -> list[Entry]:
-        """Every parameter of the model. own_output: it has an output layer beside its embedding.
+        """Every parameter of the model, layer by layer. own_output: it has an output layer beside its embedding.
 
         Where the configuration ties the two, an output layer of its own is filled from the embedding.
         """
-        entries = {e.megatron: e for rule in self.rules for e in rule.entries(self.sizes(config))}
+        entries = self._table(config)
         if not own_output:
             del entries[OUTPUT]
         elif config.tie_word_embeddings:
             entries[OUTPUT] = Entry(OUTPUT, entries[OUTPUT].cut, entries[EMBEDDING].sources)
         return list(entries.values())
+
+    def _table(self, config: Any) -> dict[str, Entry]:
+        sizes = self.sizes(config)
+        found: list[Entry] = []
+        for repeated, rules in itertools.groupby(self.rules, key=lambda rule: rule.repeated):
+            run = list(rules)
+            layers = range(sizes["layers"]) if repeated else [None]
+            found += [rule.entry(sizes, layer) for layer in layers for rule in run]
+        return {entry.megatron: entry for entry in found}
 
     def hf_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a folder with this configuration must hold, and no other."""
@@ -226,8 +236,8 @@ class Family:
         """Tensors that a folder may hold although they are copies: the tied output layer → the embedding."""
         if not config.tie_word_embeddings:
             return {}
-        names = {e.megatron: e.sources[0][0] for rule in self.rules for e in rule.entries(self.sizes(config))}
-        return {names[OUTPUT]: names[EMBEDDING]}
+        entries = self._table(config)
+        return {entries[OUTPUT].sources[0][0]: entries[EMBEDDING].sources[0][0]}
 
 
 def _shape(source: Any) -> Sequence[int]:

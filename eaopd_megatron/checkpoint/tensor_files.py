@@ -1,4 +1,4 @@
-"""A folder's safetensors files: every tensor's place and shape from the headers, slices read on demand; and a streaming writer."""
+"""A folder's safetensors files: what their headers say, slices read on demand, and tensors written one by one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def read_header(file: Path, label: str) -> dict[str, TensorPlace]:
             if start == b"version ":
                 raise UserError(f"{label}: {file.name} is a git-lfs pointer, not the weights; run `git lfs pull` there")
             if len(start) < 8 or 8 + length > size:
-                raise UserError(f"{label}: {file.name} ends inside its header ({size} bytes): truncated or no safetensors")
+                raise UserError(
+                    f"{label}: {file.name} ends inside its header ({size} bytes): truncated or no safetensors"
+                )
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             places = {name: TensorPlace(file, item["dtype"], tuple(item["shape"])) for name, item in header.items()}
@@ -74,7 +76,7 @@ def read_header(file: Path, label: str) -> dict[str, TensorPlace]:
 
 
 class TensorFiles:
-    """The tensors of a Hugging Face folder, one file or sharded with an index; nothing is read but headers and slices."""
+    """The tensors of a Hugging Face folder, in one file or several with an index; only headers and slices are read."""
 
     def __init__(self, folder: Path, label: str) -> None:
         self.label = label
@@ -85,7 +87,9 @@ class TensorFiles:
         elif (folder / SINGLE_FILE).exists():
             self.places = read_header(folder / SINGLE_FILE, label)
         else:
-            raise UserError(f"{label}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there (only safetensors are read)")
+            raise UserError(
+                f"{label}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there (only safetensors are read)"
+            )
 
     def _read_index(self, folder: Path) -> None:
         weight_map = read_json(folder / INDEX_FILE, self.label).get("weight_map")
@@ -158,7 +162,7 @@ class TensorWriter:
         if self.groups[group][0] is planned:
             self._begin(group)
         data = tensor.detach().to("cpu", planned.dtype).contiguous()
-        self._stream.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        self._stream.write(data.reshape(-1).view(torch.uint8).numpy().data)
         self._next += 1
 
     def _begin(self, group: int) -> None:

@@ -25,6 +25,17 @@ def sections() -> dict[str, tuple[str, ...]]:
     return found
 
 
+def defaults() -> dict[str, Any]:
+    """The tree of all keys that have a default."""
+    tree: dict[str, Any] = {}
+    for name, field in Recipe.model_fields.items():
+        if name not in sections():
+            tree[name] = field.get_default()
+        elif isinstance(kind := field.annotation, type) and issubclass(kind, BaseModel):
+            tree[name] = {key: part.get_default() for key, part in kind.model_fields.items() if not part.is_required()}
+    return tree
+
+
 @cache
 def settings() -> tuple[str, ...]:
     """Every key that holds a value, dotted: 'seed', 'run.folder', ..."""

@@ -1,8 +1,8 @@
 """A recipe from its YAML file, the files that it builds on, and overrides from the command line.
 
-Merging: the files under `base:` first, in their order, then the file itself, then the overrides; sections are merged key by
-key, lists are replaced. OmegaConf merges, and resolves `${section.key}`; pydantic checks the result. Whatever is wrong
-becomes a `RecipeError` of one line that begins with the file, or the override, that says it.
+Merging: the files under `base:` first, in their order, then the file itself, then the overrides; sections are merged
+key by key, lists are replaced. OmegaConf merges, and resolves `${section.key}`; pydantic checks the result. Whatever
+is wrong becomes a `RecipeError` of one line that begins with the file, or the override, that says it.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def _layer(origin: str, tree: Mapping[Any, Any], folder: Path | None) -> _Layer:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The checked recipe in the file `path`, with `a.b.c=value` overrides.
 
-    Relative paths of models and data are taken from the folder of the file that says them, then from the recipe's, then from
-    the working directory, and made absolute where something exists there; any other value (a hub id) is left as it is.
-    Raises RecipeError for a fault in a file, a key, a value, or an objective that the teacher's signal cannot serve.
+    Relative paths of models and data are taken from the folder of the file that says them, then from the recipe's,
+    then from the working directory, and made absolute where something exists there; any other value (a hub id) is
+    left as it is. Raises RecipeError for a fault in a file, a key, a value, or an objective that the teacher's signal
+    cannot serve.
     """
     recipe_path = Path(path)
     layers = [*_file_layers(recipe_path, ()), *(_override_layer(text) for text in overrides)]
@@ -62,11 +63,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     merged = _merge(layers, str(path))
     for key, value in list(keys.flatten(merged)):
-        if key in MODEL_KEYS or key in FILE_KEYS:
+        if key in origins and (key in MODEL_KEYS or key in FILE_KEYS):
             section, _, leaf = key.partition(".")
             folders = _folders(origins[key], recipe_path.parent)
             merged[section][leaf] = (
-                [_located(key, item, folders) for item in value] if isinstance(value, list) else _located(key, value, folders)
+                [_located(key, item, folders) for item in value]
+                if isinstance(value, list)
+                else _located(key, value, folders)
             )
     try:
         recipe = Recipe.model_validate(merged)
@@ -116,8 +119,8 @@ def _read(path: Path, named_by: Path | None) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = keys.nearest(path.name, [found.name for found in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
-        hint = f"; did you mean '{path.parent / near}'?" if near else ""
+        near = keys.nearest(path.stem, [found.stem for found in path.parent.glob("*.yaml")])
+        hint = f"; did you mean '{path.parent / f'{near}.yaml'}'?" if near else ""
         where = f"{named_by}: the base file {str(path)!r}" if named_by else f"{path}: the recipe"
         raise RecipeError(f"{where} does not exist{hint}") from None
     except OSError as error:
@@ -165,8 +168,9 @@ def _override_layer(text: str) -> _Layer:
 
 
 def _merge(layers: Sequence[_Layer], origin: str) -> dict[str, Any]:
+    """One tree of the defaults and all layers, with `${section.key}` replaced by the value of that key."""
     try:
-        merged = OmegaConf.merge(*(layer.tree for layer in layers))
+        merged = OmegaConf.merge(keys.defaults(), *(layer.tree for layer in layers))
         tree: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError) as error:
         named = getattr(error, "full_key", None)
@@ -181,7 +185,7 @@ def _folders(layer: _Layer, recipe_folder: Path) -> list[Path]:
 
 
 def _located(key: str, value: Any, folders: Sequence[Path]) -> Any:
-    """The absolute path of what the value names, or the value itself where it names no folder (model) or file (data)."""
+    """The absolute path of what the value names, or the value itself where it names no folder or file."""
     if not isinstance(value, str) or not value or (key in FILE_KEYS and not value.endswith(".jsonl")):
         return value
     for folder in folders:
@@ -195,7 +199,9 @@ def _check_objective(recipe: Recipe, origin: Callable[[str], str]) -> None:
     try:
         objective = recipe.objective.build()
     except ValueError as error:
-        named = next((key for key in type(recipe.objective).model_fields if re.search(rf"\b{key}\b", str(error))), "preset")
+        named = next(
+            (key for key in type(recipe.objective).model_fields if re.search(rf"\b{key}\b", str(error))), "preset"
+        )
         raise RecipeError(f"{origin(f'objective.{named}')}: objective: {_one_line(error)}") from None
     if refusal := objective.refusal(recipe.teacher.signal):
         raise RecipeError(f"{origin('teacher.signal')}: objective and teacher.signal do not fit: {_one_line(refusal)}")

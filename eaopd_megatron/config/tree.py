@@ -1,7 +1,7 @@
 """Every key of a recipe, its type, its default and the values that it takes.
 
-The models are strict (no silent conversion of "8" or true into a number), frozen, and refuse unknown keys. What depends on
-one key stands at that key; what depends on several stands in the section's, or the recipe's, own check.
+The models are strict (no silent conversion of "8" or true into a number), frozen, and refuse unknown keys. What
+depends on one key stands at that key; what depends on several stands in the section's, or the recipe's, own check.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 """A whole number from 0."""
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+FloatOrInfinity = Annotated[float, Field(allow_inf_nan=True)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 """A share in (0, 1]."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -59,7 +60,9 @@ class Student(Section):
     @classmethod
     def _only_tensor_and_data_parallel(cls, value: int) -> int:
         if value != 1:
-            raise ValueError("it must be 1: this version lays a student out over tensor_parallel x data_parallel ranks only")
+            raise ValueError(
+                "it must be 1: this version lays a student out over tensor_parallel x data_parallel ranks only"
+            )
         return value
 
     @model_validator(mode="after")
@@ -86,12 +89,12 @@ class ObjectiveChoice(Section):
     reverse_kl: str | None = None
     forward_kl: str | None = None
     gate: str | None = None
-    threshold: float | None = None  # nats
+    threshold: FloatOrInfinity | None = None  # nats
     gate_width: float | None = None  # nats
     forward_weight: float | None = None
     reverse_weight: float | None = None
     top_k: int | None = None
-    clip: float | None = None
+    clip: FloatOrInfinity | None = None
 
     def build(self) -> Objective:
         """The objective itself. Raises ValueError, naming the field, for a value that it does not take."""
@@ -130,8 +133,8 @@ class Rollout(Section):
     def _sample_from_the_student_itself(cls, value: float) -> float:
         if value != 1.0:
             raise ValueError(
-                "it must be 1.0: the objective is an expectation over the student's own distribution, and with anything "
-                "else it would be another objective (evaluation.temperature and evaluation.top_p are free)"
+                "it must be 1.0: the objective is an expectation over the student's own distribution, and with "
+                "anything else it would be another objective (evaluation.temperature and evaluation.top_p are free)"
             )
         return value
 

@@ -1,4 +1,5 @@
-"""Which prompts an iteration uses: a pure function of (seed, iteration), so that a resumed run cannot lose its place."""
+"""Which prompts an iteration uses: a pure function of (seed, iteration), so that a resumed run cannot lose its
+place."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from eaopd_megatron.errors import RecipeError
 class PromptCursor:
     """Epochs over `count` prompts in batches of `batch`, in a new order each epoch where `shuffle`.
 
-    last_batch: what becomes of an epoch's last, smaller batch: "drop" (its prompts wait for another epoch's order) or "keep".
+    last_batch: what becomes of an epoch's last, smaller batch: "drop" (its prompts wait for another epoch's order) or
+    "keep".
     """
 
     count: int

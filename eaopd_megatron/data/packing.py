@@ -10,7 +10,8 @@ from eaopd_megatron.data.samples import MicroBatch, Sample
 
 
 def cut(samples: Sequence[Sample], budget: int) -> Iterator[list[Sample]]:
-    """Consecutive samples whose padded size (count · longest) stays within `budget` tokens; at least one a micro-batch."""
+    """Consecutive samples whose padded size (count · longest) stays within `budget` tokens; at least one a
+    micro-batch."""
     batch: list[Sample] = []
     longest = 0
     for sample in samples:
@@ -25,7 +26,8 @@ def cut(samples: Sequence[Sample], budget: int) -> Iterator[list[Sample]]:
 
 
 def collate(samples: Sequence[Sample], device: torch.device, multiple: int = 1) -> MicroBatch:
-    """Pad on the right to the longest sample, rounded up to `multiple` (sequence parallelism cuts by the tensor-parallel size).
+    """Pad on the right to the longest sample, rounded up to `multiple` (sequence parallelism cuts by the
+    tensor-parallel size).
 
     Position t−1 predicts token t, so the rows of a response start at the prompt's last token.
     """

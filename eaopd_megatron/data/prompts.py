@@ -62,7 +62,9 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Any, *, template: str, suffix: str, field: str, max_tokens: int) -> None:
         if template == "chat" and not getattr(tokenizer, "chat_template", None):
-            raise RecipeError("data.template=chat, but the student's tokenizer has no chat template; use data.template=raw")
+            raise RecipeError(
+                "data.template=chat, but the student's tokenizer has no chat template; use data.template=raw"
+            )
         self.tokenizer, self.template, self.suffix = tokenizer, template, suffix
         self.field, self.max_tokens = field, max_tokens
 
@@ -83,9 +85,8 @@ class PromptBuilder:
         for number, problem in enumerate(problems, 1):
             text = problem.get(self.field)
             if not isinstance(text, str) or not text:
-                raise UserError(
-                    f"{source}, record {number}: no text under {self.field!r}; its keys are {', '.join(problem) or 'none'}"
-                )
+                keys = ", ".join(problem) or "none"
+                raise UserError(f"{source}, record {number}: no text under {self.field!r}; its keys are {keys}")
             ids = self.token_ids(text)
             if len(ids) > self.max_tokens:
                 dropped += 1

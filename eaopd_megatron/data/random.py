@@ -1,7 +1,7 @@
 """Random numbers as pure functions of what they are for.
 
-No generator's state lives longer than one draw, so a resumed run, another data-parallel size or another batch size of the
-generator sees the same numbers.
+No generator's state lives longer than one draw, so a resumed run, another data-parallel size or another batch size of
+the generator sees the same numbers.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Training needs temperature 1 and top_p 1: the objective is defined on the student's own policy."""
+    """How tokens are drawn. Training needs temperature 1 and top_p 1: the objective is defined on the student's own
+    policy."""
 
     temperature: float
     top_p: float
@@ -72,8 +73,8 @@ class Sampling:
 class MicroBatch:
     """Samples of one forward pass, padded on the right.
 
-    token_ids [b, s]; rows [n]: index into the flattened [b·s] positions of the position *before* each response token, where
-    its logits are; tokens [n]: the response tokens, sample after sample.
+    token_ids [b, s]; rows [n]: index into the flattened [b·s] positions of the position *before* each response token,
+    where its logits are; tokens [n]: the response tokens, sample after sample.
     """
 
     samples: list[Sample]

@@ -3,6 +3,7 @@
 All functions work on many problems at once: `c[i]` of problem i's `n` independent samples are right.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -13,15 +14,16 @@ IntArray = NDArray[np.int64]
 
 
 def avg_at_k(counts: ArrayLike, n: int) -> FloatArray:
-    """Share of right samples of each problem, counts / n; shape of `counts`. ValueError where a count is not in 0..n."""
+    """Share of right samples of each problem, counts / n; shape of `counts`. ValueError for a count outside 0..n."""
     return _checked_counts(counts, n) / n
 
 
 def pass_at_k(n: int, c: ArrayLike, k: int) -> FloatArray:
-    """Probability that k of a problem's n samples, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k).
+    """Chance that k of a problem's n samples, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k).
 
     Unbiased for the pass@k of fresh samples (Chen et al. 2021, equation 1). The binomials are whole numbers and the one
-    division is correctly rounded, so nothing cancels or overflows for any n. Shape of `c`; ValueError unless 1 <= k <= n.
+    division is correctly rounded, so nothing cancels or overflows for any n. Shape of `c`. ValueError unless
+    1 <= k <= n and every count lies in 0..n.
     """
     counts = _checked_counts(c, n)
     if not 1 <= k <= n:
@@ -39,18 +41,24 @@ def pass_ks(n: int) -> list[int]:
 def bootstrap_interval(
     values: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` [problems], resampling problems; the same for the same seed.
+    """Percentile bootstrap interval of the mean of `values` [problems] over problems; the same for the same seed.
 
     Two calls with the same seed and number of problems draw the same problems, so intervals of differences are paired.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"a bootstrap needs a list of at least one value, not shape {array.shape}")
-    rng = np.random.default_rng(seed)
-    means = np.array([array[rng.integers(0, array.size, array.size)].mean() for _ in range(resamples)])
+    means = _resampling_weights(array.size, resamples, seed) @ array
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=8)
+def _resampling_weights(problems: int, resamples: int, seed: int) -> FloatArray:
+    """Weight of each problem in each resample [resamples, problems]; rows sum to 1."""
+    draws = np.random.default_rng(seed).multinomial(problems, np.full(problems, 1.0 / problems), size=resamples)
+    return draws.astype(np.float64) / problems
 
 
 def _checked_counts(counts: ArrayLike, n: int) -> IntArray:

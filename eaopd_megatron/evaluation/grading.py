@@ -3,6 +3,7 @@
 A grader that throws or runs out of time gives `Grade(False, ..., error=True)`; the errors are counted and reported.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -57,7 +58,7 @@ def grader_for(name_or_path: str) -> Grader:
 
 
 def grade_all(grader: Grader, items: Sequence[tuple[Problem, str]]) -> list[Grade]:
-    """Grades (problem, response text) pairs in order, mathematics in parallel; whatever the grader throws is an error."""
+    """Grades of (problem, response text) pairs, in order; mathematics in parallel. An exception is an error grade."""
     if isinstance(grader, MathGrader):
         return grader.grade_many(items)
     return [_guarded(grader, problem, text) for problem, text in items]
@@ -171,7 +172,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """An answer's text without what carries no meaning: spaces, dollar signs, \\left and \\right, \\dfrac, final stop."""
+    """An answer's text without what carries no meaning: spaces, dollars, \\left, \\right, \\dfrac, a final stop."""
     text = answer.replace("\\!", "").replace("\\,", "").replace("\\$", "").replace("$", "")
     text = re.sub(r"\\(left|right)(?![a-zA-Z])", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
@@ -179,7 +180,7 @@ def normalise(answer: str) -> str:
 
 
 class _Worker:
-    """One child process running math_worker.py; started when needed, again after it died. Used by one thread at a time."""
+    """A child process running math_worker.py, started when needed and after it died. One thread uses it at a time."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -233,10 +234,8 @@ class _Worker:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):  # nobody is left to read what was written to it
                     pipe.close()
-                except OSError:  # what was written to it had nobody left to read it
-                    pass
 
 
 def _close_all(workers: list[_Worker]) -> None:

@@ -1,9 +1,11 @@
-"""A child process that compares mathematical answers: JSON lines in ({"gold", "answer"}), JSON lines out ({"equal"} or {"error"}).
+"""A child process that compares mathematical answers, one JSON line in, one out.
 
-Run as a script by `grading.MathGrader`; it imports only math-verify. Symbolic comparison can run for ever inside one big
-multiplication (`10^{10^{10}}`), where a Python signal handler, and so math-verify's own time limit, never gets its turn.
-Here the kernel's timers keep their default action, which ends this process whatever it is doing. So no answer costs more
-than its limit, from any thread of the parent, and a child whose parent was killed does not run on.
+In: {"gold", "answer"}; out: {"equal": bool} or {"error": name of the exception}; first of all {"ready": true}.
+
+Run as a script by `grading.MathGrader`; it imports only math-verify. A symbolic comparison can run for ever inside one
+big multiplication (`10^{10^{10}}`), where a Python signal handler, and so math-verify's own time limit, never gets its
+turn. Here the kernel's timers keep their default action, which ends this process whatever it is doing. So no answer
+costs more than its limit, from any thread of the parent, and a child whose parent was killed does not run on.
 """
 
 import contextlib

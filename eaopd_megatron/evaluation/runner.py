@@ -35,8 +35,8 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Draws `samples` responses a problem. The random numbers depend on (seed, benchmark, problem, sample) alone, so two
-    evaluations of a run are compared under common random numbers."""
+    """Draws `samples` responses a problem. The random numbers depend on (seed, benchmark, problem, sample) alone, so
+    two evaluations of a run are compared under common random numbers."""
 
     rollout: LocalRollout
     parallel: Parallel

@@ -1,7 +1,7 @@
 """Megatron-Core on a machine without CUDA: its literal uses of "cuda" are answered by the CPU.
 
-Megatron-Core 0.16 names the device in about ten places (schedules, gradient clipping, optimisers, checkpoints) as the literal
-string "cuda". Where CUDA is present nothing here is installed.
+Megatron-Core 0.16 names the device in about ten places (schedules, gradient clipping, optimisers, checkpoints) as the
+literal string "cuda". Where CUDA is present nothing here is installed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _set_random_state(new_state: torch.Tensor, device: int = -1, graph_safe: boo
 
 
 def install() -> None:
-    """Answer `torch.cuda`'s current device, synchronisation and random state from the CPU. Idempotent; nothing with CUDA."""
+    """Answer `torch.cuda`'s current device, synchronisation and random state from the CPU. Idempotent; nothing with
+    CUDA."""
     if torch.cuda.is_available():
         return
     from megatron.core.tensor_parallel import random as megatron_random

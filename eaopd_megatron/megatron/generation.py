@@ -34,7 +34,7 @@ class Decoder:
             length = self.ids.shape[1]
             future = torch.ones(length, length, dtype=torch.bool, device=self.ids.device).triu(1)
             mask = future | self.hidden[:, None, None, :length]
-            # a padding position sees itself: a row that sees nothing would be NaN and reach the others through its value
+            # a padding position sees itself: a row that sees nothing would be NaN and reach others through its value
             mask = mask & ~torch.eye(length, dtype=torch.bool, device=self.ids.device)
         return self._forward(self.ids, mask)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,9 +25,8 @@ class Layout:
 
     def check_world(self, world_size: int) -> None:
         if world_size % self.tensor_parallel:
-            raise UserError(
-                f"student.tensor_parallel={self.tensor_parallel} does not divide the {world_size} ranks that were started"
-            )
+            tp = self.tensor_parallel
+            raise UserError(f"student.tensor_parallel={tp} does not divide the {world_size} ranks that were started")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class Parallel:
     dp_size: int
     dp_group: dist.ProcessGroup
     device: torch.device
-    store: dist.Store
 
     @property
     def is_main(self) -> bool:
@@ -58,43 +57,59 @@ class Parallel:
         return dist.get_global_rank(self.tp_group, 0)
 
 
-def start(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> Parallel:
+def start(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> tuple[Parallel, dist.Store]:
     """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT and make Megatron's groups.
 
-    Raises UserError where the layout does not divide the number of ranks. Call `stop` at the end.
+    The store is the one through which the ranks met. Raises UserError where the layout does not divide the number of
+    ranks. Call `stop` at the end.
     """
-    cpu.install()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     layout.check_world(world_size)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
     else:
-        device, backend = torch.device("cpu"), "gloo"
+        backend = "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
     dist.init_process_group(
         backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world_size, timeout=timeout
     )
+    return arrange(layout, seed=seed, timeout_minutes=timeout_minutes), store
+
+
+def arrange(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> Parallel:
+    """Megatron's groups over the ranks of torch.distributed, which is initialised already. Undone by `disband`."""
+    cpu.install()
+    layout.check_world(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel, distributed_timeout_minutes=max(1, int(timeout_minutes))
     )
     with cpu.cuda_literals():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    cuda = torch.cuda.is_available()
     return Parallel(
         layout=layout,
-        rank=rank,
-        world_size=world_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
-        device=device,
-        store=store,
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
     )
+
+
+def disband() -> None:
+    """Undo `arrange`: Megatron's groups end, and with them their connections and threads (60 a rank on gloo)."""
+    made = list(parallel_state._global_process_group_list or [])
+    parallel_state.destroy_model_parallel()
+    for group in made:
+        if group is not None:  # the default group stays
+            with contextlib.suppress(ValueError):  # Megatron has ended it itself
+                dist.destroy_process_group(group)
 
 
 def stop() -> None:

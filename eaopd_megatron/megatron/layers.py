@@ -30,7 +30,9 @@ class RMSNorm(torch.nn.RMSNorm):
 class CoreAttention(MegatronModule):
     """Scaled-dot-product attention with grouped queries through torch, causal or under a given mask."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **unused: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **unused: Any
+    ) -> None:
         super().__init__(config=config)
         if config.context_parallel_size != 1:
             raise ValueError("CoreAttention has no context parallelism")
@@ -44,7 +46,8 @@ class CoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """query [s, b, heads, d]; key, value [t, b, groups, d]; attention_mask [b, 1, s, t], True = hidden. Returns [s, b, heads·d].
+        """query [s, b, heads, d]; key, value [t, b, groups, d]; attention_mask [b, 1, s, t], True = hidden. Returns
+        [s, b, heads·d].
 
         Without a mask a query sees the keys up to its own position; the s queries are the last s of the t positions.
         """
@@ -64,7 +67,8 @@ class CoreAttention(MegatronModule):
 
 
 def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """`config.num_layers` Megatron-Core layers with the parts above. Parameter names are those of Megatron's local spec."""
+    """`config.num_layers` Megatron-Core layers with the parts above. Parameter names are those of Megatron's local
+    spec."""
     layer = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm"))
     parts = layer.submodules
     parts.input_layernorm = RMSNorm

@@ -22,12 +22,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """Loss of a token: reverse_weight · reverse term + forward_weight · gate(H) · forward term, with H the teacher's entropy.
+    """Loss of a token: reverse_weight · reverse term + forward_weight · gate(H) · forward term, with H the teacher's
+    entropy.
 
     reverse_kl      "sampled": the clipped policy-gradient term of the paper; "exact": KL(student || teacher); "none"
     forward_kl      "topk": KL over the teacher's top_k ids, renormalised (the paper); "topk_tail": the same ids and one
                     bucket for the rest; "exact": KL(teacher || student); "none"
-    gate            "hard": 1 where H > threshold (the paper); "soft": sigmoid((H - threshold) / gate_width); "always"; "never"
+    gate            "hard": 1 where H > threshold (the paper); "soft": sigmoid((H - threshold) / gate_width); "always";
+                    "never"
     threshold       nats; +inf closes a hard gate, -inf opens it
     gate_width      nats
     clip            epsilon of the ratio's range [1 - epsilon, 1 + epsilon]; inf: no clipping
@@ -69,7 +71,7 @@ class Objective:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Objective:
-        """A named objective: "opd", "eopd" (the paper), "eopd_exact", "rkl" or "fkl"; ``changes`` replace single fields."""
+        """A named objective: "opd", "eopd" (the paper), "eopd_exact", "rkl", "fkl"; ``changes`` replace fields."""
         if name not in PRESETS:
             raise ValueError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})

@@ -1,4 +1,4 @@
-"""What a run's figures say: every evaluation figure before and after, what deserves a warning, and one line of it all."""
+"""What a run's figures say: each evaluation figure before and after, what deserves a warning, and a line of it all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,8 +110,8 @@ def find_warnings(run: RunData) -> list[str]:
         if values.size and (amount > 0).any():
             worst = int(amount.argmax())
             lines.append(
-                f"{text}: {int((amount > 0).sum())} of {values.size} iterations, worst {values[worst]:.3g} at iteration "
-                f"{iterations[worst]:.0f}, last {values[-1]:.3g}; {remedy}"
+                f"{text}: {int((amount > 0).sum())} of {values.size} iterations, worst {values[worst]:.3g} "
+                f"at iteration {iterations[worst]:.0f}, last {values[-1]:.3g}; {remedy}"
             )
     return lines + _gate_warning(run) + _evaluation_warnings(run)
 
@@ -143,9 +143,10 @@ def _evaluation_warnings(run: RunData) -> list[str]:
                     f"grader errors: {errors:.0f} of {answers} answers of {name} at iteration {evaluation.iteration} "
                     "could not be graded (the grader threw or ran out of time) and count as wrong"
                 )
-            if benchmark.figures["truncated"] > TRUNCATION_CEILING:
+            truncated = benchmark.figures["truncated"]
+            if truncated > TRUNCATION_CEILING:
                 lines.append(
-                    f"{benchmark.figures['truncated']:.0%} of the answers of {name} at iteration {evaluation.iteration} "
+                    f"{truncated:.0%} of the answers of {name} at iteration {evaluation.iteration} "
                     "are cut off at the length limit; see evaluation.max_response_tokens"
                 )
     return lines
@@ -165,7 +166,7 @@ def summary_of(run: RunData) -> str:
             parts.append(f"{label} {before:.3f}")
             continue
         after = sum(done) / len(done)
-        relative = f" ({(after - before) / before:+.0%})".replace("%", " %") if before > 0 else ""
+        relative = f" ({100 * (after - before) / before:+.0f} %)" if before > 0 else ""
         parts.append(f"{label} {before:.3f} -> {after:.3f}{relative}")
     student = run.recent("student/entropy_gated")
     teacher = run.recent("teacher/entropy_gated")

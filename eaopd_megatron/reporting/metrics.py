@@ -22,9 +22,9 @@ _TENSORBOARD_FLUSH_SECONDS = 5
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order. A last line that was cut off by a crash, or is being written, is left out.
+    """The records of a metrics.jsonl, in order, without a last line that a crash cut off or that is being written.
 
-    An absent file has no records. UserError, with the line's number, for any other line that is not a JSON object.
+    An absent file has no records. UserError, with the line's number, for any other line that is no record.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -62,7 +62,9 @@ class MetricsWriter:
     UserError if tensorboard or wandb is asked for and missing.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, wandb: dict[str, Any] | None, resume_iteration: int | None) -> None:
+    def __init__(
+        self, folder: Path, tensorboard: bool, wandb: dict[str, Any] | None, resume_iteration: int | None
+    ) -> None:
         self.dropped: Counter[str] = Counter()
         self._sinks: list[_Sink] = []
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from eaopd_megatron.evaluation.estimators import FloatArray
 from eaopd_megatron.evaluation.results import BenchmarkResult
@@ -21,6 +21,8 @@ from eaopd_megatron.reporting.run_data import RunData
 
 TEACHER, STUDENT, FORWARD, REVERSE, NEUTRAL = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#333333"
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+PHASES = {"rollout": "#E69F00", "teacher": TEACHER, "student": STUDENT, "sync": REVERSE, "checkpoint": "#999999",
+          "evaluation": "#56B4E9"}  # fmt: skip
 BY_K = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#004166", "#000000")
 GATED, OTHER = "-", (0, (4, 2))
 SMOOTH_FROM = 60  # points; with fewer every point is drawn as it is
@@ -87,9 +89,10 @@ def draw_entropy(run: RunData) -> Figure:
         _line(left, run, f"{role}/entropy_gated", role, colour, GATED)
         _line(right, run, f"{role}/entropy_ungated", role, colour, OTHER)
     gate = run.gate()
-    if gate is not None and gate.in_use:
+    if gate is not None and gate.in_use and np.isfinite(gate.threshold):
         left.axhline(gate.threshold, color="#888888", linewidth=1, linestyle=":", label=f"threshold {gate.threshold:g}")
     _finish(left, "Entropy, gated tokens", "nats")
+    left.margins(y=0.08)
     _finish(right, "Entropy, other tokens", "nats", floor=True)
     return figure
 
@@ -115,26 +118,41 @@ def draw_evaluation(run: RunData) -> Figure:
     figure, axes = _panels(len(names) + bool(several))
     for panel, name in zip(axes, names, strict=False):
         history = _history(run, name)
-        iterations = [iteration for iteration, _ in history]
-        figures = [figure for figure in history[0][1].figures if figure.startswith("pass@")]
+        figures = _pass_figures(history[0][1])
         for figure_name, colour in zip(figures, _by_k(len(figures)), strict=True):
-            points = [estimate(benchmark.per_problem(figure_name)) for _, benchmark in history]
-            label = f"{figure_name} (= avg@{history[0][1].samples})" if figure_name == "pass@1" else figure_name
-            values = np.array([point.value for point in points])
-            spread = np.array([[point.value - point.low for point in points], [point.high - point.value for point in points]])
-            panel.errorbar(iterations, values, yerr=np.maximum(spread, 0), color=colour, marker="o", markersize=4,
-                           linewidth=1.6, elinewidth=0.9, capsize=2, label=label)  # fmt: skip
-        _finish(panel, name, "share of problems", floor=True, percent=True)
+            label = f"{figure_name} = avg@{history[0][1].samples}" if figure_name == "pass@1" else figure_name
+            _history_line(panel, history, figure_name, colour, bars=figure_name in (figures[0], figures[-1]), end=label)
+        _finish(panel, name, "mean over problems", floor=True, percent=True)
     if several:
         for name, colour in zip(several, _cycle(len(several)), strict=True):
-            history = _history(run, name)
-            points = [estimate(benchmark.per_problem("distinct_correct")) for _, benchmark in history]
-            iterations = [iteration for iteration, _ in history]
-            axes[len(names)].plot(iterations, [p.value for p in points], color=colour, marker="o", markersize=4, label=name)
-            axes[len(names)].fill_between(iterations, [p.low for p in points], [p.high for p in points], color=colour,
-                                          alpha=0.15, linewidth=0)  # fmt: skip
-        _finish(axes[len(names)], "Distinct right answers", "answers / problem", floor=True)
+            alone = len(several) == 1
+            label = "" if alone else name
+            _history_line(axes[-1], _history(run, name), "distinct_correct", colour, bars=alone, label=label)
+        _finish(axes[-1], "Distinct right answers", "answers / problem", floor=True)
+    for panel in axes:
+        panel.set_xlim(-0.03 * max(run.last_iteration, 1), 1.03 * max(run.last_iteration, 1))
     return figure
+
+
+def _history_line(
+    axes: Axes,
+    history: list[tuple[int, BenchmarkResult]],
+    figure: str,
+    colour: str,
+    *,
+    bars: bool,
+    label: str = "",
+    end: str = "",
+) -> None:
+    """A figure over the evaluations; bars: with its interval; label: for the legend; end: written at its last point."""
+    iterations = [iteration for iteration, _ in history]
+    points = [estimate(benchmark.per_problem(figure)) for _, benchmark in history]
+    values = [point.value for point in points]
+    axes.plot(iterations, values, color=colour, marker="o", markersize=4, linewidth=1.6, label=label or None)
+    if bars:
+        axes.vlines(iterations, [p.low for p in points], [p.high for p in points], color=colour, linewidth=1, alpha=0.6)
+    axes.annotate(end, (iterations[-1], values[-1]), xytext=(7, 0), textcoords="offset points", color=colour,
+                  va="center", fontsize=8, annotation_clip=False)  # fmt: skip
 
 
 def draw_pass_at_k(run: RunData) -> Figure:
@@ -144,12 +162,14 @@ def draw_pass_at_k(run: RunData) -> Figure:
         history = _history(run, name)
         ends = [history[0]] if len(history) == 1 else [history[0], history[-1]]
         for (iteration, benchmark), colour, marker in zip(ends, ("#777777", STUDENT), ("s", "o"), strict=False):
-            figures = [figure for figure in benchmark.figures if figure.startswith("pass@")]
+            figures = _pass_figures(benchmark)
             ks = [int(figure.removeprefix("pass@")) for figure in figures]
             points = [estimate(benchmark.per_problem(figure)) for figure in figures]
             label = "before training" if iteration == 0 else f"after iteration {iteration}"
             panel.plot(ks, [p.value for p in points], color=colour, marker=marker, markersize=5, label=label)
-            panel.fill_between(ks, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0)
+            panel.fill_between(
+                ks, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0
+            )
             panel.set_xscale("log", base=2)
             panel.set_xticks(ks, [str(k) for k in ks])
             panel.xaxis.set_minor_locator(NullLocator())
@@ -197,24 +217,26 @@ def draw_time(run: RunData) -> Figure:
     names = run.names("time/")
     if not names:
         raise Missing("time/*")
-    records = [record for record in run.records if any(name in record for name in names)]
+    steps = sum("objective/loss" in record for record in run.records)
+    regular = [name for name in names if 2 * len(run.series(name)[0]) > steps] or names
+    records = [record for record in run.records if any(name in record for name in regular)]
     iterations = np.array([record["iteration"] for record in records], dtype=np.float64)
-    table = np.array([[record.get(name, 0.0) for record in records] for name in names], dtype=np.float64)
+    table = np.array([[record.get(name, 0.0) for record in records] for name in regular], dtype=np.float64)
     shown = np.array([smooth(row) for row in table]) if len(records) >= SMOOTH_FROM else table
-    colours = _cycle(len(names))
-    labels = [name.removeprefix("time/") for name in names]
+    colours = dict(zip(names, _phase_colours(names), strict=True))
     figure, (left, right) = _panels(2)
-    left.stackplot(iterations, shown, colors=colours, labels=labels, linewidth=0)
-    left.set_xlim(iterations[0], max(iterations[-1], iterations[0] + 1))
-    _finish(left, "Time of an iteration", "s", floor=True)
-    totals = table.sum(axis=1)
+    left.stackplot(iterations, shown, colors=[colours[name] for name in regular], linewidth=0)
+    left.set_xlim(min(iterations[0], iterations[-1] - 1), iterations[-1])
+    rare = [name.removeprefix("time/") for name in names if name not in regular]
+    _finish(left, "One iteration" + (f", without {' and '.join(rare)}" if rare else ""), "s", floor=True, legend=False)
+    totals = np.array([run.series(name)[1].sum() for name in names])
     positions = np.arange(len(names))[::-1]
-    right.barh(positions, totals, color=colours)
+    right.barh(positions, totals, color=list(colours.values()))
     for position, total in zip(positions, totals, strict=True):
         share = total / totals.sum() if totals.sum() else 0.0
         right.text(total, position, f"  {total:,.1f} s ({share:.0%})", va="center", fontsize=8)
-    right.set_yticks(positions, labels)
-    _finish(right, "Total by phase", "", xlabel="s", legend=False)
+    right.set_yticks(positions, [name.removeprefix("time/") for name in names])
+    _finish(right, "Whole run", "", xlabel="s", legend=False)
     right.grid(False, axis="y")
     right.set_xlim(0, max(float(totals.max()) * 1.35, 1e-9))
     right.xaxis.set_major_locator(MaxNLocator(5))
@@ -228,11 +250,12 @@ def draw_throughput(run: RunData) -> Figure:
     tokens = [name for name in names if name.endswith("tokens_per_second")]
     rest = [name for name in names if name not in tokens]
     figure, axes = _panels(bool(tokens) + len(rest))
-    for name, colour in zip(tokens, _cycle(len(tokens)), strict=True):
-        label = name.removesuffix("tokens_per_second").replace("throughput/", "all ").strip("/_ ").replace("_", " ")
-        _line(axes[0], run, name, label or "all", colour)
+    for name, colour in zip(tokens, _phase_colours(tokens), strict=True):
+        phase = name.removesuffix("tokens_per_second").removeprefix("throughput/").strip("/_").replace("_", " ")
+        _line(axes[0], run, name, phase or "whole iteration", colour)
     if tokens:
         _finish(axes[0], "Tokens per second", "tokens / s", floor=True)
+        axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for panel, name in zip(axes[bool(tokens) :], rest, strict=False):
         _line(panel, run, name, name, NEUTRAL)
         _finish(panel, name, name.rsplit("/", 1)[-1].replace("_", " "), floor=True, legend=False)
@@ -273,7 +296,12 @@ PLOTS: tuple[Plot, ...] = (
     ),
     Plot("rollout", "Rollouts", "Responses that are cut off teach the student nothing about stopping.", draw_rollout),
     Plot("optimizer", "Optimiser", "Learning rate and norm of the gradient before it is clipped.", draw_optimizer),
-    Plot("time", "Where the time goes", "Seconds of each phase, stacked, and their sums over the run.", draw_time),
+    Plot(
+        "time",
+        "Where the time goes",
+        "Left: seconds of each phase of an iteration, stacked. Right: their sums (same colours).",
+        draw_time,
+    ),
     Plot("throughput", "Throughput", "Tokens per second over all ranks.", draw_throughput),
 )
 
@@ -294,7 +322,9 @@ def _line(axes: Axes, run: RunData, name: str, label: str, colour: str, style: L
         axes.plot(iterations, smooth(values), color=colour, linewidth=1.8, linestyle=style, label=label)
     elif len(values):
         marker = "o" if len(values) < 15 else ""
-        axes.plot(iterations, values, color=colour, linewidth=1.6, linestyle=style, marker=marker, markersize=3, label=label)
+        axes.plot(
+            iterations, values, color=colour, linewidth=1.6, linestyle=style, marker=marker, markersize=3, label=label
+        )
 
 
 def _finish(
@@ -315,11 +345,11 @@ def _finish(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if floor and axes.dataLim.y0 >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else None)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     if xlabel == "iteration":
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
@@ -343,6 +373,20 @@ def _history(run: RunData, name: str) -> list[tuple[int, BenchmarkResult]]:
 
 def _cycle(count: int) -> list[str]:
     return [SERIES[index % len(SERIES)] for index in range(count)]
+
+
+def _pass_figures(benchmark: BenchmarkResult) -> list[str]:
+    return [figure for figure in benchmark.figures if figure.startswith("pass@")]
+
+
+def _phase_colours(names: Sequence[str]) -> list[str]:
+    """The colour of the first phase that each name mentions; what is no known phase gets one of the others."""
+    spare = iter(_cycle(len(names) + 2)[2:])
+    known = [next((colour for phase, colour in PHASES.items() if phase in name), None) for name in names]
+    return [
+        colour or (NEUTRAL if name.startswith("throughput/") else next(spare))
+        for colour, name in zip(known, names, strict=True)
+    ]
 
 
 def _by_k(count: int) -> Sequence[str]:

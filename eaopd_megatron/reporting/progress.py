@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: a live display on a terminal, plain lines elsewhere, and log.txt in any case."""
+"""What a user sees while a run goes on: a live display on a terminal, plain lines elsewhere, log.txt in any case."""
 
 import time
 from collections import deque
@@ -71,6 +71,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self._live:
             self._live.start()
+            self._console.show_cursor(True)  # rich hides it, and a run that is killed could not bring it back
         return self
 
     def __exit__(
@@ -90,8 +91,14 @@ class Progress:
         evaluated = _evaluation_text(record)
         if evaluated:
             self._evaluation = evaluated
-            self.message(f"evaluation after {iteration} iterations: {evaluated}" if iteration else f"before training: {evaluated}")
-        self._figures = [(label, form.format(record[name])) for label, name, form in _FIGURES if name in record] or self._figures
+            self.message(
+                f"evaluation after {iteration} iterations: {evaluated}"
+                if iteration
+                else f"before training: {evaluated}"
+            )
+        self._figures = [
+            (label, form.format(record[name])) for label, name, form in _FIGURES if name in record
+        ] or self._figures
         now = self._clock()
         if iteration > self._done or not self._ends:
             self._ends.append(now)
@@ -102,7 +109,9 @@ class Progress:
         if now >= self._next_line or iteration >= self._total:
             self._next_line = now + PLAIN_SECONDS
             figures = "  ".join(f"{label} {value}" for label, value in self._figures)
-            self._write(f"iteration {iteration}/{self._total}  {figures}  {self._left()}".rstrip(), show=self._live is None)
+            self._write(
+                f"iteration {iteration}/{self._total}  {figures}  {self._left()}".rstrip(), show=self._live is None
+            )
 
     def _left(self) -> str:
         """Estimated time to the end, from the last iterations; empty before there are two."""

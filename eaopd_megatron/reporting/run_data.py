@@ -13,7 +13,7 @@ from eaopd_megatron.evaluation.estimators import FloatArray
 from eaopd_megatron.evaluation.results import EvaluationResult
 from eaopd_megatron.reporting.metrics import FILE_NAME, read_metrics
 
-RECENT = 10  # "at the end" means the mean of so many last records: a single iteration is noisy
+RECENT = 10  # records whose mean stands for the begin or the end of a run: a single one is noisy; at most half of all
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,16 @@ class RunData:
         if not isinstance(objective, dict):
             return None
         names = ("gate", "forward_kl", "threshold")
-        values = {name: objective.get(name) for name in names}
-        if None in values.values():
-            from eaopd_megatron.objective import Objective
+        values: dict[str, Any] = {name: objective.get(name) for name in names}
+        try:
+            if None in values.values():
+                from eaopd_megatron.objective import Objective
 
-            try:
                 preset = Objective.preset(str(objective.get("preset")))
-            except (ValueError, KeyError, UserError):
-                return None
-            values = {name: getattr(preset, name) if values[name] is None else values[name] for name in names}
-        return GateSetting(str(values["gate"]), str(values["forward_kl"]), float(values["threshold"]))
+                values = {name: getattr(preset, name) if values[name] is None else values[name] for name in names}
+            return GateSetting(str(values["gate"]), str(values["forward_kl"]), float(values["threshold"]))
+        except (ValueError, TypeError):  # a recipe that was edited afterwards, or that of another version
+            return None
 
     def series(self, name: str) -> tuple[FloatArray, FloatArray]:
         """Iterations and values of a metric where it was recorded, both [n]."""
@@ -129,12 +129,16 @@ class RunData:
     def recent(self, name: str) -> float | None:
         """Mean of a metric's last values, or None where it was never recorded."""
         values = self.series(name)[1]
-        return float(values[-RECENT:].mean()) if values.size else None
+        return float(values[-_window(values.size) :].mean()) if values.size else None
 
     def early(self, name: str) -> float | None:
         """Mean of a metric's first values, or None where it was never recorded."""
         values = self.series(name)[1]
-        return float(values[:RECENT].mean()) if values.size else None
+        return float(values[: _window(values.size)].mean()) if values.size else None
+
+
+def _window(count: int) -> int:
+    return max(1, min(RECENT, count // 2))
 
 
 def _text(path: Path, problems: list[str]) -> str:

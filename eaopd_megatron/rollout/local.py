@@ -25,7 +25,7 @@ class LocalRollout:
         self, prompts: Sequence[Prompt], keys: Sequence[tuple[int | str, ...]], sampling: Sampling, version: int
     ) -> list[Sample]:
         """One sample a prompt, in order. keys: what each sample's random numbers are a function of (`data.random`)."""
-        # longest prompts first keeps padding low; the random numbers belong to the sample, so the order changes nothing else
+        # longest prompts first keeps padding low; random numbers belong to samples, so the order changes nothing else
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
         samples: dict[int, Sample] = {}
         training = self.model.training
@@ -51,7 +51,9 @@ class LocalRollout:
         logits = decoder.prefill()
         for position in range(sampling.max_new_tokens):
             policy = torch.log_softmax(logits[:, : self.vocab_size].float(), -1)
-            token = self._agree(draw(policy, noise[:, position], temperature=sampling.temperature, top_p=sampling.top_p))
+            token = self._agree(
+                draw(policy, noise[:, position], temperature=sampling.temperature, top_p=sampling.top_p)
+            )
             tokens.append(token)
             logprobs.append(policy.gather(-1, token[:, None]).squeeze(-1))
             running &= ~torch.isin(token, stops)
@@ -66,7 +68,8 @@ class LocalRollout:
         ]
 
     def _agree(self, token: torch.Tensor) -> torch.Tensor:
-        """The first tensor-parallel rank's draw reaches the others: different tokens on different shards would corrupt both."""
+        """The first tensor-parallel rank's draw reaches the others: different tokens on different shards would
+        corrupt both."""
         if self.parallel.tp_size > 1:
             dist.broadcast(token, self.parallel.tp_source(), group=self.parallel.tp_group)
         return token

@@ -15,7 +15,7 @@ def draw(logprobs: torch.Tensor, uniform: torch.Tensor, *, temperature: float, t
         return logprobs.argmax(-1)
     probs = torch.softmax(logprobs.double() / temperature, -1)
     if top_p < 1:
-        ordered, order = probs.sort(-1, descending=True, stable=True)
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         ordered = ordered.masked_fill(before >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter_(-1, order, ordered)

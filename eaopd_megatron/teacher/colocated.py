@@ -17,8 +17,8 @@ from eaopd_megatron.teacher.terminal import TerminalMap
 class ColocatedTeacher:
     """Scores the student's tokens.
 
-    signal "topk": each sample is scored once an iteration and keeps k ids and log-probs, H_t and log p(y_t): 136 bytes a token
-    at k = 16. signal "logits": the full distribution, made again for every micro-batch and never kept.
+    signal "topk": each sample is scored once an iteration and keeps k ids and log-probs, H_t and log p(y_t): 136
+    bytes a token at k = 16. signal "logits": the full distribution, made again for every micro-batch and never kept.
     """
 
     def __init__(
@@ -70,7 +70,9 @@ class ColocatedTeacher:
             scored = len(sample.teacher_signal.get("entropy", ()))
             if scored != len(sample.response_ids):
                 # a gate made from missing entropies would be off in silence
-                raise RuntimeError(f"prompt {sample.prompt.id}: {scored} of {len(sample.response_ids)} tokens were scored")
+                raise RuntimeError(
+                    f"prompt {sample.prompt.id}: {scored} of {len(sample.response_ids)} tokens were scored"
+                )
         return TeacherTopK(*(batch.gather([s.teacher_signal[name] for s in batch.samples]) for name in _TOPK_FIELDS))
 
     def labels(self, batch: MicroBatch) -> torch.Tensor | None:

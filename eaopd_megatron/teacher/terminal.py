@@ -1,7 +1,7 @@
 """How student and teacher agree on the token that ends a response (docs: the EOS mismatch punishes stopping).
 
-A base student ends with one id, its chat teacher expects another; unmapped, the teacher gives the student's stop about −21 nats
-and truncation goes to 100 %.
+A base student ends with one id, its chat teacher expects another; unmapped, the teacher gives the student's stop
+about −21 nats and truncation goes to 100 %.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from eaopd_megatron.data.samples import MicroBatch
 
 @dataclass(frozen=True)
 class TerminalMap:
-    """kind: "swap" exchanges the two ids in the teacher's output rows, so every term of the objective means the same stop;
-    "label" (the paper) only looks up the terminal token's teacher log-prob under the teacher's id; "none" changes nothing."""
+    """kind: "swap" exchanges the two ids in the teacher's output rows, so every term of the objective means the same
+    stop;
+    "label" (the paper) only looks up the terminal token's teacher log-prob under the teacher's id; "none" changes
+    nothing."""
 
     kind: str
     student_id: int

@@ -133,5 +133,3 @@ def evaluator(
         Sampling(chosen.temperature, chosen.top_p, chosen.max_response_tokens, stop_ids),
         chosen.seed,
     )
-
-

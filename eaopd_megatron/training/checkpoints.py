@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
+from eaopd_megatron.checkpoint.distributed import restore, training_state
 from eaopd_megatron.checkpoint.store import CheckpointStore, check_fingerprint, fingerprint
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.samples import Prompt
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.training.build import Parts
 from eaopd_megatron.training.folder import RunFolder
@@ -19,13 +18,15 @@ from eaopd_megatron.training.folder import RunFolder
 class TrainingCheckpoints:
     """Weights and optimiser as Megatron shards; beside them how far the run is.
 
-    Schedule, prompt cursor and random numbers are functions of (seed, iteration, updates): those numbers are their whole state.
+    Schedule, prompt cursor and random numbers are functions of (seed, iteration, updates): those numbers are their
+    whole state.
     """
 
     def __init__(
         self, recipe: Recipe, parallel: Parallel, folder: RunFolder, parts: Parts, prompts: list[Prompt]
     ) -> None:
         self.recipe, self.parallel, self.parts = recipe, parallel, parts
+        self.optimizer = parts.student.optimizer
         self.store = CheckpointStore(folder.checkpoints, recipe.run.keep_checkpoints)
         self.fingerprint = fingerprint(parts.student_folder.config)
         self.prompts = _digest(prompts)
@@ -41,10 +42,13 @@ class TrainingCheckpoints:
             "tensor_parallel": self.parallel.tp_size,
             "data_parallel": self.parallel.dp_size,
         }
-        self.store.save(iteration, self._sharded(), state, self._companions, self.parallel)
+        self.store.save(
+            iteration, training_state(self.parts.model, self.optimizer), state, self._companions, self.parallel
+        )
 
     def resume(self) -> tuple[int, int]:
-        """(iteration, updates) completed in the newest checkpoint, whose weights and optimiser are loaded; (0, 0) without one.
+        """(iteration, updates) completed in the newest checkpoint, whose weights and optimiser are loaded; (0, 0)
+        without one.
 
         Raises UserError for a checkpoint of another model, or prompts other than the checkpoint's.
         """
@@ -56,20 +60,9 @@ class TrainingCheckpoints:
         check_fingerprint(self.fingerprint, state["model"], path)
         if state["prompts"] != self.prompts:
             raise UserError(f"{path}: made with other prompts than data.source={self.recipe.data.source} gives now")
-        self._load(path)
+        wanted = training_state(self.parts.model, self.optimizer, loading=True)
+        restore(self.parts.model, self.optimizer, self.store.load_sharded(path, wanted, self.parallel))
         return int(state["iteration"]), int(state["updates"])
-
-    def _load(self, path: Path) -> None:
-        loaded = self.store.load_sharded(path, self._sharded(loading=True), self.parallel)
-        self.parts.model.load_state_dict(loaded["model"])
-        megatron_optimizer.load_state(self.parts.student.optimizer, loaded["optimizer"])
-
-    def _sharded(self, loading: bool = False) -> dict[str, Any]:
-        model = self.parts.model.sharded_state_dict(prefix="model.")
-        return {
-            "model": model,
-            "optimizer": megatron_optimizer.sharded_state(self.parts.student.optimizer, model, loading=loading),
-        }
 
     def _companions(self, folder: Path) -> None:
         (folder / "hf").mkdir()

@@ -8,8 +8,8 @@ from eaopd_megatron.training.run import Run
 def train(run: Run) -> None:
     """Distil until `train.iterations` are completed, from wherever the run's last checkpoint stands.
 
-    Every random number is a function of (seed, purpose, iteration, sample), and the learning rate of the completed updates, so a
-    resumed run repeats the uninterrupted one.
+    Every random number is a function of (seed, purpose, iteration, sample), and the learning rate of the completed
+    updates, so a resumed run repeats the uninterrupted one.
     """
     if run.iteration == 0:
         run.evaluate()

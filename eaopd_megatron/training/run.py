@@ -19,9 +19,9 @@ from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.cursor import PromptCursor
 from eaopd_megatron.data.prompts import load_problems
 from eaopd_megatron.data.samples import Sample
-from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.results import write_atomically
 from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.reporting.environment import environment
 from eaopd_megatron.reporting.metrics import MetricsWriter
 from eaopd_megatron.reporting.progress import Progress
 from eaopd_megatron.training.averages import Averages
@@ -33,10 +33,8 @@ from eaopd_megatron.training.schedule import Schedule
 TERMINAL_LOGPROB_WARNING = -10.0  # nats; below it the pair does not agree on how to stop
 
 
-class Interrupted(UserError):
-    """A signal asked the run to stop; its checkpoint is written."""
-
-    exit_code = 130
+class Interrupted(SystemExit):
+    """A signal asked the run to stop, and its checkpoint is written. Not an error: the launcher says what it did."""
 
 
 class Run:
@@ -46,14 +44,18 @@ class Run:
         self.recipe, self.parallel = recipe, parallel
         self.folder = RunFolder(Path(recipe.run.folder))
         self.progress = self._reporter()
-        self.say(f"student {recipe.student.model}, teacher {recipe.teacher.model}: loading on {parallel.world_size} ranks")
+        self.say(
+            f"student {recipe.student.model}, teacher {recipe.teacher.model}: loading on {parallel.world_size} ranks"
+        )
         self.parts = build(recipe, parallel, self.folder)
         self.student, self.teacher = self.parts.student, self.parts.teacher
         problems = load_problems(recipe.data.source, recipe.data.split)
         builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix)
         self.prompts, dropped = builder.build(problems, recipe.data.source)
         if dropped:
-            self.say(f"{dropped} prompts are longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}: left out")
+            self.say(
+                f"{dropped} prompts are longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}: left out"
+            )
         self.cursor = PromptCursor(
             len(self.prompts),
             recipe.train.prompts_per_iteration,
@@ -67,6 +69,7 @@ class Run:
             options.lr, updates, options.schedule, options.warmup_updates, options.lr * options.min_lr_ratio
         )
         self.averages = Averages()
+        self._writer: MetricsWriter | None = None
         self._times: dict[str, float] = defaultdict(float)
         self._signal: int | None = None
         self.checkpoints = TrainingCheckpoints(recipe, parallel, self.folder, self.parts, self.prompts)
@@ -113,33 +116,33 @@ class Run:
         self.iteration += 1
         record = self.averages.reduce(self.parallel.dp_group)
         self.averages = Averages()
-        record |= self._rates(record)
         self._write_rollouts(samples)
         last = self.iteration == self.recipe.train.iterations
         interval = self.recipe.evaluation.interval
         if last or (interval and self.iteration % interval == 0):
             record |= self._evaluation()
-        self._record(record)
+        self._record(record | self._rates(record))
         asked = self._any_rank_was_asked_to_stop()
         save = self.recipe.run.save_interval
         if last or asked or (save and self.iteration % save == 0):
             with self.clock("checkpoint"):
                 self.checkpoints.save(self.iteration, self.updates)
         if asked and not last:
-            raise Interrupted(
-                f"stopped by signal {asked} after iteration {self.iteration}: checkpoint saved; the same command continues"
-            )
+            self.say(f"stopped after iteration {self.iteration}: checkpoint saved; the same command continues")
+            raise Interrupted(128 + asked)
 
     def evaluate(self) -> None:
         """The evaluation before training."""
         self._record(self._evaluation())
+        self._times.clear()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; a second call does nothing."""
         if self._writer:
             self._writer.close()
         if self.progress:
             self.progress.__exit__(None, None, None)
+        self._writer, self.progress = None, None
 
     # What an iteration leaves behind
 
@@ -157,7 +160,7 @@ class Run:
     def _rates(self, record: dict[str, float]) -> dict[str, float]:
         tokens = record["rollout/length"] * self.cursor.size(self.iteration - 1)
         rates = {f"time/{phase}": seconds for phase, seconds in self._times.items()}
-        whole = sum(seconds for phase, seconds in self._times.items() if phase != "checkpoint")
+        whole = sum(self._times[phase] for phase in ("rollout", "teacher", "student"))
         rates["rollout/tokens_per_second"] = tokens / max(self._times["rollout"], 1e-9)
         rates["throughput/tokens_per_second"] = tokens / max(whole, 1e-9)
         rates["memory/peak"] = float(
@@ -173,7 +176,8 @@ class Run:
 
     def _evaluation(self) -> dict[str, float]:
         evaluator = self.parts.evaluator
-        return evaluator.write(evaluator.run(self.iteration, self.say), self.folder.evaluation)
+        with self.clock("evaluation"):
+            return evaluator.write(evaluator.run(self.iteration, self.say), self.folder.evaluation)
 
     def _write_rollouts(self, samples: list[Sample]) -> None:
         count = self.recipe.run.log_rollouts
@@ -200,10 +204,10 @@ class Run:
         return progress
 
     def _open_records(self) -> None:
-        self._writer: MetricsWriter | None = None
         if not self.parallel.is_main:
             return
         self.folder.write_config(self.recipe)
+        write_atomically(self.folder.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
         options = self.recipe.reporting
         wandb = {
             "project": options.wandb_project,
@@ -211,9 +215,7 @@ class Run:
             "config": self.recipe.model_dump(),
         }
         resumed = self.iteration if self.iteration else None
-        self._writer = MetricsWriter(
-            self.folder.path, options.tensorboard, wandb if options.wandb else None, resumed
-        )
+        self._writer = MetricsWriter(self.folder.path, options.tensorboard, wandb if options.wandb else None, resumed)
         if resumed:
             self.say(f"continuing after iteration {self.iteration}")
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up over `warmup` updates, then `kind` ("cosine", "linear", "constant") from `peak` to `floor` at `total`."""
+    """Linear warm-up over `warmup` updates, then `kind` ("cosine", "linear", "constant") from `peak` to `floor` at
+    `total`."""
 
     peak: float
     total: int

@@ -26,7 +26,7 @@ class Student:
 
     def __init__(
         self,
-        ddp: torch.nn.Module,
+        ddp: Any,  # Megatron-Core's DistributedDataParallel
         optimizer: Any,
         parallel: Parallel,
         objective: Objective,
@@ -41,7 +41,8 @@ class Student:
 
     @torch.no_grad()
     def recompute_old_logprobs(self, samples: Sequence[Sample]) -> None:
-        """π_old of every response token, by the trainer itself: the rollout engine's log-probs come from other kernels."""
+        """π_old of every response token, by the trainer itself: the rollout engine's log-probs come from other
+        kernels."""
         for batch in self._cut(samples):
             found = token_statistics(
                 self._logits(batch), batch.tokens, vocab_size=self.vocab_size, group=self.parallel.tp_group
@@ -50,12 +51,18 @@ class Student:
                 sample.old_logprobs = logprobs
 
     def update(
-        self, samples: Sequence[Sample], teacher: ColocatedTeacher, *, learning_rate: float, update: int, metrics: Averages
+        self,
+        samples: Sequence[Sample],
+        teacher: ColocatedTeacher,
+        *,
+        learning_rate: float,
+        update: int,
+        metrics: Averages,
     ) -> None:
         """One optimiser step on this rank's share of a mini-batch.
 
-        The gradient is that of Σ L_t / (valid response tokens of the whole mini-batch over all data-parallel ranks), however
-        the micro-batches are cut: each adds its sum, and the division comes last.
+        The gradient is that of Σ L_t / (valid response tokens of the whole mini-batch over all data-parallel ranks),
+        however the micro-batches are cut: each adds its sum, and the division comes last.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -87,7 +94,9 @@ class Student:
         megatron_optimizer.set_learning_rate(self.optimizer, learning_rate)
         done, norm = megatron_optimizer.step(self.optimizer)
         if not done or norm != norm or norm == float("inf"):
-            raise UserError(f"update {update}: the gradient norm is {norm}; lower optimizer.lr or look at the last rollouts")
+            raise UserError(
+                f"update {update}: the gradient norm is {norm}; lower optimizer.lr or look at the last rollouts"
+            )
         metrics.add("optimizer/grad_norm", torch.tensor([norm]))
         metrics.add("optimizer/lr", torch.tensor([learning_rate]))
 
@@ -107,9 +116,8 @@ class Student:
         path = self.failures / f"update_{update:06d}_rank_{self.parallel.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(sample.record("") | {"token": token, "why": why}))
-        raise UserError(
-            f"update {update}, rank {self.parallel.rank}: {why} (prompt {sample.prompt.id}); the sample is saved in {path}"
-        )
+        where = f"update {update}, rank {self.parallel.rank}"
+        raise UserError(f"{where}: {why} (prompt {sample.prompt.id}); the sample is saved in {path}")
 
 
 def _measure(metrics: Averages, batch: MicroBatch, out: Any, old: torch.Tensor | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -15,16 +16,24 @@ from torch.distributed import Store
 
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 45.0
-_FAILURE = "failure"
+POLL_SECONDS = 1.0
+_FAILURE, _DONE = "failure", "done"
 
 
 @contextlib.contextmanager
-def watched(store: Store, rank: int, world_size: int) -> Iterator[None]:
-    """Watch the other ranks while the body runs; tell them when it raises."""
-    watch = Watch(store.clone(), rank, world_size)  # a connection of its own: the process group's may be waiting
+def watched(store: Store, rank: int, world_size: int, silence: float = SILENCE_SECONDS) -> Iterator[None]:
+    """Watch the other ranks while the body runs; tell them when it raises.
+
+    silence: seconds without a beat that count as death.
+    """
+    connection = store.clone()  # type: ignore[attr-defined]  # its own: the process group's may be waiting for an answer
+    watch = Watch(connection, rank, world_size, silence)
     watch.start()
     try:
         yield
+    except SystemExit:  # asked to stop, as all ranks were
+        watch.stop()
+        raise
     except BaseException as error:
         watch.fail(str(error) or type(error).__name__, getattr(error, "exit_code", 1))
         raise
@@ -34,12 +43,12 @@ def watched(store: Store, rank: int, world_size: int) -> Iterator[None]:
 class Watch:
     """A thread that beats for this rank and looks for the others' beats and for a failure that one of them announced.
 
-    Collectives cannot say that a peer is gone (NCCL waits for its time-out, which a long generation makes long). The thread
-    ends the process: the main thread may be inside a collective that never returns.
+    Collectives cannot say that a peer is gone (NCCL waits for its time-out, which a long generation makes long). The
+    thread ends the process: the main thread may be inside a collective that never returns.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        self._store, self._rank, self._world_size = store, rank, world_size
+    def __init__(self, store: Store, rank: int, world_size: int, silence: float) -> None:
+        self._store, self._rank, self._world_size, self._silence = store, rank, world_size, silence
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -52,7 +61,7 @@ class Watch:
         if self._thread.is_alive():
             self._done.set()
             self._thread.join()
-            self._store.set(f"beat/{self._rank}", "done")
+            self._store.set(f"beat/{self._rank}", _DONE)
 
     def fail(self, message: str, exit_code: int) -> None:
         """Announce this rank's error; only the first one of all ranks is kept."""
@@ -64,34 +73,31 @@ class Watch:
 
     def _run(self) -> None:
         seen: dict[int, tuple[str, float]] = {}
-        self._store.set_timeout(timedelta(seconds=SILENCE_SECONDS))
-        count = 0
-        while not self._done.wait(BEAT_SECONDS / 5):
+        self._store.set_timeout(timedelta(seconds=self._silence))
+        last_beat = -math.inf
+        while not self._done.wait(POLL_SECONDS):
             try:
                 if self._store.check([_FAILURE]):
                     failure = json.loads(self._store.get(_FAILURE))
-                    if failure["rank"] != self._rank:
-                        self._end(f"stopped: rank {failure['rank']} failed: {failure['message']}", failure["exit_code"])
-                    return
-                count += 1
-                if count % 5 == 1:
-                    self._store.set(f"beat/{self._rank}", str(count))
-                    self._look(seen)
+                    self._end(f"rank {failure['rank']} failed: {failure['message']}", failure["exit_code"])
+                now = time.monotonic()
+                if now - last_beat >= min(BEAT_SECONDS, self._silence / 3):
+                    last_beat = now
+                    self._store.set(f"beat/{self._rank}", str(now))
+                    self._look(seen, now)
             except Exception as error:
                 if not self._done.is_set():
-                    self._end(f"stopped: the store on the first rank is gone ({type(error).__name__})", 1)
-                return
+                    self._end(f"the store that joins the ranks is gone ({type(error).__name__})", 1)
 
-    def _look(self, seen: dict[int, tuple[str, float]]) -> None:
-        now = time.monotonic()
+    def _look(self, seen: dict[int, tuple[str, float]], now: float) -> None:
         for rank in range(self._world_size):
             key = f"beat/{rank}"
             beat = self._store.get(key).decode() if self._store.check([key]) else ""
             if rank not in seen or seen[rank][0] != beat:
                 seen[rank] = (beat, now)
-            elif beat != "done" and now - seen[rank][1] > SILENCE_SECONDS:
-                self._end(f"stopped: no sign of life from rank {rank} for {SILENCE_SECONDS:.0f} s", 1)
+            elif beat != _DONE and now - seen[rank][1] > self._silence:
+                self._end(f"no sign of life from rank {rank} for {self._silence:.0f} s", 1)
 
     def _end(self, message: str, exit_code: int) -> None:
-        print(f"error: rank {self._rank} {message}", file=sys.stderr, flush=True)
+        print(f"error: rank {self._rank} stops: {message}", file=sys.stderr, flush=True)
         os._exit(exit_code)

@@ -1,0 +1,219 @@
+"""A run's checkpoints: each is whole or not there, the newest few are kept, and a damaged one is refused.
+
+    checkpoints/step_000050/sharded/        weights and optimiser (`distributed`)
+                            hf/             config.json, tokenizer: what an export needs
+                            state.json      where the run stood
+                            manifest.json   bytes and SHA-256 of every other file
+
+A checkpoint is written as `step_000050.incomplete` and renamed when all its files are on the disk.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from eaopd_megatron.checkpoint.agreement import agree
+from eaopd_megatron.checkpoint.distributed import load_sharded, save_sharded
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.megatron.groups import Parallel
+
+SHARDED, STATE, MANIFEST = "sharded", "state.json", "manifest.json"
+INCOMPLETE, REPLACED, REMOVED = ".incomplete", ".replaced", ".removed"
+_COMPLETE = re.compile(r"step_(\d{6,})")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class CheckpointStore:
+    """The folder of a run's checkpoints. The newest `keep` are kept (at least one)."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = Path(folder), max(1, keep)
+
+    def complete(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
+        return [path for _, path in sorted(found)]
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return next(reversed(self.complete()), None)
+
+    def clean(self, parallel: Parallel) -> None:
+        """At the start of a run: remove what a killed run left unfinished. Collective."""
+        agree(parallel, lambda: self._clean() if parallel.is_main else None)
+
+    def save(
+        self,
+        step: int,
+        sharded_state: dict[str, Any],
+        state: Mapping[str, Any],
+        extra_files: Callable[[Path], None] | None,
+        parallel: Parallel,
+    ) -> Path:
+        """Write the checkpoint of `step` and return its folder. Collective.
+
+        state: JSON values. extra_files: called on the main rank with the folder that becomes `step_XXXXXX`, to write
+        `hf/` into it. Raises UserError on every rank when any rank cannot write; the checkpoints that were there stay.
+        """
+        final = self.folder / f"step_{step:06d}"
+        work = final.with_name(final.name + INCOMPLETE)
+        before = self.latest()
+        try:
+            agree(parallel, lambda: _make_empty(work) if parallel.is_main else None)
+            save_sharded(work / SHARDED, sharded_state, parallel)
+            agree(parallel, lambda: _complete(work, final, state, extra_files) if parallel.is_main else None)
+        except BaseException as error:
+            if parallel.is_main:
+                shutil.rmtree(work, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
+            kept = f"the last good checkpoint is {before}" if before else "there is no earlier checkpoint"
+            why = f"disk full while saving {final}" if error.errno in _DISK_FULL else f"cannot save {final}: {error}"
+            raise UserError(f"{why}; {kept}") from error
+        agree(parallel, lambda: self._remove_old() if parallel.is_main else None)
+        return final
+
+    def load_sharded(self, path: Path, sharded_state: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+        """Verify a checkpoint, then read what `sharded_state` asks for. Collective; UserError on every rank."""
+        agree(parallel, lambda: self.verify(path) if parallel.is_main else None)
+        return load_sharded(path / SHARDED, sharded_state, parallel)
+
+    @staticmethod
+    def load_state(path: Path) -> dict[str, Any]:
+        """The `state` that a checkpoint was saved with."""
+        try:
+            return dict(json.loads((path / STATE).read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path / STATE}: cannot be read: {error}") from error
+
+    @staticmethod
+    def verify(path: Path) -> None:
+        """Compare a checkpoint's files with its manifest. Raises UserError with the name of the first damaged file."""
+        try:
+            files = json.loads((path / MANIFEST).read_text())["files"]
+            expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        except FileNotFoundError:
+            raise UserError(f"{path}: no checkpoint ({MANIFEST} is missing)") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(_damaged(path, MANIFEST, f"cannot be read: {error}")) from error
+        for name, (size, _) in expected.items():
+            if not (path / name).is_file():
+                raise UserError(_damaged(path, name, "is missing"))
+            found = (path / name).stat().st_size
+            if found != size:
+                raise UserError(_damaged(path, name, f"has {found} bytes, {size} were written"))
+        try:
+            digests = _digests(path, list(expected))
+        except OSError as error:
+            raise UserError(_damaged(path, Path(error.filename).name, f"cannot be read: {error.strerror}")) from error
+        for name, (_, digest) in expected.items():
+            if digests[name] != digest:
+                raise UserError(_damaged(path, name, "has other contents than were written"))
+
+    def _clean(self) -> None:
+        if not self.folder.is_dir():
+            return
+        for path in sorted(self.folder.iterdir()):
+            name, dot, kind = path.name.partition(".")
+            if not _COMPLETE.fullmatch(name) or dot + kind not in (INCOMPLETE, REPLACED, REMOVED):
+                continue
+            if dot + kind == REPLACED and not path.with_name(name).exists():
+                path.rename(path.with_name(name))  # killed between the two renames of `_complete`
+            else:
+                shutil.rmtree(path)
+
+    def _remove_old(self) -> None:
+        for path in self.complete()[: -self.keep]:
+            removed = path.with_name(path.name + REMOVED)  # first: a half-removed checkpoint must not look complete
+            try:
+                path.rename(removed)
+                shutil.rmtree(removed)
+            except OSError as error:
+                raise UserError(f"cannot remove the old checkpoint {path}: {error}") from error
+
+
+_FINGERPRINT = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
+def fingerprint(hf_config: Any) -> dict[str, Any]:
+    """What of a Hugging Face configuration decides which weights fit it."""
+    architecture = (hf_config.architectures or ["none"])[0]
+    return {"architecture": architecture, **{name: getattr(hf_config, name) for name in _FINGERPRINT}}
+
+
+def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
+    """Refuse a checkpoint (its fingerprint: found) of another model than the recipe's (UserError, first difference)."""
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{path}: a checkpoint of another model: its {name} is {found.get(name)}, "
+                f"the recipe's student has {value}; choose another run.folder or the student it was trained from"
+            )
+
+
+def _make_empty(work: Path) -> None:
+    if work.exists():
+        shutil.rmtree(work)
+    (work / SHARDED).mkdir(parents=True)
+
+
+def _complete(work: Path, final: Path, state: Mapping[str, Any], extra_files: Callable[[Path], None] | None) -> None:
+    """Write what the main rank adds, bring everything to the disk, and let the checkpoint appear."""
+    (work / STATE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n")
+    if extra_files is not None:
+        extra_files(work)
+    names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
+    digests = _digests(work, names)
+    files = {name: {"bytes": (work / name).stat().st_size, "sha256": digests[name]} for name in names}
+    (work / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+    for path in [*work.rglob("*"), work]:
+        _sync(path)
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    work.rename(final)
+    _sync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _digests(folder: Path, names: list[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return dict(zip(names, threads.map(digest, names), strict=True))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _damaged(path: Path, name: str, what: str) -> str:
+    return f"damaged checkpoint: {path / name} {what}; remove {path} to continue from the one before it"

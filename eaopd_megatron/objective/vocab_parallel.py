@@ -1,0 +1,252 @@
+"""Statistics of softmax distributions over vocabulary shards: one packed all-gather a micro-batch, whatever the chunk
+size.
+
+A rank holds ``columns`` logits of every token: the ids [rank · columns, (rank + 1) · columns), of which those below the
+true vocabulary size are valid. With s, t the student's and the teacher's logits and m^r the maximum over a rank's valid
+columns, each rank sums
+
+    Z_s = sum e^(s - m_s)    A_s = sum e^(s - m_s) (s - m_s)    C_st = sum e^(s - m_s) (t - m_t)    (and Z_t, A_t, C_ts)
+
+and all ranks merge these with the weights e^(m^r - m), m the maximum over the vocabulary. Every rank merges the same
+numbers in the same order, so the result has the same bits everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+CPU_CHUNK_ELEMENTS = 1 << 17  # per thread: the four buffers of a chunk then fit a core's second-level cache
+GPU_CHUNK_ELEMENTS = 1 << 25
+MAX_VOCABULARY = 1 << 24  # ids travel as fp32, which is exact up to here
+
+
+def times(weight: Tensor, value: Tensor) -> Tensor:
+    """weight · value with 0 · (anything) = 0."""
+    return torch.where(weight == 0, 0.0, weight * value)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of the vocabulary, and the group over which the parts are spread."""
+
+    columns: int
+    vocab_size: int
+    group: ProcessGroup | None
+    rank: int
+    ranks: int
+    chunk: int | None = None  # tokens worked at together; None: what suits the caches
+
+    @classmethod
+    def of(
+        cls, name: str, logits: Tensor, vocab_size: int, group: ProcessGroup | None, chunk: int | None = None
+    ) -> Shard:
+        """The shard of ``logits`` [n, columns]; errors speak of the argument ``name``. group None: one rank."""
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk: {chunk} is not at least 1")
+        if logits.dim() != 2 or not logits.dtype.is_floating_point:
+            raise ValueError(
+                f"{name}: {logits.dtype} of shape {list(logits.shape)}, expected floating point [n, columns]"
+            )
+        ranks = 1 if group is None else dist.get_world_size(group)
+        rank = 0 if group is None else dist.get_rank(group)
+        columns = logits.shape[1]
+        if not 0 < vocab_size <= min(columns * ranks, MAX_VOCABULARY):
+            raise ValueError(
+                f"vocab_size: {vocab_size} is not in 1..{min(columns * ranks, MAX_VOCABULARY)} "
+                f"({name} has {columns} columns on each of {ranks} ranks)"
+            )
+        return cls(columns, vocab_size, group, rank, ranks, chunk)
+
+    @property
+    def valid(self) -> int:
+        """Columns of this rank that are no padding; may be 0."""
+        return min(max(self.vocab_size - self.rank * self.columns, 0), self.columns)
+
+    def owner(self, ids: Tensor) -> Tensor:
+        """The rank that holds each id."""
+        return torch.div(ids, self.columns, rounding_mode="floor").clamp(0, self.ranks - 1)
+
+    def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's column of each id and whether it holds the id; a column is valid even where it does not."""
+        column = ids - self.rank * self.columns
+        owned = (column >= 0) & (column < self.valid)
+        return column.clamp(0, max(self.valid - 1, 0)), owned
+
+    def chunks(self, count: int, device: torch.device) -> Iterator[slice]:
+        """Slices of ``count`` tokens to work at, one after another."""
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        chunk = self.chunk
+        if chunk is None:
+            elements = CPU_CHUNK_ELEMENTS * threads if device.type == "cpu" else GPU_CHUNK_ELEMENTS
+            chunk = max(1, elements // max(self.valid, 1))
+        # Torch splits the sum of a single row between threads, in another order than a row among others.
+        least = 1 if threads == 1 else 2
+        start, chunk = 0, max(chunk, least)
+        while start < count:
+            stop = count if count - start - chunk < least else start + chunk
+            yield slice(start, stop)
+            start = stop
+
+    def exchange(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All ranks' rows: name -> [r, n] becomes name -> [ranks, r, n]. One collective, also for no tokens."""
+        if self.ranks == 1:
+            return {name: row[None] for name, row in rows.items()}
+        sizes = [row.shape[0] for row in rows.values()]
+        packed = torch.cat(list(rows.values()))
+        count = packed.shape[1]
+        if count == 0:  # not every backend moves empty tensors
+            packed = packed.new_zeros(packed.shape[0], 1)
+        gathered = packed.new_empty(self.ranks, *packed.shape)
+        dist.all_gather(list(gathered.unbind(0)), packed, group=self.group)
+        return dict(zip(rows, gathered[:, :, :count].split(sizes, dim=1), strict=True))
+
+    def pick(self, gathered: Tensor, ids: Tensor) -> Tensor:
+        """From values that each rank looked up for ids, [ranks, r, n], those of the ranks that hold the ids, [r, n]."""
+        return gathered.gather(0, self.owner(ids)[None])[0]
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax over the whole vocabulary in numbers of a token, each [n]."""
+
+    maximum: Tensor
+    total: Tensor  # Z
+    weighted: Tensor  # A
+
+    @property
+    def log_total(self) -> Tensor:
+        """L = log Z."""
+        return self.total.log()
+
+    @property
+    def entropy(self) -> Tensor:
+        """In nats."""
+        return self.log_total - self.weighted / self.total
+
+    def logprob(self, logits: Tensor) -> Tensor:
+        """Log-prob of logits [..., n]."""
+        return logits - self.maximum - self.log_total
+
+    @property
+    def broken(self) -> Tensor:
+        """Rows whose logits hold NaN or +inf, or -inf alone."""
+        return ~(self.total.isfinite() & self.maximum.isfinite() & (self.total > 0))
+
+
+def longest(parts: list[slice]) -> int:
+    """Tokens of the largest chunk."""
+    return max((part.stop - part.start for part in parts), default=0)
+
+
+def shift(logits: Tensor, maximum: Tensor, out: Tensor) -> None:
+    """out = logits - maximum in out's precision. Never writes to the caller's logits."""
+    if logits.dtype == out.dtype:
+        torch.sub(logits, maximum[:, None], out=out)
+    else:
+        out.copy_(logits).sub_(maximum[:, None])
+
+
+def partial_sums(
+    student: Tensor,
+    teacher: Tensor | None,
+    shard: Shard,
+    *,
+    dtype: torch.dtype,
+    leave_out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[dict[str, Tensor], bool]:
+    """This rank's sums, ready for `Shard.exchange`, and whether its logits hold -inf.
+
+    student, teacher: [n, columns]. leave_out: (columns, held) [n, k] of ids whose probability is to be left out of the
+    additional sums "student_rest" and "teacher_rest".
+    The sums: "student" and "teacher" [3, n]: m, Z, A; "cross" [2, n]: C_st, C_ts; the rests [1, n].
+    """
+    rows = _partial_sums(student, teacher, shard, dtype, leave_out, careful=False)
+    careful = bool(torch.cat(list(rows.values())).isnan().any())
+    if careful:  # a logit of -inf makes 0 · inf, which counts as 0; rare, so the quick pass does not look for it
+        rows = _partial_sums(student, teacher, shard, dtype, leave_out, careful=True)
+    return rows, careful
+
+
+def _partial_sums(
+    student: Tensor,
+    teacher: Tensor | None,
+    shard: Shard,
+    dtype: torch.dtype,
+    leave_out: tuple[Tensor, Tensor] | None,
+    careful: bool,
+) -> dict[str, Tensor]:
+    n, valid = student.shape[0], shard.valid
+    lowest = torch.finfo(dtype).min
+    sides = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    rows = {name: torch.zeros(3, n, dtype=dtype, device=student.device) for name in sides}
+    if teacher is not None:
+        rows["cross"] = torch.zeros(2, n, dtype=dtype, device=student.device)
+    if leave_out is not None:
+        rows |= {f"{name}_rest": torch.zeros(1, n, dtype=dtype, device=student.device) for name in sides}
+    if valid == 0:
+        for name in sides:
+            rows[name][0] = lowest  # finite, so that its weight e^(m^r - m) is 0 and not NaN
+        return rows
+    parts = list(shard.chunks(n, student.device))
+    buffers = torch.empty(len(sides) + 2, longest(parts) * valid, dtype=dtype, device=student.device)
+
+    def dot(weights: Tensor, values: Tensor, product: Tensor, out: Tensor) -> None:
+        torch.mul(weights, values, out=product)
+        if careful:
+            product.masked_fill_(weights == 0, 0)
+        torch.sum(product, 1, out=out)
+
+    for part in parts:
+        size = part.stop - part.start
+        exps, product, *shifted = (buffer[: size * valid].view(size, valid) for buffer in buffers)
+        for (name, logits), d in zip(sides.items(), shifted, strict=True):
+            local, maximum = logits[part, :valid], rows[name][0, part]
+            if local.dtype != dtype:
+                local = d.copy_(local)
+            torch.amax(local, 1, out=maximum)
+            if careful:
+                maximum.clamp_(min=lowest)
+            torch.sub(local, maximum[:, None], out=d)
+        for index, (name, d) in enumerate(zip(sides, shifted, strict=True)):
+            torch.exp(d, out=exps)
+            torch.sum(exps, 1, out=rows[name][1, part])
+            dot(exps, d, product, rows[name][2, part])
+            if teacher is not None:
+                dot(exps, shifted[1 - index], product, rows["cross"][index, part])
+            if leave_out is not None:
+                zero_at(exps, leave_out[0][part], leave_out[1][part])
+                torch.sum(exps, 1, out=rows[f"{name}_rest"][0, part])
+    return rows
+
+
+def zero_at(values: Tensor, columns: Tensor, held: Tensor) -> None:
+    """Set values[i, columns[i, j]] to 0 where held[i, j], in place. Multiplies: columns that are not held collide."""
+    values.scatter_reduce_(1, columns, (~held).to(values.dtype), "prod")
+
+
+def look_up(logits: Tensor, shard: Shard, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """This rank's logits under ids [n, k], as [k, n] for `Shard.exchange`; `Shard.pick` then takes the owners'."""
+    if shard.valid == 0:
+        return torch.zeros(ids.shape, dtype=dtype, device=logits.device).T
+    return logits.gather(1, shard.locate(ids)[0]).to(dtype).T
+
+
+def merge(parts: Tensor) -> tuple[Softmax, Tensor, Tensor]:
+    """All ranks' m, Z, A [ranks, 3, n] -> the softmax, and each rank's e^(m^r - m) and m^r - m [ranks, n]."""
+    maximum = parts[:, 0].amax(0)
+    delta = parts[:, 0] - maximum
+    alpha = delta.exp()
+    total = (alpha * parts[:, 1]).sum(0)
+    weighted = times(alpha, parts[:, 2] + delta * parts[:, 1]).sum(0)
+    return Softmax(maximum, total, weighted), alpha, delta
+
+
+def merge_cross(cross: Tensor, total: Tensor, alpha: Tensor, delta_other: Tensor) -> Tensor:
+    """A cross sum over the vocabulary [n] from all ranks' [ranks, n]: sum over r of alpha_r (C^r + delta'_r Z^r)."""
+    return times(alpha, cross + delta_other * total).sum(0)

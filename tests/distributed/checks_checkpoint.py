@@ -1,0 +1,345 @@
+"""Checks of test_checkpoint.py: what each of four ranks does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import ChainedOptimizer
+
+from eaopd_megatron.checkpoint import store
+from eaopd_megatron.checkpoint.distributed import load_sharded, restore, save_sharded, training_state
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.checkpoint.store import CheckpointStore
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.megatron import groups
+from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.megatron.model import DTYPES, build_model, logits_of
+from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, set_learning_rate, step, wrap
+
+Precision = Literal["fp32", "bf16"]
+LEARNING_RATES = (3e-3, 2e-3, 1e-3, 5e-4)
+
+
+@contextlib.contextmanager
+def world(folder: str, ranks: int, layout: Layout) -> Iterator[Parallel | None]:
+    """The first `ranks` ranks as a world of their own with Megatron's groups; None on the others."""
+    rank, everyone = dist.get_rank(), dist.get_world_size()
+    os.makedirs(folder, exist_ok=True)
+    if ranks < everyone:
+        _join(f"{folder}/part", rank, ranks)
+    try:
+        yield groups.arrange(layout) if rank < ranks else None
+    finally:
+        if rank < ranks:
+            groups.disband()
+        if ranks < everyone:
+            _join(f"{folder}/all", rank, everyone)
+
+
+def _join(meeting: str, rank: int, ranks: int) -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank < ranks:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+
+
+class Trainer:
+    """A tiny student under plain cross entropy, built from nothing."""
+
+    def __init__(self, hf: str, parallel: Parallel, precision: Precision = "fp32", **options: Any) -> None:
+        self.parallel = parallel
+        folder = HfFolder.open(hf, "student.model")
+        self.model: GPTModel = build_model(folder.config, parallel.layout, DTYPES[precision])
+        load_hf(self.model, folder, parallel)
+        self.ddp: DistributedDataParallel = wrap(self.model, parallel)
+        chosen = {"lr": 1.0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip_grad": 1.0} | options
+        self.optimizer: ChainedOptimizer = build_optimizer(self.ddp, **chosen, precision=precision)
+        self.samples = json.loads((Path(hf) / "samples.json").read_text())
+
+    def update(self, learning_rate: float, scale: float = 1.0) -> tuple[float, float]:
+        """(mean loss over all tokens of all ranks, gradient norm) of one update; a micro-batch a sample."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        total, tokens = torch.zeros(()), 0
+        for ids in self.samples[self.parallel.dp_rank :: self.parallel.dp_size]:
+            padded = torch.zeros(1, len(ids) + len(ids) % 2, dtype=torch.long)
+            padded[0, : len(ids)] = torch.tensor(ids)
+            logits = logits_of(self.ddp, padded)[0, : len(ids) - 1].float()
+            loss = tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], torch.tensor(ids[1:])[:, None]).sum()
+            (loss * scale).backward()
+            total += loss.detach()
+            tokens += len(ids) - 1
+        finish_gradients(self.ddp, torch.tensor(tokens))
+        set_learning_rate(self.optimizer, learning_rate)
+        ok, norm = step(self.optimizer)
+        assert ok is torch.isfinite(torch.tensor(norm)).item()
+        figures = torch.stack([total, torch.tensor(float(tokens))])
+        dist.all_reduce(figures, group=self.parallel.dp_group)
+        return (figures[0] / figures[1]).item(), norm
+
+    def train(self, learning_rates: tuple[float, ...]) -> list[tuple[float, float]]:
+        return [self.update(learning_rate) for learning_rate in learning_rates]
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Copies of weights, main parameters and Adam's moments."""
+        values = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        for index, parameter in enumerate(self.optimizer.chained_optimizers[0].get_parameters()):
+            values[f"main {index}"] = parameter.detach().clone()
+            for key, value in self.optimizer.optimizer.state[parameter].items():
+                values[f"{key} {index}"] = value.clone()
+        return values
+
+
+def _equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, different
+
+
+def check_update(group: Any, folder: str, hf: str, ranks: int, tp: int, sp: bool) -> None:
+    expected = json.loads((Path(hf) / "expected.json").read_text())["updates"]
+    with world(folder, ranks, Layout(tp, sp)) as parallel:
+        if parallel is None:
+            return
+        found = Trainer(hf, parallel).train(LEARNING_RATES[: len(expected)])
+        for place, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            for mine, its in zip(ours, theirs, strict=True):
+                assert abs(mine - its) <= 1e-5 * its, f"update {place}: (loss, norm) {ours}, transformers has {theirs}"
+
+
+def check_gradient_that_is_not_finite(group: Any, folder: str, hf: str) -> None:
+    with world(folder, 4, Layout(2, True)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel)
+        trainer.train(LEARNING_RATES[:1])
+        before = trainer.values()
+        # one data-parallel rank overflows; all must refuse
+        _, norm = trainer.update(1e-3, scale=float("inf") if parallel.dp_rank == 1 else 1.0)
+        assert not torch.isfinite(torch.tensor(norm)), norm
+        _equal(before, trainer.values())
+
+
+def check_resume(group: Any, folder: str, hf: str, ranks: int, tp: int, sp: bool, precision: Precision) -> None:
+    with world(f"{folder}/whole", ranks, Layout(tp, sp)) as parallel:
+        if parallel is not None:
+            whole = Trainer(hf, parallel, precision)
+            figures = whole.train(LEARNING_RATES)
+            expected = whole.values()
+            first = Trainer(hf, parallel, precision)
+            first.train(LEARNING_RATES[:2])
+            sharded = training_state(first.model, first.optimizer)
+            CheckpointStore(Path(folder), 1).save(2, sharded, {"updates": 2}, None, parallel)
+    with world(f"{folder}/again", ranks, Layout(tp, sp)) as parallel:
+        if parallel is None:
+            return
+        second = Trainer(hf, parallel, precision)
+        with torch.no_grad():
+            for parameter in second.model.parameters():
+                parameter.fill_(7.0)  # nothing may be left of what was there
+        checkpoints = CheckpointStore(Path(folder), 1)
+        path = checkpoints.latest()
+        assert path is not None and checkpoints.load_state(path) == {"updates": 2}
+        loaded = checkpoints.load_sharded(path, training_state(second.model, second.optimizer, loading=True), parallel)
+        restore(second.model, second.optimizer, loaded)
+        assert {group["lr"] for group in second.optimizer.param_groups} == {1.0}, "the checkpoint set the learning rate"
+        assert second.train(LEARNING_RATES[2:]) == figures[2:]
+        _equal(expected, second.values())
+
+
+def check_recipe_wins(group: Any, folder: str, hf: str) -> None:
+    """A resumed run has its recipe's weight decay, betas and eps; a save before the first update can be loaded."""
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        first = Trainer(hf, parallel)
+        os.makedirs(f"{folder}/sharded", exist_ok=True)
+        save_sharded(Path(folder) / "sharded", training_state(first.model, first.optimizer), parallel)
+        second = Trainer(hf, parallel, weight_decay=0.3, beta2=0.95)
+        loaded = load_sharded(
+            Path(folder) / "sharded", training_state(second.model, second.optimizer, loading=True), parallel
+        )
+        restore(second.model, second.optimizer, loaded)
+        groups_ = second.optimizer.param_groups
+        assert {(group["weight_decay"], group["betas"]) for group in groups_} == {(0.3, (0.9, 0.95))}
+        fresh = Trainer(hf, parallel, weight_decay=0.3, beta2=0.95)
+        assert second.train(LEARNING_RATES[:2]) == fresh.train(LEARNING_RATES[:2])
+        _equal(fresh.values(), second.values())
+
+
+def check_disk_full(group: Any, folder: str, hf: str, rank: int, file: str, limit: int | None) -> None:
+    """One rank cannot write one file: all ranks get the same line, and what was saved before stays."""
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel)
+        checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
+        good = checkpoints.save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+        message = ""
+        with _failing_disk(parallel.rank == rank, file, limit):
+            try:
+                checkpoints.save(2, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+            except UserError as error:
+                message = str(error)
+        failed = checkpoints.folder / "step_000002"
+        end = f"the last good checkpoint is {good}"
+        if limit is None:
+            assert message == f"disk full while saving {failed}; {end}", message
+        else:
+            assert message.startswith(f"cannot save {failed}: ") and message.endswith(f"; {end}"), message
+            assert "File too large" in message, message
+        dist.barrier()
+        assert os.listdir(checkpoints.folder) == ["step_000001"], os.listdir(checkpoints.folder)
+        checkpoints.verify(good)
+        assert checkpoints.save(2, training_state(trainer.model, trainer.optimizer), {}, None, parallel) == failed
+        checkpoints.verify(failed)
+
+
+@contextlib.contextmanager
+def _failing_disk(here: bool, file: str, limit: int | None) -> Iterator[None]:
+    """On one rank: `file` is a full device, or no file may grow beyond `limit` bytes (a write that fails half way)."""
+    save, soft = store.save_sharded, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_full_disk(folder: Path, state: dict[str, Any], parallel: Parallel) -> None:
+        if here and limit is None:
+            (folder / file).symlink_to("/dev/full")
+        elif here and limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, soft[1]))
+        dist.barrier()
+        save(folder, state, parallel)
+
+    store.save_sharded = on_a_full_disk
+    try:
+        yield
+    finally:
+        store.save_sharded = save
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+
+
+def check_killed_before_the_rename(group: Any, folder: str, hf: str) -> None:
+    """The main rank dies when everything is written but not yet visible."""
+
+    def die(path: Path, target: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel)
+        checkpoints = CheckpointStore(Path(folder) / "checkpoints", 1)
+        checkpoints.save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+        if parallel.is_main:
+            Path.rename = die  # type: ignore[method-assign, assignment]
+        checkpoints.save(2, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+
+
+def check_error_of_one_rank(group: Any, folder: str, hf: str) -> None:
+    """Megatron-Core finds a lost shard on the first rank only: all ranks stop, and it does not pass as a full disk."""
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel)
+        state = training_state(trainer.model)
+        if parallel.rank == 1:
+            del state["model"]["model.embedding.word_embeddings.weight"]
+        checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
+        _raises(RuntimeError, "Invalid access pattern", lambda: checkpoints.save(1, state, {}, None, parallel))
+        dist.barrier()
+        assert os.listdir(checkpoints.folder) == []
+
+
+def check_damaged_checkpoint(group: Any, folder: str, hf: str) -> None:
+    """All ranks refuse a checkpoint with one changed byte, and name the file."""
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel)
+        checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
+        path = checkpoints.save(1, training_state(trainer.model), {}, None, parallel)
+        damaged = path / "sharded" / "__1_0.distcp"
+        if parallel.is_main:
+            content = bytearray(damaged.read_bytes())
+            content[len(content) // 2] ^= 1
+            damaged.write_bytes(content)
+        before = trainer.values()
+        expected = f"damaged checkpoint: {damaged} has other contents"
+        _raises(UserError, expected, lambda: checkpoints.load_sharded(path, training_state(trainer.model), parallel))
+        _equal(before, trainer.values())
+
+
+def check_tensors_that_do_not_fit(group: Any, folder: str, hf: str) -> None:
+    """A missing tensor and another shape are told in one line on every rank."""
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel)
+        path = Path(folder) / "sharded"
+        os.makedirs(path, exist_ok=True)
+        save_sharded(path, training_state(trainer.model), parallel)
+        wanted = training_state(trainer.model, trainer.optimizer, loading=True)
+        _raises(UserError, "optimizer.state.exp_avg.model.", lambda: load_sharded(path, wanted, parallel))
+        other = HfFolder.open(hf, "student.model").config
+        other.intermediate_size *= 2
+        larger = training_state(build_model(other, parallel.layout, torch.float32))
+        _raises(UserError, "linear_fc1.weight", lambda: load_sharded(path, larger, parallel))
+        _raises(UserError, "metadata.json is missing", lambda: load_sharded(path.parent, wanted, parallel))
+
+
+def check_no_process_is_started(group: Any, folder: str, hf: str) -> None:
+    """A save by this process alone: nothing can outlive `kill -9` or deadlock on a process that did not start."""
+
+    def refuse(process: Any) -> None:
+        raise AssertionError(f"{process} would be started")
+
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel)
+        start, BaseProcess.start = BaseProcess.start, refuse  # type: ignore[method-assign, assignment]
+        try:
+            state = training_state(trainer.model, trainer.optimizer)
+            CheckpointStore(Path(folder), 1).save(1, state, {}, None, parallel)
+        finally:
+            BaseProcess.start = start  # type: ignore[method-assign]
+        children = [file.read_text() for file in Path("/proc/self/task").glob("*/children")]
+        assert not any(children), children
+
+
+def check_writer_and_reader_agree(group: Any, folder: str, hf: str) -> None:
+    """torch's writer and Megatron-Core's planner still meet: its reader finds every tensor, each is stored once."""
+    from megatron.core import dist_checkpointing
+
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel)
+        path = Path(folder) / "sharded"
+        os.makedirs(path, exist_ok=True)
+        save_sharded(path, training_state(trainer.model, trainer.optimizer), parallel)
+        assert dist_checkpointing.check_is_distributed_checkpoint(str(path))
+        stored = dist_checkpointing.load_tensors_metadata(str(path))
+        numbers: dict[str, int] = {}
+        for name, tensor in stored.items():
+            kind = name.partition("model.")[0]
+            numbers[kind] = numbers.get(kind, 0) + math.prod(tensor.global_shape)
+        parameters = json.loads((Path(hf) / "expected.json").read_text())["parameters"]
+        assert numbers == dict.fromkeys(("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."), parameters)
+        size = sum(file.stat().st_size for file in path.glob("*.distcp"))
+        assert 12 * parameters < size < 20 * parameters, "a tensor is stored more than once"
+        assert {file.name for file in path.iterdir()} >= {".metadata", "metadata.json", "common.pt"}
+
+
+def _raises(kind: type[Exception], text: str, work: Callable[[], Any]) -> None:
+    try:
+        work()
+    except kind as error:
+        assert text in str(error), str(error)
+        assert kind is not UserError or "\n" not in str(error), str(error)
+        return
+    raise AssertionError(f"no {kind.__name__} with {text!r}")

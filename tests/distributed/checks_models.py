@@ -1,0 +1,250 @@
+"""Checks of test_models.py: Megatron-Core's models against what transformers said of the same folder, on four ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from eaopd_megatron.checkpoint.conversion import import_folder
+from eaopd_megatron.checkpoint.distributed import training_state
+from eaopd_megatron.checkpoint.hf_export import export_hf, gather_hf
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.checkpoint.store import CheckpointStore
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.megatron import groups
+from eaopd_megatron.megatron.generation import Decoder
+from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.megatron.model import build_model, check_config, logits_of
+from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, wrap
+
+LIMIT = 1e-5
+
+
+@contextlib.contextmanager
+def arranged(tp: int, sp: bool = False) -> Iterator[Parallel]:
+    """Megatron's groups at a layout for the length of a check."""
+    try:
+        yield groups.arrange(Layout(tp, sp))
+    finally:
+        groups.disband()
+
+
+def loaded(folder: HfFolder, parallel: Parallel, *, swaps: dict[int, int] | None = None) -> GPTModel:
+    model = build_model(folder.config, parallel.layout, folder.dtype, untie=swaps is not None)
+    load_hf(model, folder, parallel, row_map=swaps)
+    return model
+
+
+def whole_logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+    """[b, s, V_padded] on every rank."""
+    return gather_from_tensor_model_parallel_region(logits_of(model, tokens))
+
+
+def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, tp: int, sp: bool) -> None:
+    """The loss is Σ weight · logits² / 2: linear in nothing, and blind to the padding's logits, which are zero."""
+    expected = load_file(Path(folder) / "expected" / "values.safetensors")
+    with arranged(tp, sp) as parallel:
+        source = HfFolder.open(folder)
+        check_config(source.config, parallel.layout, folder)
+        model = loaded(source, parallel)
+        model.eval()
+        ddp = wrap(model, parallel)
+        ddp.zero_grad_buffer()
+        shard = logits_of(model, expected["tokens"])
+
+        padded = shard.shape[-1] * tp
+        weight = torch.nn.functional.pad(expected["weight"], (0, padded - source.vocab_size))
+        (weight.chunk(tp, dim=-1)[parallel.tp_rank] * shard**2 / 2).sum().backward()
+        finish_gradients(ddp, torch.ones(1))
+
+        with torch.no_grad():
+            logits = gather_from_tensor_model_parallel_region(shard)
+        assert logits.shape[-1] % (128 * tp) == 0
+        close(logits[..., : source.vocab_size], expected["logits"], "logits")
+        assert not logits[..., source.vocab_size :].any(), "the padding's rows are not zero"
+        gradients = {name: parameter.main_grad for name, parameter in model.named_parameters()}
+        seen = {name for name, tensor in gather_hf(gradients, source, parallel) if agrees(name, tensor, expected)}
+        if parallel.tp_rank == 0:
+            assert seen == {name[5:] for name in expected if name.startswith("grad.")}
+
+
+def agrees(name: str, gradient: torch.Tensor, expected: dict[str, torch.Tensor]) -> bool:
+    close(gradient, expected[f"grad.{name}"], f"gradient of {name}")
+    return True
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
+    difference = (ours - theirs).abs().max().item()
+    assert difference <= LIMIT, f"{what}: {difference:.2e} apart, the largest is {theirs.abs().max().item():.2e}"
+
+
+def check_round_trip(group: dist.ProcessGroup, folder: str, out: str, tp: int, shard_bytes: int) -> None:
+    """Import at tp, export: the same names, dtypes and bits."""
+    with arranged(tp) as parallel:
+        source = HfFolder.open(folder)
+        export_hf(loaded(source, parallel), parallel, source, Path(out), max_shard_bytes=shard_bytes)
+        if parallel.rank == 0:
+            same_tensors(Path(folder), Path(out))
+            assert len(list(Path(out).glob("*.safetensors"))) == (1 if shard_bytes > 10**6 else 3)
+            assert not list(Path(out).parent.glob(f".{Path(out).name}*")), "something was left beside the folder"
+        dist.barrier()
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    found = []
+    for folder in (one, other):
+        tensors: dict[str, torch.Tensor] = {}
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as handle:
+                tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        found.append(tensors)
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        assert tensor.dtype == found[1][name].dtype, name
+        assert torch.equal(tensor, found[1][name]), name
+
+
+def check_export_in_another_dtype(group: dist.ProcessGroup, folder: str, out: str) -> None:
+    with arranged(2) as parallel:
+        source = HfFolder.open(folder)
+        export_hf(loaded(source, parallel), parallel, source, Path(out), torch.bfloat16)
+        if parallel.rank == 0:
+            written = HfFolder.open(out)
+            assert written.dtype == torch.bfloat16 == written.config.dtype
+            assert torch.equal(written.tensor("model.norm.weight"), source.tensor("model.norm.weight").bfloat16())
+        dist.barrier()
+
+
+def check_swapped_rows(group: dist.ProcessGroup, folder: str, tp: int) -> None:
+    """The two ids exchange their logits; what a token means on the input side stays."""
+    expected = load_file(Path(folder) / "expected" / "values.safetensors")
+    with arranged(tp) as parallel:
+        source = HfFolder.open(folder)
+        one, other = 3, source.vocab_size - 1  # on different ranks where a rank's rows end between them
+        theirs = expected["logits"].clone()
+        theirs[..., [one, other]] = theirs[..., [other, one]]
+        with torch.no_grad():
+            for swaps in ({one: other, other: one}, {one: other}):
+                logits = whole_logits(loaded(source, parallel, swaps=swaps), expected["tokens"])
+                close(logits[..., : source.vocab_size], theirs, "swapped logits")
+        for wrong in ({one: source.vocab_size}, {1: 2, 3: 2}):
+            with raises(ValueError, "is no exchange of ids"):
+                loaded(source, parallel, swaps=wrong)
+        if source.config.tie_word_embeddings:
+            with raises(ValueError, "untie=True"):
+                load_hf(build_model(source.config, parallel.layout, torch.float32), source, parallel, row_map={1: 2})
+
+
+@contextlib.contextmanager
+def raises(kind: type[Exception], text: str) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        assert text in str(error), error
+        assert "\n" not in str(error)
+        return
+    raise AssertionError(f"nothing was raised, {kind.__name__} {text!r} was expected")
+
+
+def check_decoding(group: dist.ProcessGroup, folder: str, tp: int, sp: bool) -> None:
+    """Greedy tokens, prompts of unequal lengths padded on the left."""
+    expected = load_file(Path(folder) / "expected" / "values.safetensors")
+    tokens, lengths, new = expected["tokens"], expected["lengths"].tolist(), expected["generated"].shape[1]
+    prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    with arranged(tp, sp) as parallel:
+        source = HfFolder.open(folder)
+        model = loaded(source, parallel).eval()
+        for rows in (slice(0, len(prompts)), slice(0, 1)):  # with padding, and without
+            decoder = Decoder(model, prompts[rows], new, parallel.device)
+            found = [decoder.prefill()[:, : source.vocab_size].argmax(-1)]
+            while len(found) < new:
+                found.append(decoder.step(found[-1])[:, : source.vocab_size].argmax(-1))
+            assert torch.equal(torch.stack(found, dim=1), expected["generated"][rows])
+        assert model.config.sequence_parallel == (sp and tp > 1)
+
+
+def check_step_folder(group: dist.ProcessGroup, folder: str, out: str) -> None:
+    """Save a training checkpoint: weights and optimiser at TP2 × DP2."""
+    with arranged(2) as parallel:
+        source = HfFolder.open(folder)
+        model = loaded(source, parallel)
+        optimizer = build_optimizer(
+            wrap(model, parallel), lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision="fp32"
+        )
+
+        def companions(step: Path) -> None:
+            (step / "hf").mkdir()
+            source.copy_companions(step / "hf")
+
+        CheckpointStore(Path(out), 1).save(7, training_state(model, optimizer), {}, companions, parallel)
+
+
+@contextlib.contextmanager
+def small_files() -> Iterator[None]:
+    """No file of this rank may grow beyond 20 kB: a write fails in the middle, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def check_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
+    """One rank writes and fails, while another gathers for it."""
+    with arranged(2) as parallel:
+        source = HfFolder.open(folder)
+        model = loaded(source, parallel)
+        export_hf(model, parallel, source, Path(out))
+        before = sorted((file.name, file.read_bytes()) for file in Path(out).iterdir())
+        for target in (out, out + "_new"):
+            with small_files(), raises(UserError, f"{target}: writing failed"):
+                export_hf(model, parallel, source, Path(target))
+        assert sorted((file.name, file.read_bytes()) for file in Path(out).iterdir()) == before
+        assert [path.name for path in Path(out).parent.iterdir()] == [Path(out).name]
+        dist.barrier()
+
+
+def check_import_on_a_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
+    with arranged(2) as parallel:
+        with small_files(), raises(UserError, f"{out}: writing failed"):
+            import_folder(folder, Path(out), parallel, verify=False, say=print)
+        dist.barrier()
+        assert not list(Path(out).parent.iterdir())
+
+
+def check_no_room(group: dist.ProcessGroup, folder: str, out: str) -> None:
+    """Where the disk is known to be too small no tensor is gathered for nothing."""
+    from eaopd_megatron.checkpoint import hf_export
+
+    with arranged(2) as parallel:
+        source = HfFolder.open(folder)
+        model = loaded(source, parallel)
+        real = hf_export.shutil.disk_usage
+        hf_export.shutil.disk_usage = lambda path: real(path)._replace(free=1000)
+        try:
+            with raises(UserError, "bytes, the disk has 1000 left"):
+                export_hf(model, parallel, source, Path(out))
+        finally:
+            hf_export.shutil.disk_usage = real
+        assert not Path(out).exists()
+
+
+def check_every_parameter_is_filled(group: dist.ProcessGroup, folder: str) -> None:
+    """A parameter that the mapping forgets would keep whatever its memory held."""
+    with arranged(2) as parallel:
+        source = HfFolder.open(folder)
+        model = build_model(source.config, parallel.layout, torch.float32)
+        model.register_parameter("forgotten", torch.nn.Parameter(torch.ones(1)))
+        with raises(ValueError, "leaves forgotten unfilled"):
+            load_hf(model, source, parallel)

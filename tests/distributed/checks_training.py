@@ -1,0 +1,288 @@
+"""Checks of the trainer on ranks: rollout, teacher and update at several layouts, against transformers on one
+process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from eaopd_megatron.checkpoint.hf_export import gather_hf
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.data.packing import collate
+from eaopd_megatron.data.samples import Prompt, Sample, Sampling
+from eaopd_megatron.megatron import groups
+from eaopd_megatron.megatron import optimizer as megatron_optimizer
+from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.megatron.model import build_model
+from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss
+from eaopd_megatron.rollout.local import LocalRollout
+from eaopd_megatron.teacher.colocated import ColocatedTeacher
+from eaopd_megatron.teacher.terminal import TerminalMap
+from eaopd_megatron.training.averages import Averages
+from eaopd_megatron.training.step import Student
+
+LAYOUTS = (Layout(1), Layout(2), Layout(2, sequence_parallel=True), Layout(4))
+RATES = (3e-3, 2e-3, 1e-3)
+COUNT = 12  # samples of an iteration
+MINI = 4
+
+
+@dataclass
+class Trained:
+    """What a layout's run of three updates left."""
+
+    weights: dict[str, torch.Tensor]
+    metrics: dict[str, float]
+
+
+@contextlib.contextmanager
+def arranged(layout: Layout) -> Iterator[Parallel]:
+    parallel = groups.arrange(layout)
+    try:
+        yield parallel
+    finally:
+        groups.disband()
+
+
+def samples(vocab_size: int) -> list[Sample]:
+    """Prompts and responses of unequal lengths, the same on every rank; one response is a single token."""
+    random = torch.Generator().manual_seed(5)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(vocab_size, (count,), generator=random).tolist()
+
+    made = []
+    for index in range(COUNT):
+        prompt = Prompt(str(index), tuple(ids(2 + index % 3)), {})
+        response = ids(1 + (index * 5) % 8)
+        made.append(Sample(prompt, response, "stop", [0.0] * len(response), 0, index))
+    return made
+
+
+def reference(student: str, teacher: str, objective: Objective) -> Trained:
+    """transformers, torch's AdamW, one process, no padding, full logits."""
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    size = model.config.vocab_size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    everything = samples(size)
+    losses, norms = [], []
+
+    def logits(of: torch.nn.Module, sample: Sample) -> torch.Tensor:
+        return of(torch.tensor([sample.token_ids])).logits[0, len(sample.prompt.token_ids) - 1 : -1]
+
+    with torch.no_grad():
+        old = [
+            logits(model, s).log_softmax(-1).gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0] for s in everything
+        ]
+        scores = [logits(frozen, s) for s in everything]
+    for update, rate in enumerate(RATES):
+        optimizer.zero_grad()
+        total, tokens = torch.zeros(()), 0
+        for i in range(update * MINI, (update + 1) * MINI):
+            sample = everything[i]
+            out = entropy_aware_loss(
+                logits(model, sample),
+                TeacherLogits(scores[i]),
+                torch.tensor(sample.response_ids),
+                old[i],
+                objective=objective,
+                vocab_size=size,
+            )
+            total = total + out.loss.sum()
+            tokens += len(sample.response_ids)
+        (total / tokens).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        losses.append(float(total) / tokens)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    weights = {k: v.detach() for k, v in model.state_dict().items()}
+    metrics = {f"loss/{i}": x for i, x in enumerate(losses)} | {f"norm/{i}": x for i, x in enumerate(norms)}
+    return Trained(weights, metrics)
+
+
+def trained(
+    student: str, teacher: str, objective: Objective, parallel: Parallel, *, budget: int, signal: str
+) -> Trained:
+    """Three updates through the project's own path."""
+    layout = parallel.layout
+    multiple = layout.tensor_parallel if layout.sequence_parallel else 1
+    folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
+    model = build_model(folder.config, layout, torch.float32)
+    load_hf(model, folder, parallel)
+    teacher_model = build_model(teacher_folder.config, layout, torch.float32)
+    load_hf(teacher_model, teacher_folder, parallel)
+    ddp = megatron_optimizer.wrap(model, parallel)
+    optimizer = megatron_optimizer.build_optimizer(
+        ddp, lr=1.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0, precision="fp32"
+    )
+    size = folder.vocab_size
+    common: dict[str, Any] = {"vocab_size": size, "budget": budget, "multiple": multiple}
+    learner = Student(ddp, optimizer, parallel, objective, failures=Path("unused"), **common)
+    scorer = ColocatedTeacher(
+        teacher_model,
+        parallel,
+        signal=signal,
+        top_k=objective.top_k,
+        terminal=TerminalMap("none", -1, -1),
+        **common,
+    )
+    everything = samples(size)
+    mine = [s for s in everything if s.index % MINI % parallel.dp_size == parallel.dp_rank]
+    scorer.annotate(mine)
+    learner.recompute_old_logprobs(mine)
+    found: dict[str, float] = {}
+    for update, rate in enumerate(RATES):
+        averages = Averages()
+        batch = [s for s in mine if s.index // MINI == update]
+        learner.update(batch, scorer, learning_rate=rate, update=update, metrics=averages)
+        figures = averages.reduce(parallel.dp_group)
+        found |= {f"loss/{update}": figures["objective/loss"], f"norm/{update}": figures["optimizer/grad_norm"]}
+        found[f"clip/{update}"] = figures["objective/clip_fraction"]
+    return Trained(dict(gather_hf(dict(model.named_parameters()), folder, parallel)), found)
+
+
+def compare(found: Trained, expected: Trained, what: str) -> None:
+    for name, value in expected.metrics.items():
+        assert abs(found.metrics[name] - value) <= 2e-5 * max(1.0, abs(value)), (what, name, found.metrics[name], value)
+    for name, tensor in found.weights.items():
+        # AdamW divides by the gradient: where it is near zero, a rounding error becomes a step of up to the rate
+        gap = (tensor - expected.weights[name]).abs()
+        assert gap.median() <= 1e-6 and gap.mean() <= 2e-5, (what, name, float(gap.mean()), float(gap.max()))
+
+
+def check_an_update_is_the_same_at_every_layout(
+    group: dist.ProcessGroup, student: str, teacher: str, preset: str, signal: str
+) -> None:
+    """The loss is divided by the tokens of the whole mini-batch: however ranks and micro-batches cut it."""
+    objective = Objective.preset(preset)
+    expected = reference(student, teacher, objective)
+    clipped = 0.0
+    for layout in LAYOUTS:
+        with arranged(layout) as parallel:
+            for budget in (1, 10_000):
+                found = trained(student, teacher, objective, parallel, budget=budget, signal=signal)
+                clipped += sum(value for name, value in found.metrics.items() if name.startswith("clip"))
+                compare(found, expected, f"{preset} {layout} budget {budget}")
+    if objective.reverse_kl == "sampled":
+        assert clipped > 0  # or the second update's ratio would be untested
+
+
+def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, student: str, teacher: str) -> None:
+    """Four data-parallel ranks, three of them without a single token in an update."""
+    with arranged(Layout(1)) as parallel:
+        folder = HfFolder.open(student)
+        objective = Objective.preset("opd")
+        results = []
+        for share in (True, False):
+            model = build_model(folder.config, parallel.layout, torch.float32)
+            load_hf(model, folder, parallel)
+            ddp = megatron_optimizer.wrap(model, parallel)
+            optimizer = megatron_optimizer.build_optimizer(
+                ddp, lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0, precision="fp32"
+            )
+            common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": 99, "multiple": 1}
+            learner = Student(ddp, optimizer, parallel, objective, failures=Path("unused"), **common)
+            teacher_folder = HfFolder.open(teacher)
+            teacher_model = build_model(teacher_folder.config, parallel.layout, torch.float32)
+            load_hf(teacher_model, teacher_folder, parallel)
+            scorer = ColocatedTeacher(
+                teacher_model, parallel, signal="logits", top_k=4, terminal=TerminalMap("none", -1, -1), **common
+            )
+            everything = samples(folder.vocab_size)[:4]
+            mine = [everything[parallel.dp_rank]] if share else (everything if parallel.dp_rank == 2 else [])
+            learner.update(mine, scorer, learning_rate=1e-3, update=0, metrics=Averages())
+            results.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        for name, tensor in results[0].items():
+            assert torch.allclose(tensor, results[1][name], atol=2e-6), name
+
+
+def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, student: str) -> None:
+    """Random numbers belong to samples; the recorded log-probs are the trainer's; any of several ids stops."""
+    folder = HfFolder.open(student)
+    random = torch.Generator().manual_seed(3)
+    prompts = [
+        Prompt(str(i), tuple(torch.randint(folder.vocab_size, (1 + i % 5,), generator=random).tolist()), {})
+        for i in range(7)
+    ]
+    keys: list[tuple[int | str, ...]] = [(0, "rollout", 0, i) for i in range(len(prompts))]
+    sampling = Sampling(1.0, 1.0, 9, stop_ids=(3, 11, 20, 40, 41, 42, 43, 44, 45, 46))
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    seen: list[list[list[int]]] = []
+    for layout in LAYOUTS:
+        for batch_size in (3, 16):
+            with arranged(layout) as parallel:
+                shard = build_model(folder.config, layout, torch.float32)
+                load_hf(shard, folder, parallel)
+                rollout = LocalRollout(shard, parallel, vocab_size=folder.vocab_size, batch_size=batch_size)
+                shard.train()
+                made = rollout.generate(prompts, keys, sampling, version=4)
+                assert shard.training  # generation gives the model back as it was
+                seen.append([s.response_ids for s in made])
+    assert all(ids == seen[0] for ids in seen), seen
+    for sample in made:
+        stops = [t in sampling.stop_ids for t in sample.response_ids]
+        assert not any(stops[:-1])
+        assert sample.finish_reason == ("stop" if stops[-1] else "length")
+        assert stops[-1] or len(sample.response_ids) == sampling.max_new_tokens
+        assert len(sample.rollout_logprobs) == len(sample.response_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([sample.token_ids])).logits[0, len(sample.prompt.token_ids) - 1 : -1]
+        exact = logits.log_softmax(-1).gather(-1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        assert torch.allclose(exact, torch.tensor(sample.rollout_logprobs), atol=1e-5)
+    assert {s.finish_reason for s in made} == {"stop", "length"}
+
+
+def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
+    group: dist.ProcessGroup, student: str, teacher: str
+) -> None:
+    """Student and teacher end with different ids: under swap and label the stop gets the teacher's log-prob of its
+    own stop."""
+    mine, theirs = 7, 90
+    teacher_folder = HfFolder.open(teacher)
+    frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    sample = Sample(Prompt("p", (5, 6), {}), [8, 9, mine], "stop", [0.0] * 3, 0)
+    with torch.no_grad():
+        exact = frozen(torch.tensor([sample.token_ids])).logits[0, 1:-1].log_softmax(-1)
+    for kind in ("swap", "label", "none"):
+        terminal = TerminalMap.between(kind, [mine], [theirs])
+        with arranged(Layout(2)) as parallel:
+            row_map = terminal.row_map()
+            model = build_model(teacher_folder.config, parallel.layout, torch.float32, untie=row_map is not None)
+            load_hf(model, teacher_folder, parallel, row_map=row_map)
+            for signal in ("topk", "logits"):
+                scorer = ColocatedTeacher(
+                    model,
+                    parallel,
+                    vocab_size=teacher_folder.vocab_size,
+                    signal=signal,
+                    top_k=teacher_folder.vocab_size,
+                    terminal=terminal,
+                    budget=100,
+                    multiple=1,
+                )
+                scorer.annotate([sample])
+                batch = collate([sample], torch.device("cpu"))
+                out = entropy_aware_loss(
+                    torch.zeros(3, 256 // parallel.tp_size),
+                    scorer.signal(batch),
+                    batch.tokens,
+                    None,
+                    teacher_tokens=scorer.labels(batch),
+                    objective=Objective.preset("opd"),
+                    vocab_size=teacher_folder.vocab_size,
+                    group=parallel.tp_group,
+                )
+                stop = mine if kind == "none" else theirs
+                expected = torch.stack([exact[0, 8], exact[1, 9], exact[2, stop]])
+                assert torch.allclose(out.teacher_logprob, expected, atol=1e-5), (kind, signal)
+                sample.teacher_signal = {}

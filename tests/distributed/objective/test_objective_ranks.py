@@ -1,0 +1,41 @@
+"""The objective on 2 and 4 tensor-parallel ranks against the dense fp64 oracle, values and gradients.
+
+A loss that matches under tensor parallelism proves nothing: implementations with right values and wrong gradients
+exist. The ranks start once for each of the two sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import Ranks, checks_in
+
+CHECKS = Path(__file__).with_name("checks_ranks.py")
+WITH_ARGUMENTS = ("check_preset", "check_variants")
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    with Ranks(request.param) as started:
+        yield started
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("signal", ["logits", "topk"])
+@pytest.mark.parametrize("preset", ["opd", "eopd"])
+def test_preset_has_the_oracles_values_and_gradients(ranks: Ranks, preset: str, signal: str, dtype: str) -> None:
+    ranks.run(CHECKS, "check_preset", preset=preset, signal=signal, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("signal", ["logits", "topk"])
+def test_every_variant_has_the_oracles_values_and_gradients(ranks: Ranks, signal: str, dtype: str) -> None:
+    ranks.run(CHECKS, "check_variants", signal=signal, dtype=dtype)
+
+
+@pytest.mark.parametrize("check", [name for name in checks_in(CHECKS) if name not in WITH_ARGUMENTS])
+def test_on_ranks(ranks: Ranks, check: str) -> None:
+    ranks.run(CHECKS, check)

@@ -1,0 +1,304 @@
+"""Hugging Face folder ↔ Megatron-Core model at TP 1, 2, 4 and TP2 with sequence parallelism; transformers is the judge.
+
+Four gloo ranks are launched once; each conversion tool runs as a subprocess of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.ranks import ROOT, Ranks
+
+CHECKS = Path(__file__).with_name("checks_models.py")
+LAYOUTS = [(1, False), (2, False), (2, True), (4, False)]
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks(4) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny random Qwen3 folders with transformers' logits, gradients and greedy tokens beside them.
+
+    tied: 112 ids; at TP 4 (128 padded rows a rank) three ranks have no valid row. untied: 300 ids in three files; at
+    TP 4 one rank has some valid rows and one has none. bf16: the untied one, for the tools.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from eaopd_megatron.data import countdown
+
+    root = tmp_path_factory.mktemp("models")
+    for name, vocab, tied in (("tied", 112, True), ("untied", 300, False)):
+        torch.manual_seed(vocab)
+        config = Qwen3Config(
+            vocab_size=vocab,
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=16,  # not hidden_size / heads
+            max_position_embeddings=64,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            tie_word_embeddings=tied,
+            initializer_range=0.1,
+            pad_token_id=None,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+        model = Qwen3ForCausalLM(config).eval()
+        with torch.no_grad():
+            for parameter in model.model.layers.parameters():
+                if parameter.dim() == 1:
+                    parameter.uniform_(0.5, 1.5)  # norms of one would hide a norm that is not loaded
+                else:
+                    parameter.mul_(3)  # or a tied model says its last token again and again
+            model.model.norm.weight.uniform_(0.5, 1.5)
+        model.save_pretrained(root / name, max_shard_size="10GB" if tied else "150kB")
+        countdown.tokenizer().save_pretrained(root / name)
+        (root / name / "expected").mkdir()
+        save_file(_expected(model), root / name / "expected" / "values.safetensors")
+    model.bfloat16().save_pretrained(root / "bf16")
+    countdown.tokenizer().save_pretrained(root / "bf16")
+    return {name: root / name for name in ("tied", "untied", "bf16")}
+
+
+def _expected(model: Any) -> dict[str, torch.Tensor]:
+    vocab = model.config.vocab_size
+    tokens = torch.randint(vocab, (3, 12))
+    weight = torch.randn(3, 12, vocab) * 0.02
+    logits = model(tokens).logits
+    (weight * logits**2 / 2).sum().backward()
+    gradients = {f"grad.{name}": parameter.grad.clone() for name, parameter in model.named_parameters()}
+    lengths = torch.tensor([12, 5, 8])
+    padded = torch.zeros_like(tokens)
+    mask = torch.zeros_like(tokens)
+    for row, length in enumerate(lengths):
+        padded[row, 12 - length :] = tokens[row, :length]
+        mask[row, 12 - length :] = 1
+    generated = model.generate(padded, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    values = {"tokens": tokens, "weight": weight, "logits": logits.detach(), "lengths": lengths}
+    return {**values, "generated": generated[:, 12:].contiguous(), **gradients}
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize(("tp", "sp"), LAYOUTS)
+def test_logits_and_gradients_are_transformers(
+    ranks: Ranks, folders: dict[str, Path], name: str, tp: int, sp: bool
+) -> None:
+    ranks.run(CHECKS, "check_logits_and_gradients", folder=str(folders[name]), tp=tp, sp=sp)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize(("tp", "sp"), [(1, False), (2, False), (2, True)])
+def test_greedy_tokens_are_transformers(ranks: Ranks, folders: dict[str, Path], name: str, tp: int, sp: bool) -> None:
+    ranks.run(CHECKS, "check_decoding", folder=str(folders[name]), tp=tp, sp=sp)
+
+
+@pytest.mark.parametrize(("name", "shard_bytes"), [("tied", 10**9), ("untied", 150_000), ("bf16", 10**9)])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_round_trip_changes_no_bit(
+    ranks: Ranks, folders: dict[str, Path], tmp_path: Path, name: str, shard_bytes: int, tp: int
+) -> None:
+    out = tmp_path / "out"
+    ranks.run(CHECKS, "check_round_trip", folder=str(folders[name]), out=str(out), tp=tp, shard_bytes=shard_bytes)
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / file).read_bytes() == (folders[name] / file).read_bytes()
+    if tp == 4 and name != "bf16":
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        expected = load_file(folders[name] / "expected" / "values.safetensors")
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert model.dtype == torch.float32
+        assert torch.equal(model(expected["tokens"]).logits, expected["logits"])
+        assert AutoTokenizer.from_pretrained(out).get_vocab()
+
+
+def test_an_export_in_another_dtype_says_so_in_its_config(
+    ranks: Ranks, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    ranks.run(CHECKS, "check_export_in_another_dtype", folder=str(folders["tied"]), out=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("tp", [1, 4])
+def test_swapped_ids_exchange_their_logits_and_nothing_else(
+    ranks: Ranks, folders: dict[str, Path], name: str, tp: int
+) -> None:
+    """A swap in the embedding too would leave a tied teacher's probability of the stop as low as it was."""
+    ranks.run(CHECKS, "check_swapped_rows", folder=str(folders[name]), tp=tp)
+
+
+def test_a_forgotten_parameter_is_an_error(ranks: Ranks, folders: dict[str, Path]) -> None:
+    ranks.run(CHECKS, "check_every_parameter_is_filled", folder=str(folders["tied"]))
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(ranks: Ranks, folders: dict[str, Path], tmp_path: Path) -> None:
+    ranks.run(CHECKS, "check_full_disk", folder=str(folders["tied"]), out=str(tmp_path / "out"))
+
+
+def test_an_import_on_a_full_disk_leaves_nothing(ranks: Ranks, folders: dict[str, Path], tmp_path: Path) -> None:
+    ranks.run(CHECKS, "check_import_on_a_full_disk", folder=str(folders["tied"]), out=str(tmp_path / "out"))
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    ranks: Ranks, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    ranks.run(CHECKS, "check_no_room", folder=str(folders["tied"]), out=str(tmp_path / "out"))
+
+
+def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a tool as a user does, without being told where the package is."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def imported(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bf16 folder imported at TP 2."""
+    out = tmp_path_factory.mktemp("import") / "mcore"
+    done = tool("hf_to_mcore.py", "--hf", folders["bf16"], "--out", out, "--tensor-parallel", 2, "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "verify: largest difference" in done.stdout
+    assert done.stdout.endswith(f"wrote {out}\n")
+    assert done.stderr == ""
+    return out
+
+
+def test_the_tools_give_the_folder_back_bit_for_bit(imported: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Written by two ranks, read by one: query groups or vocabulary rows out of order would show."""
+    record = json.loads((imported / "import.json").read_text())
+    assert record["layout"] == {"tensor_parallel": 2, "pipeline_parallel": 1, "expert_parallel": 1}
+    assert (record["vocab_size"], record["padded_vocab_size"], record["dtype"]) == (300, 512, "bfloat16")
+    out = tmp_path / "hf"
+    done = tool("mcore_to_hf.py", "--checkpoint", imported, "--out", out, "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "verify: largest difference" in done.stdout
+    assert done.stderr == ""
+    one, other = (load_file(folder / "model.safetensors") for folder in (folders["bf16"], out))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) and tensor.dtype == other[name].dtype for name, tensor in one.items())
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def main_of(name: str) -> Callable[[Sequence[str]], int]:
+    """A tool's main, to be called in this process."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def error_line(capsys: pytest.CaptureFixture[str], name: str, *arguments: object) -> str:
+    """What a tool says when it refuses: one line."""
+    assert main_of(name)([str(argument) for argument in arguments]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
+    return shown
+
+
+def test_a_runs_step_folder_is_exported_and_a_damaged_one_refused(
+    ranks: Ranks, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are read from between the optimiser's states, which the export does not need."""
+    ranks.run(CHECKS, "check_step_folder", folder=str(folders["tied"]), out=str(tmp_path / "checkpoints"))
+    step, out = tmp_path / "checkpoints" / "step_000007", tmp_path / "out"
+    assert main_of("mcore_to_hf")(["--checkpoint", str(step), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {out}\n")
+    one, other = (load_file(folder / "model.safetensors") for folder in (folders["tied"], out))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    shard = step / "sharded" / "__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "__1_0.distcp" in error_line(capsys, "mcore_to_hf", "--checkpoint", step, "--out", tmp_path / "again")
+
+
+def test_a_damaged_import_is_named(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged, out = tmp_path / "damaged", tmp_path / "out"
+    shutil.copytree(imported, damaged)
+    shard = damaged / "sharded" / "__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    line = error_line(capsys, "mcore_to_hf", "--checkpoint", damaged, "--out", out)
+    assert f"{damaged}/sharded" in line
+    assert not out.exists()
+
+
+def test_every_architecture_with_a_mapping_has_a_model() -> None:
+    """One that the folder accepts and the model builder refuses, or the reverse, would be half supported."""
+    from eaopd_megatron.checkpoint.families import FAMILIES
+    from eaopd_megatron.megatron.model import SUPPORTED
+
+    assert set(FAMILIES) == set(SUPPORTED)
+
+
+def test_the_import_refuses_what_it_cannot_do(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def line(hf: object, *arguments: object) -> str:
+        return error_line(capsys, "hf_to_mcore", "--hf", hf, *arguments)
+
+    tied, out = folders["tied"], tmp_path / "out"
+    assert "--pipeline-parallel" in line(tied, "--out", out, "--pipeline-parallel", 2)
+    assert "--expert-parallel" in line(tied, "--out", out, "--expert-parallel", 2)
+    assert "--tensor-parallel" in line(tied, "--out", out, "--tensor-parallel", 0)
+    assert f"--out: {tied} exists already" in line(tied, "--out", tied)
+    assert f"--hf: there is no folder {tmp_path}/none" in line(tmp_path / "none", "--out", out, "--tensor-parallel", 2)
+    assert "tensor_parallel=3 does not divide" in line(tied, "--out", out, "--tensor-parallel", 3, "--dry-run")
+    truncated = tmp_path / "truncated"
+    shutil.copytree(tied, truncated)
+    file = truncated / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    assert "model.safetensors is truncated" in line(truncated, "--out", out, "--tensor-parallel", 2)
+    assert not out.exists()
+
+
+def test_a_dry_run_lists_every_tensor_and_writes_nothing(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--hf", str(folders["tied"]), "--out", str(tmp_path / "out"), "--tensor-parallel", "4", "--dry-run"]
+    assert main_of("hf_to_mcore")(arguments) == 0
+    shown = capsys.readouterr().out
+    for name in load_file(folders["tied"] / "model.safetensors"):
+        assert f"{name} [" in shown
+    assert "decoder.layers.1.mlp.linear_fc1.weight [40, 48] x 4 = gated mlp(" in shown
+    assert "embedding.word_embeddings.weight [128, 48] x 4 = vocabulary(" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_export_refuses_what_is_no_checkpoint(
+    folders: dict[str, Path], imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def line(checkpoint: object, out: object) -> str:
+        return error_line(capsys, "mcore_to_hf", "--checkpoint", checkpoint, "--out", out)
+
+    out = tmp_path / "out"
+    assert "there is no folder" in line(tmp_path / "none", out)
+    assert "neither an import nor a run's step folder" in line(folders["tied"], out)
+    assert "exists already" in line(imported, folders["tied"])
+    broken = tmp_path / "broken"
+    shutil.copytree(imported, broken)
+    (broken / "sharded" / ".metadata").write_bytes(b"?")
+    assert f"{broken}/sharded cannot be read" in line(broken, out)
+    (broken / "hf" / "config.json").unlink()
+    assert "config.json is missing" in line(broken, out)
+    assert not out.exists()

@@ -1,0 +1,161 @@
+"""The command `eaopd`: what a user sees of faults, and which arguments reach the parts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from eaopd_megatron.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """\
+run: {folder: runs/x}
+student: {model: s, tensor_parallel: 3}
+teacher: {model: t}
+train: {iterations: 3}
+"""
+
+
+@pytest.fixture
+def eaopd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs a command line in an empty folder with r.yaml; (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main(list(arguments))
+        shown = capsys.readouterr()
+        return int(stopped.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+def test_help_waits_for_torch() -> None:
+    program = (
+        "import sys; from eaopd_megatron.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(sorted({'torch', 'megatron', 'transformers', 'pydantic'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stderr == "[]\n"
+    for verb in ("train", "evaluate", "report", "show", "doctor"):
+        assert f"\n  {verb} " in done.stdout
+
+
+def test_user_error_is_a_traceback_or_exits_with_0() -> None:
+    command = [sys.executable, "-m", "eaopd_megatron", "train", "nope.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nope.yaml: the recipe does not exist\n")
+
+
+@pytest.mark.parametrize("verb", ["train", "show"])
+def test_recipe_error_has_another_exit_code(eaopd: Callable[..., Any], verb: str) -> None:
+    said = "unknown key 'optimizer.learning_rate'; did you mean 'optimizer.lr'?"
+    override = "optimizer.learning_rate=1"
+    assert eaopd(verb, "r.yaml", override) == (2, "", f"error: override {override!r}: {said}\n")
+
+
+def test_unknown_verb_exits_with_0(eaopd: Callable[..., Any]) -> None:
+    code, _, said = eaopd("distil")
+    assert code == 2
+    assert "distil" in said
+
+
+def test_show_is_not_a_recipe(eaopd: Callable[..., Any], tmp_path: Path) -> None:
+    from eaopd_megatron.config import load_recipe
+
+    code, shown, _ = eaopd("show", "r.yaml", "seed=7")
+    assert code == 0
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert load_recipe(tmp_path / "shown.yaml") == load_recipe("r.yaml", ["seed=7"])
+    assert eaopd("show", "r.yaml", "--key", "run.folder") == (0, "runs/x\n", "")
+    assert eaopd("show", "r.yaml", "seed=7", "--key", "seed") == (0, "7\n", "")
+    assert eaopd("show", "r.yaml", "--key", "run.fold")[0] == 2
+
+
+def test_train_starts_other_ranks_than_the_recipe_says(
+    eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Any] = []
+
+    def launch(arguments: Sequence[str], world_size: int, *, log_folder: Path) -> int:
+        called.append((list(arguments), world_size, log_folder))
+        return 5
+
+    monkeypatch.setattr("eaopd_megatron.launch.launch", launch)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert eaopd("train", "r.yaml", "seed=1", "student.data_parallel=2")[0] == 5
+    assert called == [(["train", "r.yaml", "seed=1", "student.data_parallel=2"], 6, Path("runs/x/logs"))]
+
+
+def test_train_under_srun_starts_ranks_of_its_own(eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    worker = ModuleType("eaopd_megatron.worker")
+
+    def work(arguments: Sequence[str]) -> int:
+        import os
+
+        called.append((list(arguments), os.environ["RANK"], os.environ["MASTER_ADDR"]))
+        return 3
+
+    worker.main = work  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "eaopd_megatron.worker", worker)
+    monkeypatch.setattr("eaopd_megatron.worker", worker, raising=False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is undone
+        monkeypatch.delenv(name)
+    slurm = {"PROCID": "1", "NTASKS": "2", "LOCALID": "0", "STEP_ID": "0", "JOB_ID": "9", "STEP_NODELIST": "n4"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr("os._exit", sys.exit)
+    assert eaopd("train", "r.yaml", "seed=1")[0] == 3
+    assert called == [(["train", "r.yaml", "seed=1"], "1", "n4")]
+
+
+def test_evaluate_loses_an_option(eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[dict[str, Any]] = []
+    command = ModuleType("eaopd_megatron.evaluation.command")
+    command.evaluate = lambda **options: called.append(options)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "eaopd_megatron.evaluation.command", command)
+    assert eaopd("evaluate", "m", "--benchmarks", "a,b", "c", "--benchmarks", "d", "--samples", "4")[0] == 0
+    assert (
+        eaopd("evaluate", "m", "--benchmarks", "a", "--problems", "5", "--out", "o.json", "--tensor-parallel", "2")[0]
+        == 0
+    )
+    default = {
+        "model": "m",
+        "benchmarks": ["a"],
+        "samples": 8,
+        "tensor_parallel": 1,
+        "temperature": 1.0,
+        "top_p": 0.8,
+        "max_response_tokens": 8192,
+        "problems": None,
+        "seed": 1234,
+        "out": None,
+    }
+    assert sorted(called[0].pop("benchmarks")) == ["a", "b", "c", "d"]
+    assert called[0] == {name: value for name, value in default.items() if name != "benchmarks"} | {"samples": 4}
+    assert called[1] == default | {"problems": 5, "out": Path("o.json"), "tensor_parallel": 2}
+    assert eaopd("evaluate", "m") == (
+        1,
+        "",
+        "error: no benchmark is named; say which with --benchmarks, for example --benchmarks countdown\n",
+    )
+
+
+def test_report_hides_where_it_is(eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    report = ModuleType("eaopd_megatron.reporting.report")
+    report.write_report = lambda run: run / "report.html"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "eaopd_megatron.reporting.report", report)
+    assert eaopd("report", "runs/x") == (0, "runs/x/report.html\n", "")

@@ -1,0 +1,123 @@
+"""Prompts, cursor, packing: what decides which token is trained with whose logits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eaopd_megatron.data.cursor import PromptCursor
+from eaopd_megatron.data.packing import collate, cut
+from eaopd_megatron.data.prompts import PromptBuilder, load_problems, read_jsonl
+from eaopd_megatron.data.random import uniforms
+from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.errors import RecipeError, UserError
+
+
+def sample(prompt: list[int], response: list[int], reason: str = "stop") -> Sample:
+    return Sample(Prompt("p", tuple(prompt), {}), response, reason, [-1.0] * len(response), 0)
+
+
+def test_a_token_is_paired_with_the_logits_of_the_position_before_it() -> None:
+    batch = collate([sample([5, 6], [7, 8, 9]), sample([1, 2, 3], [4])], torch.device("cpu"))
+    flat = batch.token_ids.flatten()
+    assert batch.tokens.tolist() == [7, 8, 9, 4]
+    assert flat[batch.rows + 1].tolist() == batch.tokens.tolist()
+    assert flat[batch.rows].tolist() == [6, 7, 8, 3]
+
+
+def test_padding_to_the_tensor_parallel_size_moves_no_row() -> None:
+    batch = collate([sample([5, 6], [7, 8, 9])], torch.device("cpu"), multiple=4)
+    assert batch.token_ids.shape == (1, 8)
+    assert batch.token_ids.flatten()[batch.rows + 1].tolist() == [7, 8, 9]
+
+
+def test_only_a_response_that_stopped_has_a_terminal_token() -> None:
+    batch = collate([sample([1], [2, 3]), sample([1], [4, 5], "length"), sample([1], [6])], torch.device("cpu"))
+    assert batch.last_tokens().tolist() == [False, True, False, False, True]
+
+
+def test_a_token_is_traced_back_to_its_sample() -> None:
+    first, second = sample([1], [2, 3]), sample([1], [4])
+    batch = collate([first, second], torch.device("cpu"))
+    assert batch.sample_of(1) is first
+    assert batch.sample_of(2) is second
+
+
+def test_no_sample_is_lost_or_repeated_when_micro_batches_are_cut() -> None:
+    samples = [sample([1] * 3, [2] * n) for n in (1, 9, 2, 2, 30, 1)]
+    batches = list(cut(samples, budget=24))
+    assert [s for batch in batches for s in batch] == samples
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(s.token_ids) for s in batch) <= 24
+
+
+@pytest.mark.parametrize("last_batch", ["drop", "keep"])
+def test_an_epoch_uses_every_prompt_at_most_once_and_keep_uses_them_all(last_batch: str) -> None:
+    cursor = PromptCursor(10, 4, seed=3, last_batch=last_batch)
+    epoch = [i for iteration in range(cursor.batches_per_epoch) for i in cursor.indices(iteration)]
+    assert len(set(epoch)) == len(epoch) == (10 if last_batch == "keep" else 8)
+    assert [cursor.size(i) for i in range(cursor.batches_per_epoch)] == ([4, 4, 2] if last_batch == "keep" else [4, 4])
+
+
+def test_each_epoch_has_another_order_and_a_repeated_iteration_the_same() -> None:
+    cursor = PromptCursor(64, 64, seed=0)
+    assert cursor.indices(0) != cursor.indices(1)
+    assert cursor.indices(1) == PromptCursor(64, 64, seed=0).indices(1)
+    assert cursor.indices(0) != PromptCursor(64, 64, seed=1).indices(0)
+
+
+def test_too_few_prompts_for_one_batch_name_the_keys_to_change() -> None:
+    with pytest.raises(RecipeError, match=r"train.prompts_per_iteration=128.*the 5 prompts.*data.last_batch=keep"):
+        PromptCursor(5, 128, seed=0)
+
+
+def test_random_numbers_belong_to_their_key_and_not_to_the_order_of_draws() -> None:
+    first = uniforms(4, 0, "rollout", 7, 3)
+    uniforms(9, 0, "rollout", 7, 4)
+    assert torch.equal(first, uniforms(4, 0, "rollout", 7, 3))
+    assert torch.equal(first, uniforms(8, 0, "rollout", 7, 3)[:4])
+    assert not torch.equal(first, uniforms(4, 0, "rollout", 73, ""))
+
+
+def test_a_broken_data_line_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"problem": "a"}) + "\n\n{broken\n")
+    with pytest.raises(UserError, match=r"prompts.jsonl, line 3: no valid JSON"):
+        read_jsonl(path)
+    path.write_text("[1]\n")
+    with pytest.raises(UserError, match="line 1: a JSON object was expected, not list"):
+        read_jsonl(path)
+    path.write_text("")
+    with pytest.raises(UserError, match="empty"):
+        read_jsonl(path)
+    with pytest.raises(UserError, match="no such data file"):
+        read_jsonl(tmp_path / "absent.jsonl")
+
+
+def test_an_unknown_source_names_what_is_possible() -> None:
+    with pytest.raises(RecipeError, match=r"expected countdown, a .jsonl file, or hub:"):
+        load_problems("maths", "train")
+
+
+class Words:
+    """A tokenizer of one id a word."""
+
+    chat_template = None
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [len(word) for word in text.split()]
+
+
+def test_a_missing_prompt_field_and_prompts_that_are_too_long_are_told() -> None:
+    builder = PromptBuilder(Words(), template="raw", suffix="be brief", field="problem", max_tokens=4)
+    prompts, dropped = builder.build([{"problem": "a bb"}, {"problem": "a b c"}], "x.jsonl")
+    assert [p.token_ids for p in prompts] == [(1, 2, 2, 5)]
+    assert dropped == 1
+    with pytest.raises(UserError, match=r"x.jsonl, record 1: no text under 'problem'; its keys are question"):
+        builder.build([{"question": "a"}], "x.jsonl")
+    with pytest.raises(UserError, match="every prompt is longer"):
+        builder.build([{"problem": "a b c d e"}], "x.jsonl")
+    with pytest.raises(RecipeError, match=r"no chat template; use data\.template=raw"):
+        PromptBuilder(Words(), template="chat", suffix="", field="problem", max_tokens=4)

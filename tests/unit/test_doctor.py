@@ -1,0 +1,141 @@
+"""The doctor: each harmful state is found and comes with its remedy, and a broken import is a line, not a traceback."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from eaopd_megatron import doctor
+from eaopd_megatron.doctor import Facts, Finding, findings
+
+WELL = Facts(
+    python=(3, 11, 7),
+    packages={
+        "torch": "2.13.0+cpu",
+        "megatron-core": "0.16.1",
+        "psutil": "7.2.2",
+        "transformer-engine": None,
+        "sglang": None,
+        "triton": None,
+    },
+    requirements=("torch==2.13.0", "megatron-core==0.16.1", "psutil>=7.2"),
+    probe={"torch": "2.13.0+cpu", "cuda_build": None, "gpus": [], "backends": ["gloo"], "megatron": "0.16.1"},
+    cpus=2,
+    memory=24 * 2**30,
+    driver_gpus=(),
+    disk_free=50 * 2**30,
+    folder="here",
+)
+GPU = replace(
+    WELL,
+    packages={**WELL.packages, "torch": "2.13.0", "transformer-engine": "2.11"},
+    probe={**WELL.probe, "cuda_build": "13.0", "gpus": ["H100", "H100"], "backends": ["gloo", "nccl"]},
+    driver_gpus=("GPU 0: H100", "GPU 1: H100"),
+)
+
+
+def problems(facts: Facts) -> list[Finding]:
+    return [finding for finding in findings(facts) if finding.level == "problem"]
+
+
+def changed(facts: Facts, part: str, **values: Any) -> Facts:
+    changes: dict[str, Any] = {part: {**getattr(facts, part), **values}}
+    return replace(facts, **changes)
+
+
+@pytest.mark.parametrize("facts", [WELL, GPU], ids=["cpu", "gpu"])
+def test_a_sound_machine_is_called_ill(facts: Facts) -> None:
+    assert problems(facts) == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "subject", "seen", "remedy"),
+    [
+        (replace(WELL, python=(3, 10, 4)), "python", "3.10.4", "Python 3.11"),
+        (changed(WELL, "packages", torch="2.12.1"), "torch", "2.12.1, but torch==2.13.0 is needed", '"torch==2.13.0"'),
+        (changed(WELL, "packages", psutil=None), "psutil", "checkpoints hang", "pip install"),
+        (
+            changed(WELL, "packages", **{"transformer-engine": "2.20"}),
+            "transformer-engine",
+            "2.20 on a machine without a GPU",
+            "pip uninstall transformer-engine",
+        ),
+        (replace(WELL, driver_gpus=("GPU 0: H100",)), "devices", "torch is a CPU build", "CUDA build"),
+        (
+            changed(GPU, "probe", gpus=[]),
+            "devices",
+            "2 GPUs by nvidia-smi, but torch sees none",
+            "CUDA_VISIBLE_DEVICES",
+        ),
+        (changed(GPU, "probe", backends=["gloo"]), "backends", "nccl missing", "official wheels"),
+        (changed(WELL, "probe", backends=[]), "backends", "gloo missing", "official wheels"),
+        (replace(WELL, disk_free=2**30), "disk", "1.0 GiB free", "run.folder"),
+    ],
+)
+def test_a_harmful_state_is_not_found(facts: Facts, subject: str, seen: str, remedy: str) -> None:
+    found = problems(facts)
+    assert [finding.subject for finding in found] == [subject]
+    assert seen in found[0].seen
+    assert remedy in found[0].remedy
+
+
+def test_a_transformer_engine_that_breaks_the_import_is_not_blamed() -> None:
+    probe = {**WELL.probe, "megatron_error": "RuntimeError: Found empty `transformer-engine` meta package"}
+    del probe["megatron"]
+    ill = replace(changed(WELL, "packages", **{"transformer-engine": "2.20"}), probe=probe)
+    found = {finding.subject: finding for finding in problems(ill)}
+    assert set(found) == {"transformer-engine", "import megatron.core"}
+    assert "pip uninstall transformer-engine" in found["import megatron.core"].remedy
+
+
+def test_a_broken_torch_ends_in_a_traceback() -> None:
+    ill = replace(WELL, probe={"torch_error": "OSError: libtorch.so: cannot open", "megatron_error": "OSError: ..."})
+    assert [finding.subject for finding in problems(ill)] == ["devices", "import torch"]
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("print('noise'); raise RuntimeError('bad')", "exit code 1: RuntimeError: bad"),
+        ("import os; os.kill(os.getpid(), 11)", "exit code -11"),
+        ("import time; time.sleep(100)", "did not end in"),
+    ],
+)
+def test_an_import_that_dies_takes_the_doctor_with_it(monkeypatch: pytest.MonkeyPatch, program: str, said: str) -> None:
+    monkeypatch.setattr(doctor, "PROBE_SECONDS", 2)
+    facts = doctor._probe([sys.executable, "-c", program])
+    assert said in facts["probe_error"]
+    found = problems(replace(WELL, probe=facts))
+    assert said in found[-1].seen
+
+
+def test_this_environment_is_ill(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = doctor.gather()
+    assert {"torch==2.13.0", "megatron-core==0.16.1"} <= set(facts.requirements)
+    ill = [finding for finding in problems(facts) if finding.subject not in ("disk", "devices")]
+    assert ill == []
+    assert facts.probe["megatron"] == "0.16.1"
+
+
+@pytest.mark.parametrize(
+    ("facts", "code", "last"), [(WELL, 0, "nothing is missing or harmful"), (None, 1, "1 to mend")]
+)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_exit_code_or_remedy_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    facts: Facts | None,
+    code: int,
+    last: str,
+    terminal: bool,
+) -> None:
+    monkeypatch.setattr(doctor, "gather", lambda: facts or changed(WELL, "packages", psutil=None))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert doctor.main() == code
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == last
+    assert "gloo" in shown
+    assert ("pip install" in shown) == bool(code)

@@ -1,0 +1,448 @@
+"""A run's records survive crashes and resumes, and its report tells the truth about runs in any state."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation.results import EvaluationResult, ProblemResult, summarise
+from eaopd_megatron.reporting import MetricsWriter, Progress, read_metrics
+from eaopd_megatron.reporting.findings import compare_evaluations, find_warnings
+from eaopd_megatron.reporting.plots import PLOTS, smooth
+from eaopd_megatron.reporting.report import summary_line, write_report
+from eaopd_megatron.reporting.run_data import RunData
+
+OBJECTIVE = {"preset": "eopd", "gate": "hard", "forward_kl": "topk", "threshold": 0.8}
+
+
+def make_evaluation(
+    iteration: int, rate: float, *, names: tuple[str, ...] = ("countdown",), problems: int = 120
+) -> EvaluationResult:
+    """Problems of uneven difficulty, 8 samples each, several right answers a problem."""
+    benchmarks = {}
+    for name in names:
+        rng = np.random.default_rng(sum(name.encode()))
+        results = []
+        for index, ease in enumerate(rng.beta(0.4, 0.4 * (1 - rate) / rate, problems)):
+            correct = tuple(bool(x) for x in rng.random(8) < ease)
+            keys = tuple(f"k{rng.integers(3)}" if right else None for right in correct)
+            results.append(
+                ProblemResult(f"{name}-{index}", correct, keys, tuple(bool(x) for x in rng.random(8) < 0.01))
+            )
+        benchmarks[name] = summarise(name, 8, results)
+    return EvaluationResult(iteration, benchmarks)
+
+
+def make_record(iteration: int, total: int, rng: np.random.Generator) -> dict[str, Any]:
+    """One iteration of a run that goes well, with the noise of a small batch."""
+    x = iteration / total
+    fade, noise = math.exp(-4 * x), rng.normal(0, 1, 12)
+    phases = {"rollout": 0.16, "teacher": 0.03, "student": 0.12, "sync": 0.002}
+    record = {
+        "iteration": iteration,
+        "update": 4 * iteration,
+        "objective/loss": 0.05 + 0.5 * fade + 0.03 * noise[0],
+        "objective/reverse_kl": 0.06 + 0.32 * fade + 0.015 * noise[1],
+        "objective/forward_kl_gated": 0.09 + 0.55 * fade + 0.03 * noise[2],
+        "objective/forward_kl_ungated": 0.03 + 0.3 * fade + 0.01 * noise[3],
+        "objective/gate_fraction": 0.08 + 0.05 * fade + 0.006 * noise[4],
+        "objective/clip_fraction": abs(0.004 + 0.002 * noise[5]),
+        "objective/gate_ambiguous": 0.0,
+        "objective/kl_min": -1e-6 * (1 + abs(noise[6])),
+        "teacher/entropy": 0.16 + 0.01 * noise[6],
+        "teacher/entropy_gated": 1.03 + 0.02 * noise[7],
+        "teacher/entropy_ungated": 0.08 + 0.004 * noise[8],
+        "student/entropy": 0.3 + 0.5 * fade,
+        "student/entropy_gated": 0.89 + 0.6 * fade + 0.03 * noise[9],
+        "student/entropy_ungated": 0.12 + 0.4 * fade + 0.01 * noise[10],
+        "teacher/terminal_logprob": -0.1 - 2 * fade - 0.02 * abs(noise[1]),
+        "rollout/length": 12 + 2 * fade + 0.2 * noise[11],
+        "rollout/stopped": 0.99 - 0.1 * fade,
+        "rollout/truncated": 0.01 + 0.1 * fade,
+        "rollout/distinct": 0.97,
+        "rollout/tokens_per_second": 9000 + 400 * noise[0],
+        "throughput/tokens_per_second": 4500 + 150 * noise[1],
+        "optimizer/lr": 5e-4 * 0.5 * (1 + math.cos(math.pi * x)),
+        "optimizer/grad_norm": 0.4 + 6 * fade * abs(1 + 0.3 * noise[2]),
+        "memory/peak": 7.5e8,
+        **{f"time/{name}": seconds * (1 + 0.1 * abs(noise[3])) for name, seconds in phases.items()},
+    }
+    if iteration % 50 == 0:
+        record["time/checkpoint"] = 0.4
+    return record
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a run's folder of `done` of `total` iterations as training would, and returns it."""
+
+    def make(
+        done: int = 300, total: int = 300, change: Callable[[dict[str, Any]], None] | None = None, **evaluation: Any
+    ) -> Path:
+        folder = tmp_path / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = {
+            "objective": OBJECTIVE,
+            "train": {"iterations": total},
+            "student": {"model": "s"},
+            "teacher": {"model": "t"},
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+        (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0", "git_commit": "abc"}))
+        rng = np.random.default_rng(0)
+        with MetricsWriter(folder, tensorboard=False, wandb=None, resume_iteration=None) as writer:
+            for iteration in range(done + 1):
+                record = make_record(iteration, total, rng) if iteration else {"iteration": 0, "update": 0}
+                if iteration % 50 == 0 or iteration == total:
+                    found = make_evaluation(iteration, 0.08 + 0.06 * iteration / total, **evaluation)
+                    found.write(folder / "evaluation")
+                    record |= found.to_metrics()
+                if change:
+                    change(record)
+                writer.write(record)
+        return folder
+
+    return make
+
+
+# Metrics
+
+
+def write_records(folder: Path, iterations: range, resume: int | None, **figures: Any) -> MetricsWriter:
+    with MetricsWriter(folder, tensorboard=False, wandb=None, resume_iteration=resume) as writer:
+        for iteration in iterations:
+            writer.write({"iteration": iteration, "update": 4 * iteration, "objective/loss": 1.0, **figures})
+    return writer
+
+
+def iterations_of(folder: Path) -> list[int]:
+    return [record["iteration"] for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_a_record_is_in_the_file_when_write_returns(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False, wandb=None, resume_iteration=None)
+    writer.write({"iteration": 1, "update": 4, "objective/loss": np.float32(0.5)})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 1, "update": 4, "objective/loss": 0.5}]
+    writer.close()
+
+
+def test_a_line_torn_by_a_crash_is_left_out_and_does_not_spoil_the_next_one(tmp_path: Path) -> None:
+    write_records(tmp_path, range(1, 4), None)
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"iteration": 4, "upd')
+    assert iterations_of(tmp_path) == [1, 2, 3]
+    write_records(tmp_path, range(4, 6), 3)
+    assert iterations_of(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_resumed_run_does_not_repeat_iterations(tmp_path: Path) -> None:
+    write_records(tmp_path, range(1, 8), None)
+    write_records(tmp_path, range(6, 9), 5)
+    assert iterations_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_run_from_the_start_does_not_keep_an_earlier_ones_records(tmp_path: Path) -> None:
+    write_records(tmp_path, range(1, 8), None)
+    write_records(tmp_path, range(1, 3), None)
+    assert iterations_of(tmp_path) == [1, 2]
+
+
+def test_a_damaged_line_in_the_middle_is_named_by_its_number(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\nrubbish\n{"iteration": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_nan_and_infinity_never_reach_the_file_and_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = write_records(tmp_path, range(1, 6), None, bad=float("nan"), worse=float("-inf"))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text and len(text.splitlines()) == 5
+    assert writer.dropped == {"bad": 5, "worse": 5}
+    assert "bad is nan at iteration 1 and is left out (time 1)" in caplog.messages
+    assert len(caplog.records) == 6  # each at times 1, 2 and 4
+
+
+def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, end, resume in ((1, 7, None), (5, 9, 4)):
+        with MetricsWriter(tmp_path, tensorboard=True, wandb=None, resume_iteration=resume) as writer:
+            for iteration in range(start, end):
+                writer.write({"iteration": iteration, "update": iteration, "objective/loss": float(start)})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # type: ignore[no-untyped-call]
+    assert [(event.step, event.value) for event in events.Scalars("objective/loss")] == [
+        *((step, 1.0) for step in range(1, 5)),
+        *((step, 5.0) for step in range(5, 9)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("package", "options"), [("wandb", (False, {"project": "p"})), ("torch.utils.tensorboard", (True, None))]
+)
+def test_a_missing_receiver_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, options: tuple[bool, dict[str, Any] | None]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=r"reporting\.\w+: the package \w+ is missing; pip install"):
+        MetricsWriter(tmp_path, *options, resume_iteration=None)
+
+
+def test_wandb_continues_the_same_run_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[dict[str, Any]] = []
+    logged: list[dict[str, Any]] = []
+    run = types.SimpleNamespace(log=logged.append, finish=lambda: None, define_metric=lambda *args, **kwargs: None)
+
+    def init(**options: Any) -> types.SimpleNamespace:
+        starts.append(options)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for resume in (None, 1, None):
+        options = {"project": "eaopd", "name": "n", "config": {"seed": 0}}
+        with MetricsWriter(tmp_path, tensorboard=False, wandb=options, resume_iteration=resume) as writer:
+            writer.write({"iteration": 2, "update": 8, "objective/loss": 1.0})
+    assert starts[0]["id"] == starts[1]["id"] != starts[2]["id"]
+    assert starts[0]["project"] == "eaopd" and starts[0]["resume"] == "allow"
+    assert logged[0] == {"iteration": 2, "update": 8, "objective/loss": 1.0}
+
+
+# Progress
+
+
+def show_progress(tmp_path: Path, *, terminal: bool, seconds: float, count: int = 6) -> tuple[str, str]:
+    """Output and log.txt of `count` iterations of so many seconds each."""
+    now = [100.0]
+    console = Console(file=StringIO(), force_terminal=terminal, width=140)
+    log = tmp_path / "log.txt"
+    with Progress(count, 0, log, console, clock=lambda: now[0]) as progress:
+        progress.message("loading [teacher] from t/[x]")
+        progress.update(
+            {"iteration": 0, "update": 0, "evaluation/countdown/pass@1": 0.081, "evaluation/countdown/pass@8": 0.4}
+        )
+        for iteration in range(1, count + 1):
+            now[0] += seconds
+            progress.update(make_record(iteration, count, np.random.default_rng(0)))
+    output = console.file
+    assert isinstance(output, StringIO)
+    return output.getvalue(), log.read_text()
+
+
+def test_without_a_terminal_there_are_plain_lines_and_not_one_for_every_fast_iteration(tmp_path: Path) -> None:
+    output, log = show_progress(tmp_path, terminal=False, seconds=1.0, count=12)
+    assert "\x1b" not in output
+    shown = re.findall(r"iteration (\d+)/12", output)
+    assert shown == ["1", "6", "11", "12"]
+    assert re.findall(r"iteration (\d+)/12", log) == shown
+    assert "loading [teacher] from t/[x]" in output and "loading [teacher] from t/[x]" in log
+    assert re.search(r"before training: countdown pass@1 0\.081 pass@8 0\.400", output)
+    assert re.search(
+        r"iteration 6/12  loss [\d.]+  reverse KL [\d.]+  gated forward KL .* tokens/s [\d,]+  0:00:06 left", output
+    )
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in output.splitlines())
+
+
+def test_slow_iterations_are_shown_one_by_one(tmp_path: Path) -> None:
+    output, _ = show_progress(tmp_path, terminal=False, seconds=60.0)
+    assert len(re.findall(r"iteration \d+/6", output)) == 6
+    assert "0:04:00 left" in output
+
+
+def test_a_terminal_gets_a_bar_with_the_chief_figures_and_the_log_still_has_lines(tmp_path: Path) -> None:
+    output, log = show_progress(tmp_path, terminal=True, seconds=10.0)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output)
+    assert "6/6" in plain and "reverse KL" in plain and "last evaluation  countdown pass@1 0.081" in plain
+    assert len(re.findall(r"iteration \d+/6", log)) == 6
+
+
+# The report
+
+
+def test_the_report_is_one_file_with_every_picture(make_run: Callable[..., Path]) -> None:
+    run = make_run(done=100, total=100)
+    text = write_report(run).read_text()
+    assert "Not drawn" not in text
+    assert "finished: iteration 100 of 100; objective eopd" in text
+    assert sorted(path.stem for path in (run / "report").glob("*.png")) == sorted(plot.name for plot in PLOTS)
+    sources = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'>)]*)""", text)
+    assert len(sources) == len(PLOTS)
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text)
+    for expected in ("distinct right answers / problem", "smallest KL of any token", "git_commit", "iterations: 100"):
+        assert expected in text
+    assert "Warnings" not in text
+
+
+def test_what_the_user_wrote_cannot_become_markup(make_run: Callable[..., Path]) -> None:
+    name = "<script>alert(1)</script>"
+    run = make_run(done=2, total=4, names=(name,))
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    recipe["student"]["model"] = recipe["run"] = name
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    (run / "environment.json").write_text(json.dumps({"host": name}))
+    text = write_report(run).read_text()
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") >= 4  # the state, the table, the recipe, the environment
+
+
+def test_a_run_that_goes_on_has_a_report(make_run: Callable[..., Path]) -> None:
+    run = make_run(done=7, total=300)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 8, "objec')
+    text = write_report(run).read_text()
+    assert "not finished (going on, or stopped): iteration 7 of 300" in text
+    assert "not yet" in text and "Not drawn" not in text
+    assert "->" not in summary_line(run).split("student entropy")[0]
+
+
+def test_a_run_with_only_its_first_evaluation_has_a_report_that_names_what_is_missing(
+    make_run: Callable[..., Path],
+) -> None:
+    run = make_run(done=0, total=300)
+    (run / "report").mkdir()
+    (run / "report" / "gate.png").write_bytes(b"of an earlier run")
+    text = write_report(run).read_text()
+    assert "Not drawn: this run has not recorded objective/gate_fraction." in text
+    assert sorted(path.stem for path in (run / "report").iterdir()) == ["evaluation", "pass_at_k"]
+
+
+def test_a_run_without_evaluation_recipe_or_environment_still_has_a_report(make_run: Callable[..., Path]) -> None:
+    run = make_run(done=5, total=5)
+    for path in [*(run / "evaluation").iterdir(), run / "config.yaml", run / "environment.json"]:
+        path.unlink()
+    text = write_report(run).read_text()
+    for expected in ("config.yaml is missing", "environment.json is missing", "No evaluation yet", "iteration 5;"):
+        assert expected in text.replace("iteration 5</p>", "iteration 5;")
+    assert summary_line(run).startswith("loss ")
+
+
+def test_a_folder_that_is_no_run_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match=r"run\.folder"):
+            write_report(folder)
+
+
+def test_before_and_after_are_the_first_and_the_last_evaluation(make_run: Callable[..., Path]) -> None:
+    run = make_run(done=100, total=100)
+    first, last = make_evaluation(0, 0.08), make_evaluation(100, 0.14)
+    row = next(row for row in compare_evaluations(RunData.read(run)) if row.figure == "pass@1")
+    before, after = (evaluation.benchmarks["countdown"].figures["pass@1"] for evaluation in (first, last))
+    assert row.after is not None and row.change is not None
+    assert (row.before.value, row.after.value) == (before, after)
+    assert row.change.value == pytest.approx(after - before)
+    assert row.change.low < row.change.value < row.change.high
+    assert summary_line(run).startswith(
+        f"Pass@1 {before:.3f} -> {after:.3f} ({100 * (after / before - 1):+.0f} %), Pass@8 "
+    )
+    ending = (
+        r"distinct right answers [\d.]+ -> [\d.]+ .*student entropy on gated tokens [\d.]+ nats \(teacher 1\.\d+\)$"
+    )
+    assert re.search(ending, summary_line(run))
+
+
+def test_evaluations_on_different_problems_get_no_paired_change(make_run: Callable[..., Path]) -> None:
+    run = make_run(done=100, total=100)
+    make_evaluation(100, 0.14, problems=60).write(run / "evaluation")
+    assert all(row.change is None for row in compare_evaluations(RunData.read(run)))
+    assert "other problems" in write_report(run).read_text()
+
+
+def test_evaluations_that_a_resumed_run_has_yet_to_repeat_are_left_out(make_run: Callable[..., Path]) -> None:
+    run = make_run(done=60, total=300)
+    make_evaluation(150, 0.5).write(run / "evaluation")
+    assert [evaluation.iteration for evaluation in RunData.read(run).evaluations] == [0, 50]
+
+
+def test_a_damaged_evaluation_file_does_not_hide_the_others(make_run: Callable[..., Path]) -> None:
+    run = make_run(done=60, total=300)
+    (run / "evaluation" / "000050.json").write_text("{")
+    data = RunData.read(run)
+    assert [evaluation.iteration for evaluation in data.evaluations] == [0]
+    assert any("000050.json" in line for line in find_warnings(data))
+
+
+def spoiled(name: str, value: float, after: int = 5) -> Callable[[dict[str, Any]], None]:
+    def change(record: dict[str, Any]) -> None:
+        if record["iteration"] > after and name in record:
+            record[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("teacher/terminal_logprob", -21.0, "below -10 nats: 15 of 20 iterations, worst -21 at iteration 6"),
+        ("rollout/truncated", 0.9, "more than 50% of the rollouts"),
+        ("objective/kl_min", -0.2, "more than rounding explains"),
+    ],
+)
+def test_signs_of_a_run_that_goes_wrong_are_warned_of(
+    make_run: Callable[..., Path], name: str, value: float, expected: str
+) -> None:
+    assert find_warnings(RunData.read(make_run(done=20, total=20))) == []
+    lines = find_warnings(RunData.read(make_run(done=20, total=20, change=spoiled(name, value))))
+    assert len(lines) == 1 and expected in lines[0]
+
+
+def test_a_gate_that_never_opens_is_warned_of_unless_the_objective_has_none(make_run: Callable[..., Path]) -> None:
+    run = make_run(done=20, total=20, change=spoiled("objective/gate_fraction", 0.0, after=-1))
+    assert ["gate never opened" in line for line in find_warnings(RunData.read(run))] == [True]
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    recipe["objective"] = {"preset": "opd", "gate": None, "forward_kl": None, "threshold": None}
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    assert find_warnings(RunData.read(run)) == []
+
+    def without(record: dict[str, Any]) -> None:
+        record.pop("objective/gate_fraction", None)
+
+    lines = find_warnings(RunData.read(make_run(done=20, total=20, change=without)))
+    assert ["never recorded" in line for line in lines] == [True]
+
+
+def test_grader_errors_are_warned_of(make_run: Callable[..., Path]) -> None:
+    run = make_run(done=20, total=20)
+    rows = [ProblemResult("a", (False, False), (None, None), (True, True), errors=2)]
+    EvaluationResult(20, {"math": summarise("math", 2, rows)}).write(run / "evaluation")
+    lines = find_warnings(RunData.read(run))
+    assert len(lines) == 2 and "2 of 2 answers of math" in lines[0] and "100%" in lines[1]
+
+
+def test_the_begin_and_the_end_of_a_short_run_do_not_overlap(make_run: Callable[..., Path]) -> None:
+    def rise(record: dict[str, Any]) -> None:
+        record["rollout/length"] = float(record["iteration"])
+
+    data = RunData.read(make_run(done=5, total=5, change=rise))
+    assert (data.early("rollout/length"), data.recent("rollout/length")) == (1.0, 4.0)
+    data = RunData.read(make_run(done=49, total=49, change=rise))
+    assert (data.early("rollout/length"), data.recent("rollout/length")) == (4.5, 44.5)
+
+
+def test_smoothing_keeps_a_constant_and_invents_no_trend_at_the_ends() -> None:
+    assert smooth(np.full(100, 2.5)).tolist() == pytest.approx([2.5] * 100)
+    line = smooth(np.arange(120.0))
+    assert line[0] >= 0 and line[-1] <= 119 and (np.diff(line) > 0).all()
+
+
+def test_reporting_leaves_matplotlib_alone_until_a_report_is_written_and_its_global_state_always() -> None:
+    code = (
+        "import sys, eaopd_megatron.reporting\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "import eaopd_megatron.reporting.report\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,82 @@
+"""Schedule, sampling, averages, terminal map: small parts with large consequences."""
+
+import math
+
+import pytest
+import torch
+
+from eaopd_megatron.data.packing import collate
+from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.rollout.sampling import draw
+from eaopd_megatron.teacher.terminal import TerminalMap
+from eaopd_megatron.training.averages import Averages
+from eaopd_megatron.training.schedule import Schedule
+
+
+def test_the_learning_rate_depends_on_completed_updates_alone() -> None:
+    schedule = Schedule(peak=1.0, total=110, warmup=10, floor=0.1)
+    assert schedule(0) == pytest.approx(0.1)  # the first update is not lost to a rate of 0
+    assert schedule(9) == schedule(10) == 1.0
+    assert schedule(60) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert schedule(110) == schedule(500) == pytest.approx(0.1)
+    assert Schedule(1.0, 100, "linear")(25) == 0.75
+    assert Schedule(1.0, 100, "constant", warmup=4)(77) == 1.0
+    assert schedule(60) == schedule(60)
+
+
+def test_samples_follow_the_distribution() -> None:
+    probs = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    grid = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
+    tokens = draw(probs.log().expand(len(grid), 4), grid, temperature=1.0, top_p=1.0)
+    share = torch.bincount(tokens, minlength=4) / len(grid)
+    assert torch.allclose(share, probs, atol=2e-4)
+    assert share[1] == 0
+
+
+def test_a_token_of_probability_zero_is_never_drawn_at_the_ends() -> None:
+    logprobs = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log()
+    for u in (0.0, math.nextafter(1.0, 0.0)):
+        assert draw(logprobs, torch.tensor([u], dtype=torch.float64), temperature=1.0, top_p=1.0).item() in (1, 2)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    probs = torch.tensor([0.1, 0.6, 0.3])
+    grid = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
+    tokens = draw(probs.log().expand(len(grid), 3), grid, temperature=1.0, top_p=0.8)
+    share = torch.bincount(tokens, minlength=3) / len(grid)
+    assert torch.allclose(share, torch.tensor([0.0, 2 / 3, 1 / 3]), atol=2e-3)
+    assert draw(probs.log()[None], torch.tensor([0.99]).double(), temperature=1.0, top_p=0.01).item() == 1
+    assert draw(probs.log()[None], torch.tensor([0.99]).double(), temperature=0.0, top_p=1.0).item() == 1
+
+
+def test_a_mean_over_micro_batches_counts_tokens_and_not_batches() -> None:
+    averages = Averages()
+    averages.add("x", torch.tensor([1.0]))
+    averages.add("x", torch.tensor([4.0, 7.0]), where=torch.tensor([True, True]))
+    averages.add("gated", torch.tensor([5.0, 9.0]), where=torch.tensor([False, True]))
+    averages.add("nobody", torch.tensor([5.0]), where=torch.tensor([False]))
+    averages.minimum("least", torch.tensor([3.0, -2.0]))
+    averages.minimum("least", torch.tensor([1.0]))
+    averages.minimum("none", torch.tensor([]))
+    assert averages.reduce(None) == {"x": 4.0, "gated": 9.0, "least": -2.0}
+
+
+def test_the_terminal_map_touches_only_the_students_stop() -> None:
+    stopped = Sample(Prompt("a", (1,), {}), [7, 2, 7], "stop", [0.0] * 3, 0)
+    cut = Sample(Prompt("b", (1,), {}), [7, 7], "length", [0.0] * 2, 0)
+    other = Sample(Prompt("c", (1,), {}), [9], "stop", [0.0], 0)  # stopped by the teacher's own id
+    batch = collate([stopped, cut, other], torch.device("cpu"))
+    label = TerminalMap.between("label", [7], [9, 7])
+    found = label.labels(batch)
+    assert found is not None and found.tolist() == [7, 2, 9, 7, 7, 9]
+    assert label.row_map() is None
+    swap = TerminalMap.between("swap", [7], [9, 7])
+    assert swap.labels(batch) is None
+    assert swap.row_map() == {7: 9, 9: 7}
+
+
+@pytest.mark.parametrize("kind", ["swap", "label", "none"])
+def test_a_pair_that_agrees_needs_no_map(kind: str) -> None:
+    terminal = TerminalMap.between(kind, [7], [7, 9])
+    assert terminal.kind == "none"
+    assert terminal.row_map() is None

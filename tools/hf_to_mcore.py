@@ -1,0 +1,83 @@
+"""Hugging Face folder → a Megatron-Core checkpoint of its weights (torch_dist), which any layout can load.
+
+    python tools/hf_to_mcore.py --hf DIR --out DIR [--tensor-parallel N] [--verify] [--dry-run]
+
+Starts one process a tensor-parallel rank on this host, or joins those of torchrun or srun. The checkpoint holds the
+configuration and the tokenizer too: tools/mcore_to_hf.py needs nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from eaopd_megatron import launch
+from eaopd_megatron.checkpoint import atomic, tool
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.errors import UserError
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Hugging Face folder → Megatron-Core checkpoint of its weights", allow_abbrev=False
+    )
+    parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder, or a hub id owner/name")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint; appears when complete")
+    for kind in ("tensor", "pipeline", "expert"):
+        parser.add_argument(f"--{kind}-parallel", type=int, default=1, metavar="N", help="ranks, default 1")
+    parser.add_argument("--verify", action="store_true", help="compare the written weights' logits with transformers'")
+    parser.add_argument("--dry-run", action="store_true", help="list the mapping and its shapes, write nothing")
+    return parser.parse_args(arguments)
+
+
+def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Import, here or on ranks. Returns the exit code; raises UserError."""
+    for kind in ("pipeline", "expert"):
+        if getattr(options, f"{kind}_parallel") != 1:
+            raise UserError(
+                f"--{kind}-parallel: this version imports with 1 alone (the checkpoint loads at any layout)"
+            )
+    ranks = options.tensor_parallel
+    if ranks < 1:
+        raise UserError(f"--tensor-parallel: {ranks} ranks cannot be; give 1 or more")
+    is_rank = launch.joined()
+    if not is_rank and not options.dry_run:
+        atomic.check_new(options.out, "--out")
+        HfFolder.open(options.hf, "--hf").check_tensors()  # before any rank is started; also the one download
+        if ranks > 1:
+            return launch.launch(arguments, ranks, command=(sys.executable, str(Path(__file__).resolve())))
+    from eaopd_megatron.checkpoint import conversion
+    from eaopd_megatron.megatron import groups
+
+    layout = groups.Layout(ranks)
+    if options.dry_run:
+        for line in conversion.describe(conversion.check_import(options.hf, layout), layout):
+            tool.say(line)
+    elif is_rank:
+        os.environ |= launch.joined_environment()
+        parallel, _ = groups.start(layout)
+        conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=tool.say)
+        groups.stop()
+    else:
+        with conversion.one_process() as parallel:
+            conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=tool.say)
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; errors of the user are one line."""
+    return tool.run(lambda: convert(parse(arguments), arguments))
+
+
+if __name__ == "__main__":
+    launch.die_with_parent()
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a failed rank must not wait for the others in the destructors of its process groups

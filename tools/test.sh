@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Makes the environment where it is missing and checks the project: lint, format, types, tests.
+#
+#   bash tools/test.sh [--all] [pytest arguments]
+#
+# Without --all: every test that needs nothing but this checkout. With it, also those marked server (an SGLang server),
+# slurm (root, and a one-machine Slurm cluster) and shared_data (the data sets beside the checkout).
+set -euo pipefail
+# shellcheck source=tools/lib/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
+
+selection="not server and not slurm and not shared_data and not gpu"
+if [[ "${1:-}" == --all ]]; then
+    selection="not gpu"
+    shift
+fi
+cd "$root"
+prepare_environment test
+
+# phase NAME COMMAND...
+phase() {
+    local name="$1" started=$SECONDS
+    shift
+    "$@" || fail "$name failed: $*"
+    echo "[test] $name: passed in $((SECONDS - started)) s"
+}
+
+phase lint "$python" -m ruff check --quiet --output-format concise .
+phase format "$python" -m ruff format --check --quiet .
+phase types "$python" -m mypy eaopd_megatron tools tests
+echo "[test] tests: $selection"
+exec "$python" -m pytest -m "$selection" --durations=10 "$@"
