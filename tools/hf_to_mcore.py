@@ -17,9 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from eaopd_megatron import launch
-from eaopd_megatron.checkpoint import atomic, tool
+from eaopd_megatron.checkpoint import atomic
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.guard import guarded, say
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -58,21 +59,21 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     layout = groups.Layout(ranks)
     if options.dry_run:
         for line in conversion.describe(conversion.check_import(options.hf, layout), layout):
-            tool.say(line)
+            say(line)
     elif is_rank:
         os.environ |= launch.joined_environment()
         parallel, _ = groups.start(layout)
-        conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=tool.say)
+        conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=say)
         groups.stop()
     else:
         with conversion.one_process() as parallel:
-            conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=tool.say)
+            conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=say)
     return 0
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command; errors of the user are one line."""
-    return tool.run(lambda: convert(parse(arguments), arguments))
+    return guarded(lambda: convert(parse(arguments), arguments))
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256, help="examples a step")
     parser.add_argument("--teacher-steps", type=int, default=1000)
     parser.add_argument("--teacher-lr", type=float, default=2e-3)
-    parser.add_argument("--student-steps", type=int, default=325)
+    parser.add_argument("--student-steps", type=int, default=338)
     parser.add_argument("--student-lr", type=float, default=2e-3)
     parser.add_argument("--problems", type=int, default=10_000, help="held-out problems to measure on, at most")
     parser.add_argument("--samples", type=int, default=8, help="responses a problem when measuring")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from eaopd_megatron.checkpoint import atomic, tool
+from eaopd_megatron.checkpoint import atomic
+from eaopd_megatron.guard import guarded, say
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -35,13 +36,13 @@ def convert(options: argparse.Namespace) -> int:
     atomic.check_new(options.out, "--out")
     from eaopd_megatron.checkpoint import conversion
 
-    conversion.export_checkpoint(options.checkpoint, options.out, verify=options.verify, say=tool.say)
+    conversion.export_checkpoint(options.checkpoint, options.out, verify=options.verify, say=say)
     return 0
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command; errors of the user are one line."""
-    return tool.run(lambda: convert(parse(arguments)))
+    return guarded(lambda: convert(parse(arguments)))
 
 
 if __name__ == "__main__":

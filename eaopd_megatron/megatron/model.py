@@ -18,7 +18,6 @@ from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.megatron.layers import layer_spec
 
 VOCAB_DIVISOR = 128
-SUPPORTED = ("Qwen3ForCausalLM",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -33,16 +32,13 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 
 def check_config(hf: Any, layout: Layout, folder: str) -> None:
     """Refuse, before anything is allocated, a model that this version or this layout cannot hold (UserError)."""
-    architecture = (getattr(hf, "architectures", None) or ["none"])[0]
-    if architecture not in SUPPORTED:
-        raise UserError(f"{folder}: architecture {architecture} is not supported; supported: {', '.join(SUPPORTED)}")
     rope = getattr(hf, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{folder}: rope_type {rope['rope_type']!r} is not supported; supported: default")
     if getattr(hf, "use_sliding_window", False):
         raise UserError(f"{folder}: sliding-window attention is not supported; set use_sliding_window to false")
     if getattr(hf, "attention_bias", False):
-        raise UserError(f"{folder}: attention_bias is not supported for {architecture}")
+        raise UserError(f"{folder}: attention_bias is not supported")
     if hf.hidden_act != "silu":
         raise UserError(f"{folder}: hidden_act {hf.hidden_act!r} is not supported; supported: silu")
     tp = layout.tensor_parallel

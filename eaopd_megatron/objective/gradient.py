@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .terms import Coefficients
-from .vocab_parallel import Shard, Softmax, longest, shift, zero_at
+from .vocab_parallel import Shard, Softmax, longest, shift, times, zero_at
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,7 @@ def write_gradient(recipe: Recipe, student: Tensor, teacher: Tensor | None, upst
     on_teacher = scaled(c.teacher, recipe.teacher.total) if c.teacher is not None and recipe.teacher else None
     token, owned = shard.locate(recipe.tokens[:, None])
     at_token = None if c.token is None else torch.where(owned, -scaled(c.token)[:, None], 0.0)
-    at_kept = columns = held = inside = None
-    if c.target is not None and recipe.kept_ids is not None:
-        columns, held = shard.locate(recipe.kept_ids)
-        at_kept = torch.where(held & (upstream != 0)[:, None], -upstream[:, None] * c.target, 0.0)
-        inside = None if c.kappa_inside is None else scaled(c.kappa_inside, recipe.student.total)
+    kept = _at_kept(recipe, upstream, scaled)
 
     needs_teacher = ratio is not None or on_teacher is not None
     parts = list(shard.chunks(student.shape[0], student.device))
@@ -64,32 +61,52 @@ def write_gradient(recipe: Recipe, student: Tensor, teacher: Tensor | None, upst
 
         shift(student[part, :valid], recipe.student.maximum[part], first)
         torch.exp(first, out=result)
-        kept_values = None
-        if inside is not None and columns is not None and held is not None:
-            kept_values = result.gather(1, columns[part])
+        inside = None  # q_j times its factor in S, where that is another one
+        if kept is not None and kept.factor is not None:
+            inside = result.gather(1, kept.columns[part])
         if needs_teacher:
             assert teacher is not None and recipe.teacher is not None
             shift(teacher[part, :valid], recipe.teacher.maximum[part], third[0])
         if ratio is not None:
             factor = first.sub_(third[0]).mul_(ratio[part, None])
-            if kept_values is not None and inside is not None and columns is not None:
-                kept_values = kept_values * (factor.gather(1, columns[part]) + inside[part, None])
+            if inside is not None and kept is not None and kept.factor is not None:
+                inside = times(inside, factor.gather(1, kept.columns[part]) + kept.factor[part, None])
             factor.add_(kappa[part, None])
             if recipe.careful:
                 factor.masked_fill_(result == 0, 0)
             result.mul_(factor)
         else:
-            if kept_values is not None and inside is not None:
-                kept_values = kept_values * inside[part, None]
+            if inside is not None and kept is not None and kept.factor is not None:
+                inside = inside * kept.factor[part, None]
             result.mul_(kappa[part, None])
         if on_teacher is not None:
             result.sub_(third[0].exp_().mul_(on_teacher[part, None]))
-        if at_kept is not None and columns is not None and held is not None:
-            if kept_values is not None:
-                zero_at(result, columns[part], held[part])
-                result.scatter_add_(1, columns[part], torch.where(held[part], kept_values, 0.0))
-            result.scatter_add_(1, columns[part], at_kept[part])
+        if kept is not None:
+            if inside is not None:
+                zero_at(result, kept.columns[part], kept.held[part])
+                result.scatter_add_(1, kept.columns[part], torch.where(kept.held[part], inside, 0.0))
+            result.scatter_add_(1, kept.columns[part], kept.added[part])
         if at_token is not None:
             result.scatter_add_(1, token[part], at_token[part])
         if result is not target:
             target.copy_(result)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the top-k terms change at this rank's columns of S."""
+
+    columns: Tensor  # [n, k]
+    held: Tensor  # [n, k]
+    added: Tensor  # [n, k]
+    factor: Tensor | None  # [n], of e^(s - m), with a tail bucket
+
+
+def _at_kept(recipe: Recipe, upstream: Tensor, scaled: Callable[..., Tensor]) -> _Kept | None:
+    c = recipe.coefficients
+    if c.target is None or recipe.kept_ids is None:
+        return None
+    columns, held = recipe.shard.locate(recipe.kept_ids)
+    added = torch.where(held & (upstream != 0)[:, None], -upstream[:, None] * c.target, 0.0)
+    factor = None if c.kappa_inside is None else scaled(c.kappa_inside, recipe.student.total)
+    return _Kept(columns, held, added, factor)

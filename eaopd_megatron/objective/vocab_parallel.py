@@ -191,7 +191,7 @@ def _partial_sums(
         rows |= {f"{name}_rest": torch.zeros(1, n, dtype=dtype, device=student.device) for name in sides}
     if valid == 0:
         for name in sides:
-            rows[name][0] = lowest  # finite, so that its weight e^(m^r - m) is 0 and not NaN
+            rows[name][0] = -torch.inf  # weight 0 in the merge
         return rows
     parts = list(shard.chunks(n, student.device))
     buffers = torch.empty(len(sides) + 2, longest(parts) * valid, dtype=dtype, device=student.device)

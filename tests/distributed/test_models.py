@@ -243,14 +243,6 @@ def test_a_damaged_import_is_named(imported: Path, tmp_path: Path, capsys: pytes
     assert not out.exists()
 
 
-def test_every_architecture_with_a_mapping_has_a_model() -> None:
-    """One that the folder accepts and the model builder refuses, or the reverse, would be half supported."""
-    from eaopd_megatron.checkpoint.families import FAMILIES
-    from eaopd_megatron.megatron.model import SUPPORTED
-
-    assert set(FAMILIES) == set(SUPPORTED)
-
-
 def test_the_import_refuses_what_it_cannot_do(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
