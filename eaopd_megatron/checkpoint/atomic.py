@@ -35,13 +35,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for file in partial.rglob("*"):
-            _sync(file)
-        _sync(partial)
+            sync(file)
+        sync(partial)
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
         partial.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(write_error(out, error)) from error
@@ -56,7 +56,8 @@ def write_error(out: Path, error: OSError) -> str:
     return f"{out}: {reason} ({error.strerror or error}); nothing was written there"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file's contents, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

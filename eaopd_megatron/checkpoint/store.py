@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.checkpoint.agreement import agree
+from eaopd_megatron.checkpoint.atomic import sync
 from eaopd_megatron.checkpoint.distributed import load_sharded, save_sharded
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.groups import Parallel
@@ -187,13 +188,13 @@ def _complete(work: Path, final: Path, state: Mapping[str, Any], extra_files: Ca
     files = {name: {"bytes": (work / name).stat().st_size, "sha256": digests[name]} for name in names}
     (work / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
     for path in [*work.rglob("*"), work]:
-        _sync(path)
+        sync(path)
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     work.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -205,14 +206,6 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str]:
 
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         return dict(zip(names, threads.map(digest, names), strict=True))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _damaged(path: Path, name: str, what: str) -> str:

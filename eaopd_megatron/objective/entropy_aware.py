@@ -114,7 +114,7 @@ def entropy_aware_loss(
             old_logprobs=None if old_logprobs is None else old_logprobs.detach().to(gate.dtype),
             student=seen.student,
             teacher=seen.teacher,
-            crosses=seen.crosses,
+            gaps=seen.gaps,
             kept=seen.kept,
         )
     recipe = Recipe(

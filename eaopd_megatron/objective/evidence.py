@@ -12,7 +12,7 @@ from .settings import Objective
 from .teacher import TeacherTopK, entropy_bounds
 from .terms import KeptSet
 from .top_k import first_k, shard_top_k
-from .vocab_parallel import Shard, Softmax, look_up, merge, merge_cross, partial_sums
+from .vocab_parallel import Shard, Softmax, look_up, merge, merge_gap, partial_sums
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Evidence:
     entropy_upper: Tensor
     careful: bool  # whether this rank's logits hold -inf
     teacher: Softmax | None = None
-    crosses: tuple[Tensor, Tensor] | None = None
+    gaps: tuple[Tensor, Tensor] | None = None  # G_s, G_t
     kept: KeptSet | None = None
 
 
@@ -120,10 +120,9 @@ def from_logits(
     checks.refuse_broken("student_logits", student.broken)
     checks.refuse_broken("teacher.logits", teacher.broken)
     checks.run()
-    cross = parts["cross"]
-    crosses = (
-        merge_cross(cross[:, 0], parts["student"][:, 1], alpha_s, delta_t),
-        merge_cross(cross[:, 1], parts["teacher"][:, 1], alpha_t, delta_s),
+    gaps = (
+        merge_gap(parts["gap"][:, 0], parts["student"][:, 1], alpha_s, delta_s - delta_t),
+        merge_gap(parts["gap"][:, 1], parts["teacher"][:, 1], alpha_t, delta_s - delta_t),
     )
     kept = None
     if candidates is not None:
@@ -155,6 +154,6 @@ def from_logits(
         entropy_upper=teacher.entropy,
         careful=careful,
         teacher=teacher,
-        crosses=crosses,
+        gaps=gaps,
         kept=kept,
     )

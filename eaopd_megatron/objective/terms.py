@@ -2,9 +2,9 @@
 
 The gradient over the student's logits is, for q and p the student's and the teacher's probabilities,
 
-    q_j [kappa + w_R (log-ratio of unnormalised logits)_j] - w_p p_j - sum over i of target_i 1[j = S_i] - c 1[j = y]
+    q_j (kappa + w_R D_j) - w_p p_j - sum over i of target_i 1[j = S_i] - c 1[j = y]
 
-and with a tail bucket the factor of q_j is another one inside S.
+with the gap D of `vocab_parallel`; with a tail bucket the factor of q_j is another one inside S.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ def combine(
     old_logprobs: Tensor | None,
     student: Softmax,
     teacher: Softmax | None,
-    crosses: tuple[Tensor, Tensor] | None,
+    gaps: tuple[Tensor, Tensor] | None,
     kept: KeptSet | None,
 ) -> Combined:
-    """Loss and coefficients. teacher, crosses (C_st, C_ts): where its whole distribution is known; kept: where S is."""
+    """Loss and coefficients. teacher, gaps (G_s, G_t): where its whole distribution is known; kept: where S is."""
     loss, kappa, zero = torch.zeros_like(gate), torch.zeros_like(gate), torch.zeros_like(gate)
     clipped = torch.zeros_like(gate, dtype=torch.bool)
     token: Tensor | None = None
@@ -124,17 +124,17 @@ def combine(
 
     log_ratio = student_logprob - teacher_logprob
     reverse_kl = log_ratio
-    if teacher is not None and crosses is not None:
-        reverse_kl = (student.weighted - crosses[0]) / student.total - student.log_total + teacher.log_total
+    if teacher is not None and gaps is not None:
+        reverse_kl = gaps[0] / student.total - (student.total / teacher.total).log()
     if objective.has_reverse and objective.reverse_kl == "sampled":
         term, c = sampled_reverse(objective, student_logprob, teacher_logprob, old_logprobs)
         loss, clipped, c = objective.reverse_weight * term.value, term.clipped, objective.reverse_weight * c
         kappa = token = c
     elif objective.has_reverse:
-        assert teacher is not None
+        assert gaps is not None
         ratio = objective.reverse_weight
         loss = objective.reverse_weight * reverse_kl
-        kappa = objective.reverse_weight * (teacher.log_total - student.log_total - reverse_kl)
+        kappa = -objective.reverse_weight * gaps[0] / student.total  # q_j (D_j - its mean under q)
 
     weight = objective.forward_weight * gate if objective.has_forward else zero
     if objective.forward_kl == "topk_tail":
@@ -150,8 +150,8 @@ def combine(
             target = weight[:, None] * p
             kappa = kappa + weight
     else:
-        assert teacher is not None and crosses is not None
-        forward_kl = (teacher.weighted - crosses[1]) / teacher.total - teacher.log_total + student.log_total
+        assert teacher is not None and gaps is not None
+        forward_kl = (student.total / teacher.total).log() - gaps[1] / teacher.total
         if objective.has_forward:
             on_teacher = weight
             kappa = kappa + weight

@@ -60,12 +60,13 @@ def _candidates(row: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         values, columns = row.topk(wanted, dim=1)
         return values, columns, _undecided(values, k, valid)
     whole = blocks * BLOCK
-    maxima, chosen = row[:, :whole].unflatten(1, (blocks, BLOCK)).amax(2).topk(wanted, dim=1)
+    chosen = row[:, :whole].unflatten(1, (blocks, BLOCK)).amax(2).topk(wanted, dim=1).indices
     within = torch.arange(BLOCK, device=row.device)
     columns = (chosen[:, :, None] * BLOCK + within).flatten(1)
     columns = torch.cat([columns, torch.arange(whole, valid, device=row.device).expand(c, -1)], dim=1)
     values, position = row.gather(1, columns).topk(wanted, dim=1)
-    return values, columns.gather(1, position), _undecided(maxima, k, blocks) | _undecided(values, k, columns.shape[1])
+    # A block left behind has no logit above those of the chosen maxima, so equal logits that it hides show here, too.
+    return values, columns.gather(1, position), _undecided(values, k, columns.shape[1])
 
 
 def _undecided(values: Tensor, k: int, available: int) -> Tensor:

@@ -5,10 +5,12 @@ A rank holds ``columns`` logits of every token: the ids [rank · columns, (rank 
 true vocabulary size are valid. With s, t the student's and the teacher's logits and m^r the maximum over a rank's valid
 columns, each rank sums
 
-    Z_s = sum e^(s - m_s)    A_s = sum e^(s - m_s) (s - m_s)    C_st = sum e^(s - m_s) (t - m_t)    (and Z_t, A_t, C_ts)
+    Z_s = sum e^(s - m_s)        A_s = sum e^(s - m_s) (s - m_s)        G_s = sum e^(s - m_s) D
+    Z_t = sum e^(t - m_t)        A_t = sum e^(t - m_t) (t - m_t)        G_t = sum e^(t - m_t) D
 
-and all ranks merge these with the weights e^(m^r - m), m the maximum over the vocabulary. Every rank merges the same
-numbers in the same order, so the result has the same bits everywhere.
+with the gap D = (s - m_s) - (t - m_t), and all ranks merge these with the weights e^(m^r - m), m the maximum over the
+vocabulary. Every rank merges the same numbers in the same order, so the result has the same bits everywhere. G_s is
+A_s - C_st of the usual cross sums; where student and teacher are close it keeps the digits that this difference loses.
 """
 
 from __future__ import annotations
@@ -164,7 +166,7 @@ def partial_sums(
 
     student, teacher: [n, columns]. leave_out: (columns, held) [n, k] of ids whose probability is to be left out of the
     additional sums "student_rest" and "teacher_rest".
-    The sums: "student" and "teacher" [3, n]: m, Z, A; "cross" [2, n]: C_st, C_ts; the rests [1, n].
+    The sums: "student" and "teacher" [3, n]: m, Z, A; "gap" [2, n]: G_s, G_t; the rests [1, n].
     """
     rows = _partial_sums(student, teacher, shard, dtype, leave_out, careful=False)
     careful = bool(torch.cat(list(rows.values())).isnan().any())
@@ -186,7 +188,7 @@ def _partial_sums(
     sides = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
     rows = {name: torch.zeros(3, n, dtype=dtype, device=student.device) for name in sides}
     if teacher is not None:
-        rows["cross"] = torch.zeros(2, n, dtype=dtype, device=student.device)
+        rows["gap"] = torch.zeros(2, n, dtype=dtype, device=student.device)
     if leave_out is not None:
         rows |= {f"{name}_rest": torch.zeros(1, n, dtype=dtype, device=student.device) for name in sides}
     if valid == 0:
@@ -218,7 +220,8 @@ def _partial_sums(
             torch.sum(exps, 1, out=rows[name][1, part])
             dot(exps, d, product, rows[name][2, part])
             if teacher is not None:
-                dot(exps, shifted[1 - index], product, rows["cross"][index, part])
+                gap = shifted[0] if index else d.sub_(shifted[1])
+                dot(exps, gap, product, rows["gap"][index, part])
             if leave_out is not None:
                 zero_at(exps, leave_out[0][part], leave_out[1][part])
                 torch.sum(exps, 1, out=rows[f"{name}_rest"][0, part])
@@ -247,6 +250,6 @@ def merge(parts: Tensor) -> tuple[Softmax, Tensor, Tensor]:
     return Softmax(maximum, total, weighted), alpha, delta
 
 
-def merge_cross(cross: Tensor, total: Tensor, alpha: Tensor, delta_other: Tensor) -> Tensor:
-    """A cross sum over the vocabulary [n] from all ranks' [ranks, n]: sum over r of alpha_r (C^r + delta'_r Z^r)."""
-    return times(alpha, cross + delta_other * total).sum(0)
+def merge_gap(gap: Tensor, total: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
+    """G over the vocabulary [n] from all ranks' G and Z [ranks, n]; shift: by how much D grows, delta_s - delta_t."""
+    return times(alpha, gap + shift * total).sum(0)
