@@ -143,6 +143,7 @@ def test_evaluate_loses_an_option(eaopd: Callable[..., Any], monkeypatch: pytest
         "problems": None,
         "seed": 1234,
         "out": None,
+        "suffix": "",
     }
     assert sorted(called[0].pop("benchmarks")) == ["a", "b", "c", "d"]
     assert called[0] == {name: value for name, value in default.items() if name != "benchmarks"} | {"samples": 4}
