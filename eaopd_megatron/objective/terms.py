@@ -41,14 +41,6 @@ class Coefficients:
     kappa_inside: Tensor | None = None  # factor of q_j inside S, the tail bucket
 
 
-@dataclass(frozen=True)
-class Term:
-    """Value [n] of one term of the loss and whether its clip is active."""
-
-    value: Tensor
-    clipped: Tensor
-
-
 def gate_of(objective: Objective, entropy: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and whether it is ambiguous, [n], from a lower and an upper bound of the teacher's entropy."""
     certain = torch.zeros_like(entropy, dtype=torch.bool)
@@ -62,8 +54,8 @@ def gate_of(objective: Objective, entropy: Tensor, upper: Tensor) -> tuple[Tenso
 
 def sampled_reverse(
     objective: Objective, student_logprob: Tensor, teacher_logprob: Tensor, old_logprobs: Tensor | None
-) -> tuple[Term, Tensor]:
-    """The paper's on-policy term -min(r A, clip(r) A) and r A where the unclipped branch is active, else 0."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The paper's on-policy term -min(r A, clip(r) A); where the clip is active; r A, and 0 there. Each [n]."""
     old = student_logprob if old_logprobs is None else old_logprobs
     advantage = teacher_logprob - old
     ratio = (student_logprob - old).exp()
@@ -71,7 +63,7 @@ def sampled_reverse(
     clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
     unclipped = times(ratio, advantage)
     value = torch.where(clipped, times(ratio.clamp(low, high), advantage), unclipped)
-    return Term(-value, clipped), torch.where(clipped, 0.0, unclipped)
+    return -value, clipped, torch.where(clipped, 0.0, unclipped)
 
 
 def top_k_forward(kept: KeptSet) -> tuple[Tensor, Tensor]:
@@ -122,14 +114,14 @@ def combine(
     inside: Tensor | None = None
     ratio = 0.0
 
-    log_ratio = student_logprob - teacher_logprob
-    reverse_kl = log_ratio
+    reverse_kl = student_logprob - teacher_logprob
     if teacher is not None and gaps is not None:
         reverse_kl = gaps[0] / student.total - (student.total / teacher.total).log()
-    if objective.has_reverse and objective.reverse_kl == "sampled":
-        term, c = sampled_reverse(objective, student_logprob, teacher_logprob, old_logprobs)
-        loss, clipped, c = objective.reverse_weight * term.value, term.clipped, objective.reverse_weight * c
-        kappa = token = c
+    if objective.reverse_kl == "sampled":
+        value, clipped, c = sampled_reverse(objective, student_logprob, teacher_logprob, old_logprobs)
+        if objective.has_reverse:
+            loss = objective.reverse_weight * value
+            kappa = token = objective.reverse_weight * c
     elif objective.has_reverse:
         assert gaps is not None
         ratio = objective.reverse_weight

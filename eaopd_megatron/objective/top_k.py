@@ -21,22 +21,25 @@ def shard_top_k(logits: Tensor, shard: Shard, k: int) -> tuple[Tensor, Tensor]:
     values = torch.full((n, k), -torch.inf, dtype=logits.dtype, device=logits.device)
     if valid == 0:
         return ids, values
-    kept = min(k, valid)
-    open_ties = torch.zeros(n, dtype=torch.bool, device=logits.device)
+    kept, wanted = min(k, valid), min(k + SPARE, valid)
+    open_ties = torch.empty(n, dtype=torch.bool, device=logits.device)
+    found = torch.empty(n, wanted, dtype=logits.dtype, device=logits.device)
+    columns = torch.empty(n, wanted, dtype=torch.int64, device=logits.device)
     for part in shard.chunks(n, logits.device):
         row = logits[part, :valid]
         if row.dtype in (torch.bfloat16, torch.float16):
             row = row.float()  # reductions are several times faster
-        found, columns, open_ties[part] = _candidates(row, kept)
-        order = _order(found, columns)[:, :kept]
-        ids[part, :kept] = columns.gather(1, order) + shard.rank * shard.columns
-        values[part, :kept] = found.gather(1, order).to(values.dtype)
+        found[part], columns[part], open_ties[part] = _candidates(row, kept, wanted)
+    order = _order(found, columns)[:, :kept]
+    ids[:, :kept] = columns.gather(1, order) + shard.rank * shard.columns
+    values[:, :kept] = found.gather(1, order)
     if bool(open_ties.any()):
         again = open_ties.nonzero()[:, 0]
-        for index in again.split(64):
-            columns = _settle(logits[index, :valid], kept)
-            ids[index, :kept] = columns + shard.rank * shard.columns
-            values[index, :kept] = logits[index, :valid].gather(1, columns)
+        for part in shard.chunks(len(again), logits.device):
+            index = again[part]
+            settled = _settle(logits[index, :valid], kept)
+            ids[index, :kept] = settled + shard.rank * shard.columns
+            values[index, :kept] = logits[index, :valid].gather(1, settled)
     return ids, values
 
 
@@ -51,10 +54,9 @@ def _order(values: Tensor, ids: Tensor) -> Tensor:
     return by_id.gather(1, values.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
 
 
-def _candidates(row: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _candidates(row: Tensor, k: int, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
     """Values and columns that include the k best of [c, valid], and rows where equal values may have been missed."""
     c, valid = row.shape
-    wanted = min(k + SPARE, valid)
     blocks = valid // BLOCK
     if blocks < 2 * wanted:
         values, columns = row.topk(wanted, dim=1)

@@ -54,6 +54,14 @@ def test_any_variant_on_any_shape_against_the_oracle(data: st.DataObject) -> Non
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
+def test_a_reverse_term_without_weight_leaves_the_forward_one_alone(signal: str) -> None:
+    case = make_case()
+    objective = Objective(reverse_weight=0.0, threshold=case.threshold(), top_k=TOP_K)
+    want = compare(case, objective, signal, None)
+    assert torch.equal(want.loss, want.gate * want.forward_kl) and want.clipped.any()
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
 def test_a_vocabulary_smaller_than_top_k(signal: str) -> None:
     """S is the whole vocabulary: nothing is left for the tail's bucket, whatever rounding says."""
     generator = torch.Generator().manual_seed(0)
@@ -214,6 +222,27 @@ def test_a_closed_gate_hides_an_infinite_divergence() -> None:
     objective = Objective(forward_kl="exact", threshold=math.inf)
     out, gradient = run(case, objective, "logits", None)
     assert out.forward_kl.isinf().all() and out.loss.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("forward", ["topk", "topk_tail", "exact"])
+def test_a_set_larger_than_the_support_counts_the_support_alone(forward: Any) -> None:
+    """Both give three ids a probability, and S has five: ids of -inf add nothing to loss or gradient."""
+    generator = torch.Generator().manual_seed(0)
+    support = torch.tensor([1, 4, 6])
+    few = torch.randn(2, 8, 3, generator=generator, dtype=torch.float64)
+    student, logits = torch.full((2, 8, 9), -torch.inf, dtype=torch.float64).index_copy(2, support, few).unbind()
+    objective = Objective(reverse_kl="exact", forward_kl=forward, gate="always", top_k=5)
+    results = []
+    for inputs, tokens, size in ((student, support[1], 9), (few[0], torch.tensor(1), 3)):
+        leaf = inputs.clone().requires_grad_()
+        teacher = TeacherLogits(logits if size == 9 else few[1])
+        out = entropy_aware_loss(leaf, teacher, tokens.expand(8), None, objective=objective, vocab_size=size)
+        out.loss.sum().backward()
+        assert leaf.grad is not None
+        results.append((out.loss.detach(), leaf.grad))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1][:, support], results[1][1])
+    assert not results[0][1].index_fill(1, support, 0).any()
 
 
 @pytest.mark.parametrize("inplace", [False, True])

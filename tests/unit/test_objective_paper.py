@@ -142,6 +142,16 @@ def test_the_entropy_lies_between_the_bounds_and_the_bounds_close_with_k() -> No
     assert widths[-1] == 0
 
 
+def test_the_bounds_are_the_tightest() -> None:
+    """A rest in pieces of the smallest known probability has the lower bound's entropy, an even one the upper's."""
+    known = torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64)
+    pieces = torch.cat([known, torch.full((2,), 0.1, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)])
+    even = torch.cat([known, torch.full((7,), 0.2 / 7, dtype=torch.float64)])
+    lower, upper = entropy_bounds(known.log()[None], 10)
+    for bound, p in ((lower, pieces), (upper, even)):
+        torch.testing.assert_close(bound, -torch.xlogy(p, p).sum()[None])
+
+
 def test_a_sure_teacher_has_bounds_of_zero_and_no_nan() -> None:
     """Sum 1, rest 0; and log-probs of -inf, where rounding may leave a rest that has no room."""
     for second in (-30.0, -9999.0, -math.inf):

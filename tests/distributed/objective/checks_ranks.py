@@ -285,3 +285,11 @@ def check_masked_logits(group: ProcessGroup) -> None:
     full[:, inside] = student.grad
     assert_near("loss", out.loss, loss, 1e-11)
     assert_near("gradient", gradient, full.chunk(group.size(), dim=1)[group.rank()], 1e-11)
+
+
+def check_failure(group: ProcessGroup, rank: int | None) -> None:
+    """Fails on one rank while the others wait for it in a collective."""
+    assert group.rank() != rank, f"rank {rank} fails alone"
+    ones = torch.ones(1)
+    dist.all_reduce(ones, group=group)
+    assert ones == group.size()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import Ranks, checks_in
+from tests.ranks import RankFailure, Ranks, checks_in
 
 CHECKS = Path(__file__).with_name("checks_ranks.py")
-WITH_ARGUMENTS = ("check_preset", "check_variants")
+WITH_ARGUMENTS = ("check_preset", "check_variants", "check_failure")
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
@@ -39,3 +39,11 @@ def test_every_variant_has_the_oracles_values_and_gradients(ranks: Ranks, signal
 @pytest.mark.parametrize("check", [name for name in checks_in(CHECKS) if name not in WITH_ARGUMENTS])
 def test_on_ranks(ranks: Ranks, check: str) -> None:
     ranks.run(CHECKS, check)
+
+
+def test_a_failure_on_one_rank_is_reported_and_leaves_the_ranks_usable(ranks: Ranks) -> None:
+    """A harness that swallowed a rank's failure would make every test above pass."""
+    for rank in range(2):
+        with pytest.raises(RankFailure, match=f"rank {rank} raised(.|\n)*rank {rank} fails alone"):
+            ranks.run(CHECKS, "check_failure", rank=rank)
+        ranks.run(CHECKS, "check_failure", rank=None)
