@@ -6,7 +6,8 @@ depends on one key stands at that key; what depends on several stands in the sec
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -95,13 +96,21 @@ class ObjectiveChoice(Section):
     reverse_weight: float | None = None
     top_k: int | None = None
     clip: FloatOrInfinity | None = None
+    threshold_end: float | None = None  # nats; threshold moves there over ramp_updates
+    forward_weight_end: NotNegative | None = None  # forward_weight moves there over ramp_updates
+    ramp: Literal["linear", "cosine"] = "linear"
+    ramp_updates: Count | None = None  # completed updates; none: all of the run's
 
     def build(self) -> Objective:
         """The objective itself. Raises ValueError, naming the field, for a value that it does not take."""
         from eaopd_megatron.objective import Objective
 
-        changes = {name: value for name, value in self if name != "preset" and value is not None}
-        return replace(Objective.preset(self.preset), **changes)
+        names = {field.name for field in fields(Objective)}
+        changes = {name: value for name, value in self if name in names and value is not None}
+        objective = replace(Objective.preset(self.preset), **changes)
+        if self.threshold_end is not None and math.isinf(objective.threshold):
+            raise ValueError("threshold_end needs a finite threshold to start from")
+        return objective
 
 
 class Data(Section):

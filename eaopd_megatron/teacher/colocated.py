@@ -9,7 +9,7 @@ import torch
 from eaopd_megatron.data.packing import micro_batches
 from eaopd_megatron.data.samples import MicroBatch, Sample
 from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.megatron.model import logits_of
+from eaopd_megatron.megatron.model import logits_by_rows, logits_of
 from eaopd_megatron.objective import TeacherLogits, TeacherTopK, summarise_teacher
 from eaopd_megatron.teacher.terminal import TerminalMap
 
@@ -43,23 +43,21 @@ class ColocatedTeacher:
         if self.kind != "topk":
             return
         for batch in micro_batches(samples, self.budget, self.parallel.device, self.multiple):
-            found = summarise_teacher(
-                self._logits(batch),
-                batch.tokens,
-                k=self.top_k,
-                vocab_size=self.vocab_size,
-                group=self.parallel.tp_group,
-                teacher_tokens=self.terminal.labels(batch),
-            )
-            assert found.entropy is not None
-            parts = {
-                "ids": batch.split(found.ids),
-                "logprobs": batch.split(found.logprobs),
-                "token_logprob": batch.split(found.token_logprob),
-                "entropy": batch.split(found.entropy),
-            }
+            labels = self.terminal.labels(batch)
+            found = [
+                summarise_teacher(
+                    logits,
+                    batch.tokens[part],
+                    k=self.top_k,
+                    vocab_size=self.vocab_size,
+                    group=self.parallel.tp_group,
+                    teacher_tokens=None if labels is None else labels[part],
+                )
+                for part, logits in logits_by_rows(self.model, batch.token_ids, batch.rows)
+            ]
+            whole = {name: batch.split(torch.cat([getattr(part, name) for part in found])) for name in _TOPK_FIELDS}
             for i, sample in enumerate(batch.samples):
-                sample.teacher_signal = {name: tensors[i] for name, tensors in parts.items()}
+                sample.teacher_signal = {name: tensors[i] for name, tensors in whole.items()}
 
     def signal(self, batch: MicroBatch) -> TeacherTopK | TeacherLogits:
         """The teacher's signal of every response token of the micro-batch, in order."""

@@ -75,7 +75,6 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         ddp,
         optimizer,
         parallel,
-        objective,
         vocab_size=vocab_size,
         budget=budget,
         multiple=multiple,

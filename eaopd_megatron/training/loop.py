@@ -26,6 +26,7 @@ def train(run: Run) -> None:
                 run.student.update(
                     mini_batch,
                     run.teacher,
+                    objective=run.objective(run.updates),
                     learning_rate=run.schedule(run.updates),
                     update=run.updates,
                     metrics=run.averages,

@@ -28,7 +28,7 @@ from eaopd_megatron.training.averages import Averages
 from eaopd_megatron.training.build import build, prompt_builder
 from eaopd_megatron.training.checkpoints import TrainingCheckpoints
 from eaopd_megatron.training.folder import RunFolder
-from eaopd_megatron.training.schedule import Schedule
+from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
 
 TERMINAL_LOGPROB_WARNING = -10.0  # nats; below it the pair does not agree on how to stop
 
@@ -67,6 +67,10 @@ class Run:
         options = recipe.optimizer
         self.schedule = Schedule(
             options.lr, updates, options.schedule, options.warmup_updates, options.lr * options.min_lr_ratio
+        )
+        chosen = recipe.objective
+        self.objective = ObjectiveSchedule(
+            chosen.build(), chosen.ramp_updates or updates, chosen.ramp, chosen.threshold_end, chosen.forward_weight_end
         )
         self.averages = Averages()
         self._writer: MetricsWriter | None = None

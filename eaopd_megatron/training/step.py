@@ -15,7 +15,7 @@ from eaopd_megatron.data.samples import MicroBatch, Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.megatron.model import logits_of
+from eaopd_megatron.megatron.model import logits_by_rows, logits_of
 from eaopd_megatron.objective import Objective, entropy_aware_loss, token_statistics
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.training.averages import Averages
@@ -29,14 +29,13 @@ class Student:
         ddp: Any,  # Megatron-Core's DistributedDataParallel
         optimizer: Any,
         parallel: Parallel,
-        objective: Objective,
         *,
         vocab_size: int,
         budget: int,
         multiple: int,
         failures: Path,
     ) -> None:
-        self.ddp, self.optimizer, self.parallel, self.objective = ddp, optimizer, parallel, objective
+        self.ddp, self.optimizer, self.parallel = ddp, optimizer, parallel
         self.vocab_size, self.budget, self.multiple, self.failures = vocab_size, budget, multiple, failures
 
     @torch.no_grad()
@@ -44,10 +43,13 @@ class Student:
         """π_old of every response token, by the trainer itself: the rollout engine's log-probs come from other
         kernels."""
         for batch in self._cut(samples):
-            found = token_statistics(
-                self._logits(batch), batch.tokens, vocab_size=self.vocab_size, group=self.parallel.tp_group
-            )
-            for sample, logprobs in zip(batch.samples, batch.split(found.logprob), strict=True):
+            found = [
+                token_statistics(
+                    logits, batch.tokens[part], vocab_size=self.vocab_size, group=self.parallel.tp_group
+                ).logprob
+                for part, logits in logits_by_rows(self.ddp, batch.token_ids, batch.rows)
+            ]
+            for sample, logprobs in zip(batch.samples, batch.split(torch.cat(found)), strict=True):
                 sample.old_logprobs = logprobs
 
     def update(
@@ -55,6 +57,7 @@ class Student:
         samples: Sequence[Sample],
         teacher: ColocatedTeacher,
         *,
+        objective: Objective,
         learning_rate: float,
         update: int,
         metrics: Averages,
@@ -79,7 +82,7 @@ class Student:
                     batch.tokens,
                     old,
                     teacher_tokens=teacher.labels(batch),
-                    objective=self.objective,
+                    objective=objective,
                     vocab_size=self.vocab_size,
                     group=self.parallel.tp_group,
                 )

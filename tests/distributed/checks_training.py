@@ -127,7 +127,7 @@ def trained(
     )
     size = folder.vocab_size
     common: dict[str, Any] = {"vocab_size": size, "budget": budget, "multiple": multiple}
-    learner = Student(ddp, optimizer, parallel, objective, failures=Path("unused"), **common)
+    learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
     scorer = ColocatedTeacher(
         teacher_model,
         parallel,
@@ -144,7 +144,7 @@ def trained(
     for update, rate in enumerate(RATES):
         averages = Averages()
         batch = [s for s in mine if s.index // MINI == update]
-        learner.update(batch, scorer, learning_rate=rate, update=update, metrics=averages)
+        learner.update(batch, scorer, objective=objective, learning_rate=rate, update=update, metrics=averages)
         figures = averages.reduce(parallel.dp_group)
         found |= {f"loss/{update}": figures["objective/loss"], f"norm/{update}": figures["optimizer/grad_norm"]}
         found[f"clip/{update}"] = figures["objective/clip_fraction"]
@@ -191,7 +191,7 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
                 ddp, lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0, precision="fp32"
             )
             common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": 99, "multiple": 1}
-            learner = Student(ddp, optimizer, parallel, objective, failures=Path("unused"), **common)
+            learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
             teacher_folder = HfFolder.open(teacher)
             teacher_model = build_model(teacher_folder.config, parallel.layout, torch.float32)
             load_hf(teacher_model, teacher_folder, parallel)
@@ -200,7 +200,7 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
             )
             everything = samples(folder.vocab_size)[:4]
             mine = [everything[parallel.dp_rank]] if share else (everything if parallel.dp_rank == 2 else [])
-            learner.update(mine, scorer, learning_rate=1e-3, update=0, metrics=Averages())
+            learner.update(mine, scorer, objective=objective, learning_rate=1e-3, update=0, metrics=Averages())
             results.append({name: p.detach().clone() for name, p in model.named_parameters()})
         for name, tensor in results[0].items():
             assert torch.allclose(tensor, results[1][name], atol=2e-6), name

@@ -7,10 +7,11 @@ import torch
 
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.objective import Objective
 from eaopd_megatron.rollout.sampling import draw
 from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
-from eaopd_megatron.training.schedule import Schedule
+from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
 
 
 def test_the_learning_rate_depends_on_completed_updates_alone() -> None:
@@ -22,6 +23,16 @@ def test_the_learning_rate_depends_on_completed_updates_alone() -> None:
     assert Schedule(1.0, 100, "linear")(25) == 0.75
     assert Schedule(1.0, 100, "constant", warmup=4)(77) == 1.0
     assert schedule(60) == schedule(60)
+
+
+def test_threshold_and_weight_follow_completed_updates() -> None:
+    start = Objective.preset("eopd")
+    schedule = ObjectiveSchedule(start, total=10, threshold_end=1.2, forward_weight_end=0.0)
+    assert schedule(0) == start
+    assert schedule(5).threshold == pytest.approx(1.0)
+    assert schedule(5).forward_weight == pytest.approx(0.5)
+    assert (schedule(10).threshold, schedule(99).forward_weight) == (1.2, 0.0)
+    assert ObjectiveSchedule(start, total=10)(7) == start
 
 
 def test_samples_follow_the_distribution() -> None:
