@@ -44,9 +44,8 @@ class Run:
         self.recipe, self.parallel = recipe, parallel
         self.folder = RunFolder(Path(recipe.run.folder))
         self.progress = self._reporter()
-        self.say(
-            f"student {recipe.student.model}, teacher {recipe.teacher.model}: loading on {parallel.world_size} ranks"
-        )
+        models = f"student {_shown(recipe.student.model)}, teacher {_shown(recipe.teacher.model)}"
+        self.say(f"{models}: loading on {parallel.world_size} ranks")
         self.parts = build(recipe, parallel, self.folder)
         self.student, self.teacher = self.parts.student, self.parts.teacher
         problems = load_problems(recipe.data.source, recipe.data.split)
@@ -234,3 +233,9 @@ class Run:
         flag = torch.tensor([self._signal or 0], device=self.parallel.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag)
+
+
+def _shown(model: str) -> str:
+    """A folder below the working directory without the directory."""
+    path = Path(model)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else model
