@@ -203,7 +203,7 @@ def _check_objective(recipe: Recipe, origin: Callable[[str], str]) -> None:
             (key for key in type(recipe.objective).model_fields if re.search(rf"\b{key}\b", str(error))), "preset"
         )
         raise RecipeError(f"{origin(f'objective.{named}')}: objective: {_one_line(error)}") from None
-    if refusal := objective.refusal(recipe.teacher.signal):
+    if refusal := objective.refusal(recipe.signal()):
         raise RecipeError(f"{origin('teacher.signal')}: objective and teacher.signal do not fit: {_one_line(refusal)}")
 
 

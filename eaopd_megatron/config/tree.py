@@ -78,7 +78,7 @@ class Teacher(Section):
 
     model: Name
     placement: Literal["colocated"] = "colocated"  # on the student's ranks
-    signal: Literal["topk", "logits"] = "topk"  # what the objective is given for a token
+    signal: Literal["auto", "topk", "hidden", "logits"] = "auto"  # what is kept of a token: topk where it serves
     precision: Precision = "bf16"
     terminal_map: Literal["swap", "label", "none"] = "swap"  # how the teacher's and the student's end tokens meet
 
@@ -215,6 +215,12 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     reporting: Reporting = Reporting()
     distributed: Distributed = Distributed()
+
+    def signal(self) -> Literal["topk", "hidden", "logits"]:
+        """teacher.signal, with auto resolved: top-k where it serves the objective, else hidden states."""
+        if self.teacher.signal != "auto":
+            return self.teacher.signal
+        return "topk" if self.objective.build().refusal("topk") is None else "hidden"
 
     @model_validator(mode="after")
     def _an_update_fits_into_an_iteration(self) -> Self:

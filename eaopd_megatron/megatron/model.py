@@ -129,6 +129,11 @@ def hidden_of(model: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
     return hidden.transpose(0, 1)
 
 
+def hidden_rows(model: torch.nn.Module, token_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`hidden_of` at some rows [n] of the flattened [b·s] positions: [n, h]."""
+    return hidden_of(model, token_ids).flatten(0, 1)[rows]
+
+
 @torch.no_grad()
 def logits_by_rows(
     model: torch.nn.Module, token_ids: torch.Tensor, rows: torch.Tensor, elements: int = 2**27
@@ -137,7 +142,7 @@ def logits_by_rows(
 
     The parts are the same on every tensor-parallel rank; one part has at most `elements` logits, and at least one row.
     """
-    hidden, head = hidden_of(model, token_ids).flatten(0, 1)[rows], head_of(model)
+    hidden, head = hidden_rows(model, token_ids, rows), head_of(model)
     size = max(1, elements // head.shape[0])
     for start in range(0, len(rows), size):
         part = slice(start, start + size)

@@ -25,6 +25,12 @@ def require_shape(name: str, value: Tensor, shape: tuple[int | None, ...], of: s
         raise ValueError(f"{name}: shape {list(value.shape)}, expected [{wanted}] as {of}")
 
 
+def require_matrix(name: str, value: Tensor, shape: str) -> None:
+    """Refuse what is no matrix of floating-point numbers."""
+    if value.dim() != 2 or not value.dtype.is_floating_point:
+        raise ValueError(f"{name}: {value.dtype} of shape {list(value.shape)}, expected floating point {shape}")
+
+
 def require_integers(name: str, value: Tensor) -> None:
     """Refuse ids that are no whole numbers."""
     if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .checks import Checks, require_integers, require_shape
-from .evidence import from_logits, from_top_k
-from .gradient import Recipe, write_gradient
+from .checks import Checks, require_shape
+from .contribution import Wanted, contribution, join
+from .evidence import check_top_k, from_both, from_top_k, wanted_of
+from .gradient import Recipe, once, write_gradient
+from .losses import TokenLosses, TokenStatistics, check_old_logprobs, check_tokens, judge
 from .settings import Objective, Signal
 from .teacher import TeacherLogits, TeacherTopK
-from .terms import combine, gate_of
-from .vocab_parallel import Shard, look_up, merge, partial_sums
-
-
-@dataclass(frozen=True)
-class TokenLosses:
-    """Each [n] and the same on every rank. ``loss`` carries the gradient, the rest is detached. Entropies, KLs: nats.
-
-    reverse_kl is exact where the teacher's whole distribution is given, else the sampled estimate log q(y) - log p(y).
-    forward_kl is the objective's; where it has none, the exact one if the teacher's whole distribution is given, else
-    the top-k one. teacher_entropy is the lower bound where only top-k log-probs without an entropy are given;
-    gate_ambiguous (bool) says that the bounds leave a hard gate open to doubt. clipped (bool): the ratio's clip stops
-    the gradient.
-    """
-
-    loss: Tensor
-    teacher_entropy: Tensor
-    student_entropy: Tensor
-    forward_kl: Tensor
-    reverse_kl: Tensor
-    gate: Tensor
-    gate_ambiguous: Tensor
-    student_logprob: Tensor
-    teacher_logprob: Tensor
-    clipped: Tensor
-
-
-@dataclass(frozen=True)
-class TokenStatistics:
-    """log q(y) and the entropy of each token, [n] nats, the same on every rank."""
-
-    logprob: Tensor
-    entropy: Tensor
+from .vocab_parallel import Shard, Softmax
 
 
 def entropy_aware_loss(
@@ -76,9 +46,10 @@ def entropy_aware_loss(
     inplace_backward  write the gradient over student_logits instead of into new memory; nothing else may need them then
 
     One collective forward, none backward; every rank of the group must call, also with n = 0. The gradient can be taken
-    once. Raises ValueError, on all ranks alike, naming argument and row: a teacher that cannot serve the objective,
-    shapes that disagree, ids outside the vocabulary, NaN logits, top-k log-probs that are not normalised, a negative
-    entropy.
+    once. Of the teacher's logits only the rows that the gradient needs are kept: with a sampled reverse term or none,
+    those whose gate is open, and none at all without an exact term. Raises ValueError, on all ranks alike, naming
+    argument and row: a teacher that cannot serve the objective, shapes that disagree, ids outside the vocabulary, NaN
+    logits, top-k log-probs that are not normalised, a negative entropy.
     """
     if not isinstance(teacher, TeacherLogits | TeacherTopK):
         raise ValueError(f"teacher: {type(teacher).__name__}, expected TeacherLogits or TeacherTopK")
@@ -89,59 +60,35 @@ def entropy_aware_loss(
     if inplace_backward and student_logits.is_leaf and student_logits.requires_grad:
         raise ValueError("inplace_backward: student_logits is a leaf, whose values the gradient would destroy")
     shard = Shard.of("student_logits", student_logits, vocab_size, group, chunk)
-    checks = Checks()
-    _check_tokens(checks, student_logits, vocab_size, tokens=tokens, teacher_tokens=teacher_tokens)
-    n = student_logits.shape[0]
-    if old_logprobs is not None:
-        require_shape("old_logprobs", old_logprobs, (n,), "student_logits has rows")
-        checks.refuse_logprobs("old_logprobs", old_logprobs)
+    n, checks = student_logits.shape[0], Checks()
+    check_tokens(checks, n, vocab_size, tokens=tokens, teacher_tokens=teacher_tokens)
+    check_old_logprobs(checks, n, old_logprobs)
+    top_k = teacher if isinstance(teacher, TeacherTopK) else None
+    teacher_logits = None
+    if isinstance(teacher, TeacherTopK):
+        check_top_k(teacher, n, objective, vocab_size, checks)
+    else:
+        teacher_logits = teacher.logits.detach()
+        require_shape("teacher.logits", teacher_logits, tuple(student_logits.shape), "student_logits has")
+        if not teacher_logits.dtype.is_floating_point:
+            raise ValueError(f"teacher.logits: {teacher_logits.dtype}, expected floating point")
+    checks.run()
     with torch.no_grad():
-        logits = student_logits.detach()
         tokens = tokens.long()
-        if isinstance(teacher, TeacherTopK):
-            teacher_logits = None
-            seen = from_top_k(logits, teacher, tokens, objective, shard, checks)
+        asked = tokens if teacher_tokens is None else teacher_tokens.long()
+        wanted = wanted_of(objective, top_k, tokens, asked, vocab_size)
+        rows, careful = contribution(student_logits.detach(), teacher_logits, shard, wanted)
+        whole = join(shard.exchange(rows))
+        if top_k is not None:
+            seen = from_top_k(whole, wanted, top_k, vocab_size, checks, "student_logits")
         else:
-            teacher_logits = teacher.logits.detach()
-            asked = tokens if teacher_tokens is None else teacher_tokens.long()
-            seen = from_logits(logits, teacher_logits, tokens, asked, objective, shard, checks)
-        gate, ambiguous = gate_of(objective, seen.teacher_entropy, seen.entropy_upper)
-        combined = combine(
-            objective,
-            gate=gate,
-            student_logprob=seen.student_logprob,
-            teacher_logprob=seen.teacher_logprob,
-            old_logprobs=None if old_logprobs is None else old_logprobs.detach().to(gate.dtype),
-            student=seen.student,
-            teacher=seen.teacher,
-            gaps=seen.gaps,
-            kept=seen.kept,
-        )
-    recipe = Recipe(
-        shard=shard,
-        student=seen.student,
-        teacher=seen.teacher,
-        coefficients=combined.coefficients,
-        tokens=tokens,
-        kept_ids=None if seen.kept is None else seen.kept.ids,
-        careful=seen.careful,
-    )
-    needs_teacher = bool(combined.coefficients.ratio) or combined.coefficients.teacher is not None
-    loss = _WithGradient.apply(
-        student_logits, teacher_logits if needs_teacher else None, _Value(combined.loss), recipe, inplace_backward
-    )
-    return TokenLosses(
-        loss=loss,
-        teacher_entropy=seen.teacher_entropy,
-        student_entropy=seen.student.entropy,
-        forward_kl=combined.forward_kl,
-        reverse_kl=combined.reverse_kl,
-        gate=gate,
-        gate_ambiguous=ambiguous,
-        student_logprob=seen.student_logprob,
-        teacher_logprob=seen.teacher_logprob,
-        clipped=combined.clipped,
-    )
+            seen = from_both(whole, checks, "student_logits", "teacher.logits")
+        losses, recipe = judge(objective, seen, shard, tokens, old_logprobs, careful=careful)
+        kept = None
+        if teacher_logits is not None and student_logits.requires_grad:
+            kept, recipe = _keep(teacher_logits, recipe)
+    loss = _WithGradient.apply(student_logits, kept, _Value(losses.loss), recipe, inplace_backward)
+    return replace(losses, loss=loss)
 
 
 @torch.no_grad()
@@ -155,24 +102,26 @@ def token_statistics(
     """
     shard = Shard.of("logits", logits, vocab_size, group, chunk)
     checks = Checks()
-    _check_tokens(checks, logits, vocab_size, tokens=tokens)
+    check_tokens(checks, logits.shape[0], vocab_size, tokens=tokens)
     checks.run()
-    logits, asked = logits.detach(), tokens.long()[:, None]
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    sums = partial_sums(logits, None, shard, dtype=dtype)[0]["student"]
-    parts = shard.exchange({"sums": sums, "token": look_up(logits, shard, asked, dtype)})
-    softmax = merge(parts["sums"])[0]
+    rows, _ = contribution(logits.detach(), None, shard, Wanted(tokens.long()[:, None]))
+    whole = join(shard.exchange(rows))
+    softmax = Softmax(*whole["student"])
     checks.refuse_broken("logits", softmax.broken)
     checks.run()
-    return TokenStatistics(softmax.logprob(shard.pick(parts["token"], asked.T))[0], softmax.entropy)
+    return TokenStatistics(softmax.logprob(whole["asked"])[0], softmax.entropy)
 
 
-def _check_tokens(checks: Checks, logits: Tensor, vocab_size: int, **ids: Tensor | None) -> None:
-    for name, value in ids.items():
-        if value is not None:
-            require_integers(name, value)
-            require_shape(name, value, (logits.shape[0],), "the logits have rows")
-            checks.refuse_ids(name, value, vocab_size)
+def _keep(teacher: Tensor, recipe: Recipe) -> tuple[Tensor | None, Recipe]:
+    """The teacher's logits that the gradient needs."""
+    if recipe.coefficients.ratio:
+        return teacher, recipe
+    if recipe.coefficients.teacher is None:
+        return None, recipe
+    rows = recipe.coefficients.teacher.nonzero()[:, 0]
+    if len(rows) == len(teacher):
+        return teacher, recipe
+    return teacher[rows], replace(recipe, teacher_rows=rows)
 
 
 @dataclass(frozen=True)
@@ -195,12 +144,8 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: a derivative of the gradient would be wanted
-            raise RuntimeError("entropy_aware_loss: its gradient has no derivative; use no create_graph=True")
-        if ctx.recipe is None:
-            raise RuntimeError("entropy_aware_loss: backward ran already; call the loss again for another backward")
+        recipe = once(ctx, "entropy_aware_loss")
         student, teacher = ctx.saved_tensors
-        recipe, ctx.recipe = ctx.recipe, None
         out = student.detach() if ctx.inplace else torch.empty_like(student)
         write_gradient(recipe, student.detach(), teacher, upstream, out)
         return out, None, None, None, None

@@ -1,4 +1,4 @@
-"""What all ranks know of each token after the one collective of the forward pass, for either kind of teacher."""
+"""What all ranks know of each token after the one collective of the forward pass, for any kind of teacher."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .checks import Checks, require_integers, require_shape
+from .contribution import Rows, Wanted
 from .settings import Objective
 from .teacher import TeacherTopK, entropy_bounds
 from .terms import KeptSet
-from .top_k import first_k, shard_top_k
-from .vocab_parallel import Shard, Softmax, look_up, merge, merge_gap, partial_sums
+from .vocab_parallel import Softmax
 
 
 @dataclass(frozen=True)
@@ -24,52 +24,58 @@ class Evidence:
     teacher_logprob: Tensor
     teacher_entropy: Tensor  # or its lower bound
     entropy_upper: Tensor
-    careful: bool  # whether this rank's logits hold -inf
     teacher: Softmax | None = None
     gaps: tuple[Tensor, Tensor] | None = None  # G_s, G_t
     kept: KeptSet | None = None
 
 
-def from_top_k(
-    logits: Tensor,
-    teacher: TeacherTopK,
-    tokens: Tensor,
-    objective: Objective,
-    shard: Shard,
-    checks: Checks,
-) -> Evidence:
-    """One collective of 4 + k numbers a token (5 + k with a tail): m, Z, A and the student's logits under S."""
-    n, vocab_size = logits.shape[0], shard.vocab_size
+def check_top_k(teacher: TeacherTopK, tokens: int, objective: Objective, vocab_size: int, checks: Checks) -> None:
+    """Refuse top-k log-probs of another shape, too few of them, and such that are none."""
     require_integers("teacher.ids", teacher.ids)
-    require_shape("teacher.ids", teacher.ids, (n, None), "student_logits has rows")
+    require_shape("teacher.ids", teacher.ids, (tokens, None), "the student has rows")
     given = teacher.ids.shape[1]
     wanted = min(objective.top_k, vocab_size) if objective.has_forward else 1
     if given < wanted:
         raise ValueError(f"teacher.ids: {given} columns, the objective wants top_k={wanted}")
-    k = min(given, objective.top_k)
-    require_shape("teacher.logprobs", teacher.logprobs, (n, given), "teacher.ids has")
-    require_shape("teacher.token_logprob", teacher.token_logprob, (n,), "student_logits has rows")
+    require_shape("teacher.logprobs", teacher.logprobs, (tokens, given), "teacher.ids has")
+    require_shape("teacher.token_logprob", teacher.token_logprob, (tokens,), "the student has rows")
     checks.refuse_top_k(teacher.logprobs, teacher.ids, vocab_size)
     checks.refuse_logprobs("teacher.token_logprob", teacher.token_logprob)
     if teacher.entropy is not None:
-        require_shape("teacher.entropy", teacher.entropy, (n,), "student_logits has rows")
+        require_shape("teacher.entropy", teacher.entropy, (tokens,), "the student has rows")
         checks.refuse_entropy("teacher.entropy", teacher.entropy)
-    checks.run()
 
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    ids, logprobs = teacher.ids[:, :k].long(), teacher.logprobs[:, :k].detach().to(dtype)
+
+def wanted_of(
+    objective: Objective, top_k: TeacherTopK | None, tokens: Tensor, teacher_tokens: Tensor, vocab_size: int
+) -> Wanted:
+    """What the vocabulary's shards are asked.
+
+    With a `TeacherTopK` they exchange 4 + k numbers a token, or 5 + k with a tail; else 10, and 3 k more where S is to
+    be found.
+    """
     tail = objective.forward_kl == "topk_tail"
-    rows, careful = partial_sums(logits, None, shard, dtype=dtype, leave_out=shard.locate(ids) if tail else None)
-    asked = torch.cat([tokens[:, None], ids], dim=1)
-    parts = shard.exchange(rows | {"asked": look_up(logits, shard, asked, dtype)})
-    student, alpha, _ = merge(parts["student"])
-    checks.refuse_broken("student_logits", student.broken)
+    if top_k is not None:
+        return Wanted(torch.cat([tokens[:, None], top_k.ids[:, : objective.top_k].long()], dim=1), tail=tail)
+    k = min(objective.top_k, vocab_size) if tail or objective.forward_kl == "topk" else 0
+    return Wanted(tokens[:, None], teacher_tokens, k, tail)
+
+
+def from_top_k(
+    whole: Rows, wanted: Wanted, teacher: TeacherTopK, vocab_size: int, checks: Checks, name: str
+) -> Evidence:
+    """From the contribution of the whole vocabulary; ``name`` is the student's in refusals of its logits."""
+    student = Softmax(*whole["student"])
+    checks.refuse_broken(name, student.broken)
     checks.run()
-    student_logprobs = student.logprob(shard.pick(parts["asked"], asked.T))
+    dtype, ids = student.total.dtype, wanted.asked[:, 1:]
+    k = ids.shape[1]
+    logprobs = teacher.logprobs[:, :k].detach().to(dtype)
+    student_logprobs = student.logprob(whole["asked"])
     teacher_rest = student_rest = None
-    if tail:
+    if wanted.tail:
         teacher_rest = (1 - logprobs.exp().sum(1)).clamp_min(0) * (k < vocab_size)
-        student_rest = (alpha * parts["student_rest"][:, 0]).sum(0) / student.total
+        student_rest = whole["student_rest"][0] / student.total
     if teacher.entropy is None:
         lower, upper = entropy_bounds(logprobs, vocab_size)
     else:
@@ -80,80 +86,34 @@ def from_top_k(
         teacher_logprob=teacher.token_logprob.detach().to(dtype),
         teacher_entropy=lower,
         entropy_upper=upper,
-        careful=careful,
         kept=KeptSet(ids, logprobs, student_logprobs[1:].T, teacher_rest, student_rest),
     )
 
 
-def from_logits(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    tokens: Tensor,
-    teacher_tokens: Tensor,
-    objective: Objective,
-    shard: Shard,
-    checks: Checks,
-) -> Evidence:
-    """One collective of 10 numbers a token, and of 3 k more where S has to be found: each rank's k candidates."""
-    require_shape("teacher.logits", teacher_logits, tuple(logits.shape), "student_logits has")
-    if not teacher_logits.dtype.is_floating_point:
-        raise ValueError(f"teacher.logits: {teacher_logits.dtype}, expected floating point")
+def from_both(whole: Rows, checks: Checks, name: str, teacher_name: str) -> Evidence:
+    """From the contribution of the whole vocabulary, where the teacher's logits are a part of it."""
+    student, teacher = Softmax(*whole["student"]), Softmax(*whole["teacher"])
+    checks.refuse_broken(name, student.broken)
+    checks.refuse_broken(teacher_name, teacher.broken)
     checks.run()
-    dtype = torch.promote_types(torch.promote_types(logits.dtype, teacher_logits.dtype), torch.float32)
-    k = min(objective.top_k, shard.vocab_size)
-    tail = objective.forward_kl == "topk_tail"
-    candidates = None
-    if tail or objective.forward_kl == "topk":
-        candidates, _ = shard_top_k(teacher_logits, shard, k)
-    leave_out = shard.locate(candidates) if tail and candidates is not None else None
-    rows, careful = partial_sums(logits, teacher_logits, shard, dtype=dtype, leave_out=leave_out)
-    rows["student_token"] = look_up(logits, shard, tokens[:, None], dtype)
-    rows["teacher_token"] = look_up(teacher_logits, shard, teacher_tokens[:, None], dtype)
-    if candidates is not None:
-        real = (candidates < shard.vocab_size).T
-        rows["ids"] = candidates.T.to(dtype)
-        rows["student_ids"] = torch.where(real, look_up(logits, shard, candidates, dtype), -torch.inf)
-        rows["teacher_ids"] = torch.where(real, look_up(teacher_logits, shard, candidates, dtype), -torch.inf)
-    parts = shard.exchange(rows)
-    student, alpha_s, delta_s = merge(parts["student"])
-    teacher, alpha_t, delta_t = merge(parts["teacher"])
-    checks.refuse_broken("student_logits", student.broken)
-    checks.refuse_broken("teacher.logits", teacher.broken)
-    checks.run()
-    gaps = (
-        merge_gap(parts["gap"][:, 0], parts["student"][:, 1], alpha_s, delta_s - delta_t),
-        merge_gap(parts["gap"][:, 1], parts["teacher"][:, 1], alpha_t, delta_s - delta_t),
-    )
     kept = None
-    if candidates is not None:
-        ids, of_teacher, of_student = (
-            parts[name].permute(2, 0, 1).flatten(1) for name in ("ids", "teacher_ids", "student_ids")
-        )
-        order = first_k(of_teacher, ids, ids.shape[1])
-        best, others = order[:, :k], order[:, k:]
-        rests: dict[str, Tensor] = {}
-        if tail:
-            for name, side, alpha, values in (
-                ("teacher", teacher, alpha_t, of_teacher),
-                ("student", student, alpha_s, of_student),
-            ):
-                # What no rank counted as a candidate, and the candidates that were not taken: nothing is subtracted.
-                left = (values.gather(1, others) - side.maximum[:, None]).exp().sum(1)
-                rests[f"{name}_rest"] = ((alpha * parts[f"{name}_rest"][:, 0]).sum(0) + left) / side.total
+    if "ids" in whole:
+        sides = {"student": student, "teacher": teacher}
         kept = KeptSet(
-            ids=ids.gather(1, best).long(),
-            teacher_logprobs=teacher.logprob(of_teacher.gather(1, best).T).T,
-            student_logprobs=student.logprob(of_student.gather(1, best).T).T,
-            **rests,
+            ids=whole["ids"].T.long(),
+            teacher_logprobs=teacher.logprob(whole["teacher_ids"]).T,
+            student_logprobs=student.logprob(whole["student_ids"]).T,
+            **{f"{name}_rest": whole[f"{name}_rest"][0] / side.total for name, side in sides.items()}
+            if "student_rest" in whole
+            else {},
         )
     return Evidence(
         student=student,
-        student_logprob=student.logprob(shard.pick(parts["student_token"], tokens[None]))[0],
-        teacher_logprob=teacher.logprob(shard.pick(parts["teacher_token"], teacher_tokens[None]))[0],
+        student_logprob=student.logprob(whole["asked"])[0],
+        teacher_logprob=teacher.logprob(whole["teacher_token"])[0],
         teacher_entropy=teacher.entropy,
         entropy_upper=teacher.entropy,
-        careful=careful,
         teacher=teacher,
-        gaps=gaps,
+        gaps=(whole["gap"][0], whole["gap"][1]),
         kept=kept,
     )

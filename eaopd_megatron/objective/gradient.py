@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backend import kernels_for
 from .terms import Coefficients
 from .vocab_parallel import Shard, Softmax, longest, shift, times, zero_at
 
@@ -23,12 +25,35 @@ class Recipe:
     tokens: Tensor  # [n] ids
     kept_ids: Tensor | None  # [n, k] ids
     careful: bool  # whether this rank's logits hold -inf
+    teacher_rows: Tensor | None = None  # rows, ascending, of which the teacher's logits are there; None: of all
+
+    def of(self, rows: Tensor) -> Recipe:
+        """The same for some of the tokens, of all of which the teacher's logits are there."""
+        return replace(
+            self,
+            student=_rows(self.student, rows),
+            teacher=None if self.teacher is None else _rows(self.teacher, rows),
+            coefficients=_rows(self.coefficients, rows),
+            tokens=self.tokens[rows],
+            kept_ids=None if self.kept_ids is None else self.kept_ids[rows],
+        )
+
+
+def once(ctx: Any, name: str) -> Recipe:
+    """The recipe of a call's gradient; RuntimeError where it is wanted again, or with a derivative of its own."""
+    if torch.is_grad_enabled():  # create_graph=True: a derivative of the gradient would be wanted
+        raise RuntimeError(f"{name}: its gradient has no derivative; use no create_graph=True")
+    recipe, ctx.recipe = ctx.recipe, None
+    if recipe is None:
+        raise RuntimeError(f"{name}: backward ran already; call the loss again for another backward")
+    return recipe
 
 
 def write_gradient(recipe: Recipe, student: Tensor, teacher: Tensor | None, upstream: Tensor, out: Tensor) -> None:
     """Write upstream[:, None] · d loss / d student into ``out`` [n, columns]; zero in padded columns.
 
-    teacher: its logits, wanted where an exact term is part of the loss. ``out`` may be ``student`` itself.
+    teacher: the logits of recipe.teacher_rows, wanted where an exact term is part of the loss; those of all rows where
+    that is the reverse one. ``out`` may be ``student`` itself.
     """
     shard, c = recipe.shard, recipe.coefficients
     valid = shard.valid
@@ -51,9 +76,24 @@ def write_gradient(recipe: Recipe, student: Tensor, teacher: Tensor | None, upst
     kept = _at_kept(recipe, upstream, scaled)
 
     needs_teacher = ratio is not None or on_teacher is not None
+    other = teacher if needs_teacher else None
+    kernels = kernels_for(student, other, out) if dtype == torch.float32 else None
+    if kernels is not None:
+        numbers = kernels.Numbers(
+            student_maximum=recipe.student.maximum,
+            kappa=kappa,
+            ratio=ratio,
+            teacher_maximum=None if recipe.teacher is None else recipe.teacher.maximum,
+            on_teacher=on_teacher,
+            token=None if at_token is None else (token[:, 0], owned[:, 0], at_token[:, 0]),
+            kept=None if kept is None else (kept.columns, kept.held, kept.added),
+            kappa_inside=None if kept is None else kept.factor,
+        )
+        kernels.fill_gradient(numbers, student, other, recipe.teacher_rows, valid, recipe.careful, out)
+        return
     parts = list(shard.chunks(student.shape[0], student.device))
     buffers = torch.empty(3 if needs_teacher else 2, longest(parts) * valid, dtype=dtype, device=student.device)
-    for part in parts:
+    for part, (there, rows) in zip(parts, _teacher_rows(recipe, parts), strict=True):
         size = part.stop - part.start
         first, second, *third = (buffer[: size * valid].view(size, valid) for buffer in buffers)
         target = out[part, :valid]
@@ -66,9 +106,13 @@ def write_gradient(recipe: Recipe, student: Tensor, teacher: Tensor | None, upst
             inside = result.gather(1, kept.columns[part])
         if needs_teacher:
             assert teacher is not None and recipe.teacher is not None
-            shift(teacher[part, :valid], recipe.teacher.maximum[part], third[0])
+            if rows is not None:
+                third[0] = third[0][: len(rows)]
+            shift(teacher[there, :valid], recipe.teacher.maximum[part if rows is None else rows], third[0])
         if ratio is not None:
             factor = first.sub_(third[0]).mul_(ratio[part, None])
+            if recipe.careful:
+                factor.masked_fill_((ratio == 0)[part, None], 0)
             if inside is not None and kept is not None and kept.factor is not None:
                 inside = times(inside, factor.gather(1, kept.columns[part]) + kept.factor[part, None])
             factor.add_(kappa[part, None])
@@ -80,7 +124,10 @@ def write_gradient(recipe: Recipe, student: Tensor, teacher: Tensor | None, upst
                 inside = inside * kept.factor[part, None]
             result.mul_(kappa[part, None])
         if on_teacher is not None:
-            result.sub_(third[0].exp_().mul_(on_teacher[part, None]))
+            if rows is None:
+                result.sub_(third[0].exp_().mul_(on_teacher[part, None]))
+            else:
+                result.index_add_(0, rows - part.start, third[0].exp_().mul_(on_teacher[rows, None]), alpha=-1)
         if kept is not None:
             if inside is not None:
                 zero_at(result, kept.columns[part], kept.held[part])
@@ -90,6 +137,22 @@ def write_gradient(recipe: Recipe, student: Tensor, teacher: Tensor | None, upst
             result.scatter_add_(1, token[part], at_token[part])
         if result is not target:
             target.copy_(result)
+
+
+def _rows(numbers: Any, rows: Tensor) -> Any:
+    """A dataclass of numbers of a token, for some of the tokens."""
+    taken = {name: value[rows] for name, value in vars(numbers).items() if isinstance(value, Tensor)}
+    return replace(numbers, **taken)
+
+
+def _teacher_rows(recipe: Recipe, parts: list[slice]) -> list[tuple[slice, Tensor | None]]:
+    """Where each chunk's rows of the teacher's logits lie, and which rows they are; None: all of the chunk."""
+    if recipe.teacher_rows is None:
+        return [(part, None) for part in parts]
+    ends = torch.tensor([part.stop for part in parts], device=recipe.teacher_rows.device)
+    stops = torch.searchsorted(recipe.teacher_rows, ends).tolist()
+    places = [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+    return [(there, recipe.teacher_rows[there]) for there in places]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 ReverseKL = Literal["sampled", "exact", "none"]
 ForwardKL = Literal["topk", "topk_tail", "exact", "none"]
 Gate = Literal["hard", "soft", "always", "never"]
-Signal = Literal["topk", "logits"]
+Signal = Literal["topk", "logits", "hidden"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "opd": {"reverse_kl": "sampled", "forward_kl": "none"},
@@ -89,7 +89,7 @@ class Objective:
     def refusal(self, signal: Signal) -> str | None:
         """Why a teacher that gives ``signal`` cannot serve this objective, in one line; None when it can.
 
-        "topk" is `TeacherTopK`, "logits" is `TeacherLogits`.
+        "topk" is `TeacherTopK`, "logits" `TeacherLogits`, "hidden" `TeacherHidden`.
         """
         if signal not in get_args(Signal):
             raise ValueError(f"signal: {signal!r} is not one of {', '.join(get_args(Signal))}")
@@ -99,6 +99,6 @@ class Objective:
                     others = '"topk" or "topk_tail"' if name == "forward_kl" else '"sampled"'
                     return (
                         f'{name}="exact" needs the teacher\'s whole distribution, and top-k log-probs are not that: '
-                        f"choose {name}={others}, or a teacher that gives logits"
+                        f"choose {name}={others}, or a teacher that gives logits or hidden states"
                     )
         return None

@@ -21,6 +21,16 @@ class TeacherLogits:
 
 
 @dataclass(frozen=True)
+class TeacherHidden:
+    """The teacher's final hidden states, [n, its own width], and this rank's rows of its output head in the student's
+    vocabulary layout, [columns, its own width]. Serves every objective; its logits are made where they are needed.
+    """
+
+    hidden: Tensor
+    head_weight: Tensor
+
+
+@dataclass(frozen=True)
 class TeacherTopK:
     """The teacher's most probable ids of each token, on every rank alike. Cannot serve an exact term.
 
@@ -105,6 +115,6 @@ def summarise_teacher(
     return TeacherTopK(
         ids=candidates.gather(1, best).long(),
         logprobs=softmax.logprob(values.gather(1, best).T).T.contiguous(),
-        token_logprob=softmax.logprob(shard.pick(parts["token"], asked.T))[0],
+        token_logprob=softmax.logprob(parts["token"].sum(0))[0],
         entropy=softmax.entropy,
     )

@@ -31,14 +31,14 @@ def shard_top_k(logits: Tensor, shard: Shard, k: int) -> tuple[Tensor, Tensor]:
             row = row.float()  # reductions are several times faster
         found[part], columns[part], open_ties[part] = _candidates(row, kept, wanted)
     order = _order(found, columns)[:, :kept]
-    ids[:, :kept] = columns.gather(1, order) + shard.rank * shard.columns
+    ids[:, :kept] = columns.gather(1, order) + shard.first
     values[:, :kept] = found.gather(1, order)
     if bool(open_ties.any()):
         again = open_ties.nonzero()[:, 0]
         for part in shard.chunks(len(again), logits.device):
             index = again[part]
             settled = _settle(logits[index, :valid], kept)
-            ids[index, :kept] = settled + shard.rank * shard.columns
+            ids[index, :kept] = settled + shard.first
             values[index, :kept] = logits[index, :valid].gather(1, settled)
     return ids, values
 

@@ -16,12 +16,15 @@ A_s - C_st of the usual cross sums; where student and teacher are close it keeps
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from .backend import kernels_for
+from .checks import require_matrix
 
 CPU_CHUNK_ELEMENTS = 1 << 17  # per thread: the four buffers of a chunk then fit a core's second-level cache
 GPU_CHUNK_ELEMENTS = 1 << 25
@@ -40,7 +43,7 @@ class Shard:
     columns: int
     vocab_size: int
     group: ProcessGroup | None
-    rank: int
+    first: int  # id of the first column
     ranks: int
     chunk: int | None = None  # tokens worked at together; None: what suits the caches
 
@@ -49,34 +52,38 @@ class Shard:
         cls, name: str, logits: Tensor, vocab_size: int, group: ProcessGroup | None, chunk: int | None = None
     ) -> Shard:
         """The shard of ``logits`` [n, columns]; errors speak of the argument ``name``. group None: one rank."""
+        require_matrix(name, logits, "[n, columns]")
+        return cls.of_columns(name, logits.shape[1], vocab_size, group, chunk)
+
+    @classmethod
+    def of_columns(
+        cls, name: str, columns: int, vocab_size: int, group: ProcessGroup | None, chunk: int | None = None
+    ) -> Shard:
+        """The shard of a rank that owns ``columns`` ids, padding included."""
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk: {chunk} is not at least 1")
-        if logits.dim() != 2 or not logits.dtype.is_floating_point:
-            raise ValueError(
-                f"{name}: {logits.dtype} of shape {list(logits.shape)}, expected floating point [n, columns]"
-            )
         ranks = 1 if group is None else dist.get_world_size(group)
         rank = 0 if group is None else dist.get_rank(group)
-        columns = logits.shape[1]
         if not 0 < vocab_size <= min(columns * ranks, MAX_VOCABULARY):
             raise ValueError(
                 f"vocab_size: {vocab_size} is not in 1..{min(columns * ranks, MAX_VOCABULARY)} "
                 f"({name} has {columns} columns on each of {ranks} ranks)"
             )
-        return cls(columns, vocab_size, group, rank, ranks, chunk)
+        return cls(columns, vocab_size, group, rank * columns, ranks, chunk)
+
+    def block(self, columns: slice) -> Shard:
+        """Some of this rank's columns as a shard of their own, which is alone."""
+        width = columns.stop - columns.start
+        return replace(self, columns=width, first=self.first + columns.start, group=None, ranks=1, chunk=None)
 
     @property
     def valid(self) -> int:
         """Columns of this rank that are no padding; may be 0."""
-        return min(max(self.vocab_size - self.rank * self.columns, 0), self.columns)
-
-    def owner(self, ids: Tensor) -> Tensor:
-        """The rank that holds each id."""
-        return torch.div(ids, self.columns, rounding_mode="floor").clamp(0, self.ranks - 1)
+        return min(max(self.vocab_size - self.first, 0), self.columns)
 
     def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's column of each id and whether it holds the id; a column is valid even where it does not."""
-        column = ids - self.rank * self.columns
+        column = ids - self.first
         owned = (column >= 0) & (column < self.valid)
         return column.clamp(0, max(self.valid - 1, 0)), owned
 
@@ -99,18 +106,15 @@ class Shard:
         """All ranks' rows: name -> [r, n] becomes name -> [ranks, r, n]. One collective, also for no tokens."""
         if self.ranks == 1:
             return {name: row[None] for name, row in rows.items()}
-        sizes = [row.shape[0] for row in rows.values()]
-        packed = torch.cat(list(rows.values()))
+        names = sorted(rows)  # ranks may have found theirs in another order
+        sizes = [rows[name].shape[0] for name in names]
+        packed = torch.cat([rows[name] for name in names])
         count = packed.shape[1]
         if count == 0:  # not every backend moves empty tensors
             packed = packed.new_zeros(packed.shape[0], 1)
         gathered = packed.new_empty(self.ranks, *packed.shape)
         dist.all_gather(list(gathered.unbind(0)), packed, group=self.group)
-        return dict(zip(rows, gathered[:, :, :count].split(sizes, dim=1), strict=True))
-
-    def pick(self, gathered: Tensor, ids: Tensor) -> Tensor:
-        """From values that each rank looked up for ids, [ranks, r, n], those of the ranks that hold the ids, [r, n]."""
-        return gathered.gather(0, self.owner(ids)[None])[0]
+        return dict(zip(names, gathered[:, :, :count].split(sizes, dim=1), strict=True))
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,8 @@ class Softmax:
     @property
     def broken(self) -> Tensor:
         """Rows whose logits hold NaN or +inf, or -inf alone."""
-        return ~(self.total.isfinite() & self.maximum.isfinite() & (self.total > 0))
+        finite = self.maximum.isfinite() & self.total.isfinite() & self.weighted.isfinite()
+        return ~(finite & (self.total > 0))
 
 
 def longest(parts: list[slice]) -> int:
@@ -161,15 +166,16 @@ def partial_sums(
     *,
     dtype: torch.dtype,
     leave_out: tuple[Tensor, Tensor] | None = None,
+    finite: bool = False,
 ) -> tuple[dict[str, Tensor], bool]:
     """This rank's sums, ready for `Shard.exchange`, and whether its logits hold -inf.
 
     student, teacher: [n, columns]. leave_out: (columns, held) [n, k] of ids whose probability is to be left out of the
-    additional sums "student_rest" and "teacher_rest".
+    additional sums "student_rest" and "teacher_rest". finite: -inf is no logit here, so that it need not be looked for.
     The sums: "student" and "teacher" [3, n]: m, Z, A; "gap" [2, n]: G_s, G_t; the rests [1, n].
     """
     rows = _partial_sums(student, teacher, shard, dtype, leave_out, careful=False)
-    careful = bool(torch.cat(list(rows.values())).isnan().any())
+    careful = not finite and bool(torch.cat(list(rows.values())).isnan().any())
     if careful:  # a logit of -inf makes 0 · inf, which counts as 0; rare, so the quick pass does not look for it
         rows = _partial_sums(student, teacher, shard, dtype, leave_out, careful=True)
     return rows, careful
@@ -194,6 +200,10 @@ def _partial_sums(
     if valid == 0:
         for name in sides:
             rows[name][0] = -torch.inf  # weight 0 in the merge
+        return rows
+    kernels = kernels_for(student, teacher) if dtype == torch.float32 else None
+    if kernels is not None:
+        kernels.fill_sums(rows, student, teacher, valid, leave_out, careful)
         return rows
     parts = list(shard.chunks(n, student.device))
     buffers = torch.empty(len(sides) + 2, longest(parts) * valid, dtype=dtype, device=student.device)
@@ -234,10 +244,11 @@ def zero_at(values: Tensor, columns: Tensor, held: Tensor) -> None:
 
 
 def look_up(logits: Tensor, shard: Shard, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """This rank's logits under ids [n, k], as [k, n] for `Shard.exchange`; `Shard.pick` then takes the owners'."""
+    """This shard's logits under ids [n, k], as [k, n], and 0 where it does not hold the id: shards' add up."""
     if shard.valid == 0:
         return torch.zeros(ids.shape, dtype=dtype, device=logits.device).T
-    return logits.gather(1, shard.locate(ids)[0]).to(dtype).T
+    columns, held = shard.locate(ids)
+    return torch.where(held, logits.gather(1, columns).to(dtype), 0.0).T
 
 
 def merge(parts: Tensor) -> tuple[Softmax, Tensor, Tensor]:

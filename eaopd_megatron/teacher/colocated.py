@@ -9,16 +9,17 @@ import torch
 from eaopd_megatron.data.packing import micro_batches
 from eaopd_megatron.data.samples import MicroBatch, Sample
 from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.megatron.model import logits_by_rows, logits_of
-from eaopd_megatron.objective import TeacherLogits, TeacherTopK, summarise_teacher
+from eaopd_megatron.megatron.model import head_of, hidden_rows, logits_by_rows, logits_of
+from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
 from eaopd_megatron.teacher.terminal import TerminalMap
 
 
 class ColocatedTeacher:
     """Scores the student's tokens.
 
-    signal "topk": each sample is scored once an iteration and keeps k ids and log-probs, H_t and log p(y_t): 136
-    bytes a token at k = 16. signal "logits": the full distribution, made again for every micro-batch and never kept.
+    signal "topk": each sample is scored once an iteration and keeps k ids and log-probs, H_t and log p(y_t): 136 bytes
+    a token at k = 16. "hidden": the final hidden states, from which the objective makes the full distribution piece by
+    piece. "logits": the full distribution at once, for comparison. The last two are made anew for every micro-batch.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class ColocatedTeacher:
             for i, sample in enumerate(batch.samples):
                 sample.teacher_signal = {name: tensors[i] for name, tensors in whole.items()}
 
-    def signal(self, batch: MicroBatch) -> TeacherTopK | TeacherLogits:
+    def signal(self, batch: MicroBatch) -> TeacherTopK | TeacherHidden | TeacherLogits:
         """The teacher's signal of every response token of the micro-batch, in order."""
-        if self.kind == "logits":
-            with torch.no_grad():
-                return TeacherLogits(self._logits(batch))
+        with torch.no_grad():
+            if self.kind == "hidden":
+                return TeacherHidden(hidden_rows(self.model, batch.token_ids, batch.rows), head_of(self.model))
+            if self.kind == "logits":
+                return TeacherLogits(logits_of(self.model, batch.token_ids).flatten(0, 1)[batch.rows])
         for sample in batch.samples:
             scored = len(sample.teacher_signal.get("entropy", ()))
             if scored != len(sample.response_ids):
@@ -74,11 +77,8 @@ class ColocatedTeacher:
         return TeacherTopK(*(batch.gather([s.teacher_signal[name] for s in batch.samples]) for name in _TOPK_FIELDS))
 
     def labels(self, batch: MicroBatch) -> torch.Tensor | None:
-        """[n] ids for log p(y) where the signal is made from logits; top-k has looked them up already."""
-        return self.terminal.labels(batch) if self.kind == "logits" else None
-
-    def _logits(self, batch: MicroBatch) -> torch.Tensor:
-        return logits_of(self.model, batch.token_ids).flatten(0, 1)[batch.rows]
+        """[n] ids for log p(y) where the signal is the full distribution; top-k has looked them up already."""
+        return None if self.kind == "topk" else self.terminal.labels(batch)
 
 
 _TOPK_FIELDS = ("ids", "logprobs", "token_logprob", "entropy")

@@ -84,7 +84,7 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         teacher_model,
         parallel,
         vocab_size=vocab_size,
-        signal=recipe.teacher.signal,
+        signal=recipe.signal(),
         top_k=min(objective.top_k, vocab_size),
         terminal=terminal,
         budget=budget,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,17 @@ from eaopd_megatron.data.samples import MicroBatch, Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.megatron.model import logits_by_rows, logits_of
-from eaopd_megatron.objective import Objective, entropy_aware_loss, token_statistics
+from eaopd_megatron.megatron.model import head_of, hidden_grad, hidden_rows, logits_of
+from eaopd_megatron.objective import (
+    Objective,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTopK,
+    TokenLosses,
+    entropy_aware_loss,
+    linear_entropy_aware_loss,
+    linear_token_statistics,
+)
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.training.averages import Averages
 
@@ -36,20 +45,18 @@ class Student:
         failures: Path,
     ) -> None:
         self.ddp, self.optimizer, self.parallel = ddp, optimizer, parallel
-        self.vocab_size, self.budget, self.multiple, self.failures = vocab_size, budget, multiple, failures
+        self.budget, self.multiple, self.failures = budget, multiple, failures
+        self._shard: dict[str, Any] = {"vocab_size": vocab_size, "group": parallel.tp_group}
 
     @torch.no_grad()
     def recompute_old_logprobs(self, samples: Sequence[Sample]) -> None:
         """π_old of every response token, by the trainer itself: the rollout engine's log-probs come from other
         kernels."""
         for batch in self._cut(samples):
-            found = [
-                token_statistics(
-                    logits, batch.tokens[part], vocab_size=self.vocab_size, group=self.parallel.tp_group
-                ).logprob
-                for part, logits in logits_by_rows(self.ddp, batch.token_ids, batch.rows)
-            ]
-            for sample, logprobs in zip(batch.samples, batch.split(torch.cat(found)), strict=True):
+            found = linear_token_statistics(
+                hidden_rows(self.ddp, batch.token_ids, batch.rows), head_of(self.ddp), batch.tokens, **self._shard
+            )
+            for sample, logprobs in zip(batch.samples, batch.split(found.logprob), strict=True):
                 sample.old_logprobs = logprobs
 
     def update(
@@ -71,25 +78,10 @@ class Student:
         self.optimizer.zero_grad()
         tokens = torch.zeros(1, dtype=torch.int, device=self.parallel.device)
         for batch in self._cut(samples):
-            logits = self._logits(batch)
             old = None
             if batch.samples[0].old_logprobs is not None:
                 old = batch.gather([s.old_logprobs for s in batch.samples if s.old_logprobs is not None])
-            try:
-                out = entropy_aware_loss(
-                    logits,
-                    teacher.signal(batch),
-                    batch.tokens,
-                    old,
-                    teacher_tokens=teacher.labels(batch),
-                    objective=objective,
-                    vocab_size=self.vocab_size,
-                    group=self.parallel.tp_group,
-                )
-            except ValueError as error:  # raised alike on every tensor-parallel rank
-                self._refuse(batch, ~torch.isfinite(logits).all(-1), update, str(error))
-            if not torch.isfinite(out.loss).all():
-                self._refuse(batch, ~torch.isfinite(out.loss), update, "the loss is not finite")
+            out = self._loss(batch, teacher, objective, old, update)
             out.loss.sum().backward()
             tokens += len(batch.tokens)
             _measure(metrics, batch, out, old)
@@ -103,13 +95,32 @@ class Student:
         metrics.add("optimizer/grad_norm", torch.tensor([norm]))
         metrics.add("optimizer/lr", torch.tensor([learning_rate]))
 
-    def _cut(self, samples: Sequence[Sample]) -> Any:
+    def _loss(
+        self, batch: MicroBatch, teacher: ColocatedTeacher, objective: Objective, old: torch.Tensor | None, update: int
+    ) -> TokenLosses:
+        """The objective on a micro-batch: from hidden states, or, where the teacher gives logits, on logits."""
+        signal = teacher.signal(batch)
+        options = {"teacher_tokens": teacher.labels(batch), "objective": objective, **self._shard}
+        if isinstance(signal, TeacherLogits):
+            rows = logits_of(self.ddp, batch.token_ids).flatten(0, 1)[batch.rows]
+        else:
+            rows = hidden_rows(self.ddp, batch.token_ids, batch.rows)
+        try:
+            if isinstance(signal, TeacherLogits):
+                out = entropy_aware_loss(rows, signal, batch.tokens, old, **options)
+            else:
+                head, mode = head_of(self.ddp), hidden_grad(self.ddp)
+                out = linear_entropy_aware_loss(rows, head, signal, batch.tokens, old, hidden_grad=mode, **options)
+        except ValueError as error:  # raised alike on every tensor-parallel rank
+            self._refuse(batch, _broken(rows) | _broken(_seen(signal)), update, str(error))
+        if not torch.isfinite(out.loss).all():
+            self._refuse(batch, _broken(out.loss[:, None]), update, "the loss is not finite")
+        return out
+
+    def _cut(self, samples: Sequence[Sample]) -> Iterator[MicroBatch]:
         return micro_batches(samples, self.budget, self.parallel.device, self.multiple)
 
-    def _logits(self, batch: MicroBatch) -> torch.Tensor:
-        return logits_of(self.ddp, batch.token_ids).flatten(0, 1)[batch.rows]
-
-    def _refuse(self, batch: MicroBatch, bad: torch.Tensor, update: int, why: str) -> None:
+    def _refuse(self, batch: MicroBatch, bad: torch.Tensor, update: int, why: str) -> NoReturn:
         """Save the offending sample and stop: training on would lose the model, skipping it would hide the cause."""
         flags = bad.int()
         if self.parallel.tp_size > 1:
@@ -121,6 +132,18 @@ class Student:
         path.write_text(json.dumps(sample.record("") | {"token": token, "why": why}))
         where = f"update {update}, rank {self.parallel.rank}"
         raise UserError(f"{where}: {why} (prompt {sample.prompt.id}); the sample is saved in {path}")
+
+
+def _broken(rows: torch.Tensor) -> torch.Tensor:
+    """[n] bool: rows [n, ...] with a number that is not finite."""
+    return ~torch.isfinite(rows).flatten(1).all(-1)
+
+
+def _seen(signal: TeacherTopK | TeacherHidden | TeacherLogits) -> torch.Tensor:
+    """What the teacher said, [n, ...]."""
+    if isinstance(signal, TeacherTopK):
+        return signal.logprobs
+    return signal.hidden if isinstance(signal, TeacherHidden) else signal.logits
 
 
 def _measure(metrics: Averages, batch: MicroBatch, out: Any, old: torch.Tensor | None) -> None:

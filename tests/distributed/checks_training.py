@@ -22,7 +22,7 @@ from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import build_model
-from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss
+from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss, linear_entropy_aware_loss
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.terminal import TerminalMap
@@ -259,7 +259,7 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
             row_map = terminal.row_map()
             model = build_model(teacher_folder.config, parallel.layout, torch.float32, untie=row_map is not None)
             load_hf(model, teacher_folder, parallel, row_map=row_map)
-            for signal in ("topk", "logits"):
+            for signal in ("topk", "hidden", "logits"):
                 scorer = ColocatedTeacher(
                     model,
                     parallel,
@@ -272,16 +272,19 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
                 )
                 scorer.annotate([sample])
                 batch = collate([sample], torch.device("cpu"))
-                out = entropy_aware_loss(
-                    torch.zeros(3, 256 // parallel.tp_size),
-                    scorer.signal(batch),
-                    batch.tokens,
-                    None,
-                    teacher_tokens=scorer.labels(batch),
-                    objective=Objective.preset("opd"),
-                    vocab_size=teacher_folder.vocab_size,
-                    group=parallel.tp_group,
-                )
+                columns = 256 // parallel.tp_size
+                said = scorer.signal(batch)
+                options: dict[str, Any] = {
+                    "teacher_tokens": scorer.labels(batch),
+                    "objective": Objective.preset("opd"),
+                    "vocab_size": teacher_folder.vocab_size,
+                    "group": parallel.tp_group,
+                }
+                if isinstance(said, TeacherLogits):
+                    out = entropy_aware_loss(torch.zeros(3, columns), said, batch.tokens, None, **options)
+                else:
+                    hidden, head = torch.zeros(3, 8), torch.zeros(columns, 8)
+                    out = linear_entropy_aware_loss(hidden, head, said, batch.tokens, None, **options)
                 stop = mine if kind == "none" else theirs
                 expected = torch.stack([exact[0, 8], exact[1, 9], exact[2, stop]])
                 assert torch.allclose(out.teacher_logprob, expected, atol=1e-5), (kind, signal)

@@ -43,7 +43,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"student": str(folder / "student"), "teacher": str(folder / "teacher")}
 
 
-@pytest.mark.parametrize(("preset", "signal"), [("opd", "topk"), ("eopd", "topk"), ("eopd", "logits")])
+@pytest.mark.parametrize(
+    ("preset", "signal"), [("opd", "topk"), ("eopd", "topk"), ("eopd", "logits"), ("eopd_exact", "hidden")]
+)
 def test_an_update_is_the_same_at_every_layout(ranks: Ranks, pair: dict[str, str], preset: str, signal: str) -> None:
     ranks.run(CHECKS, "check_an_update_is_the_same_at_every_layout", **pair, preset=preset, signal=signal)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import is_dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss, summarise_teacher, token_statistics
-from tests.distributed.objective.cases import TOP_K, compare, make_case, run
+from eaopd_megatron.objective import (
+    Objective,
+    TeacherLogits,
+    TokenLosses,
+    entropy_aware,
+    entropy_aware_loss,
+    summarise_teacher,
+    token_statistics,
+)
+from tests.distributed.objective.cases import TOP_K, Case, compare, make_case, run
 
 SIGNALS = ("logits", "topk")
 
@@ -367,25 +376,12 @@ def test_nothing_of_the_size_of_the_logits_is_made_besides_the_gradient(signal: 
     assert backward_pass.elements == n * vocab_size == write[0].numel()
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in a tree of dataclasses."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [found for field in vars(value).values() for found in tensors_in(field)] if is_dataclass(value) else []
-
-
-@pytest.mark.parametrize(
-    ("objective", "keeps"),
-    [(Objective(), False), (Objective.preset("opd"), False), (Objective(forward_kl="exact"), True)],
-    ids=["eopd", "opd", "exact"],
-)
-def test_the_papers_objective_keeps_no_teacher_logits_for_backward(objective: Objective, keeps: bool) -> None:
-    """The teacher's logits are as large as the student's; the sampled and the top-k term need them forward only."""
-    case = make_case(dtype=torch.float32, n=40)
-    saved: list[int] = []
+def saved_by(case: Case, objective: Objective) -> tuple[TokenLosses, list[Tensor]]:
+    """The call and the tensors that it saves for backward."""
+    saved: list[Tensor] = []
 
     def pack(value: Tensor) -> Tensor:
-        saved.append(value.data_ptr())
+        saved.append(value)
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
@@ -396,7 +392,72 @@ def test_the_papers_objective_keeps_no_teacher_logits_for_backward(objective: Ob
             None,
             objective=objective,
             vocab_size=case.vocab_size,
+            chunk=7,
         )
-    assert sorted(saved) == sorted([case.student.data_ptr(), case.teacher.data_ptr()][: 1 + keeps])
+    return out, saved
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a tree of dataclasses."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [found for field in vars(value).values() for found in tensors_in(field)] if is_dataclass(value) else []
+
+
+@pytest.mark.parametrize(
+    ("objective", "keeps"),
+    [(Objective(), False), (Objective.preset("opd"), False), (Objective.preset("eopd_exact"), True)],
+    ids=["eopd", "opd", "eopd_exact"],
+)
+def test_the_papers_objective_keeps_no_teacher_logits_for_backward(objective: Objective, keeps: bool) -> None:
+    """The teacher's logits are as large as the student's; the sampled and the top-k term need them forward only."""
+    case = make_case(dtype=torch.float32, n=40)
+    out, saved = saved_by(case, objective)
+    want = [case.student, case.teacher][: 1 + keeps]
+    assert [value.data_ptr() for value in saved] == [value.data_ptr() for value in want]
     numbers = tensors_in(out.loss.grad_fn.recipe)  # type: ignore[union-attr]
     assert numbers and max(value.untyped_storage().nbytes() for value in numbers) <= 40 * 16 * 8
+
+
+@pytest.mark.parametrize("reverse", ["sampled", "none"])
+@pytest.mark.parametrize("gate", ["hard", "soft", "always", "never"])
+def test_only_gated_rows_of_the_teacher_are_kept_for_backward(reverse: Any, gate: Any) -> None:
+    """Without an exact reverse term a closed gate's row has no use in backward. Not a bit of the gradient depends on
+    it."""
+    case = make_case(dtype=torch.float32, n=40)
+    objective = Objective(reverse_kl=reverse, forward_kl="exact", gate=gate, threshold=case.threshold())
+    out, saved = saved_by(case, objective)
+    opened = int((out.gate != 0).sum())
+    assert 10 <= opened <= 30 if gate == "hard" else opened in (0, 40)
+    assert [value.data_ptr() for value in saved[:1]] == [case.student.data_ptr()]
+    row = case.teacher.shape[1] * 4
+    assert sum(value.untyped_storage().nbytes() for value in saved[1:]) == opened * row
+    if opened == 40:
+        assert saved[1].data_ptr() == case.teacher.data_ptr(), "all rows are kept, so none needs to be copied"
+    (gradient,) = torch.autograd.grad(out.loss, case.student, case.upstream)
+    with mock.patch.object(entropy_aware, "_keep", lambda teacher, recipe: (teacher, recipe)):
+        out, saved = saved_by(case, objective)
+        assert saved[1].data_ptr() == case.teacher.data_ptr()
+        (want,) = torch.autograd.grad(out.loss, case.student, case.upstream)
+    assert torch.equal(gradient, want) and gradient.any() == (opened > 0 or reverse == "sampled")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gated_rows_have_the_oracles_gradient_also_where_it_is_written_over_the_logits(dtype: torch.dtype) -> None:
+    case = make_case(dtype=dtype, n=40)
+    objective = Objective(forward_kl="exact", threshold=case.threshold())
+    compare(case, objective, "logits", None)
+    _, want = run(case, objective, "logits", None)
+    leaf = case.student.clone().requires_grad_()
+    out = entropy_aware_loss(
+        leaf * 1.0,
+        TeacherLogits(case.teacher),
+        case.tokens,
+        case.old_logprobs,
+        teacher_tokens=case.teacher_tokens,
+        objective=objective,
+        vocab_size=case.vocab_size,
+        inplace_backward=True,
+    )
+    out.loss.backward(case.upstream.to(out.loss.dtype))
+    assert leaf.grad is not None and torch.equal(leaf.grad, want)

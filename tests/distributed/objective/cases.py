@@ -60,11 +60,7 @@ def make_case(
     With bf16 the logits tie in every row, at the k-th place too.
     """
     generator = torch.Generator().manual_seed(seed)
-    columns = 12 if ranks > 1 else 48
-    padded = columns * ranks
-    vocab_size = {"even": padded, "padded": padded - 5, "empty_rank": padded - columns - 3}[layout]
-    if ranks == 1:
-        vocab_size = padded if layout == "even" else padded - 5
+    vocab_size, padded = sizes(ranks, layout)
 
     def logits(spread: Tensor) -> Tensor:
         return torch.randn(n, padded, generator=generator, dtype=torch.float64) * spread + 3
@@ -74,10 +70,24 @@ def make_case(
     teacher[::3, 0] = teacher[::3, :vocab_size].amax(1) - 0.25
     if dtype == torch.bfloat16:
         teacher = (teacher * 2).round() / 2
+    return complete(student.to(dtype), teacher.to(dtype), vocab_size, generator)
+
+
+def sizes(ranks: int, layout: str) -> tuple[int, int]:
+    """True and padded vocabulary of a layout."""
+    columns = 12 if ranks > 1 else 48
+    padded = columns * ranks
+    if ranks == 1:
+        return padded if layout == "even" else padded - 5, padded
+    return {"even": padded, "padded": padded - 5, "empty_rank": padded - columns - 3}[layout], padded
+
+
+def complete(student: Tensor, teacher: Tensor, vocab_size: int, generator: torch.Generator) -> Case:
+    """The case of given logits [n, padded]: tokens, old log-probs, upstream gradient, and NaN in the padding."""
+    n, dtype = student.shape[0], student.dtype
     tokens = torch.randint(0, vocab_size, (n,), generator=generator)
     tokens[:3] = torch.tensor([0, vocab_size - 1, 0])[:n]
     teacher_tokens = torch.where(torch.arange(n) % 5 == 0, (tokens + 7) % vocab_size, tokens)
-    student, teacher = student.to(dtype), teacher.to(dtype)
     log_q = student[:, :vocab_size].double().log_softmax(1).gather(1, tokens[:, None])[:, 0]
     offset = torch.tensor([-0.9, 0.05, 0.9, -0.05, 0.3, -0.3]).repeat(n // 6 + 1)[:n]
     old = (log_q - offset).clamp(max=-1e-3)
@@ -170,14 +180,15 @@ def oracle(
     return out, student.grad
 
 
-def assert_near(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-    """Refuse errors above ``tolerance`` of the largest wanted value."""
+def assert_near(name: str, got: Tensor, want: Tensor, tolerance: float, *, scale: Tensor | None = None) -> None:
+    """Refuse errors above ``tolerance`` of the largest wanted value, or the largest of ``scale``."""
     if got.dtype == torch.bool:
         assert torch.equal(got, want), f"{name}: {got.tolist()}, expected {want.tolist()}"
         return
     assert got.isfinite().all(), f"{name}: not finite"
     error = (got.double() - want.detach()).abs().max().item() if got.numel() else 0.0
-    limit = tolerance * (want.detach().abs().max().item() if want.numel() else 0.0)
+    scale = want if scale is None else scale
+    limit = tolerance * (scale.detach().abs().max().item() if scale.numel() else 0.0)
     assert error <= limit + 1e-12, f"{name}: off by {error:.3g}, allowed {limit:.3g}"
 
 

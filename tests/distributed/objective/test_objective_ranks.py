@@ -14,7 +14,9 @@ import pytest
 from tests.ranks import RankFailure, Ranks, checks_in
 
 CHECKS = Path(__file__).with_name("checks_ranks.py")
+LINEAR_CHECKS = Path(__file__).with_name("checks_linear.py")
 WITH_ARGUMENTS = ("check_preset", "check_variants", "check_failure")
+LINEAR_WITH_ARGUMENTS = ("check_linear_presets", "check_linear_variants")
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
@@ -39,6 +41,22 @@ def test_every_variant_has_the_oracles_values_and_gradients(ranks: Ranks, signal
 @pytest.mark.parametrize("check", [name for name in checks_in(CHECKS) if name not in WITH_ARGUMENTS])
 def test_on_ranks(ranks: Ranks, check: str) -> None:
     ranks.run(CHECKS, check)
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("signal", ["hidden", "topk"])
+def test_linear_presets_have_the_oracles_values_and_gradients(ranks: Ranks, signal: str, dtype: str) -> None:
+    ranks.run(LINEAR_CHECKS, "check_linear_presets", signal=signal, dtype=dtype)
+
+
+@pytest.mark.parametrize("signal", ["hidden", "topk"])
+def test_every_linear_variant_has_the_oracles_values_and_gradients(ranks: Ranks, signal: str) -> None:
+    ranks.run(LINEAR_CHECKS, "check_linear_variants", signal=signal)
+
+
+@pytest.mark.parametrize("check", [name for name in checks_in(LINEAR_CHECKS) if name not in LINEAR_WITH_ARGUMENTS])
+def test_linear_on_ranks(ranks: Ranks, check: str) -> None:
+    ranks.run(LINEAR_CHECKS, check)
 
 
 def test_a_failure_on_one_rank_is_reported_and_leaves_the_ranks_usable(ranks: Ranks) -> None:

@@ -1,0 +1,444 @@
+"""The linear form on one rank: values, gradients, what it computes and what it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eaopd_megatron.objective import (
+    Objective,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTopK,
+    TokenLosses,
+    entropy_aware_loss,
+    linear_entropy_aware_loss,
+    linear_token_statistics,
+    summarise_teacher,
+)
+from tests.distributed.objective.cases import TOP_K, assert_near
+from tests.distributed.objective.linear_cases import (
+    TEACHER_WIDTH,
+    WIDTH,
+    LinearCase,
+    compare_linear,
+    make_linear_case,
+    run_linear,
+    small_tiles,
+)
+from tools.lib.live_bytes import LiveBytes
+
+SIGNALS = ("hidden", "topk")
+OBJECTIVES = [*Objective.PRESETS, "topk_tail"]
+
+
+def objective_of(name: str, **changes: Any) -> Objective:
+    """A preset, or the paper's with a bucket for the tail."""
+    if name == "topk_tail":
+        return Objective(forward_kl="topk_tail", **changes)
+    return Objective.preset(name, **changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_presets_against_the_oracle(name: str, signal: Any, dtype: torch.dtype) -> None:
+    for layout, old in (("even", True), ("padded", False)):
+        linear = make_linear_case(dtype=dtype, layout=layout)
+        objective = objective_of(name, top_k=TOP_K, threshold=linear.case.threshold())
+        if objective.refusal(signal) is None:
+            compare_linear(linear, objective, signal, None, old=old, tile=1 << 17 if dtype == torch.bfloat16 else 40)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_variant_on_any_shape_against_the_oracle(data: st.DataObject) -> None:
+    draw = data.draw
+    signal = draw(st.sampled_from(SIGNALS))
+    objective = Objective(
+        reverse_kl=draw(st.sampled_from(["sampled", "exact", "none"])) if signal == "hidden" else "sampled",
+        forward_kl=draw(st.sampled_from(["topk", "topk_tail", "none"] + ["exact"] * (signal == "hidden"))),
+        gate=draw(st.sampled_from(["hard", "soft", "always", "never"])),
+        gate_width=draw(st.floats(0.01, 2)),
+        forward_weight=draw(st.floats(0, 3)),
+        reverse_weight=draw(st.floats(0, 3)),
+        top_k=draw(st.integers(1, TOP_K)),
+        clip=draw(st.sampled_from([0.05, 0.2, 1.5, math.inf])),
+    )
+    linear = make_linear_case(
+        layout=draw(st.sampled_from(["even", "padded"])), n=draw(st.integers(6, 20)), seed=draw(st.integers(0, 99))
+    )
+    objective = replace(objective, threshold=linear.case.threshold())
+    chunk, tile = draw(st.integers(1, 30)), draw(st.integers(1, 300))
+    compare_linear(linear, objective, signal, None, chunk=chunk, tile=tile, old=draw(st.booleans()))
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_the_terminal_map_label_looks_up_only_the_teachers_log_prob(signal: str) -> None:
+    linear = make_linear_case()
+    assert not torch.equal(linear.case.tokens, linear.case.teacher_tokens)
+    plain = replace(linear, case=replace(linear.case, teacher_tokens=linear.case.tokens))
+    objective = Objective(top_k=TOP_K, threshold=linear.case.threshold())
+    mapped, direct = (run_linear(case, objective, signal, None).out for case in (linear, plain))
+    assert torch.equal(mapped.forward_kl, direct.forward_kl) and torch.equal(mapped.gate, direct.gate)
+    moved = mapped.teacher_logprob != direct.teacher_logprob
+    assert torch.equal(moved, linear.case.tokens != linear.case.teacher_tokens)
+
+
+@pytest.mark.parametrize("name", ["eopd", "eopd_exact", "topk_tail"])
+def test_tiles_of_the_real_size_give_what_stored_logits_give(name: str) -> None:
+    """More rows than a chunk has and more columns than a block, both with a rest."""
+    n, vocab_size, generator = 1100, 3001, torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = torch.randn(n, 8, generator=generator), torch.randn(n, 6, generator=generator)
+    head, teacher_head = torch.randn(3008, 8, generator=generator), torch.randn(3008, 6, generator=generator)
+    tokens = torch.randint(0, vocab_size, (n,), generator=generator)
+    arguments: dict[str, Any] = {"objective": objective_of(name, threshold=6.0), "vocab_size": vocab_size}
+    leaves = [(hidden.clone().requires_grad_(), head.clone().requires_grad_()) for _ in range(2)]
+    teacher = TeacherLogits(teacher_hidden @ teacher_head.T)
+    stored = entropy_aware_loss(leaves[0][0] @ leaves[0][1].T, teacher, tokens, None, **arguments)
+    out = linear_entropy_aware_loss(*leaves[1], TeacherHidden(teacher_hidden, teacher_head), tokens, None, **arguments)
+    for loss in (stored.loss, out.loss):
+        loss.sum().backward()
+    assert 0 < out.gate.sum() < n
+    for field, value in vars(stored).items():
+        assert_near(field, getattr(out, field), value.double() if value.is_floating_point() else value, 3e-5)
+    for want, got in zip(*leaves, strict=True):
+        assert want.grad is not None and got.grad is not None
+        assert_near("gradient", got.grad, want.grad.double(), 3e-5)
+
+
+def call(linear: LinearCase, teacher: Any = None, **changes: Any) -> TokenLosses:
+    arguments: dict[str, Any] = {
+        "student_hidden": linear.hidden,
+        "student_head_weight": linear.head,
+        "teacher": TeacherHidden(linear.teacher_hidden, linear.teacher_head) if teacher is None else teacher,
+        "tokens": linear.case.tokens,
+        "old_logprobs": linear.case.old_logprobs,
+        "objective": Objective(top_k=TOP_K, threshold=linear.case.threshold()),
+        "vocab_size": linear.case.vocab_size,
+    }
+    return linear_entropy_aware_loss(**{**arguments, **changes})
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the factors of all matrix products inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[torch.Size, torch.Size]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func.overloadpacket.__name__:
+            left, right = args[-2:]
+            self.shapes.append((left.shape, right.shape))
+        return func(*args, **(kwargs or {}))
+
+    def multiplications(self, wanted: Callable[[torch.Size, torch.Size], bool] = lambda left, right: True) -> int:
+        return sum(left[0] * left[1] * right[1] for left, right in self.shapes if wanted(left, right))
+
+
+@pytest.mark.parametrize("gate", ["hard", "soft", "always", "never"])
+@pytest.mark.parametrize("reverse", ["sampled", "exact", "none"])
+@pytest.mark.parametrize("forward", ["exact", "topk", "none"])
+def test_backward_computes_the_teachers_head_only_for_rows_that_need_it(reverse: Any, forward: Any, gate: Any) -> None:
+    """An exact reverse term needs all rows, an exact forward term those of an open gate, the others none; no term needs
+    rows of weight 0."""
+    linear = make_linear_case(n=40)
+    case = linear.case
+    objective = Objective(
+        reverse_kl=reverse, forward_kl=forward, gate=gate, top_k=TOP_K, threshold=case.threshold(), gate_width=0.01
+    )
+    hidden, head = linear.hidden.clone().requires_grad_(), linear.head.clone().requires_grad_()
+    with small_tiles(), Products() as forward_pass:
+        out = call(linear, student_hidden=hidden, student_head_weight=head, objective=objective, chunk=7)
+    teacher = case.vocab_size * TEACHER_WIDTH
+    assert forward_pass.multiplications(lambda left, right: left[1] == TEACHER_WIDTH) == 40 * teacher
+    with small_tiles(), Products() as backward_pass:
+        out.loss.backward(case.upstream)
+    weighs = case.upstream != 0
+    rows = {"exact": weighs, "topk": weighs & False, "none": weighs & False}[forward] & (out.gate != 0)
+    if reverse == "exact":
+        rows = weighs
+    assert not weighs.all() and (gate != "hard" or forward != "exact" or reverse == "exact" or 5 < rows.sum() < 35)
+    assert backward_pass.multiplications(lambda left, right: left[1] == TEACHER_WIDTH) == rows.sum() * teacher
+    student = case.vocab_size * WIDTH
+    assert backward_pass.multiplications() == rows.sum() * teacher + 3 * weighs.sum() * student
+
+
+def test_a_top_k_teacher_has_no_head_to_compute() -> None:
+    linear = make_linear_case(n=40)
+    hidden, head = linear.hidden.clone().requires_grad_(), linear.head.clone().requires_grad_()
+    student = 40 * linear.case.vocab_size * WIDTH
+    with Products() as products:
+        out = call(linear, linear.case.top_k(torch.float64), student_hidden=hidden, student_head_weight=head)
+        assert products.multiplications() == student
+        out.loss.sum().backward()
+        assert products.multiplications() == 4 * student
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_an_input_without_gradient_costs_none(frozen: str) -> None:
+    """A frozen head must not cost a product and an fp32 buffer of its size, nor frozen hidden states a collective."""
+    linear = make_linear_case(n=40)
+    teacher = linear.case.top_k(torch.float64)
+    whole = run_linear(linear, Objective(top_k=TOP_K), "topk", None, tile=1 << 17, chunk=None, old=False)
+    hidden = linear.hidden.clone().requires_grad_(frozen != "hidden")
+    head = linear.head.clone().requires_grad_(frozen != "head")
+    out = call(
+        linear,
+        teacher,
+        student_hidden=hidden,
+        student_head_weight=head,
+        objective=Objective(top_k=TOP_K),
+        old_logprobs=None,
+    )
+    with Products() as products:
+        out.loss.backward(linear.case.upstream)
+    assert products.multiplications() == 2 * (linear.case.upstream != 0).sum() * linear.case.vocab_size * WIDTH
+    assert (hidden.grad is None) == (frozen == "hidden") and (head.grad is None) == (frozen == "head")
+    for got, want in ((hidden.grad, whole.hidden), (head.grad, whole.head)):
+        assert got is None or torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_backward_keeps_what_it_was_given_and_some_numbers_a_token(name: str) -> None:
+    """Logits that were kept would be 300 kB a token."""
+    linear = make_linear_case(n=40)
+    saved: list[Tensor] = []
+
+    def pack(value: Tensor) -> Tensor:
+        saved.append(value)
+        return value
+
+    given = [linear.hidden.requires_grad_(), linear.head, linear.teacher_hidden, linear.teacher_head]
+    objective = objective_of(name, top_k=TOP_K, threshold=linear.case.threshold())
+    case = linear.case
+    with (
+        LiveBytes(*given, case.tokens, case.old_logprobs, case.teacher) as alive,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value),
+    ):
+        out = call(linear, objective=objective)
+        live = alive.now()
+    exact = "exact" in (objective.reverse_kl, objective.forward_kl)
+    want = given if exact else given[:2]
+    assert [value.data_ptr() for value in saved] == [value.data_ptr() for value in want]
+    assert live <= 40 * 8 * (20 + 2 * TOP_K) and out.loss.requires_grad
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_memory_beyond_gradients_is_one_chunk_whatever_the_number_of_tokens(name: str, signal: Any) -> None:
+    """Peak of all bytes alive. Beside its gradient, a token adds the numbers that the ranks exchange, not logits."""
+    vocab_size, width, chunk, generator = 1000, 8, 16, torch.Generator().manual_seed(0)
+    objective = objective_of(name, threshold=6.0)
+    if objective.refusal(signal) is not None:
+        return
+    head, teacher_head = torch.randn(2, vocab_size, width, generator=generator).bfloat16().unbind()
+    peaks: dict[int, tuple[int, int]] = {}
+    for n in (64, 256):
+        hidden, teacher_hidden = torch.randn(2, n, width, generator=generator).bfloat16().unbind()
+        tokens = torch.randint(0, vocab_size, (n,), generator=generator)
+        teacher: Any = TeacherHidden(teacher_hidden, teacher_head)
+        if signal == "topk":
+            teacher = summarise_teacher(teacher_hidden @ teacher_head.T, tokens, k=16, vocab_size=vocab_size)
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        existing = [hidden, head, teacher_head, tokens, *leaves, *vars(teacher).values()]
+        with small_tiles(chunk * 64):
+            with LiveBytes(*existing) as forward:
+                out = linear_entropy_aware_loss(
+                    *leaves, teacher, tokens, None, objective=objective, vocab_size=vocab_size, chunk=chunk
+                )
+            with LiveBytes(*existing) as backward:
+                torch.autograd.grad(out.loss.sum(), leaves)
+        peaks[n] = forward.peak, backward.peak
+    # Bytes an element of a tile: bf16 logits of both, and four fp32 buffers. Where S is to be found, a tile has all
+    # columns, which the search reads in fp32.
+    searched = signal == "hidden" and objective.forward_kl in ("topk", "topk_tail")
+    tile = 24 * chunk * (vocab_size if searched else 64)
+    head_gradient = vocab_size * width * (4 + 2)
+    for n, (in_forward, in_backward) in peaks.items():
+        # A token's logits are 2,000 bytes for either model.
+        assert in_forward <= tile + 700 * n
+        assert in_backward <= 24 * chunk * 64 + head_gradient + (2 * width + 40) * n
+
+
+def test_the_gradient_of_a_bf16_head_is_summed_in_fp32() -> None:
+    """4,096 equal parts: a bf16 sum stops growing at 256 of them."""
+    n, vocab_size = 4096, 2
+    hidden = torch.ones(n, 1, dtype=torch.bfloat16)
+    head = torch.zeros(vocab_size, 1, dtype=torch.bfloat16, requires_grad=True)
+    teacher = TeacherTopK(torch.zeros(n, 1, dtype=torch.int64), torch.zeros(n, 1), torch.zeros(n), torch.zeros(n))
+    objective = Objective(reverse_kl="none", gate="always", top_k=1)
+    out = linear_entropy_aware_loss(
+        hidden,
+        head,
+        teacher,
+        torch.zeros(n, dtype=torch.int64),
+        None,
+        objective=objective,
+        vocab_size=vocab_size,
+        chunk=1,
+    )
+    out.loss.sum().backward()
+    assert head.grad is not None and head.grad.flatten().tolist() == [-n / 2, n / 2]
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_no_tokens_give_a_loss_with_a_graph(signal: str) -> None:
+    """An empty micro-batch must go through backward like any other, or its rank leaves the others waiting."""
+    linear = make_linear_case(dtype=torch.float32, n=6)
+    whole = linear.case.top_k(torch.float32)
+    hidden, head = linear.hidden[:0].clone().requires_grad_(), linear.head.clone().requires_grad_()
+    teacher: Any = TeacherHidden(linear.teacher_hidden[:0], linear.teacher_head)
+    if signal == "topk":
+        teacher = TeacherTopK(whole.ids[:0], whole.logprobs[:0], whole.token_logprob[:0])
+    for name in OBJECTIVES:
+        objective = objective_of(name, top_k=TOP_K)
+        if objective.refusal(signal) is not None:  # type: ignore[arg-type]
+            continue
+        out = linear_entropy_aware_loss(
+            hidden, head, teacher, linear.case.tokens[:0], None, objective=objective, vocab_size=linear.case.vocab_size
+        )
+        assert out.loss.shape == (0,) and out.loss.grad_fn is not None
+        out.loss.sum().backward()
+        assert hidden.grad is not None and hidden.grad.shape == hidden.shape
+        assert head.grad is not None and head.grad.shape == head.shape and not head.grad.any()
+
+
+def test_a_token_without_weight_adds_nothing_even_where_its_loss_is_infinite() -> None:
+    """0 · inf = 0: a masked row whose teacher gives the token no probability must not spoil the gradient."""
+    linear = make_linear_case(dtype=torch.float32)
+    teacher = linear.case.top_k(torch.float32)
+    teacher.token_logprob[4] = -torch.inf
+    assert linear.case.upstream[4] == 0
+    got = run_linear(linear, Objective(top_k=TOP_K), "topk", None, teacher=teacher)
+    assert got.out.loss[4].isinf() and not got.hidden[4].any()
+    assert got.hidden.isfinite().all() and got.head.isfinite().all()
+
+
+def test_a_second_backward_fails_clearly() -> None:
+    linear = make_linear_case()
+    out = call(linear, student_hidden=linear.hidden.requires_grad_())
+    out.loss.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="linear_entropy_aware_loss: backward ran already"):
+        out.loss.sum().backward()
+
+
+def test_a_double_backward_fails_clearly() -> None:
+    """The gradient's own derivative is not there; zeros in its place would be believed."""
+    linear = make_linear_case()
+    out = call(linear, student_hidden=linear.hidden.requires_grad_())
+    with pytest.raises(RuntimeError, match="linear_entropy_aware_loss: its gradient has no derivative"):
+        torch.autograd.grad(out.loss.sum(), linear.hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("changed", ["student_hidden", "student_head_weight", "teacher"])
+def test_inputs_that_change_before_backward_are_noticed(changed: str) -> None:
+    """An optimiser step in between would give the gradient at other weights than the loss."""
+    linear = make_linear_case()
+    given = {
+        "student_hidden": linear.hidden.requires_grad_(),
+        "student_head_weight": linear.head,
+        "teacher": linear.teacher_head,
+    }
+    out = call(linear, objective=Objective.preset("rkl"))
+    with torch.no_grad():
+        given[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.sum().backward()
+
+
+def test_without_gradient_there_is_no_graph() -> None:
+    linear = make_linear_case()
+    assert not call(linear).loss.requires_grad
+    with torch.no_grad():
+        assert not call(linear, student_hidden=linear.hidden.requires_grad_()).loss.requires_grad
+
+
+@pytest.mark.parametrize("preset", Objective.PRESETS)
+def test_hidden_states_serve_every_objective(preset: str) -> None:
+    assert Objective.preset(preset).refusal("hidden") is None
+
+
+def test_a_teacher_that_cannot_serve_the_objective() -> None:
+    linear = make_linear_case()
+    with pytest.raises(ValueError, match=r'^objective: reverse_kl="exact" needs .* logits or hidden states$'):
+        call(linear, linear.case.top_k(torch.float64), objective=Objective.preset("rkl"))
+    for teacher in (TeacherLogits(linear.case.teacher), linear.teacher_hidden):
+        with pytest.raises(ValueError, match=r"^teacher: .*, expected TeacherHidden or TeacherTopK"):
+            call(linear, teacher)
+    with pytest.raises(ValueError, match=r"^teacher: TeacherHidden, expected TeacherLogits or TeacherTopK"):
+        entropy_aware_loss(
+            linear.case.student,
+            TeacherHidden(linear.teacher_hidden, linear.teacher_head),  # type: ignore[arg-type]
+            linear.case.tokens,
+            None,
+            objective=Objective(),
+            vocab_size=linear.case.vocab_size,
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student_hidden": torch.zeros(24, 8)}, r"student_head_weight: torch.float64, expected torch.float32 as"),
+        ({"student_hidden": torch.zeros(24, 8).double()}, r"student_head_weight: shape \[48, 9\], expected \[48, 8\]"),
+        ({"student_hidden": torch.zeros(24, 9).long()}, r"student_hidden: torch.int64 of shape \[24, 9\]"),
+        ({"student_hidden": torch.zeros(24, 1, 9)}, r"student_hidden: torch.float32 of shape \[24, 1, 9\]"),
+        ({"student_head_weight": torch.zeros(9)}, r"student_head_weight: torch.float32 of shape \[9\]"),
+        ({"vocab_size": 49}, r"vocab_size: 49 is not in 1\.\.48 \(student_head_weight has 48 columns"),
+        ({"chunk": 0}, r"chunk: 0 is not at least 1"),
+        ({"hidden_grad": "sum"}, r"hidden_grad: 'sum' is not one of all_reduce, partial"),
+        ({"tokens": torch.zeros(23).long()}, r"tokens: shape \[23\], expected \[24\]"),
+        ({"tokens": torch.full((24,), 43)}, r"tokens: id 43 in row 0 is outside the vocabulary of 43"),
+        ({"teacher_tokens": torch.full((24,), -1)}, r"teacher_tokens: id -1 in row 0 is outside"),
+        ({"old_logprobs": torch.ones(24)}, r"old_logprobs: row 0 holds 1, no log-prob"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call(make_linear_case(), **changes)
+
+
+def test_a_teacher_of_another_layout_is_named() -> None:
+    linear = make_linear_case()
+    hidden, head = linear.teacher_hidden, linear.teacher_head
+    for teacher, message in (
+        (TeacherHidden(hidden[1:], head), r"teacher.hidden: shape \[23, 15\], expected \[24, 15\]"),
+        (TeacherHidden(hidden, head[1:]), r"teacher.head_weight: shape \[47, 15\], expected \[48, 15\]"),
+        (TeacherHidden(hidden, head[:, 1:]), r"teacher.head_weight: shape \[48, 14\], expected \[48, 15\]"),
+        (TeacherHidden(hidden.float(), head), r"teacher.head_weight: torch.float64, expected torch.float32"),
+        (TeacherHidden(hidden[0], head), r"teacher.hidden: torch.float64 of shape \[15\]"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call(linear, teacher)
+    top = linear.case.top_k(torch.float64)
+    with pytest.raises(ValueError, match=r"^teacher\.ids: 4 columns, the objective wants top_k=5"):
+        call(linear, linear.case.top_k(torch.float64, columns=4))
+    with pytest.raises(ValueError, match=r"^teacher\.logprobs: row 2 holds NaN"):
+        top.logprobs[2, 0] = torch.nan
+        call(linear, top)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_hidden_states_without_a_softmax_are_refused(value: float) -> None:
+    linear = make_linear_case(dtype=torch.float32)
+    linear.hidden[4, 0] = value
+    for teacher in (None, linear.case.top_k(torch.float32)):
+        with pytest.raises(ValueError, match=r"^student_hidden · student_head_weight: row 4 holds NaN or \+inf"):
+            call(linear, teacher)
+    with pytest.raises(ValueError, match=r"^hidden · head_weight: row 4 holds NaN or \+inf"):
+        linear_token_statistics(linear.hidden, linear.head, linear.case.tokens, vocab_size=linear.case.vocab_size)
+    linear = make_linear_case(dtype=torch.float32)
+    linear.teacher_hidden[5, 0] = value
+    with pytest.raises(ValueError, match=r"^teacher\.hidden · teacher\.head_weight: row 5 holds NaN or \+inf"):
+        call(linear)
