@@ -12,6 +12,8 @@ that cross entropy), forward and backward.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -169,9 +171,22 @@ def subjects(case: Case) -> list[Subject]:
         Subject("linear_entropy_aware_loss eopd_exact", True, linear(exact)),
         Subject("linear_entropy_aware_loss eopd (top-k)", True, linear(paper, top_k=True)),
     ]
-    if dist.get_world_size(case.group) == 1:  # plain PyTorch knows no shards
+    if dist.get_world_size(case.group) == 1:  # these know no shards
         found.insert(1, Subject("plain PyTorch eopd_exact", False, plain))
+        if case.tokens.is_cuda and importlib.util.find_spec("liger_kernel"):
+            found.append(Subject("liger-kernel fused linear JSD", True, liger(case)))
     return found
+
+
+def liger(case: Case) -> Callable[..., torch.Tensor]:
+    """liger-kernel's fused linear JSD (beta 0.5, a mean over tokens): another divergence of like cost; CUDA only."""
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_jsd")
+    fused = module.LigerFusedLinearJSD(jsd_beta=0.5)
+
+    def loss(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        return fused(hidden, head, case.teacher_hidden, case.teacher_head, None)
+
+    return loss
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def write_gradient(recipe: Recipe, student: Tensor, teacher: Tensor | None, upst
             ratio=ratio,
             teacher_maximum=None if recipe.teacher is None else recipe.teacher.maximum,
             on_teacher=on_teacher,
-            token=None if at_token is None else (token[:, 0], owned[:, 0], at_token[:, 0]),
+            token=None if at_token is None else (token[:, 0], at_token[:, 0]),
             kept=None if kept is None else (kept.columns, kept.held, kept.added),
             kappa_inside=None if kept is None else kept.factor,
         )

@@ -98,8 +98,7 @@ def sums_kernel(
             d_s = s - m_s
             e_s = _exp(d_s)
             if masked:
-                d_s = tl.where(inside, d_s, 0.0)
-                e_s = tl.where(inside, e_s, 0.0)
+                d_s = tl.where(inside, d_s, 0.0)  # 0 times it is 0: e is 0 there
             z_s += tl.sum(e_s, 0)
             a_s += tl.sum(_times(e_s, d_s, CAREFUL), 0)
             if PAIR:
@@ -107,7 +106,6 @@ def sums_kernel(
                 e_t = _exp(d_t)
                 if masked:
                     d_t = tl.where(inside, d_t, 0.0)
-                    e_t = tl.where(inside, e_t, 0.0)
                 z_t += tl.sum(e_t, 0)
                 a_t += tl.sum(_times(e_t, d_t, CAREFUL), 0)
                 gap = d_s - d_t
@@ -123,11 +121,11 @@ def sums_kernel(
                 r_s += tl.sum(e_s, 0)
                 if PAIR:
                     r_t += tl.sum(e_t, 0)
-    _store_sums(student_sums + row, n, m_s, z_s, a_s, CAREFUL)
+    _store_sums(student_sums + row, n, m_s, z_s, a_s)
     if REST:
         tl.store(student_rest + row, tl.sum(r_s, 0))
     if PAIR:
-        _store_sums(teacher_sums + row, n, m_t, z_t, a_t, CAREFUL)
+        _store_sums(teacher_sums + row, n, m_t, z_t, a_t)
         tl.store(gap_sums + row, tl.sum(g_s, 0))
         tl.store(gap_sums + n + row, tl.sum(g_t, 0))
         if REST:
@@ -151,14 +149,9 @@ def _times(weight: tl.tensor, value: tl.tensor, CAREFUL: tl.constexpr) -> tl.ten
 
 
 @triton.jit
-def _store_sums(
-    sums: tl.tensor, n: tl.tensor, maximum: tl.tensor, total: tl.tensor, weighted: tl.tensor, CAREFUL: tl.constexpr
-) -> None:
-    total = tl.sum(total, 0)
-    if not CAREFUL:  # nothing above the lowest number: as for -inf, the careful pass has to say what the row holds
-        total = tl.where(maximum == LOWEST, float("nan"), total)
+def _store_sums(sums: tl.tensor, n: tl.tensor, maximum: tl.tensor, total: tl.tensor, weighted: tl.tensor) -> None:
     tl.store(sums, maximum)
-    tl.store(sums + n, total)
+    tl.store(sums + n, tl.sum(total, 0))
     tl.store(sums + 2 * n, tl.sum(weighted, 0))
 
 
@@ -169,7 +162,7 @@ def gradient_kernel(
     out: tl.tensor,
     numbers: tl.tensor,  # [7, n]: m_s, kappa, w_R, m_t, w_p, kappa inside S, addition at the token
     rows: tl.tensor,  # [programs] int64: the program's row of all but the teacher's logits
-    tokens: tl.tensor,  # [n] int32 columns, NOWHERE where another rank holds the token
+    tokens: tl.tensor,  # [n] int32 columns
     kept: tl.tensor,  # [n, kept_stride] int32 columns of S, ascending, NOWHERE last
     additions: tl.tensor,  # [n, kept_stride], at those columns
     student_stride: tl.tensor,

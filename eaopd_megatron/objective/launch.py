@@ -31,8 +31,8 @@ class Blocks:
 
 # With 16-bit logits a warp reads 256 columns at once, so that no sum of a run leaves its thread.
 SUMS = (
-    Blocks(2, 2048, 8, 3),
     Blocks(2, 2048, 8, 2),
+    Blocks(2, 2048, 8, 3),
     Blocks(4, 2048, 8, 2),
     Blocks(2, 1024, 4, 3),
     Blocks(4, 1024, 4, 2),
@@ -48,7 +48,7 @@ GRADIENT = (
     Blocks(1, 8192, 8, 1),
     Blocks(1, 1024, 4, 3),
 )
-IN_THE_INTERPRETER = Blocks(2, 32, 4, 1)
+IN_THE_INTERPRETER = Blocks(2, 16, 4, 1)
 
 
 def fill_sums(
@@ -92,7 +92,7 @@ class Numbers:
     ratio: Tensor | None
     teacher_maximum: Tensor | None
     on_teacher: Tensor | None
-    token: tuple[Tensor, Tensor, Tensor] | None  # column, held, addition
+    token: tuple[Tensor, Tensor] | None  # column, addition; 0 where another rank holds the token
     kept: tuple[Tensor, Tensor, Tensor] | None  # columns of S, held, additions [n, k]
     kappa_inside: Tensor | None
 
@@ -136,12 +136,12 @@ def _fill_gradient(
     zero = torch.zeros_like(numbers.kappa)
     given = (
         *(numbers.student_maximum, numbers.kappa, numbers.ratio, numbers.teacher_maximum, numbers.on_teacher),
-        *(numbers.kappa_inside, None if numbers.token is None else numbers.token[2]),
+        *(numbers.kappa_inside, None if numbers.token is None else numbers.token[1]),
     )
     factors = torch.stack([zero if value is None else value for value in given])
     tokens, kept, additions = zero, zero, zero
     if numbers.token is not None:
-        tokens = torch.where(numbers.token[1], numbers.token[0], NOWHERE).int()
+        tokens = numbers.token[0].int()
     if numbers.kept is not None:
         kept, order = _ascending(*numbers.kept[:2])
         additions = torch.nn.functional.pad(numbers.kept[2].gather(1, order), (0, 1))

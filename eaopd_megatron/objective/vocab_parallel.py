@@ -201,7 +201,7 @@ def _partial_sums(
         for name in sides:
             rows[name][0] = -torch.inf  # weight 0 in the merge
         return rows
-    kernels = kernels_for(student, teacher) if dtype == torch.float32 else None
+    kernels = kernels_for(student, teacher)
     if kernels is not None:
         kernels.fill_sums(rows, student, teacher, valid, leave_out, careful)
         return rows

@@ -101,7 +101,8 @@ def check_sums(group: ProcessGroup, dtype: str) -> None:
         columns = torch.stack([torch.randperm(valid)[:k] for _ in range(n)])
         held = torch.arange(k).expand(n, k) % 3 != 1
         columns[:, 0] = valid - 1
-        columns[1, 1:] = torch.where(held[1, 1:], columns[1, 1:], valid - 1)
+        columns[0, 0] = min(STEP, valid - 1)  # the first of the second step
+        columns[1, 1:] = torch.where(held[1, 1:], columns[1, 1:], valid - 1)  # what is not held collides
         distinct = [len(set(row[keep].tolist())) == int(keep.sum()) for row, keep in zip(columns, held, strict=True)]
         held &= torch.tensor(distinct)[:, None]
         for other in (None, teacher):
@@ -159,13 +160,14 @@ def check_minus_infinity(group: ProcessGroup) -> None:
     width = 3 * STEP + 2
     student, teacher = normal(2, 8, width).unbind()
     low = torch.finfo(torch.float32).min
-    student[0, ::2] = -torch.inf
     teacher[1, ::3] = -torch.inf
     student[2, :STEP] = teacher[2, :STEP] = -torch.inf  # nothing in the first step
     student[3, :-1] = teacher[3, 1:] = -torch.inf  # one column each, at either end
     student[4] = -torch.inf
-    student[5, :STEP] = -torch.inf
+    student[5, :STEP] = low
     teacher[6, :STEP] = low
+    student[0, :STEP], student[0, 0] = -200.0, -150.0  # below the row's maximum by more than fp32 can tell, and p = 0
+    teacher[0, 0] = -torch.inf
     student[7] = low  # the lowest number, and so a row of equal logits
     columns = torch.tensor([[1, width - 1]]).expand(8, 2)
     leave_out = (columns, torch.ones_like(columns, dtype=torch.bool))
@@ -180,9 +182,9 @@ def check_a_row_at_the_lowest_number(group: ProcessGroup) -> None:
     """Such a maximum is also that of no columns at all."""
     student = torch.full((2, STEP + 3), torch.finfo(torch.float32).min)
     student[1] = normal(STEP + 3)
-    with with_kernels():
-        got, _ = partial_sums(student, None, shard_of(STEP + 3, STEP + 3), dtype=torch.float32)
-    assert got["student"][1, 0] == STEP + 3 and not got["student"][2, 0]
+    got, want, careful = both_sums(student, None, shard_of(STEP + 3, STEP + 3))
+    assert not careful and got["student"][1, 0] == STEP + 3
+    assert_same_sums(got, want)
 
 
 def check_broken_rows(group: ProcessGroup) -> None:
@@ -245,7 +247,7 @@ def check_any_number_of_tokens(group: ProcessGroup) -> None:
     with with_kernels():
         whole, _ = partial_sums(student, teacher, shard, dtype=torch.float32)
         alone, _ = partial_sums(student[3:4], teacher[3:4], shard, dtype=torch.float32)
-    with kernels_wanted(True):
+    with kernels_wanted(True), mock.patch.object(launch, "_start", side_effect=AssertionError("work on no rows")):
         nothing, _ = partial_sums(student[:0], teacher[:0], shard, dtype=torch.float32)
         empty = student[:0].clone().requires_grad_()
         loss_of(empty, teacher[:0], Objective.preset("eopd_exact")).loss.sum().backward()
@@ -317,6 +319,28 @@ def check_the_gradient_of_shards(group: ProcessGroup) -> None:
             joined = torch.cat(pieces, dim=1)
             torch.testing.assert_close(joined[:, :valid], whole[:, :valid], rtol=1e-6, atol=1e-7 * scale)
             assert not joined[:, valid:].any()
+
+
+def check_the_gradient_of_wide_rows(group: ProcessGroup) -> None:
+    """S and the sampled tokens at both edges of a program's steps."""
+    width = 3 * STEP + 5
+    student, teacher = normal(2, 4, width).unbind()
+    edges = torch.tensor([0, STEP - 1, STEP, 2 * STEP - 1, 2 * STEP, 3 * STEP, width - 1])
+    teacher[:, edges] = 20 + torch.rand(4, len(edges))
+    tokens = edges[[1, 2, 4, 6]]
+    for reverse, forward in (("sampled", "topk"), ("sampled", "topk_tail"), ("exact", "topk_tail"), ("exact", "exact")):
+        objective = Objective(reverse_kl=reverse, forward_kl=forward, gate="always", top_k=7)  # type: ignore[arg-type]
+        grads = []
+        for wanted in (True, False):
+            leaf = student.clone().requires_grad_()
+            with kernels_wanted(wanted):
+                out = entropy_aware_loss(
+                    leaf, TeacherLogits(teacher), tokens, None, objective=objective, vocab_size=width
+                )
+                out.loss.sum().backward()
+            assert leaf.grad is not None
+            grads.append(leaf.grad)
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=2e-6 * grads[1].abs().max().item())
 
 
 def check_the_gradient_where_the_sums_need_care(group: ProcessGroup) -> None:
@@ -442,15 +466,15 @@ def check_what_the_kernels_leave_to_torch(group: ProcessGroup) -> None:
         out.loss.sum().backward()
         assert out.loss.dtype == torch.float64 and doubles.grad is not None
         sampled = loss_of(logits.clone().requires_grad_(), logits.double(), Objective.preset("opd"))
-        sampled.loss.sum().backward()  # numbers in fp64 over logits in fp32
-        assert sampled.loss.dtype == torch.float64
+        with mock.patch.object(launch, "_start", side_effect=AssertionError("numbers in fp64 over logits in fp32")):
+            sampled.loss.sum().backward()
         with kernels_wanted(False):
             assert kernels_for(logits) is None
 
 
 def check_statistics(group: ProcessGroup) -> None:
     logits = normal(5, 3 * STEP + 4).bfloat16()
-    tokens = torch.tensor([0, 3 * STEP, 5, 7, 100])
+    tokens = torch.tensor([0, 3 * STEP, 5, 7, STEP])
     with with_kernels():
         got = token_statistics(logits, tokens, vocab_size=3 * STEP + 1)
     log_q = logits[:, : 3 * STEP + 1].double().log_softmax(1)

