@@ -97,8 +97,8 @@ def token_statistics(
 ) -> TokenStatistics:
     """Log-prob of each sampled token and entropy, without gradient, in one collective.
 
-    logits: [n, columns of this rank], unchanged; tokens: [n] ids. The log-probs have the bits of
-    `TokenLosses.student_logprob`.
+    logits: [n, columns of this rank], unchanged; tokens: [n] ids. On a CPU the log-probs have the
+    bits of `TokenLosses.student_logprob`, on a GPU its value up to rounding.
     """
     shard = Shard.of("logits", logits, vocab_size, group, chunk)
     checks = Checks()

@@ -40,8 +40,8 @@ def check_linear_presets(group: ProcessGroup, signal: str, dtype: str) -> None:
     """Values and both gradients against the oracle for every layout, with and without old log-probs."""
     for layout in LAYOUTS:
         linear = make_linear_case(ranks=group.size(), layout=layout, dtype=DTYPES[dtype])
-        for (name, objective), mode, old in product(OBJECTIVES.items(), MODES, (True, False)):
-            if objective.refusal(signal) is not None or (mode == "partial" and old):  # type: ignore[arg-type]
+        for (name, objective), (mode, old) in product(OBJECTIVES.items(), (("all_reduce", True), ("partial", False))):
+            if objective.refusal(signal) is not None:  # type: ignore[arg-type]
                 continue
             # Products of bf16 are bf16 on a CPU, so that every block adds a rounding error.
             tile = 1 << 17 if dtype == "bf16" else 40
@@ -103,9 +103,9 @@ def check_linear_rounds_the_gradient_once_after_the_sum_over_ranks(group: Proces
 
 def check_linear_equals_the_loss_of_stored_logits(group: ProcessGroup) -> None:
     """Random bf16 factors, whose logits are rounded, and the terminal map "label"; also a gate made from bounds."""
-    for dtype, old in product(("fp64", "fp32", "bf16"), (True, False)):
+    for dtype, old in (("fp64", True), ("bf16", False)):
         linear = make_linear_case(ranks=group.size(), dtype=torch.float64, n=48)
-        case, tolerance = linear.case, {"fp64": 1e-11, "fp32": 3e-5, "bf16": 1e-2}[dtype]
+        case, tolerance = linear.case, {"fp64": 1e-11, "bf16": 1e-2}[dtype]
         hidden, teacher_hidden = (x.to(DTYPES[dtype]) for x in (linear.hidden, linear.teacher_hidden))
         head, teacher_head = (rows_of(x, group).to(DTYPES[dtype]) for x in (linear.head, linear.teacher_head))
         unknown = case.top_k(torch.float64, entropy=False)
@@ -118,7 +118,7 @@ def check_linear_equals_the_loss_of_stored_logits(group: ProcessGroup) -> None:
                 "objective": at(objective, case),
                 "vocab_size": case.vocab_size,
                 "group": group,
-                "chunk": 11,
+                "chunk": 20,
             }
             # NaN in the padding would spread in the backward of the stored logits' product.
             heads = head.nan_to_num(nan=0), head.clone()
@@ -184,17 +184,16 @@ def check_linear_few_collectives(group: ProcessGroup) -> None:
 
 
 def check_linear_tiles_change_nothing(group: ProcessGroup) -> None:
-    for dtype, signal in product((torch.float64, torch.float32), SIGNALS):
-        linear = make_linear_case(ranks=group.size(), dtype=dtype)
+    for signal in SIGNALS:
+        linear = make_linear_case(ranks=group.size())
         objective = at(OBJECTIVES["topk_tail"], linear.case)
         first = run_linear(linear, objective, signal, group, chunk=None, tile=1 << 17)
-        for chunk, tile in product((1, 5, 23, 100), (1, 40, 1 << 17)):
+        for chunk, tile in ((1, 5), (5, 40), (23, 100), (100, 24), (None, 1)):
             other = run_linear(linear, objective, signal, group, chunk=chunk, tile=tile)
-            tolerance = 1e-12 if dtype == torch.float64 else 1e-5
             for name, value in vars(first.out).items():
-                assert_near(name, getattr(other.out, name), value, tolerance)
-            assert_near("gradient of hidden", other.hidden, first.hidden.double(), tolerance)
-            assert_near("gradient of the head", other.head, first.head.double(), tolerance)
+                assert_near(name, getattr(other.out, name), value, 1e-12)
+            assert_near("gradient of hidden", other.hidden, first.hidden, 1e-12)
+            assert_near("gradient of the head", other.head, first.head, 1e-12)
 
 
 def check_linear_results_agree_on_all_ranks(group: ProcessGroup) -> None:
