@@ -119,7 +119,6 @@ class Data(Section):
     source: Name = "countdown"  # a built-in task, a .jsonl file, or hub:owner/name[:config]
     split: Name = "train"
     prompt_field: Name = "problem"
-    answer_field: Name = "answer"
     template: Literal["chat", "raw"] = "chat"
     suffix: str = ""  # appended to each problem
     max_prompt_tokens: Count = 1024

