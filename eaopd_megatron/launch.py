@@ -99,7 +99,7 @@ def _first_host(environment: Mapping[str, str]) -> str:
 
 
 def local_world_size(student: Student) -> int:
-    """How many ranks this host starts for a student: tensor_parallel x data_parallel.
+    """How many ranks this host starts for a student: data_parallel copies of it.
 
     Without data_parallel in the recipe: 1 copy on a CPU, as many as the devices hold with GPUs.
     """
@@ -108,12 +108,13 @@ def local_world_size(student: Student) -> int:
     devices = torch.cuda.device_count() if torch.cuda.is_available() else None
     copies = student.data_parallel
     if copies is None:
-        copies = 1 if devices is None else max(1, devices // student.tensor_parallel)
-    ranks = student.tensor_parallel * copies
+        copies = 1 if devices is None else max(1, devices // student.model_ranks)
+    ranks = student.model_ranks * copies
     if devices is not None and ranks > devices:
         raise UserError(
-            f"student.tensor_parallel x data_parallel is {student.tensor_parallel} x {copies}, more than the {devices} "
-            "GPUs of this host; lower them, or start the ranks of several hosts with srun or torchrun"
+            f"the student needs {student.model_ranks} x {copies} ranks (tensor x pipeline x context x data_parallel), "
+            f"more than the {devices} GPUs of this host; lower them, or start the ranks of several hosts with srun or "
+            "torchrun"
         )
     return ranks
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from eaopd_megatron.config import Recipe, load_recipe
@@ -37,7 +38,7 @@ def _train(recipe: Recipe) -> None:
         say(finished)
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    layout = groups.Layout(recipe.student.tensor_parallel, recipe.student.sequence_parallel)
+    layout = groups.Layout(**{field.name: getattr(recipe.student, field.name) for field in fields(groups.Layout)})
     parallel, store = groups.start(layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes)
     with watched(store, parallel.rank, parallel.world_size):
         run = Run(recipe, parallel)

@@ -6,7 +6,8 @@
 Bytes are per token · vocabulary column of a rank, beyond the student's logits; for the linear forms MiB beyond hidden
 states, heads, their gradients and one fp32 sum of the head's gradient. Times are the least of the repeats, which take
 turns; the ratio is to Megatron-Core's own cross entropy on the same logits (for the linear forms: to a linear layer and
-that cross entropy), forward and backward.
+that cross entropy), forward and backward. A size's rows are printed when it is done; what would not fit into memory is
+left out by name, and plain PyTorch is measured at the first size alone.
 """
 
 from __future__ import annotations
@@ -259,10 +260,24 @@ def needed(subject: Subject, case: Case) -> int:
     return (32 if "plain" in subject.name else 12) * len(case.tokens) * len(case.student_head)
 
 
-def measure(case: Case, repeats: int) -> list[Figures]:
-    """All subjects that fit at one size; the repeats take turns, so that a slow moment hits everyone."""
+def fitting(case: Case, plain: bool) -> list[Subject]:
+    """The subjects to measure at one size; those without the memory are named."""
     free = torch.cuda.mem_get_info()[0] if case.tokens.is_cuda else psutil.virtual_memory().available
-    group = [subject for subject in subjects(case) if needed(subject, case) < free / dist.get_world_size()]
+    found = []
+    for subject in subjects(case):
+        if "plain" in subject.name and not plain:
+            continue
+        if needed(subject, case) < free / dist.get_world_size():
+            found.append(subject)
+        elif dist.get_rank() == 0:
+            gigabytes = needed(subject, case) / 1e9
+            say(f"{len(case.tokens)} tokens: {subject.name} left out, it needs about {gigabytes:.0f} GB a rank")
+    return found
+
+
+def measure(case: Case, repeats: int, plain: bool) -> list[Figures]:
+    """All subjects that fit at one size; the repeats take turns, so that a slow moment hits everyone."""
+    group = fitting(case, plain)
     weights = [weighed(subject, case) for subject in group]
     times: list[list[tuple[float, float]]] = [[] for _ in group]
     for _ in range(repeats):
@@ -286,19 +301,19 @@ def memory(f: Figures, value: float) -> str:
     return f"{max(0.0, value):.0f} MiB" if "linear" in f.subject else f"{value:.2f} B"
 
 
-def table(figures: Sequence[Figures]) -> str:
-    """A Markdown table."""
-    lines = [
-        "| call | tokens | collectives forward / backward | peak | kept | forward ms | backward ms | time ratio |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for f in figures:
-        lines.append(
-            f"| {f.subject} | {f.tokens} | {f.collectives_forward} / {f.collectives_backward} "
-            f"| {memory(f, f.peak)} | {memory(f, f.kept)} "
-            f"| {1e3 * f.forward:.0f} | {1e3 * f.backward:.0f} | {'-' if f.ratio is None else f'{f.ratio:.2f}'} |"
-        )
-    return "\n".join(lines)
+HEAD = (
+    "| call | tokens | collectives forward / backward | peak | kept | forward ms | backward ms | time ratio |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+)
+
+
+def row(f: Figures) -> str:
+    """A line of the Markdown table."""
+    return (
+        f"| {f.subject} | {f.tokens} | {f.collectives_forward} / {f.collectives_backward} "
+        f"| {memory(f, f.peak)} | {memory(f, f.kept)} "
+        f"| {1e3 * f.forward:.0f} | {1e3 * f.backward:.0f} | {'-' if f.ratio is None else f'{f.ratio:.2f}'} |"
+    )
 
 
 def plot(figures: Sequence[Figures], path: Path) -> None:
@@ -311,7 +326,10 @@ def plot(figures: Sequence[Figures], path: Path) -> None:
         axes, ("ratio", "peak"), ("time / Megatron-Core cross entropy", "peak bytes / (token · column)"), strict=True
     ):
         for subject in dict.fromkeys(f.subject for f in figures):
-            points = [(f.tokens, getattr(f, name)) for f in figures if f.subject == subject]
+            found = [(f.tokens, getattr(f, name)) for f in figures if f.subject == subject]
+            points = [(tokens, value) for tokens, value in found if value is not None]
+            if not points:
+                continue
             axis.plot(*zip(*points, strict=True), marker="o", label=subject)
         axis.set(xscale="log", xlabel="tokens", ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
@@ -324,14 +342,16 @@ def run(options: argparse.Namespace) -> None:
     parallel, _ = groups.start(groups.Layout(options.ranks))
     torch.set_num_threads(1)
     figures: list[Figures] = []
-    for n in options.tokens:
-        case = Case.make(n, options.vocab, options.hidden, DTYPES[options.dtype], parallel)
-        figures += measure(case, options.repeats)
-        say(f"{n} tokens: done")
     if parallel.is_main:
         what = f"vocabulary {options.vocab}, hidden {options.hidden}, {options.ranks} ranks, {parallel.device}"
-        print(f"\n{options.dtype}, {what}\n")
-        print(table(figures))
+        print(f"{options.dtype}, {what}\n\n{HEAD}", flush=True)
+    for n in options.tokens:
+        case = Case.make(n, options.vocab, options.hidden, DTYPES[options.dtype], parallel)
+        found = measure(case, options.repeats, plain=not figures)
+        figures += found
+        if parallel.is_main:
+            print("\n".join(map(row, found)), flush=True)
+    if parallel.is_main:
         if options.json:
             options.json.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n")
         if options.plot:

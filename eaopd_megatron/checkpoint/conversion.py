@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from eaopd_megatron.checkpoint.agreement import agree
@@ -27,8 +26,10 @@ from eaopd_megatron.checkpoint.mapping import EMBEDDING
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import groups
+from eaopd_megatron.megatron.architecture import check_config, padded_vocab_size
+from eaopd_megatron.megatron.forward import logits_of
 from eaopd_megatron.megatron.groups import Layout, Parallel
-from eaopd_megatron.megatron.model import build_model, check_config, logits_of, padded_vocab_size
+from eaopd_megatron.megatron.model import ModelChunks, build_model
 
 TOLERANCE = 1e-5
 Say = Callable[[str], None]
@@ -152,7 +153,7 @@ def one_process() -> Iterator[Parallel]:
         os.environ |= before
 
 
-def verify_logits(model: GPTModel, reference: HfFolder, parallel: Parallel, say: Say) -> None:
+def verify_logits(model: ModelChunks, reference: HfFolder, parallel: Parallel, say: Say) -> None:
     """Compare the model's logits with transformers' on the same random tokens, both in fp32. Collective.
 
     Turns the model into fp32. UserError where the logits differ by more than TOLERANCE · max(1, the largest logit).

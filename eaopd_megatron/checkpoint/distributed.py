@@ -24,7 +24,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_repl
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -33,6 +32,7 @@ from eaopd_megatron.checkpoint.agreement import agree, describe, first_of, syste
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.cpu import cuda_literals
 from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.optimizer import load_state, sharded_state
 
 MODEL = "model."
@@ -41,18 +41,18 @@ FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_versi
 
 
 def training_state(
-    model: GPTModel, optimizer: ChainedOptimizer | None = None, *, loading: bool = False
+    model: ModelChunks, optimizer: ChainedOptimizer | None = None, *, loading: bool = False
 ) -> dict[str, Any]:
     """The sharded state dict of a model and its optimiser, to be saved or (loading) to be filled."""
-    state = {"model": model.sharded_state_dict(prefix=MODEL)}
+    state = {"model": model.gpts[0].sharded_state_dict(prefix=MODEL)}
     if optimizer is not None:
         state["optimizer"] = sharded_state(optimizer, state["model"], loading=loading)
     return state
 
 
-def restore(model: GPTModel, optimizer: ChainedOptimizer | None, loaded: dict[str, Any]) -> None:
+def restore(model: ModelChunks, optimizer: ChainedOptimizer | None, loaded: dict[str, Any]) -> None:
     """Put what `load_sharded` returned for `training_state(..., loading=True)` into the model and its optimiser."""
-    model.load_state_dict({name.removeprefix(MODEL): tensor for name, tensor in loaded["model"].items()})
+    model.gpts[0].load_state_dict({name.removeprefix(MODEL): tensor for name, tensor in loaded["model"].items()})
     if optimizer is not None:
         load_state(optimizer, loaded["optimizer"])
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt.gpt_model import GPTModel
 
 from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.checkpoint.atomic import whole_folder
@@ -19,6 +18,7 @@ from eaopd_megatron.checkpoint.mapping import OUTPUT, Entry
 from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, TensorWriter, read_json
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.model import ModelChunks
 
 DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -39,7 +39,7 @@ def gather_hf(
 
 
 def export_hf(
-    model: GPTModel,
+    model: ModelChunks,
     parallel: Parallel,
     hf_source: HfFolder,
     out: Path,
@@ -53,7 +53,7 @@ def export_hf(
     dtype None: the model's own. Tensors are gathered and written one at a time. `out` appears when it is complete and
     replaces an earlier one then; on a full disk all ranks raise UserError and `out` stays as it was.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, torch.Tensor] = dict(model.global_parameters())
     if OUTPUT in parameters and hf_source.config.tie_word_embeddings:
         raise ValueError("a model with an output layer of its own cannot be exported under tied embeddings")
     dtype = dtype or next(iter(parameters.values())).dtype

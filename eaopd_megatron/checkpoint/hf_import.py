@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.mapping import OUTPUT, Place, SwappedRows
+from eaopd_megatron.megatron.architecture import padded_vocab_size
 from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.megatron.model import padded_vocab_size
+from eaopd_megatron.megatron.model import ModelChunks
 
 
 def place_of(folder: HfFolder, tp_rank: int, tp_size: int) -> Place:
@@ -20,7 +20,7 @@ def place_of(folder: HfFolder, tp_rank: int, tp_size: int) -> Place:
 
 
 @torch.no_grad()
-def load_hf(model: GPTModel, folder: HfFolder, parallel: Parallel, *, row_map: dict[int, int] | None = None) -> None:
+def load_hf(model: ModelChunks, folder: HfFolder, parallel: Parallel, *, row_map: dict[int, int] | None = None) -> None:
     """Fill this rank's shard in place, in the model's dtype; a rank reads only its part of each tensor.
 
     row_map: token ids whose rows are exchanged in the output layer, and in it alone: row i becomes the folder's row
@@ -28,7 +28,7 @@ def load_hf(model: GPTModel, folder: HfFolder, parallel: Parallel, *, row_map: d
     Raises UserError where a tensor is missing, unknown or of another shape than config.json says; ValueError where a
     parameter of the model is left without a tensor.
     """
-    parameters = dict(model.named_parameters())
+    parameters = model.global_parameters()
     if row_map and OUTPUT not in parameters:
         raise ValueError("row_map needs an output layer beside the embedding: build_model(..., untie=True)")
     swaps = _permutation(row_map or {}, folder.vocab_size)

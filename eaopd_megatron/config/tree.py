@@ -51,26 +51,24 @@ class Student(Section):
     model: Name  # a Hugging Face folder, or a hub id
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
+    virtual_pipeline: Count = 1  # model chunks a rank holds; more than 1: the interleaved schedule
     context_parallel: Count = 1
     expert_parallel: Count = 1
+    expert_tensor_parallel: Count = 1  # ranks that share one expert's matrices
     data_parallel: Count | None = None  # none: what the ranks, or the devices of this host, allow
     sequence_parallel: bool = False
     precision: Precision = "bf16"
-
-    @field_validator("pipeline_parallel", "context_parallel", "expert_parallel")
-    @classmethod
-    def _only_tensor_and_data_parallel(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(
-                "it must be 1: this version lays a student out over tensor_parallel x data_parallel ranks only"
-            )
-        return value
 
     @model_validator(mode="after")
     def _sequence_parallel_needs_tensor_parallel(self) -> Self:
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("student.sequence_parallel is true, which needs student.tensor_parallel of 2 or more")
         return self
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that one copy of the student takes."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
 
 class Teacher(Section):

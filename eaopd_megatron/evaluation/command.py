@@ -81,7 +81,8 @@ def evaluate_on_rank(options: dict[str, Any]) -> None:
     from eaopd_megatron.data.samples import Sampling
     from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
     from eaopd_megatron.megatron import groups
-    from eaopd_megatron.megatron.model import build_model, check_config
+    from eaopd_megatron.megatron.architecture import check_config
+    from eaopd_megatron.megatron.model import build_model
     from eaopd_megatron.rollout.local import LocalRollout
 
     layout = groups.Layout(options["tensor_parallel"])

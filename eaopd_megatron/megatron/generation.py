@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.models.gpt.gpt_model import GPTModel
 
-from eaopd_megatron.megatron.model import without_sequence_parallel
+from eaopd_megatron.megatron.forward import without_sequence_parallel
+from eaopd_megatron.megatron.model import ModelChunks
 
 
 class Decoder:
@@ -15,9 +15,9 @@ class Decoder:
     The model must be in eval mode: Megatron-Core uses the cache only then.
     """
 
-    def __init__(self, model: GPTModel, prompts: list[list[int]], max_new_tokens: int, device: torch.device) -> None:
+    def __init__(self, model: ModelChunks, prompts: list[list[int]], max_new_tokens: int, device: torch.device) -> None:
         longest = max(len(p) for p in prompts)
-        self.model = model
+        (self.model,) = model.gpts
         self.context = StaticInferenceContext(len(prompts), longest + max_new_tokens)
         self.ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
         for row, prompt in zip(self.ids, prompts, strict=True):

@@ -18,15 +18,38 @@ from eaopd_megatron.megatron import cpu
 
 @dataclass(frozen=True)
 class Layout:
-    """How one model is cut over ranks. The data-parallel size is what the number of ranks leaves."""
+    """How one model is cut over ranks. The data-parallel size is what the number of ranks leaves.
+
+    tensor x context x data ranks make a pipeline stage; expert parallelism cuts the experts over the same ranks.
+    """
 
     tensor_parallel: int = 1
     sequence_parallel: bool = False
+    pipeline_parallel: int = 1
+    virtual_pipeline: int = 1  # model chunks a rank holds; more than 1: the interleaved schedule
+    context_parallel: int = 1
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1  # ranks that share one expert's matrices
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that one copy of the model takes."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
     def check_world(self, world_size: int) -> None:
-        if world_size % self.tensor_parallel:
-            tp = self.tensor_parallel
-            raise UserError(f"student.tensor_parallel={tp} does not divide the {world_size} ranks that were started")
+        """Refuse (UserError) a number of ranks that this layout does not divide."""
+        if world_size % self.model_ranks:
+            names = ("tensor_parallel", "pipeline_parallel", "context_parallel")
+            parts = [f"student.{name}={getattr(self, name)}" for name in names if getattr(self, name) > 1]
+            product = f" ({self.model_ranks} ranks a copy)" if len(parts) > 1 else ""
+            raise UserError(f"{' x '.join(parts)}{product} does not divide the {world_size} ranks that were started")
+        experts = self.expert_tensor_parallel * self.expert_parallel * self.pipeline_parallel
+        if world_size % experts:
+            raise UserError(
+                f"student.expert_parallel={self.expert_parallel} x expert_tensor_parallel="
+                f"{self.expert_tensor_parallel} x pipeline_parallel={self.pipeline_parallel} does not divide the "
+                f"{world_size} ranks that were started"
+            )
 
 
 @dataclass(frozen=True)
@@ -38,10 +61,19 @@ class Parallel:
     world_size: int
     tp_rank: int
     tp_group: dist.ProcessGroup
-    dp_rank: int
+    dp_rank: int  # among the ranks with other samples; context-parallel ranks share theirs
     dp_size: int
     dp_group: dist.ProcessGroup
     device: torch.device
+    pp_rank: int = 0
+    pp_group: dist.ProcessGroup | None = None
+    cp_rank: int = 0
+    cp_group: dist.ProcessGroup | None = None
+    ep_rank: int = 0
+    ep_group: dist.ProcessGroup | None = None
+    etp_rank: int = 0
+    etp_group: dist.ProcessGroup | None = None
+    expert_dp_rank: int = 0  # among the ranks with the same experts
 
     @property
     def is_main(self) -> bool:
@@ -51,6 +83,28 @@ class Parallel:
     @property
     def tp_size(self) -> int:
         return self.layout.tensor_parallel
+
+    @property
+    def pp_size(self) -> int:
+        return self.layout.pipeline_parallel
+
+    @property
+    def cp_size(self) -> int:
+        return self.layout.context_parallel
+
+    @property
+    def ep_size(self) -> int:
+        return self.layout.expert_parallel
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer, and so the objective."""
+        return self.pp_rank == self.pp_size - 1
 
     def tp_source(self) -> int:
         """Global rank of the tensor-parallel group's first member, which samples for the others."""
@@ -83,8 +137,15 @@ def arrange(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> 
     """Megatron's groups over the ranks of torch.distributed, which is initialised already. Undone by `disband`."""
     cpu.install()
     layout.check_world(dist.get_world_size())
+    interleaved = layout.virtual_pipeline > 1
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor_parallel, distributed_timeout_minutes=max(1, int(timeout_minutes))
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        context_parallel_size=layout.context_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel,
+        distributed_timeout_minutes=max(1, int(timeout_minutes)),
     )
     with cpu.cuda_literals():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -99,6 +160,15 @@ def arrange(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> 
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_group=parallel_state.get_expert_tensor_parallel_group(),
+        expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
     )
 
 

@@ -11,17 +11,17 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from eaopd_megatron.megatron.cpu import cuda_literals
 from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.model import ModelChunks
 
 
-def wrap(model: GPTModel, parallel: Parallel) -> DistributedDataParallel:
-    """The model with one fp32 gradient buffer that sums over micro-batches and, in `finish_gradients`, over ranks.
+def wrap(model: ModelChunks, parallel: Parallel) -> ModelChunks:
+    """The model's chunks, each with one fp32 gradient buffer that sums over micro-batches and, at last, over ranks.
 
     All data-parallel ranks start from the weights of the first.
     """
@@ -30,14 +30,14 @@ def wrap(model: GPTModel, parallel: Parallel) -> DistributedDataParallel:
     _mark_shards(model)
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
     with cuda_literals():
-        ddp = DistributedDataParallel(model.config, settings, model)
-        if parallel.dp_size > 1:
+        wrapped = [DistributedDataParallel(model.config, settings, chunk) for chunk in model]
+        for ddp in wrapped:
             ddp.broadcast_params()
-    return ddp
+    return ModelChunks(wrapped)
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel,
+    model: ModelChunks,
     *,
     lr: float,
     weight_decay: float,
@@ -66,7 +66,7 @@ def build_optimizer(
     )
     with cuda_literals():
         # no overrides: Megatron's own except the norms' weights from decay, which only its scheduler would carry out
-        optimizer = get_megatron_optimizer(config, [ddp], config_overrides={}, use_gloo_process_groups=False)
+        optimizer = get_megatron_optimizer(config, list(model), config_overrides={}, use_gloo_process_groups=False)
     _complete_states(optimizer)
     return optimizer
 
@@ -77,17 +77,17 @@ def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def finish_gradients(ddp: DistributedDataParallel, num_tokens: torch.Tensor) -> None:
+def finish_gradients(model: ModelChunks, num_tokens: torch.Tensor) -> None:
     """Gradients of a loss summed over tokens → the gradient of its mean over the tokens of all data-parallel ranks.
 
     num_tokens (one element of any number type; unchanged): this rank's tokens in the update, equal on the ranks of a
     tensor-parallel group; 0 is allowed. Sums over data-parallel ranks and, for the norms' weights, over tensor-parallel
     ranks (query and key norms always, the others under sequence parallelism). Collective.
     """
-    device = next(ddp.parameters()).device
+    device = next(model.parameters()).device
     total = torch.tensor(float(num_tokens), dtype=torch.float64, device=device)
     with cuda_literals():
-        finalize_model_grads([ddp], total)
+        finalize_model_grads(list(model), total)
 
 
 def step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
@@ -135,7 +135,7 @@ def load_state(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
     _complete_states(optimizer)
 
 
-def _mark_shards(model: GPTModel) -> None:
+def _mark_shards(model: ModelChunks) -> None:
     """Say which parameters are shards, so that the gradient's norm counts those of all tensor-parallel ranks.
 
     Megatron-Core does it while it initialises weights, which our models leave out.

@@ -11,13 +11,14 @@ from eaopd_megatron.data.random import uniforms
 from eaopd_megatron.data.samples import Prompt, Sample, Sampling
 from eaopd_megatron.megatron.generation import Decoder
 from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.rollout.sampling import draw
 
 
 class LocalRollout:
     """Generates on this data-parallel rank's model. All tensor-parallel ranks call it with the same prompts."""
 
-    def __init__(self, model: torch.nn.Module, parallel: Parallel, *, vocab_size: int, batch_size: int) -> None:
+    def __init__(self, model: ModelChunks, parallel: Parallel, *, vocab_size: int, batch_size: int) -> None:
         self.model, self.parallel = model, parallel
         self.vocab_size, self.batch_size = vocab_size, batch_size
 

@@ -8,8 +8,9 @@ import torch
 
 from eaopd_megatron.data.packing import micro_batches
 from eaopd_megatron.data.samples import MicroBatch, Sample
+from eaopd_megatron.megatron.forward import head_of, hidden_rows, logits_by_rows, logits_of
 from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.megatron.model import head_of, hidden_rows, logits_by_rows, logits_of
+from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
 from eaopd_megatron.teacher.terminal import TerminalMap
 
@@ -24,7 +25,7 @@ class ColocatedTeacher:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: ModelChunks,
         parallel: Parallel,
         *,
         vocab_size: int,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
@@ -14,8 +12,9 @@ from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.samples import Sampling
 from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
+from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.megatron.model import DTYPES, build_model, check_config
+from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.terminal import TerminalMap
@@ -30,7 +29,7 @@ class Parts:
     student_folder: HfFolder
     teacher_folder: HfFolder
     tokenizer: Any
-    model: torch.nn.Module
+    model: ModelChunks
     student: Student
     teacher: ColocatedTeacher
     rollout: LocalRollout

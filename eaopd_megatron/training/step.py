@@ -14,8 +14,8 @@ from eaopd_megatron.data.packing import micro_batches
 from eaopd_megatron.data.samples import MicroBatch, Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
+from eaopd_megatron.megatron.forward import head_of, hidden_grad, hidden_rows, logits_of
 from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.megatron.model import head_of, hidden_grad, hidden_rows, logits_of
 from eaopd_megatron.objective import (
     Objective,
     TeacherHidden,

@@ -16,8 +16,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 
 from eaopd_megatron.checkpoint import store
@@ -27,8 +25,9 @@ from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import groups
+from eaopd_megatron.megatron.forward import logits_of
 from eaopd_megatron.megatron.groups import Layout, Parallel
-from eaopd_megatron.megatron.model import DTYPES, build_model, logits_of
+from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, set_learning_rate, step, wrap
 
 Precision = Literal["fp32", "bf16"]
@@ -64,9 +63,9 @@ class Trainer:
     def __init__(self, hf: str, parallel: Parallel, precision: Precision = "fp32", **options: Any) -> None:
         self.parallel = parallel
         folder = HfFolder.open(hf, "student.model")
-        self.model: GPTModel = build_model(folder.config, parallel.layout, DTYPES[precision])
+        self.model: ModelChunks = build_model(folder.config, parallel.layout, DTYPES[precision])
         load_hf(self.model, folder, parallel)
-        self.ddp: DistributedDataParallel = wrap(self.model, parallel)
+        self.ddp: ModelChunks = wrap(self.model, parallel)
         chosen = {"lr": 1.0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip_grad": 1.0} | options
         self.optimizer: ChainedOptimizer = build_optimizer(self.ddp, **chosen, precision=precision)
         self.samples = json.loads((Path(hf) / "samples.json").read_text())
@@ -97,7 +96,7 @@ class Trainer:
 
     def values(self) -> dict[str, torch.Tensor]:
         """Copies of weights, main parameters and Adam's moments."""
-        values = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        values = {name: parameter.detach().clone() for name, parameter in self.model.global_parameters().items()}
         for index, parameter in enumerate(self.optimizer.chained_optimizers[0].get_parameters()):
             values[f"main {index}"] = parameter.detach().clone()
             for key, value in self.optimizer.optimizer.state[parameter].items():

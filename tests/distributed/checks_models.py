@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -22,9 +21,11 @@ from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import groups
+from eaopd_megatron.megatron.architecture import check_config
+from eaopd_megatron.megatron.forward import logits_of
 from eaopd_megatron.megatron.generation import Decoder
 from eaopd_megatron.megatron.groups import Layout, Parallel
-from eaopd_megatron.megatron.model import build_model, check_config, logits_of
+from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, wrap
 
 LIMIT = 1e-5
@@ -39,13 +40,13 @@ def arranged(tp: int, sp: bool = False) -> Iterator[Parallel]:
         groups.disband()
 
 
-def loaded(folder: HfFolder, parallel: Parallel, *, swaps: dict[int, int] | None = None) -> GPTModel:
+def loaded(folder: HfFolder, parallel: Parallel, *, swaps: dict[int, int] | None = None) -> ModelChunks:
     model = build_model(folder.config, parallel.layout, folder.dtype, untie=swaps is not None)
     load_hf(model, folder, parallel, row_map=swaps)
     return model
 
 
-def whole_logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+def whole_logits(model: ModelChunks, tokens: torch.Tensor) -> torch.Tensor:
     """[b, s, V_padded] on every rank."""
     return gather_from_tensor_model_parallel_region(logits_of(model, tokens))
 
@@ -72,7 +73,7 @@ def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, tp: int, s
         assert logits.shape[-1] % (128 * tp) == 0
         close(logits[..., : source.vocab_size], expected["logits"], "logits")
         assert not logits[..., source.vocab_size :].any(), "the padding's rows are not zero"
-        gradients = {name: parameter.main_grad for name, parameter in model.named_parameters()}
+        gradients = {name: getattr(p, "main_grad") for name, p in model.global_parameters().items()}  # noqa: B009
         seen = {name for name, tensor in gather_hf(gradients, source, parallel) if agrees(name, tensor, expected)}
         if parallel.tp_rank == 0:
             assert seen == {name[5:] for name in expected if name.startswith("grad.")}
@@ -245,6 +246,6 @@ def check_every_parameter_is_filled(group: dist.ProcessGroup, folder: str) -> No
     with arranged(2) as parallel:
         source = HfFolder.open(folder)
         model = build_model(source.config, parallel.layout, torch.float32)
-        model.register_parameter("forgotten", torch.nn.Parameter(torch.ones(1)))
+        model.gpts[0].register_parameter("forgotten", torch.nn.Parameter(torch.ones(1)))
         with raises(ValueError, "leaves forgotten unfilled"):
             load_hf(model, source, parallel)

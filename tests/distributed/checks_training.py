@@ -148,7 +148,7 @@ def trained(
         figures = averages.reduce(parallel.dp_group)
         found |= {f"loss/{update}": figures["objective/loss"], f"norm/{update}": figures["optimizer/grad_norm"]}
         found[f"clip/{update}"] = figures["objective/clip_fraction"]
-    return Trained(dict(gather_hf(dict(model.named_parameters()), folder, parallel)), found)
+    return Trained(dict(gather_hf(dict(model.global_parameters()), folder, parallel)), found)
 
 
 def compare(found: Trained, expected: Trained, what: str) -> None:
@@ -201,7 +201,7 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
             everything = samples(folder.vocab_size)[:4]
             mine = [everything[parallel.dp_rank]] if share else (everything if parallel.dp_rank == 2 else [])
             learner.update(mine, scorer, objective=objective, learning_rate=1e-3, update=0, metrics=Averages())
-            results.append({name: p.detach().clone() for name, p in model.named_parameters()})
+            results.append({name: p.detach().clone() for name, p in model.global_parameters().items()})
         for name, tensor in results[0].items():
             assert torch.allclose(tensor, results[1][name], atol=2e-6), name
 

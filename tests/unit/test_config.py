@@ -136,12 +136,6 @@ def test_wrong_value_in_a_file_is_blamed_on_another_one(recipe: Path) -> None:
     assert refusal("low.yaml", "seed=1", "optimizer.lr=1").startswith("low.yaml: missing key 'run.folder' (and 3 more)")
 
 
-@pytest.mark.parametrize("key", ["pipeline_parallel", "context_parallel", "expert_parallel"])
-def test_a_layout_that_is_not_trained_is_ignored(recipe: Path, key: str) -> None:
-    said = refusal(recipe, f"student.{key}=2")
-    assert said.startswith(f"override 'student.{key}=2': student.{key} is 2; it must be 1: this version")
-
-
 @pytest.mark.parametrize("key", ["temperature", "top_p"])
 def test_rollouts_at_another_temperature_change_the_objective(recipe: Path, key: str) -> None:
     assert "it would be another objective" in refusal(recipe, f"rollout.{key}=0.9")
