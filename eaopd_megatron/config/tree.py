@@ -189,12 +189,15 @@ class Reporting(Section):
     wandb: bool = False
     wandb_project: Name = "eaopd"
     wandb_name: str | None = None
+    profile_from: Count | None = None  # first iteration under torch's profiler, whose traces go to profile/; none: off
+    profile_iterations: Count = 1
 
 
 class Distributed(Section):
     """Limits on waiting for other ranks."""
 
     timeout_minutes: Positive = 10.0
+    flight_recorder: CountOrZero = 2000  # collectives a rank remembers, written to failures/ when the run fails
 
 
 class Recipe(Section):

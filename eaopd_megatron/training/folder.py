@@ -47,6 +47,16 @@ class RunFolder:
         return self.path / "failures"
 
     @property
+    def collectives(self) -> Path:
+        """What each rank's flight recorder held when the run failed."""
+        return self.failures / "collectives"
+
+    @property
+    def profile(self) -> Path:
+        """The profiler's traces."""
+        return self.path / "profile"
+
+    @property
     def student(self) -> Path:
         """The trained student as a Hugging Face folder."""
         return self.path / "student"
