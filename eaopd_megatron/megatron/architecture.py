@@ -10,17 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.groups import Layout
-
-VOCAB_DIVISOR = 128
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding over all ranks: the next multiple of 128 · tensor_parallel (Megatron's rule).
-
-    151,936 stays at tensor_parallel 1 and becomes 152,064 at 2 and 152,064 at 4.
-    """
-    multiple = VOCAB_DIVISOR * tensor_parallel
-    return (vocab_size + multiple - 1) // multiple * multiple
+from eaopd_megatron.megatron.vocabulary import padded_vocab_size as padded_vocab_size
 
 
 def check_config(hf: Any, layout: Layout, folder: str) -> None:

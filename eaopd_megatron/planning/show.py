@@ -1,0 +1,245 @@
+"""A plan as tables of at most 100 columns, and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from eaopd_megatron.planning import traffic
+from eaopd_megatron.planning.configs import Model
+from eaopd_megatron.planning.hardware import GiB
+from eaopd_megatron.planning.layouts import Layout, faults, layouts
+from eaopd_megatron.planning.memory import Memory, kv_cache
+from eaopd_megatron.planning.planner import Option, Plan, Separate
+
+WIDTH = 100
+SHOWN = 5  # layouts
+SHORT = (
+    ("TP", "tensor_parallel"),
+    ("PP", "pipeline_parallel"),
+    ("CP", "context_parallel"),
+    ("EP", "expert_parallel"),
+    ("ETP", "expert_tensor_parallel"),
+    ("DP", "data_parallel"),
+)
+
+
+def show(plan: Plan, console: Console | None = None) -> None:
+    """Print a plan."""
+    console = console or Console(width=WIDTH, highlight=False)
+    planner = plan.planner
+    for key, model in (("student", planner.student), ("teacher", planner.teacher)):
+        console.print(f"{key} {model.name}: {_size(model)} ({model.source})", soft_wrap=True)
+    console.print(
+        f"{plan.gpus} x {planner.gpu.name}, {planner.limit:g} GiB a GPU; sizes in GiB a GPU, times estimates\n"
+    )
+    if plan.own is not None:
+        console.print(f"recipe's layout: {short(plan.layout)}")
+        stage = f" (stage {plan.own.memory.stage})" if plan.layout.pipeline_parallel > 1 else ""
+        for title, table in (
+            (f"memory of the fullest GPU{stage}", _memory(plan.own.memory, planner.limit)),
+            ("communication", _traffic(plan, plan.own)),
+            ("estimated time of an iteration", _times(plan.own)),
+        ):
+            console.print(f"\n{title}")
+            console.print(table)
+    for refusal in plan.refusals:
+        console.print(f"the recipe's layout cannot work: {refusal}", soft_wrap=True)
+    _options(console, plan, plan.options, "layouts of student and teacher that fit, best first")
+    if not plan.options:
+        _apart(console, plan)
+    if server := _server(plan):
+        console.print(server, soft_wrap=True)
+    console.print("\nassumed (times are estimates from these; none was measured):")
+    for line in planner.assumed.lines(planner.gpu):
+        console.print(f"  {line}", soft_wrap=True)
+
+
+def short(layout: Layout) -> str:
+    """ "TP2 SP DP4": what is more than one."""
+    parts = [f"{name}{getattr(layout, key)}" for name, key in SHORT if getattr(layout, key) > 1]
+    if layout.sequence_parallel:
+        parts.insert(1, "SP")
+    return " ".join(parts) or "one GPU"
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan's numbers: bytes, seconds, layouts with their overrides."""
+    planner = plan.planner
+    separate, alone = (None, []) if plan.options else plan.apart
+    return {
+        "gpus": plan.gpus,
+        "gpu": planner.gpu.name,
+        "gpu_memory": planner.limit,
+        "fits": plan.fits,
+        "refusals": plan.refusals,
+        "models": {
+            key: {
+                "name": model.name,
+                "source": model.source,
+                "parameters": model.shape.whole().total,
+                "active_parameters": model.shape.active(),
+            }
+            for key, model in (("student", planner.student), ("teacher", planner.teacher))
+        },
+        "recipe": plan.own and _option_json(plan.own, plan),
+        "layouts": [_option_json(option, plan) for option in plan.options],
+        "student_alone": [_option_json(option, plan) for option in alone],
+        "separate_teacher": separate
+        and {
+            "gpus": separate.layout.gpus,
+            "layout": short(separate.layout),
+            "peak_bytes": separate.memory.peak,
+            "estimated_seconds": separate.seconds,
+        },
+        "assumptions": list(planner.assumed.lines(planner.gpu)),
+    }
+
+
+def _option_json(option: Option, plan: Plan) -> dict[str, Any]:
+    return {
+        "overrides": option.overrides(plan.planner.work),
+        "peak_bytes": option.memory.peak,
+        "parts": [
+            {"role": part.role, "part": part.name, "bytes": part.bytes, "phase": part.phase}
+            for part in option.memory.parts
+        ],
+        "estimated_seconds": option.seconds,
+    }
+
+
+def _size(model: Model) -> str:
+    whole, active = model.shape.whole().total, model.shape.active()
+    return f"{whole:,} parameters" + (f", {active:,} a token" if active != whole else "")
+
+
+def _gib(count: float) -> str:
+    return f"{count / GiB:.2f}" if count >= GiB / 100 else f"{count / GiB:.1g}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="right" if name in ("GiB", "seconds") else "left", no_wrap=True)
+    return table
+
+
+def _memory(memory: Memory, limit: float) -> Table:
+    table = _table("role", "part", "GiB", "while")
+    role = ""
+    for part in memory.parts:
+        table.add_row("" if part.role == role else part.role, part.name, _gib(part.bytes), part.phase)
+        role = part.role
+    table.add_row("", "reserve", _gib(memory.reserve), "always")
+    full = "fits" if memory.peak <= limit * GiB else "does not fit"
+    table.add_row("peak", f"always + {memory.fullest}", _gib(memory.peak), f"of {limit:g}: {full}")
+    return table
+
+
+def _traffic(plan: Plan, option: Option) -> Table:
+    """Of one update, and of the teacher's scoring of an iteration."""
+    clock = plan.planner.clock(option.work)
+    student, layout = plan.planner.student.shape, option.layout
+    tokens = clock.tokens(layout)
+    rows = tokens * clock.response / clock.sequence
+    table = _table("sent by a GPU", "each", "GiB")
+    update = [
+        *traffic.training(student, layout, tokens, rows, option.work.student_element),
+        *clock.reduction(student, layout),
+    ]
+    teacher, count = plan.planner.teacher.shape, option.work.updates
+    scored = traffic.forward(teacher, layout, tokens * count, option.work.teacher_element)
+    for each, flows in (("update", update), ("iteration, teacher", scored)):
+        for flow in flows:
+            if flow.bytes:
+                table.add_row(flow.kind, each, _gib(flow.bytes))
+    if not table.row_count:
+        table.add_row("nothing", "", "0.00")
+    return table
+
+
+def _times(option: Option) -> Table:
+    table = _table("phase", "seconds")
+    for phase, seconds in option.seconds.items():
+        table.add_row(phase, f"{seconds:.1f}")
+    table.add_row("all", f"{option.total:.1f}")
+    return table
+
+
+def _options(console: Console, plan: Plan, options: list[Option], title: str) -> None:
+    if not options:
+        console.print(f"\n{title}: none", soft_wrap=True)
+        for line in _why_none(plan):
+            console.print(f"  {line}", soft_wrap=True)
+        return
+    console.print(f"\n{title} ({len(options)})")
+    table = _table("layout", "GiB", "seconds", "micro-batch", "rollouts")
+    for option in options[:SHOWN]:
+        table.add_row(
+            short(option.layout),
+            _gib(option.memory.peak),
+            f"{option.total:.0f}",
+            f"{option.work.micro_batch_tokens} tokens",
+            str(option.work.generated(option.layout)),
+        )
+    console.print(table)
+    console.print(f"best: {options[0].overrides(plan.planner.work)}", soft_wrap=True)
+
+
+def _why_none(plan: Plan) -> list[str]:
+    """The commonest reasons against layouts of so many GPUs, or what the least needy one still needs."""
+    planner = plan.planner
+    experts = bool(planner.student.shape.experts or planner.teacher.shape.experts)
+    every = list(layouts(plan.gpus, experts=experts, expert_parallel=bool(planner.student.shape.experts)))
+    possible = [layout for layout in every if not planner.refusals(layout)]
+    if possible:
+        least = min((planner.option(layout, planner.work) for layout in possible), key=lambda o: o.memory.of("always"))
+        part = least.memory.largest
+        return [
+            f"{len(possible)} of {len(every)} layouts can be cut; {short(least.layout)} keeps least, "
+            f"{_gib(least.memory.of('always'))} GiB always (most: {part.role} {part.name}, {_gib(part.bytes)})"
+        ]
+    return list(dict.fromkeys(fault for layout in every for fault in planner.refusals(layout)))[:SHOWN]
+
+
+def _apart(console: Console, plan: Plan) -> None:
+    separate, alone = plan.apart
+    console.print("\na teacher on GPUs of its own (this version's trainer has no separate teacher yet):")
+    if separate is None:
+        reasons = faults(plan.planner.teacher.shape, plan.layout, "teacher")
+        console.print(f"  none found{': ' + reasons[0] if reasons else ''}", soft_wrap=True)
+    else:
+        console.print(f"  {separate_line(separate)}", soft_wrap=True)
+    _options(console, plan, alone, f"layouts of the student alone on {plan.gpus} GPUs that fit, best first")
+
+
+def separate_line(separate: Separate) -> str:
+    """A separate teacher in one line."""
+    parts = {part.name: part.bytes for part in separate.memory.parts}
+    return (
+        f"{separate.layout.gpus} GPUs, {short(separate.layout)}: {_gib(separate.memory.peak)} GiB a GPU "
+        f"(weights {_gib(parts['weights'])}), about {separate.seconds:.0f} s an iteration, "
+        f"{_gib(separate.answer.bytes)} GiB of hidden states a GPU and iteration over HTTP"
+    )
+
+
+def _server(plan: Plan) -> str:
+    """The student on an SGLang server, for comparison with rollouts in process."""
+    planner, shape = plan.planner, plan.planner.student.shape
+    element = planner.work.student_element
+    held = shape.whole().total * element
+    cache = planner.limit * GiB * SERVER_SHARE - held
+    if cache <= 0:
+        return ""
+    tokens = cache / kv_cache(shape, shape.layers, Layout(), element)
+    sync = traffic.weight_sync(shape, 1, element)
+    return (
+        f"\nthe student on an SGLang server of one GPU, {SERVER_SHARE:.0%} of its memory (rollouts of this version are "
+        f"in process): weights {_gib(held)} GiB, key-value cache {_gib(cache)} GiB = {tokens:,.0f} tokens; "
+        f"{_gib(sync.bytes)} GiB a weight update"
+    )
+
+
+SERVER_SHARE = 0.85  # of a GPU, for weights and cache; SGLang's --mem-fraction-static

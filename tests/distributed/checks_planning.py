@@ -1,0 +1,107 @@
+"""Checks of test_planning.py: what a plan says of a rank, against the model that Megatron-Core builds there."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from eaopd_megatron.megatron import groups
+from eaopd_megatron.megatron.forward import hidden_rows
+from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
+from eaopd_megatron.megatron.optimizer import build_optimizer, wrap
+from eaopd_megatron.planning import layouts, memory
+from eaopd_megatron.planning.activations import Activations, MicroBatch, Recompute
+from eaopd_megatron.planning.shapes import ModelShape
+from eaopd_megatron.planning.workload import BYTES
+
+
+@contextlib.contextmanager
+def arranged(layout: dict[str, Any]) -> Iterator[tuple[Parallel, layouts.Layout]]:
+    """Megatron's groups, and the layout as a plan knows it."""
+    try:
+        parallel = groups.arrange(Layout(**layout))
+        yield parallel, layouts.Layout(**layout, data_parallel=parallel.dp_size)
+    finally:
+        groups.disband()
+
+
+def built(config: dict[str, Any], parallel: Parallel, precision: str) -> ModelChunks:
+    """A model with small random weights."""
+    model = build_model(AutoConfig.for_model(**config), parallel.layout, DTYPES[precision])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def check_parameters(group: dist.ProcessGroup, configs: list[dict[str, Any]], layout: dict[str, Any]) -> None:
+    """Every rank counts what it holds."""
+    with arranged(layout) as (parallel, where):
+        for config in configs:
+            parameters = list(built(config, parallel, "bf16").parameters())
+            held = sum(p.numel() for p in parameters)
+            experts = sum(p.numel() for p in parameters if not getattr(p, "allreduce", True))
+            said = ModelShape.of(config).on_rank(where, parallel.pp_rank)
+            assert (said.total, said.expert) == (held, experts), f"{config}, {layout}, stage {parallel.pp_rank}"
+
+
+def check_training_state(
+    group: dist.ProcessGroup, config: dict[str, Any], layout: dict[str, Any], precision: Literal["fp32", "bf16"]
+) -> None:
+    """Bytes of gradients and of the optimiser's tensors."""
+    with arranged(layout) as (parallel, where):
+        ddp = wrap(built(config, parallel, precision), parallel)
+        optimizer = build_optimizer(
+            ddp, lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision=precision
+        )
+        held = ModelShape.of(config).on_rank(where, parallel.pp_rank)
+        assert memory.gradients(held) == sum(getattr(p, "main_grad").nbytes for p in ddp.parameters())  # noqa: B009
+        found = 0
+        for part in optimizer.chained_optimizers:
+            found += sum(t.nbytes for state in part.optimizer.state.values() for t in state.values() if t.dim())
+            if precision == "bf16":
+                found += sum(p.nbytes for each in part.param_groups for p in each["params"])
+        said = memory.optimizer_states(held, where, BYTES[precision], distributed=False)
+        assert said == found, f"{precision}: {said} planned, {found} held"
+        assert memory.weights(held, BYTES[precision]) == sum(p.nbytes for p in ddp.parameters())
+
+
+def check_activations(
+    group: dist.ProcessGroup,
+    cases: list[tuple[dict[str, Any], list[int]]],
+    layout: dict[str, Any],
+    recompute: Recompute,
+) -> None:
+    """Bytes of the storages that autograd saves in a forward pass over [sequences, length], parameters left out."""
+    with arranged(layout) as (parallel, where):
+        for (config, (sequences, length)), precision in itertools.product(cases, DTYPES):
+            model = built(config, parallel, precision)
+            if recompute == "full":
+                model.config.recompute_granularity, model.config.recompute_method = "full", "uniform"
+                model.config.recompute_num_layers = 1
+            saved = saved_bytes(model.train(), torch.randint(config["vocab_size"], (sequences, length)))
+            plan = Activations(ModelShape.of(config), where, BYTES[precision], "torch", recompute)
+            said = plan.of_stage(MicroBatch(sequences * length, length), 0)
+            assert abs(said / saved - 1) <= 0.15, f"{config} {precision}: {said:.0f} planned, {saved} saved"
+
+
+def saved_bytes(model: ModelChunks, ids: torch.Tensor) -> int:
+    """Of unique storages, each counted once however many views of it are saved."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves: an address that is freed may come again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_rows(model, ids, torch.arange(ids.numel()))
+    return sum(storage.nbytes() for storage in kept.values())

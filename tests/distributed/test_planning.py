@@ -1,0 +1,69 @@
+"""A plan's bytes against models that Megatron-Core builds on four gloo ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import Ranks
+
+CHECKS = Path(__file__).with_name("checks_planning.py")
+TINY: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "tie_word_embeddings": False,
+}
+TIED = TINY | {"tie_word_embeddings": True, "vocab_size": 700}
+WIDE = TINY | {"hidden_size": 64, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 32}
+"""More MLP, wider heads than the hidden size has room for."""
+FEW_KEYS = TINY | {"num_hidden_layers": 3, "num_key_value_heads": 2, "intermediate_size": 64, "hidden_size": 160}
+SP2 = {"tensor_parallel": 2, "sequence_parallel": True}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks(4) as started:
+        yield started
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        SP2,
+        {"tensor_parallel": 4},
+        {"pipeline_parallel": 2},
+        {"pipeline_parallel": 2, "virtual_pipeline": 2},
+        {"tensor_parallel": 2, "pipeline_parallel": 2},
+    ],
+    ids=str,
+)
+def test_parameters_are_estimated(ranks: Ranks, layout: dict[str, Any]) -> None:
+    ranks.run(CHECKS, "check_parameters", configs=[TINY, TIED], layout=layout)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_and_optimiser_are_estimated(ranks: Ranks, precision: str) -> None:
+    ranks.run(CHECKS, "check_training_state", config=TIED, layout=SP2, precision=precision)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor_parallel": 2}, SP2], ids=str)
+def test_activations_are_a_guess(ranks: Ranks, layout: dict[str, Any]) -> None:
+    cases = [(TINY, [2, 40]), (WIDE, [1, 128]), (FEW_KEYS, [5, 16])]
+    ranks.run(CHECKS, "check_activations", cases=cases, layout=layout, recompute="none")
+
+
+@pytest.mark.parametrize("layout", [{}, SP2], ids=str)
+def test_full_recompute_is_planned_as_if_it_kept_a_layer(ranks: Ranks, layout: dict[str, Any]) -> None:
+    ranks.run(CHECKS, "check_activations", cases=[(TINY, [2, 40])], layout=layout, recompute="full")
