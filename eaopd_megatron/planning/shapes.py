@@ -78,7 +78,7 @@ class ModelShape:
             tied=bool(values.get("tie_word_embeddings", False)),
             qkv_bias=kind == "qwen2" or bool(values.get("attention_bias", False)),
             qk_norm=kind.startswith("qwen3"),
-            experts=size("num_experts") if moe else 0,
+            experts=size("num_experts", values.get("num_local_experts")) if moe else 0,  # transformers 5 renames it
             experts_per_token=size("num_experts_per_tok") if moe else 0,
             expert_intermediate=size("moe_intermediate_size") if moe else 0,
             expert_layers=frozenset(i for i in range(layers) if moe and i not in plain and (i + 1) % step == 0),
