@@ -250,7 +250,7 @@ def check_error_of_one_rank(group: Any, folder: str, hf: str) -> None:
         trainer = Trainer(hf, parallel)
         state = training_state(trainer.model)
         if parallel.rank == 1:
-            del state["model"]["model.embedding.word_embeddings.weight"]
+            del state["model"]["0"]["model.embedding.word_embeddings.weight"]
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
         _raises(RuntimeError, "Invalid access pattern", lambda: checkpoints.save(1, state, {}, None, parallel))
         dist.barrier()
