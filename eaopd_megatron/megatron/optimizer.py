@@ -22,7 +22,7 @@ from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import keep_moments_on_host
 from eaopd_megatron.megatron.optimizer_state import complete_states
-from eaopd_megatron.megatron.overlap import prepare_gathers, start_gathers, start_missing_reductions, wait_for_gathers
+from eaopd_megatron.megatron.overlap import prepare_gathers, start_gathers, wait_for_gathers
 
 
 def wrap(
@@ -62,8 +62,6 @@ def wrap(
             ddp.broadcast_params()
     if overlap:
         prepare_gathers(wrapped)
-        pauses = [ddp.no_sync for ddp in wrapped]
-        model.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]  # what Megatron-Core's schedules call
     return ModelChunks(wrapped)
 
 
@@ -135,7 +133,6 @@ def finish_gradients(model: ModelChunks, num_tokens: torch.Tensor) -> None:
     """
     device = next(model.parameters()).device
     total = torch.tensor(float(num_tokens), dtype=torch.float64, device=device)
-    start_missing_reductions(model)
     with cuda_literals():
         finalize_model_grads(list(model), total)
 

@@ -1,6 +1,6 @@
 """Overlapped communication of data-parallel ranks: who starts a collective, and who waits for it.
 
-Every collective starts where all ranks pass (backward, `finish_gradients`, `step`); a forward pass only waits. So no
+Every collective starts where all ranks pass (backward, `step`); a forward pass only waits. So no
 rank has to run a forward pass for another to get on.
 """
 
@@ -48,12 +48,3 @@ def wait_for_gathers(chunks: Iterable[torch.nn.Module]) -> None:
     for chunk in chunks:
         for parameter in chunk.parameters():
             gathered(parameter)
-
-
-def start_missing_reductions(chunks: Iterable[Any]) -> None:
-    """Reduce the gradients that no backward pass of this rank has begun to reduce: it had no micro-batch."""
-    for chunk in chunks:
-        if chunk.ddp_config.overlap_grad_reduce:
-            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                if not group.is_first_batch and group.grad_reduce_handle is None:
-                    group.start_grad_sync()
