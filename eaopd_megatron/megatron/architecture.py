@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from typing import Any, Literal
-=======
 import json
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +87,6 @@ def transformer_config(hf: Any, layout: Layout, dtype: torch.dtype, recompute: R
     What differs from family to family is in `Family.settings`.
     """
     settings = family_of(hf.architectures, "model").settings(hf)
->>>>>>> families
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
