@@ -133,6 +133,7 @@ def finish_gradients(model: ModelChunks, num_tokens: torch.Tensor) -> None:
     """
     device = next(model.parameters()).device
     total = torch.tensor(float(num_tokens), dtype=torch.float64, device=device)
+    wait_for_gathers(model)  # the update will write where a gather may still be reading
     with cuda_literals():
         finalize_model_grads(list(model), total)
 
@@ -145,7 +146,6 @@ def step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
 
     A norm that is not finite changes no weight and gives False. Collective.
     """
-    wait_for_gathers(optimizer.model_chunks)  # the update writes where a gather may still be reading
     with cuda_literals(), torch.no_grad():
         overflow = optimizer.prepare_grads()
         norm = float(optimizer.get_grad_norm())

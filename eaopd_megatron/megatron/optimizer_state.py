@@ -5,14 +5,14 @@
     optimizer.state.exp_avg_sq.<weight>
     optimizer.state.fp32_param.<weight>   main parameters, where the weights are bf16
 
-Learning rate, weight decay, betas and eps are the recipe's, and not here. Megatron-Core's own form differs between its
-optimisers, and its distributed one cannot read its own where Adam is torch's.
+Learning rate, weight decay, betas and eps are the recipe's, and not here. Megatron-Core's own forms differ between its
+optimisers; the distributed one's cannot be read where Adam is torch's, and cuts states at the wrong places where a
+bucket is padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -44,7 +44,7 @@ def sharded_state(optimizer: ChainedOptimizer, model: dict[str, Any], *, loading
     with cuda_literals():
         for number, part in enumerate(optimizer.chained_optimizers):
             distributed = isinstance(part, DistributedOptimizer)
-            states[str(number)] = _gathered(part, model, loading) if distributed else _local(part, weights)
+            states[str(number)] = _gathered(part, weights, loading) if distributed else _local(part, weights)
     return {"step": completed_steps(optimizer), "state": states}
 
 
@@ -108,25 +108,38 @@ def _local(part: Any, weights: dict[int, Any]) -> States:
         tensors = {name: part.optimizer.state[main][name] for name in MOMENTS}
         if main is not weight:
             tensors[MAIN] = main
-        states[str(place)] = {
-            name: make_sharded_optimizer_tensor(weights[id(weight)], tensor, f"optimizer.state.{name}")
-            for name, tensor in tensors.items()
-        }
+        states[str(place)] = _as_weight(tensors, weights[id(weight)])
     return states
 
 
-def _gathered(part: DistributedOptimizer, model: dict[str, Any], loading: bool) -> States:
-    """Megatron-Core's `fully_reshardable` form, with the main parameters under our name, and only where they are no
-    weights."""
-    states = {}
-    whole = part.sharded_param_state_fully_reshardable(model, loading, {})
-    for place, weight in enumerate(_buffered(part)):
-        tensors = whole[place]
-        main = tensors.pop("param")
-        if weight.dtype != torch.float32:
-            tensors[MAIN] = replace(main, key=main.key.replace("optimizer.state.param.", f"optimizer.state.{MAIN}."))
-        states[str(place)] = tensors
+def _as_weight(tensors: dict[str, torch.Tensor], sharded_weight: Any) -> dict[str, Any]:
+    """Tensors of a weight's shape, sharded as it is."""
+    return {
+        name: make_sharded_optimizer_tensor(sharded_weight, tensor, f"optimizer.state.{name}")
+        for name, tensor in tensors.items()
+    }
+
+
+def _gathered(part: DistributedOptimizer, weights: dict[int, Any], loading: bool) -> States:
+    """The whole states of this rank's weights, from all data-parallel ranks."""
+    world = part.get_parameter_state_dp_zero(use_gloo_comm=False, empty_data=loading, return_on_all_ranks=True)
+    states: States = {}
+    for number, buffer in enumerate(part.buffers):
+        (flat,) = world[number].values()
+        for weight, (start, end) in _places(buffer).items():
+            names = [*MOMENTS, "param"] if weight.dtype != torch.float32 else MOMENTS
+            tensors = {MAIN if name == "param" else name: flat[name][start:end].view(weight.shape) for name in names}
+            states[str(len(states))] = _as_weight(tensors, weights[id(weight)])
     return states
+
+
+def _places(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int]]:
+    """Where each weight's states begin and end in a gathered buffer, which has lost the padding between buckets."""
+    removed, length = [], 0
+    for bucket in buffer.buckets:
+        removed.append(bucket.offset - length)
+        length += bucket.numel_unpadded
+    return {w: (start - removed[b], end - removed[b]) for w, (start, end, b) in buffer.param_index_map.items()}
 
 
 def _scatter(part: DistributedOptimizer, states: States) -> None:
@@ -137,12 +150,7 @@ def _scatter(part: DistributedOptimizer, states: States) -> None:
     for state in part.optimizer.state.values():
         state.pop("step", None)
     whole = {}
-    for place, weight in enumerate(_buffered(part)):
+    for place, weight in enumerate(chain.from_iterable(buffer.param_index_map for buffer in part.buffers)):
         tensors = {name: tensor for name, tensor in states[str(place)].items() if name != MAIN}
         whole[place] = {**tensors, "param": states[str(place)].get(MAIN, weight.data)}
     part.load_parameter_state_from_fully_reshardable(whole)
-
-
-def _buffered(part: DistributedOptimizer) -> Iterable[torch.nn.Parameter]:
-    """The weights in the order of Megatron-Core's `fully_reshardable` form."""
-    return chain.from_iterable(buffer.param_index_map for buffer in part.buffers)

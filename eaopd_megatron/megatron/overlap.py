@@ -25,7 +25,12 @@ def prepare_gathers(chunks: Iterable[Any]) -> None:
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)  # or the first forward would start the first gather
         for parameter, group in chunk.param_to_bucket_group.items():
-            setattr(parameter, _WAIT, partial(group.finish_param_sync, skip_next_bucket_dispatch=True))
+            setattr(parameter, _WAIT, partial(_wait, group))
+
+
+def _wait(group: Any) -> None:
+    if group.param_gather_handle is not None:  # else Megatron-Core would start a gather of this rank's own
+        group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def gathered(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

@@ -34,8 +34,8 @@ def reference(hf: str, precision: Precision) -> tuple[dict[str, torch.Tensor], l
     weights = {name: tensor.float().clone() for name, tensor in tensors(hf).items()}
     if precision == "bf16":
         weights = {name: tensor.bfloat16().float() for name, tensor in weights.items()}
-    options = {"betas": (OPTIMIZER["beta1"], OPTIMIZER["beta2"]), "eps": OPTIMIZER["eps"]}
-    optimizer = torch.optim.AdamW(weights.values(), lr=1.0, weight_decay=OPTIMIZER["weight_decay"], **options)
+    betas, decay = (OPTIMIZER["beta1"], OPTIMIZER["beta2"]), OPTIMIZER["weight_decay"]
+    optimizer = torch.optim.AdamW(weights.values(), betas=betas, eps=OPTIMIZER["eps"], weight_decay=decay)
     norms = []
     for scale, learning_rate in zip(SCALES, LEARNING_RATES, strict=True):
         for name, tensor in weights.items():
@@ -142,13 +142,20 @@ def check_reduction_begins_with_the_last_micro_batch(group: Any, folder: str, hf
         trainer.train(LEARNING_RATES[:1])  # the first update only counts the gradients
         bucket = ddp.param_to_bucket_group[trainer.model.gpts[-1].output_layer.weight]
         started: list[int] = []
+        forwards: list[int] = []
         start = bucket.start_grad_sync
-        bucket.start_grad_sync = lambda *a, **k: (started.append(len(backwards)), start(*a, **k))[1]
-        backwards: list[int] = []
-        hook = trainer.model.gpts[-1].decoder.final_layernorm.register_forward_hook(lambda *_: backwards.append(1))
+
+        def count(**options: Any) -> None:
+            started.append(len(forwards))
+            start(**options)
+
+        bucket.start_grad_sync = count
+        norm = trainer.model.gpts[-1].decoder.final_layernorm
+        hook = norm.register_forward_hook(lambda *unused: forwards.append(1))
         trainer.train(LEARNING_RATES[1:2])
         hook.remove()
-        assert started == [len(backwards)] == [2], (started, backwards)
+        assert started == [2], "one reduction an update, in the backward of the second of two micro-batches"
+        assert len(forwards) == 2
 
 
 def check_states_are_parts(group: Any, folder: str, hf: str) -> None:

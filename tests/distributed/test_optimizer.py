@@ -14,7 +14,7 @@ from tests.ranks import Ranks
 
 CHECKS = Path(__file__).with_name("checks_optimizer.py")
 SAMPLES = [[3, 77, 5, 9, 100, 13, 17, 21], [4, 4, 90, 31, 2, 54, 7], [11, 12, 13], [50, 9, 33, 6, 2]]
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": 112,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -41,7 +41,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     root = tmp_path_factory.mktemp("models")
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    experts: dict[str, Any] = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
     configs = {
         "tied": Qwen3Config(**COMMON, num_hidden_layers=4, tie_word_embeddings=True),
         "untied": Qwen3Config(**COMMON, num_hidden_layers=2, tie_word_embeddings=False),

@@ -57,6 +57,7 @@ def _join(meeting: str, rank: int, ranks: int) -> None:
         dist.destroy_process_group()
     if rank < ranks:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+        dist.barrier()  # none may leave while another still connects
 
 
 class Trainer:
