@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
@@ -33,18 +33,23 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.cpu import cuda_literals
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.megatron.optimizer import load_state, sharded_state
+from eaopd_megatron.megatron.optimizer_state import load_state, sharded_state
+from eaopd_megatron.megatron.overlap import wait_for_gathers
 
 MODEL = "model."
 """What the names of a model's tensors start with in a checkpoint."""
+EXTRA_STATE = "_extra_state"
+"""What the names of Transformer Engine's state end with that is no tensor of the model."""
 FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1)
 
 
 def training_state(
     model: ModelChunks, optimizer: ChainedOptimizer | None = None, *, loading: bool = False
 ) -> dict[str, Any]:
-    """The sharded state dict of a model and its optimiser, to be saved or (loading) to be filled."""
-    state = {"model": model.gpts[0].sharded_state_dict(prefix=MODEL)}
+    """The sharded state dict of a model and its optimiser, to be saved or (loading) to be filled. Collective."""
+    wait_for_gathers(model)
+    chunks = {str(stage): gpt.sharded_state_dict(prefix=MODEL) for stage, gpt in enumerate(model.gpts)}
+    state: dict[str, Any] = {"model": chunks}  # a chunk's own names are local; the checkpoint's are global
     if optimizer is not None:
         state["optimizer"] = sharded_state(optimizer, state["model"], loading=loading)
     return state
@@ -52,9 +57,19 @@ def training_state(
 
 def restore(model: ModelChunks, optimizer: ChainedOptimizer | None, loaded: dict[str, Any]) -> None:
     """Put what `load_sharded` returned for `training_state(..., loading=True)` into the model and its optimiser."""
-    model.gpts[0].load_state_dict({name.removeprefix(MODEL): tensor for name, tensor in loaded["model"].items()})
+    wait_for_gathers(model)
+    for stage, gpt in enumerate(model.gpts):
+        _fill(gpt, {name.removeprefix(MODEL): value for name, value in loaded["model"][str(stage)].items()})
     if optimizer is not None:
         load_state(optimizer, loaded["optimizer"])
+
+
+def _fill(gpt: torch.nn.Module, values: dict[str, Any]) -> None:
+    """Load a chunk's tensors. Transformer Engine's extra state may be missing, or be more than the chunk takes."""
+    odd = [name for names in gpt.load_state_dict(values, strict=False) for name in names]
+    wrong = [name for name in odd if not name.endswith(EXTRA_STATE)]
+    if wrong:
+        raise ValueError(f"the checkpoint's and the model's tensors differ: {', '.join(wrong[:3])}")
 
 
 def save_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> None:
@@ -81,12 +96,23 @@ def load_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> dic
         raise UserError(f"{folder}: not a distributed checkpoint ({CONFIG_FNAME} is missing)")
     try:
         with cuda_literals():
-            return dist_checkpointing.load(state, str(folder))
+            return dist_checkpointing.load(_without_absent_extras(folder, state), str(folder))
     except checkpoint.CheckpointException as errors:
         error = errors.failures[min(errors.failures)][0]
         raise UserError(f"{folder}: {_one_line(error)}") from errors
     except CheckpointingException as error:
         raise UserError(f"{folder}: {_one_line(error)}") from error
+
+
+def _without_absent_extras(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The state without Transformer Engine's extras that the checkpoint does not have: it was made without Engine."""
+    stored = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+
+    def asked(value: Any) -> bool:
+        extra = isinstance(value, ShardedObject) and value.key.endswith(EXTRA_STATE)
+        return not extra or value.unique_key in stored
+
+    return extract_matching_values(state, asked)[0]
 
 
 def _write_common(folder: Path, common: dict[str, Any]) -> None:

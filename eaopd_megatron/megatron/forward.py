@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
 from eaopd_megatron.megatron.model import ModelChunks, gpt_of
+from eaopd_megatron.megatron.overlap import gathered
 
 
 def logits_of(model: ModelChunks, token_ids: torch.Tensor) -> torch.Tensor:
@@ -67,11 +68,14 @@ def hidden_grad(model: ModelChunks) -> Literal["all_reduce", "partial"]:
 
 
 def head_of(model: ModelChunks) -> torch.nn.Parameter:
-    """This rank's rows of the output layer [V_padded/tp, h]: the embedding's where they are tied."""
+    """This rank's rows of the output layer [V_padded/tp, h]: the embedding's where they are tied.
+
+    Where gathers of updated weights are overlapped it waits for this one: no module's forward does it for the loss.
+    """
     gpt = gpt_of(model)
     if gpt.share_embeddings_and_output_weights:
-        return gpt.shared_embedding_or_output_weight()
-    return gpt.output_layer.weight
+        return gathered(gpt.shared_embedding_or_output_weight())
+    return gathered(gpt.output_layer.weight)
 
 
 @contextlib.contextmanager

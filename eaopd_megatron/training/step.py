@@ -77,12 +77,14 @@ class Student:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         tokens = torch.zeros(1, dtype=torch.int, device=self.parallel.device)
-        for batch in self._cut(samples):
+        batches = list(self._cut(samples))
+        for number, batch in enumerate(batches):
             old = None
             if batch.samples[0].old_logprobs is not None:
                 old = batch.gather([s.old_logprobs for s in batch.samples if s.old_logprobs is not None])
             out = self._loss(batch, teacher, objective, old, update)
-            out.loss.sum().backward()
+            with megatron_optimizer.micro_batch(self.ddp, last=number == len(batches) - 1):
+                out.loss.sum().backward()
             tokens += len(batch.tokens)
             _measure(metrics, batch, out, old)
         megatron_optimizer.finish_gradients(self.ddp, tokens)

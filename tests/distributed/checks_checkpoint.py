@@ -11,97 +11,19 @@ import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
-from megatron.core.optimizer import ChainedOptimizer
 
 from eaopd_megatron.checkpoint import store
 from eaopd_megatron.checkpoint.distributed import load_sharded, restore, save_sharded, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron import groups
-from eaopd_megatron.megatron.forward import logits_of
 from eaopd_megatron.megatron.groups import Layout, Parallel
-from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
-from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, set_learning_rate, step, wrap
-
-Precision = Literal["fp32", "bf16"]
-LEARNING_RATES = (3e-3, 2e-3, 1e-3, 5e-4)
-
-
-@contextlib.contextmanager
-def world(folder: str, ranks: int, layout: Layout) -> Iterator[Parallel | None]:
-    """The first `ranks` ranks as a world of their own with Megatron's groups; None on the others."""
-    rank, everyone = dist.get_rank(), dist.get_world_size()
-    os.makedirs(folder, exist_ok=True)
-    if ranks < everyone:
-        _join(f"{folder}/part", rank, ranks)
-    try:
-        yield groups.arrange(layout) if rank < ranks else None
-    finally:
-        if rank < ranks:
-            groups.disband()
-        if ranks < everyone:
-            _join(f"{folder}/all", rank, everyone)
-
-
-def _join(meeting: str, rank: int, ranks: int) -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if rank < ranks:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-
-
-class Trainer:
-    """A tiny student under plain cross entropy, built from nothing."""
-
-    def __init__(self, hf: str, parallel: Parallel, precision: Precision = "fp32", **options: Any) -> None:
-        self.parallel = parallel
-        folder = HfFolder.open(hf, "student.model")
-        self.model: ModelChunks = build_model(folder.config, parallel.layout, DTYPES[precision])
-        load_hf(self.model, folder, parallel)
-        self.ddp: ModelChunks = wrap(self.model, parallel)
-        chosen = {"lr": 1.0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip_grad": 1.0} | options
-        self.optimizer: ChainedOptimizer = build_optimizer(self.ddp, **chosen, precision=precision)
-        self.samples = json.loads((Path(hf) / "samples.json").read_text())
-
-    def update(self, learning_rate: float, scale: float = 1.0) -> tuple[float, float]:
-        """(mean loss over all tokens of all ranks, gradient norm) of one update; a micro-batch a sample."""
-        self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        total, tokens = torch.zeros(()), 0
-        for ids in self.samples[self.parallel.dp_rank :: self.parallel.dp_size]:
-            padded = torch.zeros(1, len(ids) + len(ids) % 2, dtype=torch.long)
-            padded[0, : len(ids)] = torch.tensor(ids)
-            logits = logits_of(self.ddp, padded)[0, : len(ids) - 1].float()
-            loss = tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], torch.tensor(ids[1:])[:, None]).sum()
-            (loss * scale).backward()
-            total += loss.detach()
-            tokens += len(ids) - 1
-        finish_gradients(self.ddp, torch.tensor(tokens))
-        set_learning_rate(self.optimizer, learning_rate)
-        ok, norm = step(self.optimizer)
-        assert ok is torch.isfinite(torch.tensor(norm)).item()
-        figures = torch.stack([total, torch.tensor(float(tokens))])
-        dist.all_reduce(figures, group=self.parallel.dp_group)
-        return (figures[0] / figures[1]).item(), norm
-
-    def train(self, learning_rates: tuple[float, ...]) -> list[tuple[float, float]]:
-        return [self.update(learning_rate) for learning_rate in learning_rates]
-
-    def values(self) -> dict[str, torch.Tensor]:
-        """Copies of weights, main parameters and Adam's moments."""
-        values = {name: parameter.detach().clone() for name, parameter in self.model.global_parameters().items()}
-        for index, parameter in enumerate(self.optimizer.chained_optimizers[0].get_parameters()):
-            values[f"main {index}"] = parameter.detach().clone()
-            for key, value in self.optimizer.optimizer.state[parameter].items():
-                values[f"{key} {index}"] = value.clone()
-        return values
+from eaopd_megatron.megatron.model import build_model
+from tests.distributed.trainer import LEARNING_RATES, Precision, Trainer, world
 
 
 def _equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -250,7 +172,7 @@ def check_error_of_one_rank(group: Any, folder: str, hf: str) -> None:
         trainer = Trainer(hf, parallel)
         state = training_state(trainer.model)
         if parallel.rank == 1:
-            del state["model"]["model.embedding.word_embeddings.weight"]
+            del state["model"]["0"]["model.embedding.word_embeddings.weight"]
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
         _raises(RuntimeError, "Invalid access pattern", lambda: checkpoints.save(1, state, {}, None, parallel))
         dist.barrier()
