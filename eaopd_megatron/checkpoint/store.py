@@ -151,6 +151,8 @@ _FINGERPRINT = (
     "num_key_value_heads",
     "head_dim",
     "intermediate_size",
+    "num_experts",
+    "moe_intermediate_size",
     "vocab_size",
     "tie_word_embeddings",
 )
@@ -159,7 +161,7 @@ _FINGERPRINT = (
 def fingerprint(hf_config: Any) -> dict[str, Any]:
     """What of a Hugging Face configuration decides which weights fit it."""
     architecture = (hf_config.architectures or ["none"])[0]
-    return {"architecture": architecture, **{name: getattr(hf_config, name) for name in _FINGERPRINT}}
+    return {"architecture": architecture, **{name: getattr(hf_config, name, None) for name in _FINGERPRINT}}
 
 
 def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:

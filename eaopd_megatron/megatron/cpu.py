@@ -76,6 +76,25 @@ class _TorchOnCpu:
         return torch.zeros(*size, device="cpu" if _is_cuda(device) else device, **options)
 
 
+class _Stream:
+    """A CUDA stream (and its event) where there is none: everything is done when it was asked for.
+
+    The dispatcher of a mixture of experts copies its counts to the host on a stream of its own.
+    """
+
+    def wait_stream(self, stream: _Stream) -> None:
+        pass
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+_THE_STREAM = _Stream()
+
+
 def _random_state(device: Any = "cuda") -> torch.Tensor:
     return torch.get_rng_state()
 
@@ -89,8 +108,8 @@ def _set_random_state(new_state: torch.Tensor, device: int = -1, graph_safe: boo
 
 
 def install() -> None:
-    """Answer `torch.cuda`'s current device, synchronisation and random state from the CPU. Idempotent; nothing with
-    CUDA."""
+    """Answer `torch.cuda`'s current device, synchronisation, streams and random state from the CPU. Idempotent; nothing
+    with CUDA."""
     if torch.cuda.is_available():
         return
     from megatron.core.pipeline_parallel import schedules
@@ -100,6 +119,9 @@ def install() -> None:
         raise ImportError("megatron-core moved tensor_parallel.random._set_cuda_rng_state: adapt megatron/cpu.py")
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: _THE_STREAM  # type: ignore[assignment,return-value]
+    torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment]
     torch.cuda.get_rng_state = _random_state
     torch.cuda.random.get_rng_state = _random_state
     torch.cuda.manual_seed = _seed
