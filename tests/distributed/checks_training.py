@@ -29,7 +29,18 @@ from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
 from eaopd_megatron.training.step import Student
 
-LAYOUTS = (Layout(1), Layout(2), Layout(2, sequence_parallel=True), Layout(4))
+LAYOUTS = (
+    Layout(1),
+    Layout(2),
+    Layout(2, sequence_parallel=True),
+    Layout(4),
+    Layout(pipeline_parallel=2),
+    Layout(pipeline_parallel=2, virtual_pipeline=2),
+    Layout(2, sequence_parallel=True, pipeline_parallel=2),
+    Layout(context_parallel=2),
+    Layout(2, sequence_parallel=True, context_parallel=2),
+    Layout(pipeline_parallel=2, virtual_pipeline=2, context_parallel=2),
+)
 RATES = (3e-3, 2e-3, 1e-3)
 COUNT = 12  # samples of an iteration
 MINI = 4
