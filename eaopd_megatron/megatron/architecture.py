@@ -111,6 +111,9 @@ def transformer_config(hf: Any, layout: Layout, dtype: torch.dtype) -> Transform
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
         variable_seq_lengths=layout.pipeline_parallel > 1,  # micro-batches differ in length
+        # interleaved: on two stages a batched exchange would mix up the tensors of its two directions
+        batch_p2p_comm=layout.virtual_pipeline == 1,
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks of dense models too
         sequence_parallel=layout.sequence_parallel and layout.tensor_parallel > 1,
         params_dtype=dtype,

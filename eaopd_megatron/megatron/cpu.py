@@ -61,6 +61,21 @@ def cuda_literals() -> Iterator[None]:
         yield
 
 
+class _TorchOnCpu:
+    """`torch` as Megatron-Core's schedules see it: one counter is made on "cuda".
+
+    A name of that module is replaced, rather than the schedule run under `cuda_literals`, which would slow down the
+    whole forward and backward pass.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return torch.zeros(*size, device="cpu" if _is_cuda(device) else device, **options)
+
+
 class _Stream:
     """A CUDA stream (and its event) where there is none: everything is done when it was asked for.
 
@@ -102,6 +117,7 @@ def install() -> None:
     with CUDA."""
     if torch.cuda.is_available():
         return
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -118,3 +134,4 @@ def install() -> None:
     torch.cuda.manual_seed = _seed
     megatron_random._set_cuda_rng_state = _set_random_state
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host
+    schedules.torch = _TorchOnCpu()  # type: ignore[assignment]

@@ -68,7 +68,6 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         clip_grad=recipe.optimizer.clip_grad,
         precision=recipe.student.precision,
     )
-    multiple = layout.tensor_parallel if layout.sequence_parallel else 1
     budget = recipe.train.micro_batch_tokens
     student = Student(
         ddp,
@@ -76,7 +75,6 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         parallel,
         vocab_size=vocab_size,
         budget=budget,
-        multiple=multiple,
         failures=folder.failures,
     )
     teacher = ColocatedTeacher(
@@ -87,7 +85,6 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         top_k=min(objective.top_k, vocab_size),
         terminal=terminal,
         budget=budget,
-        multiple=multiple,
     )
     rollout = LocalRollout(model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size)
     stop_ids = tuple(sorted({*student_folder.eos_ids, *teacher_folder.eos_ids, *recipe.rollout.stop_ids}))

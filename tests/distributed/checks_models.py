@@ -25,7 +25,7 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.forward import logits_of
-from eaopd_megatron.megatron.generation import Decoder
+from eaopd_megatron.megatron.generation import Decoder, decoding
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, step, wrap
@@ -171,14 +171,20 @@ def check_decoding(group: dist.ProcessGroup, folder: str, tp: int, sp: bool) -> 
     prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     with arranged(Layout(tp, sp)) as parallel:
         source = HfFolder.open(folder)
-        model = loaded(source, parallel).eval()
+        model = loaded(source, parallel)
         for rows in (slice(0, len(prompts)), slice(0, 1)):  # with padding, and without
-            decoder = Decoder(model, prompts[rows], new, parallel.device)
-            found = [decoder.prefill()[:, : source.vocab_size].argmax(-1)]
-            while len(found) < new:
-                found.append(decoder.step(found[-1])[:, : source.vocab_size].argmax(-1))
+            with decoding(model):
+                decoder = Decoder(model, prompts[rows], new, parallel)
+                found = [greedy(decoder.prefill(), source)]
+                while len(found) < new:
+                    found.append(greedy(decoder.step(found[-1]), source))
             assert torch.equal(torch.stack(found, dim=1), expected["generated"][rows])
         assert model.config.sequence_parallel == (sp and tp > 1)
+
+
+def greedy(logits: torch.Tensor | None, source: HfFolder) -> torch.Tensor:
+    assert logits is not None
+    return logits[:, : source.vocab_size].argmax(-1)
 
 
 def check_step_folder(group: dist.ProcessGroup, folder: str, out: str) -> None:
