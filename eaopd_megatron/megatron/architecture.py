@@ -65,6 +65,11 @@ def _check_experts(hf: Any, layout: Layout, folder: str) -> None:
         )
     if hf.num_experts_per_tok == 1 and hf.norm_topk_prob:
         raise UserError(f"{folder}: num_experts_per_tok=1 with norm_topk_prob gives the router no gradient")
+    if min(layout.expert_parallel, layout.expert_tensor_parallel) > 1 and not torch.cuda.is_available():
+        raise UserError(
+            f"{folder}: expert_parallel={layout.expert_parallel} with expert_tensor_parallel="
+            f"{layout.expert_tensor_parallel} needs CUDA: gloo cannot gather unequal numbers of tokens; set one to 1"
+        )
     if layout.tensor_parallel > 1 and not layout.sequence_parallel:
         raise UserError(
             f"{folder}: experts under tensor_parallel={layout.tensor_parallel} need sequence_parallel=true, "

@@ -95,6 +95,11 @@ class _Stream:
 _THE_STREAM = _Stream()
 
 
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What the dispatcher's counts are once they are on the host; collectives take them as arrays alone."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _random_state(device: Any = "cuda") -> torch.Tensor:
     return torch.get_rng_state()
 
@@ -114,9 +119,11 @@ def install() -> None:
         return
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
-    if not hasattr(megatron_random, "_set_cuda_rng_state"):
-        raise ImportError("megatron-core moved tensor_parallel.random._set_cuda_rng_state: adapt megatron/cpu.py")
+    for module, name in ((megatron_random, "_set_cuda_rng_state"), (token_dispatcher, "maybe_move_tensor_to_cpu")):
+        if not hasattr(module, name):
+            raise ImportError(f"megatron-core moved {module.__name__}.{name}: adapt megatron/cpu.py")
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
@@ -126,4 +133,5 @@ def install() -> None:
     torch.cuda.random.get_rng_state = _random_state
     torch.cuda.manual_seed = _seed
     megatron_random._set_cuda_rng_state = _set_random_state
+    token_dispatcher.maybe_move_tensor_to_cpu = _on_host
     schedules.torch = _TorchOnCpu()  # type: ignore[assignment]
