@@ -81,6 +81,11 @@ class Parallel:
         return self.rank == 0
 
     @property
+    def speaks(self) -> bool:
+        """Whether figures of this rank's tokens enter the metrics: of the ranks that compute the same, one."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    @property
     def tp_size(self) -> int:
         return self.layout.tensor_parallel
 

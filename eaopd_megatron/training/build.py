@@ -70,7 +70,6 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         precision=precision,
         offload=options.offload,
     )
-    multiple = layout.tensor_parallel if layout.sequence_parallel else 1
     budget = recipe.train.micro_batch_tokens
     student = Student(
         ddp,
@@ -78,7 +77,6 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         parallel,
         vocab_size=vocab_size,
         budget=budget,
-        multiple=multiple,
         failures=folder.failures,
     )
     teacher = ColocatedTeacher(
@@ -89,7 +87,6 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         top_k=min(objective.top_k, vocab_size),
         terminal=terminal,
         budget=budget,
-        multiple=multiple,
     )
     rollout = LocalRollout(model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size)
     stop_ids = tuple(sorted({*student_folder.eos_ids, *teacher_folder.eos_ids, *recipe.rollout.stop_ids}))

@@ -29,7 +29,18 @@ from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
 from eaopd_megatron.training.step import Student
 
-LAYOUTS = (Layout(1), Layout(2), Layout(2, sequence_parallel=True), Layout(4))
+LAYOUTS = (
+    Layout(1),
+    Layout(2),
+    Layout(2, sequence_parallel=True),
+    Layout(4),
+    Layout(pipeline_parallel=2),
+    Layout(pipeline_parallel=2, virtual_pipeline=2),
+    Layout(2, sequence_parallel=True, pipeline_parallel=2),
+    Layout(context_parallel=2),
+    Layout(2, sequence_parallel=True, context_parallel=2),
+    Layout(pipeline_parallel=2, virtual_pipeline=2, context_parallel=2),
+)
 RATES = (3e-3, 2e-3, 1e-3)
 COUNT = 12  # samples of an iteration
 MINI = 4
@@ -115,7 +126,6 @@ def trained(
 ) -> Trained:
     """Three updates through the project's own path."""
     layout = parallel.layout
-    multiple = layout.tensor_parallel if layout.sequence_parallel else 1
     folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
     model = build_model(folder.config, layout, torch.float32)
     load_hf(model, folder, parallel)
@@ -126,7 +136,7 @@ def trained(
         ddp, lr=1.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0, precision="fp32"
     )
     size = folder.vocab_size
-    common: dict[str, Any] = {"vocab_size": size, "budget": budget, "multiple": multiple}
+    common: dict[str, Any] = {"vocab_size": size, "budget": budget}
     learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
     scorer = ColocatedTeacher(
         teacher_model,
@@ -145,7 +155,7 @@ def trained(
         averages = Averages()
         batch = [s for s in mine if s.index // MINI == update]
         learner.update(batch, scorer, objective=objective, learning_rate=rate, update=update, metrics=averages)
-        figures = averages.reduce(parallel.dp_group)
+        figures = averages.reduce(dist.group.WORLD)
         found |= {f"loss/{update}": figures["objective/loss"], f"norm/{update}": figures["optimizer/grad_norm"]}
         found[f"clip/{update}"] = figures["objective/clip_fraction"]
     return Trained(dict(gather_hf(dict(model.global_parameters()), folder, parallel)), found)
@@ -190,7 +200,7 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
             optimizer = megatron_optimizer.build_optimizer(
                 ddp, lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0, precision="fp32"
             )
-            common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": 99, "multiple": 1}
+            common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": 99}
             learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
             teacher_folder = HfFolder.open(teacher)
             teacher_model = build_model(teacher_folder.config, parallel.layout, torch.float32)
@@ -268,12 +278,11 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
                     top_k=teacher_folder.vocab_size,
                     terminal=terminal,
                     budget=100,
-                    multiple=1,
                 )
                 scorer.annotate([sample])
                 batch = collate([sample], torch.device("cpu"))
                 columns = 256 // parallel.tp_size
-                said = scorer.signal(batch)
+                said = scorer.signals([batch])(0)
                 options: dict[str, Any] = {
                     "teacher_tokens": scorer.labels(batch),
                     "objective": Objective.preset("opd"),

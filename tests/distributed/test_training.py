@@ -25,7 +25,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A random student and teacher, whose vocabulary of 112 leaves rank 3 of 4 without a valid column."""
     folder = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
-    for name, hidden, layers, tied in (("student", 32, 2, False), ("teacher", 48, 1, True)):
+    for name, hidden, layers, tied in (("student", 32, 4, False), ("teacher", 48, 4, True)):
         config = Qwen3Config(
             vocab_size=112,
             hidden_size=hidden,
