@@ -1,8 +1,8 @@
 """Bytes that autograd keeps of a micro-batch until its backward, part by part.
 
 `path` says whose layers run. "torch": this project's norms and torch's attention, as on a CPU; tested against the bytes
-of saved tensors. "fused": Transformer Engine's norms, which keep their input and output, and flash attention; written
-from its code, not measured. MLPs keep the same on both.
+of saved tensors without context and expert parallelism. "fused": Transformer Engine's norms, which keep their input and
+output, and flash attention on packed sequences; written from its code, not measured. MLPs keep the same on both.
 
 S tokens, T = S / tp under sequence parallelism (else S), e bytes an element, widths already divided by tp.
 """
@@ -23,10 +23,10 @@ INDEX = 8
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch on a rank: tokens of all its sequences, and the longest sequence (context parallelism undone)."""
+    """Packed sequences, before context parallelism cuts them."""
 
     tokens: int
-    longest: int
+    padded: int  # positions when all are as long as the longest, as torch's attention takes them
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,10 @@ class Activations:
         """One micro-batch's, kept by a pipeline stage: its layers' and, at the ends, the ids and the final norm."""
         kept = sum(self.kept(layer, batch) for layer in self.layout.layers_of(stage, self.shape.layers))
         if self.recompute == "full":
-            kept += batch.longest / self.layout.context_parallel * self.shape.head_dim * FP32  # the rotations' angles
-        if stage == 0:
-            kept += batch.tokens * INDEX
-        if stage == self.layout.pipeline_parallel - 1:
-            kept += self.norm(batch) + batch.tokens * INDEX
-        return kept
+            kept += self._tokens(batch) * self.shape.head_dim * FP32  # the rotations' angles
+        last = stage == self.layout.pipeline_parallel - 1
+        indices = 1 + (stage == 0) + last  # where tokens are when padded; token ids; rows of the loss
+        return kept + self._tokens(batch) * INDEX * indices + (self.norm(batch) if last else 0)
 
     def peak(self, batch: MicroBatch, stage: int, micro_batches: int) -> float:
         """Of a stage: the micro-batches that are in flight there, and what backward makes anew of one layer."""
@@ -75,49 +73,53 @@ class Activations:
     def attention(self, batch: MicroBatch) -> float:
         """From the product that makes queries, keys and values to the input of the one that ends the attention."""
         shape, tp, e = self.shape, self.layout.tensor_parallel, self.element
-        tokens = batch.tokens / self.layout.context_parallel
+        cp = self.layout.context_parallel
         q, kv, heads = shape.query_width / tp, shape.kv_width / tp, shape.heads / tp
         kept = (q + 2 * kv) * e  # the product, of which the values are a part
         if shape.qk_norm:
             copies = self._norm_element  # queries are copied before their norm
             kept += q * copies + (kv * (copies - e) if self._fp32_or_fused else kv * copies)
             kept += (heads + shape.kv_heads / tp) * FP32
-        kept += (q + kv) * e  # queries and keys, rotated
-        if self.recompute != "selective":
-            kept += heads * FP32  # the softmax's sums
+        kept += (q + kv) * e + 4 * shape.head_dim * e  # queries and keys, rotated; sine and cosine of each
         kept += q * e  # the output
-        rotations = 4 * batch.longest / self.layout.context_parallel * shape.head_dim * e  # sine and cosine of each
-        gathered = (self.layout.context_parallel - 1) * tokens * 2 * kv * e if self.path == "torch" else 0.0
-        return tokens * kept + rotations + gathered
+        sums = heads * FP32  # of the softmax
+        if self.recompute == "selective":
+            return self._tokens(batch) * kept
+        if self.path == "fused":
+            return self._tokens(batch) * (kept + sums)
+        # the same once more, padded; keys and values of all context-parallel ranks, as gathered and in order
+        padded = batch.padded / cp * (2 * q * e + sums + 2 * kv * cp * e)
+        gathered = batch.tokens * 2 * kv * e if cp > 1 else 0
+        return self._tokens(batch) * kept + padded + gathered
 
     def mlp(self, batch: MicroBatch) -> float:
         """The two products' inputs are counted elsewhere and here; SiLU, gate and their product between."""
-        tokens = batch.tokens / self.layout.context_parallel
-        return tokens * 5 * self.shape.intermediate / self.layout.tensor_parallel * self.element
+        return self._tokens(batch) * 5 * self.shape.intermediate / self.layout.tensor_parallel * self.element
 
     def experts(self, batch: MicroBatch) -> float:
         """Router, and the experts' rows where every expert gets as many: permuted inputs, and an MLP's parts."""
-        shape, etp = self.shape, self.layout.expert_tensor_parallel
-        tokens = self._between(batch)
-        rows = tokens * shape.experts_per_token * etp
-        router = tokens * (shape.hidden * FP32 + 3 * shape.experts * FP32)
-        inside = 2 * shape.hidden + 6 * shape.expert_intermediate / etp  # inputs, outputs; weighted by the router
-        return router + rows * inside * self.element
+        shape, etp, chosen = self.shape, self.layout.expert_tensor_parallel, self.shape.experts_per_token
+        router = chosen * (2 * INDEX + FP32) + shape.experts * (FP32 + 1)  # choices, order, weights; map of all experts
+        row = (shape.hidden + 6 * shape.expert_intermediate / etp) * self.element + FP32
+        return self._between(batch) * (router + chosen * etp * row)
 
     def workspace(self, batch: MicroBatch) -> float:
         """The largest tensors that live together in one layer of a forward pass that keeps nothing."""
         shape, tp = self.shape, self.layout.tensor_parallel
-        tokens = batch.tokens / self.layout.context_parallel
         mlp = 5 * shape.intermediate / tp
         if shape.experts:
             mlp = shape.experts_per_token * (2 * shape.hidden + 5 * shape.expert_intermediate)
             mlp /= 1 if not self.layout.sequence_parallel else tp / self.layout.expert_tensor_parallel
         attention = (3 * shape.query_width + 4 * shape.kv_width) / tp
-        return tokens * (3 * shape.hidden + max(mlp, attention)) * self.element
+        return self._tokens(batch) * (3 * shape.hidden + max(mlp, attention)) * self.element
+
+    def _tokens(self, batch: MicroBatch) -> float:
+        """Of this context-parallel rank."""
+        return batch.tokens / self.layout.context_parallel
 
     def _between(self, batch: MicroBatch) -> float:
         """Tokens that a rank holds between the matrices."""
-        return batch.tokens / self.layout.context_parallel / self.layout.sequence_cut
+        return self._tokens(batch) / self.layout.sequence_cut
 
     def _normed(self, batch: MicroBatch) -> float:
         """A norm's output, which the product behind it keeps."""

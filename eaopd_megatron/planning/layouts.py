@@ -41,6 +41,11 @@ class Layout:
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
 
     @property
+    def generators(self) -> int:
+        """Ranks, of each tensor-parallel group and pipeline one, that generate different sequences."""
+        return self.data_parallel * self.context_parallel
+
+    @property
     def expert_data_parallel(self) -> int:
         """Ranks with the same experts."""
         return self.gpus // (self.expert_parallel * self.expert_tensor_parallel * self.pipeline_parallel)
@@ -114,15 +119,15 @@ def divisors(number: int, most: int) -> list[int]:
     return [i for i in range(1, min(number, most) + 1) if number % i == 0]
 
 
-def layouts(gpus: int, *, experts: bool, expert_parallel: bool = True) -> Iterator[Layout]:
+def layouts(gpus: int, *, experts: bool) -> Iterator[Layout]:
     """Every layout of so many GPUs; tensor parallelism within a host, always with sequence parallelism.
 
-    experts: whether any model has them; expert_parallel: whether they may be spread over data-parallel ranks.
+    experts: whether there are any that may be spread over ranks of their own.
     """
     for tp in divisors(gpus, GPUS_PER_HOST):
         for pp in divisors(gpus // tp, 16):
             for cp in divisors(gpus // tp // pp, 8):
                 stage = gpus // pp
                 for etp in sorted({1, tp}) if experts else [1]:
-                    for ep in divisors(stage // etp, stage) if experts and expert_parallel else [1]:
+                    for ep in divisors(stage // etp, stage) if experts else [1]:
                         yield Layout(tp, tp > 1, pp, 1, cp, ep, etp, gpus // (tp * pp * cp))

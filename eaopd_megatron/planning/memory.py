@@ -12,7 +12,7 @@ from eaopd_megatron.planning.layouts import Layout
 from eaopd_megatron.planning.shapes import ModelShape, Parameters
 from eaopd_megatron.planning.workload import Workload
 
-Phase = Literal["always", "generation", "scoring", "update"]
+Phase = Literal["always", "generation", "scoring", "update", "step"]
 TILE = 2**26  # elements; objective/linear_head.py
 TEACHER_LOGITS = 2**27  # elements; megatron/forward.py
 EXCHANGED = 300  # bytes a token and rank, at most; objective/linear_head.py
@@ -43,7 +43,7 @@ class Memory:
     @property
     def fullest(self) -> Phase:
         """The phase that needs most."""
-        phases: tuple[Phase, ...] = ("generation", "scoring", "update")
+        phases: tuple[Phase, ...] = ("generation", "scoring", "update", "step")
         return max(phases, key=self.of)
 
     @property
@@ -66,16 +66,20 @@ def gradients(parameters: Parameters) -> float:
     return parameters.total * FP32
 
 
-def optimizer_states(parameters: Parameters, layout: Layout, element: int, *, distributed: bool) -> float:
-    """Two fp32 moments of AdamW and, of weights that are not fp32 themselves, fp32 main parameters.
+def moments(parameters: Parameters, layout: Layout, *, distributed: bool) -> float:
+    """AdamW's two, in fp32.
 
     distributed: spread over the ranks that hold the same weights. Megatron's padding of shards is left out.
     """
-    each = 2 * FP32 + (FP32 if element < FP32 else 0)
     if not distributed:
-        return parameters.total * each
+        return parameters.total * 2 * FP32
     dense_copies = layout.data_parallel * layout.context_parallel
-    return each * (parameters.dense / dense_copies + parameters.expert / layout.expert_data_parallel)
+    return 2 * FP32 * (parameters.dense / dense_copies + parameters.expert / layout.expert_data_parallel)
+
+
+def main_parameters(parameters: Parameters, layout: Layout, element: int, *, distributed: bool) -> float:
+    """The optimiser's fp32 copies of weights that are not fp32 themselves; spread as the moments are."""
+    return moments(parameters, layout, distributed=distributed) / 2 if element < FP32 else 0.0
 
 
 def kv_cache(shape: ModelShape, layers: int, layout: Layout, element: int) -> float:
@@ -109,12 +113,14 @@ class Colocated:
     def _student(self, stage: int) -> Iterator[Part]:
         work, layout, element = self.work, self.layout, self.work.student_element
         held = self.student.on_rank(layout, stage)
-        states = optimizer_states(held, layout, element, distributed=work.distributed_optimizer)
+        spread = work.distributed_optimizer
         batch, count = work.micro_batch(layout), work.micro_batches(layout)
         model = self.activations(self.student, element)
         yield Part("student", "weights", weights(held, element), "always")
         yield Part("student", "gradients (fp32)", gradients(held), "always")
-        yield Part("student", "optimiser states", states * (1 - work.offloaded), "always")
+        yield Part("student", "main parameters", main_parameters(held, layout, element, distributed=spread), "always")
+        when: Phase = "step" if work.offloaded_moments else "always"
+        yield Part("student", "Adam's moments", moments(held, layout, distributed=spread), when)
         yield Part("student", "activations", model.peak(batch, stage, count), "update")
         yield Part("student", "backward's workspace", model.workspace(batch), "update")
         if stage == layout.pipeline_parallel - 1:
@@ -137,7 +143,8 @@ class Colocated:
         sequences = work.generated(layout)
         layers = len(layout.layers_of(stage, shape.layers))
         cache = sequences * work.longest * kv_cache(shape, layers, layout, element)
-        prompts = MicroBatch(sequences * work.longest_prompt, work.longest_prompt)
+        tokens = sequences * work.longest_prompt * layout.context_parallel  # which decoding does not cut
+        prompts = MicroBatch(tokens, tokens)
         yield Part("rollout", "key-value cache", cache, "generation")
         yield Part("rollout", "prompts' workspace", self.activations(shape, element).workspace(prompts), "generation")
         yield Part("rollout", "logits", sequences * shape.vocab * (element + 3 * FP32), "generation")
@@ -149,25 +156,24 @@ class Colocated:
         held = self.teacher.on_rank(layout, stage)
         yield Part("teacher", "weights", weights(held, work.teacher_element), "always")
         yield from scoring(self.teacher, layout, work, self.path)
-        rows = work.response_rows(work.micro_batch(layout), layout)
         if work.signal == "topk":
             kept = -(-work.prompts // layout.data_parallel) * work.longest_response * (12 * work.top_k + 8)
             yield Part("teacher", "top-k of the iteration", kept, "update")
-        elif work.signal == "hidden":
-            yield Part("teacher", "hidden states", rows * self.teacher.hidden * work.teacher_element, "update")
+        else:
+            rows = work.samples(layout) * work.longest_response / layout.context_parallel
+            states = rows * self.teacher.hidden * work.teacher_element
+            yield Part("teacher", "hidden states of an update", states, "update")
 
 
 def scoring(shape: ModelShape, layout: Layout, work: Workload, path: Path) -> Iterator[Part]:
     """What a teacher's forward pass over a micro-batch needs beside its weights."""
     batch, element = work.micro_batch(layout), work.teacher_element
     model = Activations(shape, layout, element, path)
-    # a signal that is made for each micro-batch is made while the student's update goes on
-    phase: Phase = "scoring" if work.signal == "topk" else "update"
-    yield Part("teacher", "workspace", model.workspace(batch), phase)
+    yield Part("teacher", "workspace", model.workspace(batch), "scoring")
     if work.signal == "topk":
         columns = padded_vocab_size(shape.vocab, layout.tensor_parallel) / layout.tensor_parallel
         logits = min(TEACHER_LOGITS, work.response_rows(batch, layout) * columns)
-        yield Part("teacher", "logits, a part at a time", logits * (element + FP32), phase)
+        yield Part("teacher", "logits, a part at a time", logits * (element + FP32), "scoring")
 
 
 def separate_teacher(shape: ModelShape, layout: Layout, work: Workload, reserve: float, path: Path = "fused") -> Memory:

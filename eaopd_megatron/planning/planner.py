@@ -81,16 +81,15 @@ class Planner:
     def refusals(self, layout: Layout, *, teacher: bool = True) -> list[str]:
         """Why neither the student nor a teacher beside it can be cut so."""
         found = faults(self.student.shape, layout)
-        if layout.expert_parallel > 1 and not self.student.shape.experts:
-            found.append(f"student.expert_parallel={layout.expert_parallel} needs a student with experts")
+        for name in ("expert_parallel", "expert_tensor_parallel"):
+            if getattr(layout, name) > 1 and not self.student.shape.experts:
+                found.append(f"student.{name}={getattr(layout, name)} needs a student with experts")
         return found + (faults(self.teacher.shape, layout, "teacher") if teacher else [])
 
     def fitting(self, gpus: int, *, teacher: bool = True) -> list[Option]:
         """Layouts of so many GPUs that fit, best first: the least time, and of about the same time the most room."""
-        models = [self.student.shape, *([self.teacher.shape] if teacher else [])]
-        experts = any(shape.experts for shape in models)
         found = []
-        for layout in layouts(gpus, experts=experts, expert_parallel=bool(self.student.shape.experts)):
+        for layout in layouts(gpus, experts=bool(self.student.shape.experts)):
             if not self.refusals(layout, teacher=teacher) and (best := self._largest(layout, teacher)):
                 found.append(best)
         least = min((option.total for option in found), default=1.0)

@@ -191,8 +191,7 @@ def _options(console: Console, plan: Plan, options: list[Option], title: str) ->
 def _why_none(plan: Plan) -> list[str]:
     """The commonest reasons against layouts of so many GPUs, or what the least needy one still needs."""
     planner = plan.planner
-    experts = bool(planner.student.shape.experts or planner.teacher.shape.experts)
-    every = list(layouts(plan.gpus, experts=experts, expert_parallel=bool(planner.student.shape.experts)))
+    every = list(layouts(plan.gpus, experts=bool(planner.student.shape.experts)))
     possible = [layout for layout in every if not planner.refusals(layout)]
     if possible:
         least = min((planner.option(layout, planner.work) for layout in possible), key=lambda o: o.memory.of("always"))

@@ -40,7 +40,7 @@ class Clock:
         """Decoding in process, one token a step until the longest response ends; stages work one after the other."""
         work, assumed, element = self.work, self.assumed, self.work.student_element
         together = work.generated(layout)
-        batches = -(-work.prompts // layout.data_parallel // together)
+        batches = -(-work.prompts // (layout.generators * together))
         whole = shape.whole()
         read = whole.dense / layout.tensor_parallel
         if shape.experts:

@@ -30,7 +30,7 @@ class Workload:
     teacher_element: int = 2
     recompute: Recompute = "none"
     distributed_optimizer: bool = False
-    offloaded: float = 0.0  # share of the optimiser's states in host memory
+    offloaded_moments: bool = False  # in host memory between updates
 
     @classmethod
     def of(cls, recipe: Recipe) -> Workload:
@@ -45,6 +45,9 @@ class Workload:
             top_k=recipe.objective.build().top_k,
             student_element=BYTES[recipe.student.precision],
             teacher_element=BYTES[recipe.teacher.precision],
+            recompute=recipe.student.recompute,
+            distributed_optimizer=recipe.optimizer.distributed,
+            offloaded_moments=recipe.optimizer.offload == "moments",
         )
 
     @property
@@ -62,13 +65,14 @@ class Workload:
         return -(-self.mini_batch // layout.data_parallel)
 
     def generated(self, layout: Layout) -> int:
-        """Sequences that a data-parallel rank generates together."""
-        return min(self.rollout_batch, -(-self.prompts // layout.data_parallel))
+        """Sequences that a rank generates together; context-parallel ranks have sequences of their own."""
+        return min(self.rollout_batch, -(-self.prompts // layout.generators))
 
     def micro_batch(self, layout: Layout) -> MicroBatch:
         """The largest one."""
         whole = self.samples(layout) * self.longest
-        return MicroBatch(max(self.longest, min(self.micro_batch_tokens, whole)), self.longest)
+        tokens = max(self.longest, min(self.micro_batch_tokens, whole))
+        return MicroBatch(tokens, tokens)
 
     def micro_batches(self, layout: Layout, sequence: float | None = None) -> int:
         """Of an update on a rank, whose sequences have so many tokens (none: the most)."""

@@ -244,15 +244,16 @@ def test_stages_hold_other_layers_than_megatron_gives_them() -> None:
 def test_the_distributed_optimiser_shards_experts_over_the_wrong_ranks() -> None:
     layout = Layout(2, True, 1, 1, 2, 4, 1, data_parallel=4)  # 16 GPUs, 4 copies of each expert
     held = Parameters(dense=800, expert=400)
-    assert memory.optimizer_states(held, layout, 2, distributed=False) == 12 * 1200
-    assert memory.optimizer_states(held, layout, 2, distributed=True) == 12 * (800 / 8 + 400 / 4)
-    assert memory.optimizer_states(held, layout, 4, distributed=True) == 8 * (800 / 8 + 400 / 4)
+    assert memory.moments(held, layout, distributed=False) == 8 * 1200
+    assert memory.moments(held, layout, distributed=True) == 8 * (800 / 8 + 400 / 4)
+    assert memory.main_parameters(held, layout, 2, distributed=True) == 4 * (800 / 8 + 400 / 4)
+    assert memory.main_parameters(held, layout, 4, distributed=True) == 0
 
 
 def test_parallelism_leaves_activations_as_they_are() -> None:
     shape = built_in("Qwen/Qwen3-8B")
     assert shape is not None
-    batch = MicroBatch(8192, 4096)
+    batch = MicroBatch(8192, 8192)
 
     def kept(**changes: Any) -> float:
         recompute = changes.pop("recompute", "none")
@@ -279,7 +280,9 @@ def test_a_phase_that_is_over_is_counted_with_the_next() -> None:
     assert found.largest == max(found.parts, key=lambda part: part.bytes)
 
 
-@pytest.mark.parametrize(("signal", "part"), [("hidden", "hidden states"), ("topk", "top-k of the iteration")])
+@pytest.mark.parametrize(
+    ("signal", "part"), [("hidden", "hidden states of an update"), ("topk", "top-k of the iteration")]
+)
 def test_the_teachers_signal_takes_no_memory(signal: str, part: str) -> None:
     found = Colocated(planner().student.shape, planner().teacher.shape, Layout(), planner(signal=signal).work, 0)
     assert part in {each.name for each in found.memory().parts if each.role == "teacher"}
