@@ -71,5 +71,6 @@ class Assumptions:
             f"mean prompt {self.prompt_share:.0%} and mean response {self.response_share:.0%} of the longest allowed; "
             "the longest response of a batch is the longest allowed",
             f"decoding in process takes at least {self.decode_layer * 1e3:g} ms a layer and token",
-            f"{self.reserve:g} GiB a GPU for CUDA, NCCL and fragmentation; nothing overlaps with computation",
+            f"{self.reserve:g} GiB a GPU for CUDA, NCCL and fragmentation; nothing overlaps with computation; "
+            "experts get equal numbers of tokens",
         )

@@ -104,7 +104,7 @@ def faults(shape: ModelShape, layout: Layout, role: str = "student") -> list[str
         must_divide(layout.expert_parallel, "expert_parallel", shape.experts, "num_experts")
         width = shape.expert_intermediate
         must_divide(layout.expert_tensor_parallel, "expert_tensor_parallel", width, "moe_intermediate_size")
-        if tp > 1 and not layout.sequence_parallel and role == "student":
+        if tp > 1 and not layout.sequence_parallel:
             found.append("experts at student.tensor_parallel above 1 need student.sequence_parallel=true")
     experts = layout.expert_parallel * layout.expert_tensor_parallel * pp
     if layout.gpus % experts:

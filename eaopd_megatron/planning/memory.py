@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from eaopd_megatron.megatron.vocabulary import padded_vocab_size
@@ -153,7 +153,8 @@ class Colocated:
         if self.teacher is None:
             return
         work, layout = self.work, self.layout
-        held = self.teacher.on_rank(layout, stage)
+        shape = replace(self.teacher, tied=False) if work.swapped_rows else self.teacher
+        held = shape.on_rank(layout, stage)
         yield Part("teacher", "weights", weights(held, work.teacher_element), "always")
         yield from scoring(self.teacher, layout, work, self.path)
         if work.signal == "topk":

@@ -16,7 +16,7 @@ from eaopd_megatron.planning.times import Clock
 from eaopd_megatron.planning.workload import Workload
 
 TEACHER_GPUS = (1, 2, 4, 8, 16, 32, 64)
-SAME_TIME = 0.05  # share by which estimates of time must differ to count
+SAME_TIME = 0.02  # share by which estimates of time must differ to count
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Option:
     layout: Layout
     work: Workload
     memory: Memory
-    seconds: dict[str, float]  # an iteration's phases
+    seconds: dict[str, float]  # of an iteration: generation, teacher (scoring), student (forward, backward), ...
 
     @property
     def total(self) -> float:
@@ -72,8 +72,8 @@ class Planner:
         share = work.updates
         seconds = {"generation": clock.generation(self.student.shape, layout)}
         if shape is not None:
-            seconds["teacher scoring"] = share * clock.scoring(shape, layout, clock.tokens(layout))
-        seconds["student forward and backward"] = share * clock.update(self.student.shape, layout)
+            seconds["teacher"] = share * clock.scoring(shape, layout, clock.tokens(layout))
+        seconds["student"] = share * clock.update(self.student.shape, layout)
         seconds["optimiser"] = share * clock.step(self.student.shape, layout)
         seconds["weight sync"] = 0.0  # rollouts run on the weights that are trained
         return Option(layout, work, memory, seconds)

@@ -16,6 +16,7 @@ from eaopd_megatron.planning.planner import Option, Plan, Separate
 
 WIDTH = 100
 SHOWN = 5  # layouts
+PHASES = ("generation", "teacher", "student")  # whose times differ from layout to layout
 SHORT = (
     ("TP", "tensor_parallel"),
     ("PP", "pipeline_parallel"),
@@ -92,6 +93,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "gpus": separate.layout.gpus,
             "layout": short(separate.layout),
             "peak_bytes": separate.memory.peak,
+            "hidden_state_bytes": separate.answer.bytes * separate.layout.gpus,
             "estimated_seconds": separate.seconds,
         },
         "assumptions": list(planner.assumed.lines(planner.gpu)),
@@ -119,10 +121,14 @@ def _gib(count: float) -> str:
     return f"{count / GiB:.2f}" if count >= GiB / 100 else f"{count / GiB:.1g}"
 
 
+def _seconds(count: float) -> str:
+    return f"{count:.1f}" if count >= 1 else f"{count:.2g}"
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
-        table.add_column(name, justify="right" if name in ("GiB", "seconds") else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name in ("GiB", "seconds", *PHASES) else "left", no_wrap=True)
     return table
 
 
@@ -163,8 +169,8 @@ def _traffic(plan: Plan, option: Option) -> Table:
 def _times(option: Option) -> Table:
     table = _table("phase", "seconds")
     for phase, seconds in option.seconds.items():
-        table.add_row(phase, f"{seconds:.1f}")
-    table.add_row("all", f"{option.total:.1f}")
+        table.add_row(phase, _seconds(seconds))
+    table.add_row("all", _seconds(option.total))
     return table
 
 
@@ -175,12 +181,13 @@ def _options(console: Console, plan: Plan, options: list[Option], title: str) ->
             console.print(f"  {line}", soft_wrap=True)
         return
     console.print(f"\n{title} ({len(options)})")
-    table = _table("layout", "GiB", "seconds", "micro-batch", "rollouts")
+    table = _table("layout", "GiB", "seconds", *(phase for phase in PHASES), "micro-batch", "rollouts")
     for option in options[:SHOWN]:
         table.add_row(
             short(option.layout),
             _gib(option.memory.peak),
-            f"{option.total:.0f}",
+            _seconds(option.total),
+            *(_seconds(option.seconds[phase]) if phase in option.seconds else "" for phase in PHASES),
             f"{option.work.micro_batch_tokens} tokens",
             str(option.work.generated(option.layout)),
         )

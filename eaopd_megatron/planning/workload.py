@@ -30,6 +30,7 @@ class Workload:
     teacher_element: int = 2
     recompute: Recompute = "none"
     distributed_optimizer: bool = False
+    swapped_rows: bool = False  # of the teacher's output layer, which is then no part of its embedding
     offloaded_moments: bool = False  # in host memory between updates
 
     @classmethod
@@ -46,8 +47,10 @@ class Workload:
             student_element=BYTES[recipe.student.precision],
             teacher_element=BYTES[recipe.teacher.precision],
             recompute=recipe.student.recompute,
+            swapped_rows=recipe.teacher.terminal_map == "swap",  # at most: where the end tokens differ
             distributed_optimizer=recipe.optimizer.distributed,
-            offloaded_moments=recipe.optimizer.offload == "moments",
+            swapped_rows: bool = False  # of the teacher's output layer, which is then no part of its embedding
+    offloaded_moments=recipe.optimizer.offload == "moments",
         )
 
     @property

@@ -22,6 +22,7 @@ from eaopd_megatron.planning.layouts import Layout, faults, layouts
 from eaopd_megatron.planning.memory import Colocated
 from eaopd_megatron.planning.planner import Plan, Planner
 from eaopd_megatron.planning.shapes import ModelShape, Parameters
+from eaopd_megatron.planning.times import Clock
 from eaopd_megatron.planning.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -288,6 +289,25 @@ def test_the_teachers_signal_takes_no_memory(signal: str, part: str) -> None:
     assert part in {each.name for each in found.memory().parts if each.role == "teacher"}
 
 
+def test_moments_on_the_host_stay_on_the_gpu() -> None:
+    layout, usual = Layout(2, True, data_parallel=4), planner()
+    kept, moved = (
+        Colocated(usual.student.shape, None, layout, replace(usual.work, offloaded_moments=offloaded), 0).memory()
+        for offloaded in (False, True)
+    )
+    held = memory.moments(usual.student.shape.on_rank(layout, 0), layout, distributed=False)
+    assert kept.of("always") - moved.of("always") == moved.of("step") == held
+
+
+def test_a_teacher_with_swapped_rows_shares_them_with_its_embedding() -> None:
+    tied, work = planner().student.shape, planner().work
+    weights = [
+        next(part.bytes for part in Colocated(tied, tied, Layout(), each, 0).memory().parts if part.role == "teacher")
+        for each in (replace(work, swapped_rows=False), replace(work, swapped_rows=True))
+    ]
+    assert weights[1] - weights[0] == 2 * tied.vocab * tied.hidden
+
+
 # Traffic
 
 
@@ -312,6 +332,21 @@ def test_gradients_of_the_distributed_optimiser_are_reduced_to_all() -> None:
     (sharded,) = traffic.gradients(held, layout, 2, distributed=True)
     assert plain.bytes == 2 * 3 / 4 * 4 * 1000
     assert sharded.bytes == 3 / 4 * (4 + 2) * 1000
+
+
+# Times
+
+
+def test_an_estimate_forgets_the_bubble_or_the_launches() -> None:
+    shape, work = planner().student.shape, replace(planner().work, mini_batch=8, micro_batch_tokens=5120)
+    clock = planner().clock(work)
+    free = Clock(replace(clock.gpu, host_link=1e30, network=1e30), clock.assumed, work)
+    whole, staged = (free.scoring(shape, layout, 8 * 5120, head=False) for layout in (Layout(), Layout(1, False, 4)))
+    assert staged == pytest.approx(whole / 4 * (1 + 3 / 8))
+    assert clock.generation(shape, Layout(8, True)) > work.longest_response * shape.layers * clock.assumed.decode_layer
+    assert clock.update(shape, Layout()) < Clock(clock.gpu, clock.assumed, replace(work, recompute="full")).update(
+        shape, Layout()
+    )
 
 
 # The plan
@@ -390,7 +425,7 @@ def test_plan_writes_no_file_and_says_nothing(planned: Callable[..., Any], tmp_p
 def test_the_fastest_layout_is_not_first() -> None:
     found = Plan(planner(), Layout(2, True, data_parallel=4), 8).options
     assert len(found) > 3
-    assert found[0].total <= 1.05 * min(option.total for option in found)
+    assert found[0].total <= 1.02 * min(option.total for option in found)
     assert all(option.memory.peak <= 80 * GiB for option in found)
 
 
