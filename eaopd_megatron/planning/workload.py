@@ -49,8 +49,7 @@ class Workload:
             recompute=recipe.student.recompute,
             swapped_rows=recipe.teacher.terminal_map == "swap",  # at most: where the end tokens differ
             distributed_optimizer=recipe.optimizer.distributed,
-            swapped_rows: bool = False  # of the teacher's output layer, which is then no part of its embedding
-    offloaded_moments=recipe.optimizer.offload == "moments",
+            offloaded_moments=recipe.optimizer.offload == "moments",
         )
 
     @property
