@@ -20,6 +20,7 @@ class Gpu:
     bandwidth: float  # of its memory, bytes a second
     host_link: float  # to the GPUs of its host
     network: float  # its share of the way to other hosts
+    processor: float  # to its host's memory
 
     def link(self, span: int, per_host: int) -> float:
         """The slowest link in a group whose ranks lie within so many consecutive GPUs."""
@@ -29,10 +30,10 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80, 312e12, 2.04e12, 300e9, 25e9),
-        Gpu("h100", 80, 989e12, 3.35e12, 450e9, 50e9),
-        Gpu("h200", 141, 989e12, 4.8e12, 450e9, 50e9),
-        Gpu("b200", 180, 2250e12, 8.0e12, 900e9, 50e9),
+        Gpu("a100", 80, 312e12, 2.04e12, 300e9, 25e9, 25e9),
+        Gpu("h100", 80, 989e12, 3.35e12, 450e9, 50e9, 50e9),
+        Gpu("h200", 141, 989e12, 4.8e12, 450e9, 50e9, 50e9),
+        Gpu("b200", 180, 2250e12, 8.0e12, 900e9, 50e9, 50e9),
     )
 }
 
@@ -64,7 +65,8 @@ class Assumptions:
         """In words."""
         return (
             f"{gpu.name}: {gpu.peak / 1e12:.0f} TFLOP/s bf16, memory {gpu.bandwidth / 1e12:.2f} TB/s, links "
-            f"{gpu.host_link / 1e9:.0f} GB/s in a host, {gpu.network / 1e9:.0f} GB/s between hosts",
+            f"{gpu.host_link / 1e9:.0f} GB/s in a host, {gpu.network / 1e9:.0f} GB/s between hosts, "
+            f"{gpu.processor / 1e9:.0f} GB/s to the host's memory",
             f"reached: {self.training_mfu:.0%} of the peak in training, {self.scoring_mfu:.0%} in scoring "
             f"(x{self.expert_factor:g} with experts), {self.bandwidth_share:.0%} of memory's bandwidth, "
             f"{self.link_share:.0%} of links'",

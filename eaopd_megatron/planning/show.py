@@ -203,10 +203,13 @@ def _why_none(plan: Plan) -> list[str]:
     if possible:
         least = min((planner.option(layout, planner.work) for layout in possible), key=lambda o: o.memory.of("always"))
         part = least.memory.largest
-        return [
+        reasons = [
             f"{len(possible)} of {len(every)} layouts can be cut; {short(least.layout)} keeps least, "
             f"{_gib(least.memory.of('always'))} GiB always (most: {part.role} {part.name}, {_gib(part.bytes)})"
         ]
+        if planner.teacher.shape.experts and not planner.student.shape.experts:
+            reasons.append("beside a student without experts only pipeline stages share the teacher's experts")
+        return reasons
     return list(dict.fromkeys(fault for layout in every for fault in planner.refusals(layout)))[:SHOWN]
 
 

@@ -9,7 +9,7 @@ from eaopd_megatron.planning import traffic
 from eaopd_megatron.planning.flops import BACKWARD, forward_flops
 from eaopd_megatron.planning.hardware import Assumptions, Gpu
 from eaopd_megatron.planning.layouts import GPUS_PER_HOST, Layout
-from eaopd_megatron.planning.memory import kv_cache
+from eaopd_megatron.planning.memory import kv_cache, moments
 from eaopd_megatron.planning.shapes import ModelShape
 from eaopd_megatron.planning.workload import Workload
 
@@ -85,7 +85,12 @@ class Clock:
         distributed = self.work.distributed_optimizer
         own = held.total / (layout.data_parallel * layout.context_parallel if distributed else 1)
         touched = own * OPTIMIZER_BYTES / (self.gpu.bandwidth * self.assumed.bandwidth_share)
-        return touched + self.sent(self.reduction(shape, layout))
+        fetched = 2 * moments(held, layout, distributed=distributed) if self.work.offloaded_moments else 0.0
+        return (
+            touched
+            + fetched / (self.gpu.processor * self.assumed.link_share)
+            + self.sent(self.reduction(shape, layout))
+        )
 
     def reduction(self, shape: ModelShape, layout: Layout) -> list[traffic.Flow]:
         """Of an update's gradients."""

@@ -58,25 +58,31 @@ def check_parameters(group: dist.ProcessGroup, configs: list[dict[str, Any]], la
 
 
 def check_training_state(
-    group: dist.ProcessGroup, config: dict[str, Any], layout: dict[str, Any], precision: Literal["fp32", "bf16"]
+    group: dist.ProcessGroup,
+    config: dict[str, Any],
+    layout: dict[str, Any],
+    precision: Literal["fp32", "bf16"],
+    distributed: bool,
 ) -> None:
-    """Bytes of gradients and of the optimiser's tensors."""
+    """Bytes of weights, gradients and the optimiser's tensors; distributed ones over the ranks that share them."""
     with arranged(layout) as (parallel, where):
-        ddp = wrap(built(config, parallel, precision), parallel)
+        ddp = wrap(built(config, parallel, precision), parallel, distributed=distributed)
         optimizer = build_optimizer(
             ddp, lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision=precision
         )
         held = ModelShape.of(config).on_rank(where, parallel.pp_rank)
+        assert memory.weights(held, BYTES[precision]) == sum(p.nbytes for p in ddp.parameters())
         assert memory.gradients(held) == sum(getattr(p, "main_grad").nbytes for p in ddp.parameters())  # noqa: B009
         found = 0
         for part in optimizer.chained_optimizers:
             found += sum(t.nbytes for state in part.optimizer.state.values() for t in state.values() if t.dim())
             if precision == "bf16":
-                found += sum(p.nbytes for each in part.param_groups for p in each["params"])
-        said = memory.moments(held, where, distributed=False)
-        said += memory.main_parameters(held, where, BYTES[precision], distributed=False)
-        assert said == found, f"{precision}: {said} planned, {found} held"
-        assert memory.weights(held, BYTES[precision]) == sum(p.nbytes for p in ddp.parameters())
+                found += sum(p.nbytes for each in part.optimizer.param_groups for p in each["params"])
+        said = memory.moments(held, where, distributed=distributed)
+        said += memory.main_parameters(held, where, BYTES[precision], distributed=distributed)
+        both = torch.tensor([said, found], dtype=torch.float64)
+        dist.all_reduce(both, group=parallel.dp_group)
+        assert both[0] == both[1], f"{precision}, distributed {distributed}: planned, held: {both.tolist()}"
 
 
 def check_activations(

@@ -29,6 +29,8 @@ TIED = TINY | {"tie_word_embeddings": True, "vocab_size": 700}
 WIDE = TINY | {"hidden_size": 64, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 32}
 """More MLP, wider heads than the hidden size has room for."""
 FEW_KEYS = TINY | {"num_hidden_layers": 3, "num_key_value_heads": 2, "intermediate_size": 64, "hidden_size": 160}
+BIASED = TIED | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "head_dim": 12}
+LLAMA = TINY | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_dim": 12}
 EXPERTS = TINY | {
     "model_type": "qwen3_moe",
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -59,7 +61,7 @@ def ranks() -> Iterator[Ranks]:
     ids=str,
 )
 def test_parameters_are_estimated(ranks: Ranks, layout: dict[str, Any]) -> None:
-    ranks.run(CHECKS, "check_parameters", configs=[TINY, TIED], layout=layout)
+    ranks.run(CHECKS, "check_parameters", configs=[TINY, TIED, BIASED, LLAMA], layout=layout)
 
 
 @pytest.mark.parametrize("layout", [{}, SP2, SP2 | {"expert_tensor_parallel": 2}, {"expert_parallel": 4}], ids=str)
@@ -67,9 +69,10 @@ def test_experts_are_counted_on_the_wrong_ranks(ranks: Ranks, layout: dict[str, 
     ranks.run(CHECKS, "check_parameters", configs=[EXPERTS], layout=layout)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gradients_and_optimiser_are_estimated(ranks: Ranks, precision: str) -> None:
-    ranks.run(CHECKS, "check_training_state", config=TIED, layout=SP2, precision=precision)
+@pytest.mark.parametrize(("precision", "distributed"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_gradients_and_optimiser_are_estimated(ranks: Ranks, precision: str, distributed: bool) -> None:
+    arguments = {"config": TIED, "layout": SP2, "precision": precision, "distributed": distributed}
+    ranks.run(CHECKS, "check_training_state", **arguments)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor_parallel": 2}, SP2], ids=str)

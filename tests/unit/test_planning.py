@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +89,12 @@ def planner(teacher: str = "8B", *, limit: float = 80, **changes: Any) -> Planne
     work = replace(Workload.of(load_recipe(RECIPES[-1])), **changes)
     student, other = (find_model(f"Qwen/Qwen3-{size}", "student.model") for size in ("4B-Base", teacher))
     return Planner(student, other, work, gpu_named("h100"), limit)
+
+
+def test_planning_waits_for_megatron() -> None:
+    program = "import sys, eaopd_megatron.planning.command; print({'megatron', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "set()\n"
 
 
 # Parameters
