@@ -16,12 +16,17 @@ from tests.ranks import Ranks
 
 CHECKS = Path(__file__).with_name("checks_models.py")
 TP2_SP = {"tensor_parallel": 2, "sequence_parallel": True}
+PP2 = {"pipeline_parallel": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP1": {},
     "TP2": {"tensor_parallel": 2},
     "TP2+SP": TP2_SP,
     "TP4": {"tensor_parallel": 4},
+    "PP2": PP2,
+    "TP2+SP, PP2": {**TP2_SP, **PP2},
+    "CP2": {"context_parallel": 2},
 }
+
 EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
     "TP1": {},
     "EP2": {"expert_parallel": 2},
@@ -29,12 +34,16 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2+SP": TP2_SP,
     "TP2+SP, ETP2": {**TP2_SP, "expert_tensor_parallel": 2},
     "TP2+SP, EP2": {**TP2_SP, "expert_parallel": 2},
+    "PP2": PP2,
+    "PP2, EP2": {**PP2, "expert_parallel": 2},
+    "CP2, EP2": {"context_parallel": 2, "expert_parallel": 2},
 }
 CASES = [
-    (name, layout)
+    (name, label, layout)
     for name, (kind, _) in tiny_models.MODELS.items()
-    for layout in (EXPERT_LAYOUTS if kind == "qwen3_moe" else LAYOUTS)
+    for label, layout in (EXPERT_LAYOUTS if kind == "qwen3_moe" else LAYOUTS).items()
 ]
+CASES.append(("qwen2_yarn", "PP2, two chunks a rank", {**PP2, "virtual_pipeline": 2}))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +60,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in tiny_models.MODELS}
 
 
-@pytest.mark.parametrize(("name", "layout"), CASES)
-def test_logits_and_gradients_are_transformers(ranks: Ranks, folders: dict[str, Path], name: str, layout: str) -> None:
+@pytest.mark.parametrize(("name", "label", "layout"), CASES, ids=[f"{name} {label}" for name, label, _ in CASES])
+def test_logits_and_gradients_are_transformers(
+    ranks: Ranks, folders: dict[str, Path], name: str, label: str, layout: dict[str, Any]
+) -> None:
     """Sequences are longer than the original context of the scaled rotary positions."""
-    kinds = {**LAYOUTS, **EXPERT_LAYOUTS}
-    ranks.run(CHECKS, "check_logits_and_gradients", folder=str(folders[name]), layout=kinds[layout])
+    ranks.run(CHECKS, "check_logits_and_gradients", folder=str(folders[name]), layout=layout)
