@@ -56,12 +56,12 @@ some valid rows and one none.
 """
 
 
-def build(name: str) -> Any:
-    """The transformers model, fp32, the same at every call."""
+def build(name: str, **changes: Any) -> Any:
+    """The transformers model, fp32, the same at every call; changes: keys of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, own = MODELS[name]
-    shape = {**SHAPE, "rope_parameters": ROPE["default"], **own}
+    shape = {**SHAPE, "rope_parameters": ROPE["default"], **own, **changes}
     if kind == "qwen2":
         del shape["head_dim"]  # its configurations have none
     torch.manual_seed(shape["vocab_size"])

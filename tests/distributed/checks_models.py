@@ -97,16 +97,26 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
     assert difference <= LIMIT, f"{what}: {difference:.2e} apart, the largest is {theirs.abs().max().item():.2e}"
 
 
-def check_round_trip(group: dist.ProcessGroup, folder: str, out: str, tp: int, shard_bytes: int) -> None:
-    """Import at tp, export: the same names, dtypes and bits."""
-    with arranged(Layout(tp)) as parallel:
+def check_round_trip(
+    group: dist.ProcessGroup, folder: str, out: str, layout: dict[str, Any], shard_bytes: int, files: int
+) -> None:
+    """Import, export: the same names, dtypes and bits."""
+    with arranged(Layout(**layout)) as parallel:
         source = HfFolder.open(folder)
         export_hf(loaded(source, parallel), parallel, source, Path(out), max_shard_bytes=shard_bytes)
-        if parallel.rank == 0:
+        if parallel.is_main:
             same_tensors(Path(folder), Path(out))
-            assert len(list(Path(out).glob("*.safetensors"))) == (1 if shard_bytes > 10**6 else 3)
+            assert len(list(Path(out).glob("*.safetensors"))) == files
             assert not list(Path(out).parent.glob(f".{Path(out).name}*")), "something was left beside the folder"
         dist.barrier()
+
+
+def check_import(group: dist.ProcessGroup, folder: str, out: str, layout: dict[str, Any]) -> None:
+    """What was written has transformers' logits."""
+    said: list[str] = []
+    with arranged(Layout(**layout)) as parallel:
+        import_folder(folder, Path(out), parallel, verify=True, say=said.append)
+        assert any(line.startswith("verify: largest difference") for line in said) == parallel.is_main
 
 
 def same_tensors(one: Path, other: Path) -> None:
