@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def _expected(model: Any) -> dict[str, torch.Tensor]:
     weight = torch.randn(3, LENGTH, vocab) * 0.002
     logits = model(tokens).logits
     (weight * logits**2 / 2).sum().backward()
+    gradients = on_disk((f"grad.{name}", parameter.grad.clone()) for name, parameter in model.named_parameters())
     lengths = torch.tensor([LENGTH, 5, 8])
     padded = torch.zeros_like(tokens)
     mask = torch.zeros_like(tokens)
@@ -102,22 +104,21 @@ def _expected(model: Any) -> dict[str, torch.Tensor]:
         mask[row, LENGTH - length :] = 1
     generated = model.generate(padded, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     values = {"tokens": tokens, "weight": weight, "logits": logits.detach(), "lengths": lengths}
-    return {**values, "generated": generated[:, LENGTH:].contiguous(), **_gradients(model)}
+    return {**values, "generated": generated[:, LENGTH:].contiguous(), **gradients}
 
 
-def _gradients(model: Any) -> dict[str, torch.Tensor]:
-    """By the names of the tensors on disk, where each expert has its own."""
+def on_disk(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A transformers model's tensors by the names that they have on disk, where each expert has its own."""
     found = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad.clone()
+    for name, tensor in tensors:
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            found[name] = gradient
+            found[name] = tensor
             continue
         prefix, _, kind = name.rpartition(".")
-        for expert, part in enumerate(gradient):
+        for expert, part in enumerate(tensor):
             if kind == "down_proj":
                 found[f"{prefix}.{expert}.down_proj.weight"] = part.clone()
             else:
                 for half, rows in zip(("gate_proj", "up_proj"), part.chunk(2), strict=True):
                     found[f"{prefix}.{expert}.{half}.weight"] = rows.clone()
-    return {f"grad.{name}": gradient for name, gradient in found.items()}
+    return found
