@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.checkpoint import store
-from eaopd_megatron.checkpoint.distributed import load_sharded, restore, save_sharded, training_state
+from eaopd_megatron.checkpoint.distributed import Prepared, load_sharded, restore, save_sharded, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
@@ -131,21 +131,21 @@ def check_disk_full(group: Any, folder: str, hf: str, rank: int, file: str, limi
 @contextlib.contextmanager
 def _failing_disk(here: bool, file: str, limit: int | None) -> Iterator[None]:
     """On one rank: `file` is a full device, or no file may grow beyond `limit` bytes (a write that fails half way)."""
-    save, soft = store.save_sharded, resource.getrlimit(resource.RLIMIT_FSIZE)
+    write, soft = store.write_sharded, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_full_disk(folder: Path, state: dict[str, Any], parallel: Parallel) -> None:
+    def on_a_full_disk(folder: Path, prepared: Prepared, parallel: Parallel, group: Any) -> None:
         if here and limit is None:
             (folder / file).symlink_to("/dev/full")
         elif here and limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, soft[1]))
         dist.barrier()
-        save(folder, state, parallel)
+        write(folder, prepared, parallel, group)
 
-    store.save_sharded = on_a_full_disk
+    store.write_sharded = on_a_full_disk
     try:
         yield
     finally:
-        store.save_sharded = save
+        store.write_sharded = write
         resource.setrlimit(resource.RLIMIT_FSIZE, soft)
 
 
@@ -176,7 +176,7 @@ def check_error_of_one_rank(group: Any, folder: str, hf: str) -> None:
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
         _raises(RuntimeError, "Invalid access pattern", lambda: checkpoints.save(1, state, {}, None, parallel))
         dist.barrier()
-        assert os.listdir(checkpoints.folder) == []
+        assert not checkpoints.folder.exists()
 
 
 def check_damaged_checkpoint(group: Any, folder: str, hf: str) -> None:
@@ -191,10 +191,19 @@ def check_damaged_checkpoint(group: Any, folder: str, hf: str) -> None:
             content = bytearray(damaged.read_bytes())
             content[len(content) // 2] ^= 1
             damaged.write_bytes(content)
-        before = trainer.values()
         expected = f"damaged checkpoint: {damaged} has other contents"
-        _raises(UserError, expected, lambda: checkpoints.load_sharded(path, training_state(trainer.model), parallel))
-        _equal(before, trainer.values())
+        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel))
+        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel, fall_back=True))  # to none
+        later = checkpoints.save(2, training_state(trainer.model), {}, None, parallel)
+        dist.barrier()
+        if parallel.is_main:
+            (later / "sharded" / "common.pt").unlink()
+        said: list[str] = []
+        _raises(UserError, "common.pt is missing", lambda: checkpoints.newest_whole(parallel))
+        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel, fall_back=True, say=said.append))
+        assert len(said) == 1 and said[0].startswith(f"damaged checkpoint: {later}/sharded/common.pt is missing"), said
+        assert said[0].endswith(f"it is now step_000002.damaged: falling back to {path}"), said
+        assert sorted(os.listdir(checkpoints.folder)) == ["step_000001", "step_000002.damaged"]
 
 
 def check_tensors_that_do_not_fit(group: Any, folder: str, hf: str) -> None:

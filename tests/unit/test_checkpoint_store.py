@@ -38,10 +38,11 @@ CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 def one_file_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are the bytes in the state, so that no ranks are needed."""
 
-    def save(folder: Path, state: dict[str, Any], parallel: Parallel) -> None:
+    def write(folder: Path, state: dict[str, Any], parallel: Parallel, group: Any) -> None:
         (folder / "__0_0.distcp").write_bytes(state["weights"])
 
-    monkeypatch.setattr(store, "save_sharded", save)
+    monkeypatch.setattr(store, "prepare_sharded", lambda state, parallel, copy: state)
+    monkeypatch.setattr(store, "write_sharded", write)
 
 
 def save(folder: Path, step: int, keep: int = 2, weights: bytes | None = None) -> Path:
