@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -133,7 +134,7 @@ def _failing_disk(here: bool, file: str, limit: int | None) -> Iterator[None]:
     """On one rank: `file` is a full device, or no file may grow beyond `limit` bytes (a write that fails half way)."""
     write, soft = store.write_sharded, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_full_disk(folder: Path, prepared: Prepared, parallel: Parallel, group: Any) -> None:
+    def on_a_full_disk(folder: Path, prepared: Prepared, parallel: Parallel, group: Any = None) -> None:
         if here and limit is None:
             (folder / file).symlink_to("/dev/full")
         elif here and limit is not None:
@@ -147,6 +148,69 @@ def _failing_disk(here: bool, file: str, limit: int | None) -> Iterator[None]:
     finally:
         store.write_sharded = write
         resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+
+
+def check_background_save(group: Any, folder: str, hf: str) -> None:
+    """What is written is the state at the save, though training changes every tensor and uses its groups meanwhile."""
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        overlapped: dict[str, Any] = {"distributed": True, "overlap": True, "bucket_size": 3000}
+        trainer = Trainer(hf, parallel, **overlapped)
+        checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2, background=True)
+        trainer.train(LEARNING_RATES[:1])
+        saved, go = trainer.whole(), threading.Event()
+        write = store.write_sharded
+
+        def late(*arguments: Any) -> None:
+            assert go.wait(30)
+            write(*arguments)
+
+        store.write_sharded = late  # type: ignore[assignment]
+        path = checkpoints.save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+        figures = trainer.train(LEARNING_RATES[1:2])
+        assert checkpoints.latest() is None, "seen before it is complete"
+        go.set()
+        figures += trainer.train(LEARNING_RATES[2:])
+        checkpoints.wait()
+        store.write_sharded = write
+        assert checkpoints.newest_whole(parallel) == path
+        second = Trainer(hf, parallel, **overlapped)
+        second.train(LEARNING_RATES[:1])
+        wanted = training_state(second.model, second.optimizer, loading=True)
+        restore(second.model, second.optimizer, checkpoints.load_sharded(path, wanted, parallel))
+        _equal(saved, second.whole())
+        assert second.train(LEARNING_RATES[1:]) == figures
+        _equal(trainer.whole(), second.whole())
+
+
+def check_background_save_on_a_full_disk(group: Any, folder: str, hf: str) -> None:
+    """The thread's error on one rank is every rank's, at the next save, and training's groups are as they were."""
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel)
+        checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2, background=True)
+
+        def save(step: int) -> Path:
+            return checkpoints.save(step, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+
+        good = save(1)
+        checkpoints.wait()
+        with _failing_disk(parallel.rank == 1, "__1_0.distcp", None):
+            failed = save(2)
+            _end_thread()
+        _raises(UserError, f"disk full while saving {failed}; the last good checkpoint is {good}", lambda: save(3))
+        dist.barrier()
+        assert os.listdir(checkpoints.folder) == ["step_000001"]
+        save(3)
+        checkpoints.wait()
+        assert checkpoints.newest_whole(parallel) == checkpoints.folder / "step_000003"
+
+
+def _end_thread() -> None:
+    """Let the thread end, without the error that it may have met."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def check_killed_before_the_rename(group: Any, folder: str, hf: str) -> None:

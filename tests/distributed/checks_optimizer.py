@@ -10,6 +10,7 @@ import torch
 from eaopd_megatron.checkpoint.distributed import restore, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
+from eaopd_megatron.megatron.attention import CoreAttention
 from eaopd_megatron.megatron.forward import head_of, hidden_of
 from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.megatron.overlap import wait_for_gathers
@@ -156,6 +157,51 @@ def check_reduction_begins_with_the_last_micro_batch(group: Any, folder: str, hf
         hook.remove()
         assert started == [2], "one reduction an update, in the backward of the second of two micro-batches"
         assert len(forwards) == 2
+
+
+class EngineAttention(CoreAttention):
+    """As Transformer Engine's modules: state that is no tensor of the model, a blob a layer."""
+
+    blob: torch.Tensor
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.blob
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.blob = state
+
+
+def _as_engine(trainer: Trainer, offset: int) -> list[EngineAttention]:
+    attentions: list[Any] = [layer.self_attention.core_attention for layer in trainer.model.gpts[0].decoder.layers]
+    for number, attention in enumerate(attentions):
+        attention.__class__ = EngineAttention
+        attention.blob = torch.tensor([offset + number], dtype=torch.uint8)
+    return attentions
+
+
+def check_extra_state(group: Any, folder: str, hf: str) -> None:
+    """Transformer Engine's state goes with its layer, PP2 to TP2; with and without Engine one loads the other's."""
+    paths = {engine: CheckpointStore(Path(folder) / f"engine={engine}", 1) for engine in (True, False)}
+    with world(f"{folder}/before", 2, Layout(pipeline_parallel=2)) as parallel:
+        if parallel is not None:
+            trainer = Trainer(hf, parallel)
+            paths[False].save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+            _as_engine(trainer, 10 + parallel.pp_rank)
+            paths[True].save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+    with world(f"{folder}/after", 2, Layout(2)) as parallel:
+        if parallel is not None:
+            for saved, loading, expected in ((True, True, [10, 11]), (False, True, [0, 1]), (True, False, [])):
+                trainer = Trainer(hf, parallel)
+                attentions = _as_engine(trainer, 0) if loading else []
+                with torch.no_grad():
+                    for parameter in trainer.model.parameters():
+                        parameter.fill_(7.0)
+                path = paths[saved].latest()
+                assert path is not None
+                wanted = training_state(trainer.model, trainer.optimizer, loading=True)
+                restore(trainer.model, trainer.optimizer, paths[saved].load_sharded(path, wanted, parallel))
+                assert [int(attention.blob) for attention in attentions] == expected
+                _same(trainer.whole(), tensors(hf), 0.0)
 
 
 def check_states_are_parts(group: Any, folder: str, hf: str) -> None:

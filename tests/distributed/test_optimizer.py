@@ -120,7 +120,12 @@ def test_states_elsewhere_change_no_update(
 
 @pytest.mark.parametrize(
     "check",
-    ["check_loss_waits_for_its_weight", "check_reduction_begins_with_the_last_micro_batch", "check_states_are_parts"],
+    [
+        "check_loss_waits_for_its_weight",
+        "check_reduction_begins_with_the_last_micro_batch",
+        "check_states_are_parts",
+        "check_extra_state",
+    ],
 )
 def test_on_two_ranks(ranks: Ranks, models: dict[str, str], tmp_path: Path, check: str) -> None:
     ranks.run(CHECKS, check, folder=str(tmp_path), hf=models["untied"])
