@@ -67,6 +67,11 @@ def _check_experts(hf: Any, layout: Layout, folder: str) -> None:
         )
     if hf.num_experts_per_tok == 1 and hf.norm_topk_prob:
         raise UserError(f"{folder}: num_experts_per_tok=1 with norm_topk_prob gives the router no gradient")
+    if min(layout.expert_parallel, layout.expert_tensor_parallel) > 1 and not torch.cuda.is_available():
+        raise UserError(
+            f"{folder}: expert_parallel={layout.expert_parallel} with expert_tensor_parallel="
+            f"{layout.expert_tensor_parallel} needs CUDA: gloo cannot gather unequal numbers of tokens; set one to 1"
+        )
     if layout.tensor_parallel > 1 and not layout.sequence_parallel:
         raise UserError(
             f"{folder}: experts under tensor_parallel={layout.tensor_parallel} need sequence_parallel=true, "
@@ -108,6 +113,9 @@ def transformer_config(hf: Any, layout: Layout, dtype: torch.dtype, recompute: R
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
         variable_seq_lengths=layout.pipeline_parallel > 1,  # micro-batches differ in length
+        # interleaved: on two stages a batched exchange would mix up the tensors of its two directions
+        batch_p2p_comm=layout.virtual_pipeline == 1,
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks of dense models too
         sequence_parallel=layout.sequence_parallel and layout.tensor_parallel > 1,
         params_dtype=dtype,

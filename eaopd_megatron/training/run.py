@@ -117,7 +117,7 @@ class Run:
         """Record the iteration, evaluate and save where it is time, and stop in good order if a signal asked for it."""
         self._measure(samples)
         self.iteration += 1
-        record = self.averages.reduce(self.parallel.dp_group)
+        record = self.averages.reduce(dist.group.WORLD)
         self.averages = Averages()
         self._write_rollouts(samples)
         last = self.iteration == self.recipe.train.iterations
@@ -152,6 +152,8 @@ class Run:
     # What an iteration leaves behind
 
     def _measure(self, samples: list[Sample]) -> None:
+        if not self.parallel.speaks or self.parallel.cp_rank:  # context-parallel ranks have the same samples
+            return
         add = self.averages.add
         add("rollout/length", torch.tensor([len(s.response_ids) for s in samples]))
         add("rollout/stopped", torch.tensor([s.finish_reason == "stop" for s in samples]))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,19 +25,19 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.forward import logits_of
-from eaopd_megatron.megatron.generation import Decoder
+from eaopd_megatron.megatron.generation import Decoder, decoding
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
-from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, wrap
+from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, step, wrap
 
 LIMIT = 1e-5
 
 
 @contextlib.contextmanager
-def arranged(tp: int, sp: bool = False) -> Iterator[Parallel]:
+def arranged(layout: Layout) -> Iterator[Parallel]:
     """Megatron's groups at a layout for the length of a check."""
     try:
-        yield groups.arrange(Layout(tp, sp))
+        yield groups.arrange(layout)
     finally:
         groups.disband()
 
@@ -51,18 +53,22 @@ def whole_logits(model: ModelChunks, tokens: torch.Tensor) -> torch.Tensor:
     return gather_from_tensor_model_parallel_region(logits_of(model, tokens))
 
 
-def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, tp: int, sp: bool) -> None:
+def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: dict[str, Any]) -> None:
     """The loss is Σ weight · logits² / 2: linear in nothing, and blind to the padding's logits, which are zero."""
     expected = load_file(Path(folder) / "expected" / "values.safetensors")
-    with arranged(tp, sp) as parallel:
+    with arranged(Layout(**layout)) as parallel:
         source = HfFolder.open(folder)
         check_config(source.config, parallel.layout, folder)
         model = loaded(source, parallel)
         model.eval()
         ddp = wrap(model, parallel)
+        optimizer = build_optimizer(
+            ddp, lr=0, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision="fp32"
+        )
         ddp.zero_grad_buffer()
         shard = logits_of(model, expected["tokens"])
 
+        tp = parallel.tp_size
         padded = shard.shape[-1] * tp
         weight = torch.nn.functional.pad(expected["weight"], (0, padded - source.vocab_size))
         (weight.chunk(tp, dim=-1)[parallel.tp_rank] * shard**2 / 2).sum().backward()
@@ -74,14 +80,15 @@ def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, tp: int, s
         close(logits[..., : source.vocab_size], expected["logits"], "logits")
         assert not logits[..., source.vocab_size :].any(), "the padding's rows are not zero"
         gradients = {name: getattr(p, "main_grad") for name, p in model.global_parameters().items()}  # noqa: B009
-        seen = {name for name, tensor in gather_hf(gradients, source, parallel) if agrees(name, tensor, expected)}
-        if parallel.tp_rank == 0:
-            assert seen == {name[5:] for name in expected if name.startswith("grad.")}
-
-
-def agrees(name: str, gradient: torch.Tensor, expected: dict[str, torch.Tensor]) -> bool:
-    close(gradient, expected[f"grad.{name}"], f"gradient of {name}")
-    return True
+        theirs = {name[5:]: gradient for name, gradient in expected.items() if name.startswith("grad.")}
+        seen = set()
+        for name, gradient in gather_hf(gradients, source, parallel):
+            close(gradient, theirs[name], f"gradient of {name}")
+            seen.add(name)
+        assert seen == (theirs.keys() if parallel.is_main else set())
+        norm = torch.stack([gradient.norm() for gradient in theirs.values()]).norm().item()
+        _, found = step(optimizer)
+        assert math.isclose(found, norm, rel_tol=LIMIT), f"norm of the gradient: {found}, not {norm}"
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
@@ -91,7 +98,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
 
 def check_round_trip(group: dist.ProcessGroup, folder: str, out: str, tp: int, shard_bytes: int) -> None:
     """Import at tp, export: the same names, dtypes and bits."""
-    with arranged(tp) as parallel:
+    with arranged(Layout(tp)) as parallel:
         source = HfFolder.open(folder)
         export_hf(loaded(source, parallel), parallel, source, Path(out), max_shard_bytes=shard_bytes)
         if parallel.rank == 0:
@@ -116,7 +123,7 @@ def same_tensors(one: Path, other: Path) -> None:
 
 
 def check_export_in_another_dtype(group: dist.ProcessGroup, folder: str, out: str) -> None:
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         source = HfFolder.open(folder)
         export_hf(loaded(source, parallel), parallel, source, Path(out), torch.bfloat16)
         if parallel.rank == 0:
@@ -129,7 +136,7 @@ def check_export_in_another_dtype(group: dist.ProcessGroup, folder: str, out: st
 def check_swapped_rows(group: dist.ProcessGroup, folder: str, tp: int) -> None:
     """The two ids exchange their logits; what a token means on the input side stays."""
     expected = load_file(Path(folder) / "expected" / "values.safetensors")
-    with arranged(tp) as parallel:
+    with arranged(Layout(tp)) as parallel:
         source = HfFolder.open(folder)
         one, other = 3, source.vocab_size - 1  # on different ranks where a rank's rows end between them
         theirs = expected["logits"].clone()
@@ -162,21 +169,27 @@ def check_decoding(group: dist.ProcessGroup, folder: str, tp: int, sp: bool) -> 
     expected = load_file(Path(folder) / "expected" / "values.safetensors")
     tokens, lengths, new = expected["tokens"], expected["lengths"].tolist(), expected["generated"].shape[1]
     prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-    with arranged(tp, sp) as parallel:
+    with arranged(Layout(tp, sp)) as parallel:
         source = HfFolder.open(folder)
-        model = loaded(source, parallel).eval()
+        model = loaded(source, parallel)
         for rows in (slice(0, len(prompts)), slice(0, 1)):  # with padding, and without
-            decoder = Decoder(model, prompts[rows], new, parallel.device)
-            found = [decoder.prefill()[:, : source.vocab_size].argmax(-1)]
-            while len(found) < new:
-                found.append(decoder.step(found[-1])[:, : source.vocab_size].argmax(-1))
+            with decoding(model):
+                decoder = Decoder(model, prompts[rows], new, parallel)
+                found = [greedy(decoder.prefill(), source)]
+                while len(found) < new:
+                    found.append(greedy(decoder.step(found[-1]), source))
             assert torch.equal(torch.stack(found, dim=1), expected["generated"][rows])
         assert model.config.sequence_parallel == (sp and tp > 1)
 
 
+def greedy(logits: torch.Tensor | None, source: HfFolder) -> torch.Tensor:
+    assert logits is not None
+    return logits[:, : source.vocab_size].argmax(-1)
+
+
 def check_step_folder(group: dist.ProcessGroup, folder: str, out: str) -> None:
     """Save a training checkpoint: weights and optimiser at TP2 × DP2."""
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         optimizer = build_optimizer(
@@ -203,7 +216,7 @@ def small_files() -> Iterator[None]:
 
 def check_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
     """One rank writes and fails, while another gathers for it."""
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         export_hf(model, parallel, source, Path(out))
@@ -217,7 +230,7 @@ def check_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
 
 
 def check_import_on_a_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         with small_files(), raises(UserError, f"{out}: writing failed"):
             import_folder(folder, Path(out), parallel, verify=False, say=print)
         dist.barrier()
@@ -228,7 +241,7 @@ def check_no_room(group: dist.ProcessGroup, folder: str, out: str) -> None:
     """Where the disk is known to be too small no tensor is gathered for nothing."""
     from eaopd_megatron.checkpoint import hf_export
 
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         real = hf_export.shutil.disk_usage
@@ -243,7 +256,7 @@ def check_no_room(group: dist.ProcessGroup, folder: str, out: str) -> None:
 
 def check_every_parameter_is_filled(group: dist.ProcessGroup, folder: str) -> None:
     """A parameter that the mapping forgets would keep whatever its memory held."""
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         source = HfFolder.open(folder)
         model = build_model(source.config, parallel.layout, torch.float32)
         model.gpts[0].register_parameter("forgotten", torch.nn.Parameter(torch.ones(1)))

@@ -24,7 +24,6 @@ from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import (
     build_optimizer,
     finish_gradients,
-    micro_batch,
     set_learning_rate,
     step,
     wrap,
@@ -87,7 +86,8 @@ class Trainer:
             padded[0, : len(ids)] = torch.tensor(ids)
             logits = logits_of(self.ddp, padded)[0, : len(ids) - 1].float()
             loss = tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], torch.tensor(ids[1:])[:, None]).sum()
-            with micro_batch(self.ddp, last=number == len(mine) - 1):
+            chunk: Any = self.ddp[0]
+            with contextlib.nullcontext() if number == len(mine) - 1 else chunk.no_sync():
                 (loss * scale).backward()
             total += loss.detach()
             tokens += len(ids) - 1
