@@ -10,8 +10,10 @@ import torch
 from eaopd_megatron.checkpoint.distributed import restore, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
+from eaopd_megatron.data.packing import collate
+from eaopd_megatron.data.samples import Prompt, Sample
 from eaopd_megatron.megatron.attention import CoreAttention
-from eaopd_megatron.megatron.forward import head_of, hidden_of
+from eaopd_megatron.megatron.forward import head_of, stage_output
 from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.megatron.overlap import wait_for_gathers
 from tests.distributed.trainer import LEARNING_RATES, OPTIMIZER, Precision, Trainer, gradients_of, world
@@ -87,6 +89,34 @@ def check_resume_elsewhere(
             _same(trainer.whole(), weights, 1e-6 if precision == "fp32" else 8e-3)
 
 
+def check_losses_go_on_elsewhere(
+    group: Any, folder: str, hf: str, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Real losses: four updates at one layout; the last two again at another, from the checkpoint in the middle."""
+    checkpoints = CheckpointStore(Path(folder) / "checkpoints", 1)
+    kept = Path(folder) / "expected.pt"
+    with world(f"{folder}/before", before["ranks"], Layout(**before["layout"])) as parallel:
+        if parallel is not None:
+            trainer = Trainer(hf, parallel, eps=1e-5, **before["options"])
+            trainer.train(LEARNING_RATES[:2])
+            checkpoints.save(2, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+            figures = trainer.train(LEARNING_RATES[2:])
+            weights = trainer.whole()
+            if parallel.is_main:
+                torch.save((figures, weights), kept)
+    with world(f"{folder}/after", after["ranks"], Layout(**after["layout"])) as parallel:
+        if parallel is not None:
+            trainer = Trainer(hf, parallel, eps=1e-5, **after["options"])
+            path = checkpoints.latest()
+            assert path is not None
+            wanted = training_state(trainer.model, trainer.optimizer, loading=True)
+            restore(trainer.model, trainer.optimizer, checkpoints.load_sharded(path, wanted, parallel))
+            figures, weights = torch.load(kept)
+            for ours, theirs in zip(trainer.train(LEARNING_RATES[2:]), figures, strict=True):
+                assert all(abs(a - b) <= 1e-6 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+            _same(trainer.whole(), weights, 1e-6)
+
+
 def check_placements(group: Any, folder: str, hf: str, ranks: int, tp: int, precision: Precision) -> None:
     """Real losses: neither where the states lie, nor what is overlapped or computed again, changes an update."""
     with world(folder, ranks, Layout(tp)) as parallel:
@@ -124,7 +154,9 @@ def check_loss_waits_for_its_weight(group: Any, folder: str, hf: str) -> None:
         pending = {bucket for bucket in ddp.bucket_groups if bucket.param_gather_handle is not None}
         assert len(pending) == len(ddp.bucket_groups) > 2, "an update gathers in several buckets, and waits for none"
         with torch.no_grad():
-            hidden_of(trainer.ddp, torch.zeros(1, 4, dtype=torch.long))
+            stage_output(
+                trainer.ddp[0], collate([Sample(Prompt("", (1,), {}), [2, 3], "length", [], 0)], parallel.device)
+            )
         assert group_of[output].param_gather_handle is not None, "the case does not exercise the loss's own wait"
         assert head_of(trainer.model) is output  # without its wrapper, as a rollout reads it
         assert group_of[output].param_gather_handle is None, "the loss would read a weight while it is gathered"

@@ -15,7 +15,7 @@ from tests.ranks import Ranks
 CHECKS = Path(__file__).with_name("checks_optimizer.py")
 SAMPLES = [[3, 77, 5, 9, 100, 13, 17, 21], [4, 4, 90, 31, 2, 54, 7], [11, 12, 13], [50, 9, 33, 6, 2]]
 COMMON: dict[str, Any] = {
-    "vocab_size": 112,
+    "vocab_size": 256,  # no padding at any layout: the cross entropy is over all columns
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_attention_heads": 4,
@@ -98,6 +98,15 @@ def test_resumed_at_another_layout_loses_nothing(
     name, before, after = MATRIX[case]
     arguments = {"before": before, "after": after, "precision": "fp32"}
     ranks.run(CHECKS, "check_resume_elsewhere", folder=str(tmp_path), hf=models[name], **arguments)
+
+
+@pytest.mark.parametrize("case", ["TP2-to-DP2", "PP2-to-TP2", "DP2-distributed-to-TP2", "EP2-to-EP1"])
+def test_losses_of_a_run_resumed_at_another_layout_are_the_uninterrupted_ones(
+    ranks: Ranks, models: dict[str, str], tmp_path: Path, case: str
+) -> None:
+    name, before, after = MATRIX[case]
+    check = "check_losses_go_on_elsewhere"
+    ranks.run(CHECKS, check, folder=str(tmp_path), hf=models[name], before=before, after=after)
 
 
 def test_main_parameters_of_bf16_weights_survive_another_layout(
