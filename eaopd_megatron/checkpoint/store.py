@@ -127,16 +127,17 @@ class CheckpointStore:
         Raises UserError on every rank where it is damaged. fall_back: it is set aside as `step_XXXXXX.damaged`, `say`
         is told, and the one before it is tried, as long as there is one.
         """
-        while (path := self.latest()) is not None:
+        newest_first = self.complete()[::-1]  # read once: the main rank renames while others would read again
+        for path, older in zip(newest_first, [*newest_first[1:], None], strict=True):
             try:
                 _on_main(parallel, partial(self.verify, path))
                 return path
             except UserError as error:
-                if not fall_back or len(self.complete()) < 2:
+                if not fall_back or older is None:
                     raise
                 aside = path.with_name(path.name + DAMAGED)
                 _on_main(parallel, partial(_replace, path, aside))
-                say(f"{str(error).partition(';')[0]}; it is now {aside.name}: falling back to {self.latest()}")
+                say(f"{str(error).partition(';')[0]}; it is now {aside.name}: falling back to {older}")
         return None
 
     def load_sharded(self, path: Path, sharded_state: dict[str, Any], parallel: Parallel) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from eaopd_megatron.checkpoint.distributed import restore, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.data.packing import collate
-from eaopd_megatron.data.samples import Prompt, Sample
 from eaopd_megatron.megatron.attention import CoreAttention
 from eaopd_megatron.megatron.forward import head_of, stage_output
 from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.megatron.overlap import wait_for_gathers
-from tests.distributed.trainer import LEARNING_RATES, OPTIMIZER, Precision, Trainer, gradients_of, world
+from tests.distributed.trainer import LEARNING_RATES, OPTIMIZER, Precision, Trainer, gradients_of, sample_of, world
 
 SCALES = (1.0, -0.7, 0.01, 0.4)  # the third is below the clipping threshold
 SMALL_BUCKETS = 3000
@@ -117,9 +116,11 @@ def check_losses_go_on_elsewhere(
             _same(trainer.whole(), weights, 1e-6)
 
 
-def check_placements(group: Any, folder: str, hf: str, ranks: int, tp: int, precision: Precision) -> None:
+def check_placements(
+    group: Any, folder: str, hf: str, ranks: int, layout: dict[str, Any], precision: Precision
+) -> None:
     """Real losses: neither where the states lie, nor what is overlapped or computed again, changes an update."""
-    with world(folder, ranks, Layout(tp)) as parallel:
+    with world(folder, ranks, Layout(**layout)) as parallel:
         if parallel is None:
             return
         plain = Trainer(hf, parallel, precision)
@@ -154,9 +155,7 @@ def check_loss_waits_for_its_weight(group: Any, folder: str, hf: str) -> None:
         pending = {bucket for bucket in ddp.bucket_groups if bucket.param_gather_handle is not None}
         assert len(pending) == len(ddp.bucket_groups) > 2, "an update gathers in several buckets, and waits for none"
         with torch.no_grad():
-            stage_output(
-                trainer.ddp[0], collate([Sample(Prompt("", (1,), {}), [2, 3], "length", [], 0)], parallel.device)
-            )
+            stage_output(trainer.ddp[0], collate([sample_of([1, 2, 3])], parallel.device))
         assert group_of[output].param_gather_handle is not None, "the case does not exercise the loss's own wait"
         assert head_of(trainer.model) is output  # without its wrapper, as a rollout reads it
         assert group_of[output].param_gather_handle is None, "the loss would read a weight while it is gathered"

@@ -117,13 +117,20 @@ def test_main_parameters_of_bf16_weights_survive_another_layout(
 
 
 @pytest.mark.parametrize(
-    ("count", "tp", "precision"),
-    [pytest.param(2, 1, "fp32", id="DP2"), pytest.param(4, 2, "fp32", id="TP2xDP2"), pytest.param(2, 1, "bf16")],
+    ("count", "layout", "precision"),
+    [
+        pytest.param(2, {}, "fp32", id="DP2"),
+        pytest.param(2, {}, "bf16", id="DP2-bf16"),
+        pytest.param(4, {"tensor_parallel": 2}, "fp32", id="TP2xDP2"),
+        pytest.param(4, {"pipeline_parallel": 2}, "fp32", id="PP2xDP2"),
+    ],
 )
 def test_states_elsewhere_change_no_update(
-    ranks: Ranks, models: dict[str, str], tmp_path: Path, count: int, tp: int, precision: str
+    ranks: Ranks, models: dict[str, str], tmp_path: Path, count: int, layout: dict[str, int], precision: str
 ) -> None:
-    arguments = {"ranks": count, "tp": tp, "precision": precision}
+    """Embeddings are tied: under PP2 the last stage's copy gets its gradient from the loss, the first's from the
+    rest."""
+    arguments = {"ranks": count, "layout": layout, "precision": precision}
     ranks.run(CHECKS, "check_placements", folder=str(tmp_path), hf=models["tied"], **arguments)
 
 

@@ -82,9 +82,7 @@ class Trainer:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         mine = self.samples[self.parallel.dp_rank :: self.parallel.dp_size]
-        batches = micro_batches(
-            [Sample(Prompt("", (i[0],), {}), i[1:], "length", [], 0) for i in mine], 1, self.parallel
-        )
+        batches = micro_batches([sample_of(ids) for ids in mine], 1, self.parallel)
         figures = torch.zeros(2)  # sum of losses, tokens
 
         def last(index: int, rows: torch.Tensor) -> torch.Tensor:
@@ -141,6 +139,11 @@ class Trainer:
         wait_for_gathers(self.ddp)
         parameters: dict[str, torch.Tensor] = dict(self.model.global_parameters())
         return {name: tensor.clone() for name, tensor in gather_hf(parameters, self.folder, self.parallel)}
+
+
+def sample_of(ids: list[int]) -> Sample:
+    """A response to its own first token."""
+    return Sample(Prompt("", (ids[0],), {}), ids[1:], "length", [], 0)
 
 
 def gradients_of(folder: str, parallel: Parallel) -> dict[str, torch.Tensor]:
