@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"vocab_size": 112, "tie_word_embeddings": True}),
     "qwen3_untied": ("qwen3", {"vocab_size": 300, "tie_word_embeddings": False}),
     "qwen2": ("qwen2", {"vocab_size": 112, "tie_word_embeddings": True, "rope_parameters": ROPE["linear"]}),
-    "qwen2_yarn": ("qwen2", {"vocab_size": 300, "tie_word_embeddings": False, "rope_parameters": ROPE["yarn"]}),
+    "qwen2_yarn": (
+        "qwen2",
+        {"vocab_size": 300, "tie_word_embeddings": False, "rope_parameters": ROPE["yarn"], "num_hidden_layers": 4},
+    ),
     "llama3": ("llama", {"vocab_size": 300, "tie_word_embeddings": False, "rope_parameters": ROPE["llama3"]}),
     "llama_tied": ("llama", {"vocab_size": 112, "tie_word_embeddings": True, "head_dim": None}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "vocab_size": 300, "tie_word_embeddings": False, "norm_topk_prob": True}),
@@ -53,12 +57,12 @@ some valid rows and one none.
 """
 
 
-def build(name: str) -> Any:
-    """The transformers model, fp32, the same at every call."""
+def build(name: str, **changes: Any) -> Any:
+    """The transformers model, fp32, the same at every call; changes: keys of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, own = MODELS[name]
-    shape = {**SHAPE, "rope_parameters": ROPE["default"], **own}
+    shape = {**SHAPE, "rope_parameters": ROPE["default"], **own, **changes}
     if kind == "qwen2":
         del shape["head_dim"]  # its configurations have none
     torch.manual_seed(shape["vocab_size"])
@@ -88,9 +92,10 @@ def write(name: str, folder: Path, *, max_shard_size: str = "10GB") -> Any:
 def _expected(model: Any) -> dict[str, torch.Tensor]:
     vocab = model.config.vocab_size
     tokens = torch.randint(vocab, (3, LENGTH))
-    weight = torch.randn(3, LENGTH, vocab) * 0.005
+    weight = torch.randn(3, LENGTH, vocab) * 0.002
     logits = model(tokens).logits
     (weight * logits**2 / 2).sum().backward()
+    gradients = on_disk((f"grad.{name}", parameter.grad.clone()) for name, parameter in model.named_parameters())
     lengths = torch.tensor([LENGTH, 5, 8])
     padded = torch.zeros_like(tokens)
     mask = torch.zeros_like(tokens)
@@ -99,22 +104,21 @@ def _expected(model: Any) -> dict[str, torch.Tensor]:
         mask[row, LENGTH - length :] = 1
     generated = model.generate(padded, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     values = {"tokens": tokens, "weight": weight, "logits": logits.detach(), "lengths": lengths}
-    return {**values, "generated": generated[:, LENGTH:].contiguous(), **_gradients(model)}
+    return {**values, "generated": generated[:, LENGTH:].contiguous(), **gradients}
 
 
-def _gradients(model: Any) -> dict[str, torch.Tensor]:
-    """By the names of the tensors on disk, where each expert has its own."""
+def on_disk(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A transformers model's tensors by the names that they have on disk, where each expert has its own."""
     found = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad.clone()
+    for name, tensor in tensors:
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            found[name] = gradient
+            found[name] = tensor
             continue
         prefix, _, kind = name.rpartition(".")
-        for expert, part in enumerate(gradient):
+        for expert, part in enumerate(tensor):
             if kind == "down_proj":
                 found[f"{prefix}.{expert}.down_proj.weight"] = part.clone()
             else:
                 for half, rows in zip(("gate_proj", "up_proj"), part.chunk(2), strict=True):
                     found[f"{prefix}.{expert}.{half}.weight"] = rows.clone()
-    return {f"grad.{name}": gradient for name, gradient in found.items()}
+    return found

@@ -12,11 +12,12 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
@@ -72,17 +73,39 @@ def _fill(gpt: torch.nn.Module, values: dict[str, Any]) -> None:
         raise ValueError(f"the checkpoint's and the model's tensors differ: {', '.join(wrong[:3])}")
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What this rank will write: its shards, and (equal on all ranks) the rest."""
+
+    shards: dict[str, Any]  # in the form of torch.distributed.checkpoint
+    common: dict[str, Any]
+
+
 def save_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> None:
     """Write a Megatron sharded state dict into `folder`, an empty folder that all ranks see; every file is synced.
 
     Collective. Sharded tensors and objects go to `__<rank>_0.distcp`, the rest (equal on all ranks) to `common.pt`.
     When a rank fails, all ranks raise the first rank's error: an OSError with its errno, else a RuntimeError.
     """
+    write_sharded(folder, prepare_sharded(state, parallel), parallel)
+
+
+def prepare_sharded(state: dict[str, Any], parallel: Parallel, *, copy: bool = False) -> Prepared:
+    """The first half of `save_sharded`: all that needs the training's process groups.
+
+    copy: the shards are copied to host memory (pinned where they come from CUDA), so that training may go on.
+    """
     sharded, common = agree(parallel, lambda: save_preprocess(state))
-    agree(parallel, lambda: _write_common(folder, common) if parallel.is_main else None)
+    with cuda_literals():
+        return Prepared(_shards(sharded, copy), common)
+
+
+def write_sharded(folder: Path, prepared: Prepared, parallel: Parallel, group: dist.ProcessGroup | None = None) -> None:
+    """The second half: planning and writing, over a group of all ranks; a thread gives one of its own."""
+    agree(parallel, lambda: _write_common(folder, prepared.common) if parallel.is_main else None, group)
     try:
         with cuda_literals():
-            _write_shards(folder, sharded)
+            _write_shards(folder, prepared.shards, group)
     except checkpoint.CheckpointException as errors:  # no subclass of Exception; each rank gets the errors of all
         raise first_of({rank: describe(error) for rank, (error, _) in errors.failures.items()}) from errors
 
@@ -141,16 +164,31 @@ class _Files(FileSystem):
             raise OSError(found.errno, found.strerror, str(path)) from error
 
 
-def _write_shards(folder: Path, sharded: dict[str, Any]) -> None:
-    """The one place that joins Megatron-Core's planner with torch's writer."""
+def _shards(sharded: dict[str, Any], copy: bool) -> dict[str, Any]:
+    """The shards that this rank writes, those of which it is the first holder."""
     shards: dict[str, list[Any]] = defaultdict(list)
     for shard in nested_values(sharded):
         if is_main_replica(shard.replica_id):
-            shards[shard.unique_key if isinstance(shard, ShardedObject) else shard.key].append(shard)
+            is_object = isinstance(shard, ShardedObject)
+            shards[shard.unique_key if is_object else shard.key].append(shard)
+            if copy and not is_object:
+                shard.data = _on_host(shard.data)
+    if copy and torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return mcore_to_pyt_state_dict(shards)
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+    return host.copy_(tensor.detach(), non_blocking=True)
+
+
+def _write_shards(folder: Path, shards: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    """The one place that joins Megatron-Core's planner with torch's writer."""
     writer = checkpoint.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
     writer.fs = _Files()
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    checkpoint.save(mcore_to_pyt_state_dict(shards), storage_writer=writer, planner=planner)
+    checkpoint.save(shards, storage_writer=writer, planner=planner, process_group=group)
 
 
 def _one_line(error: BaseException) -> str:

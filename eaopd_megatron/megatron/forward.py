@@ -63,8 +63,10 @@ def hidden_grad(model: ModelChunks) -> Literal["all_reduce", "partial"]:
 
 def head_of(model: ModelChunks) -> torch.nn.Parameter:
     """This rank's rows of the output layer [V_padded/tp, h], on the last pipeline stage: the embedding's where they are
-    tied. Where gathers of updated weights are overlapped it waits for this one: no module's forward does it for the
-    loss."""
+    tied.
+
+    Where gathers of updated weights are overlapped it waits for this one: no module's forward does it for the loss.
+    """
     gpt = gpt_of(model)
     if gpt.share_embeddings_and_output_weights:
         return gathered(gpt.shared_embedding_or_output_weight())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -37,8 +35,8 @@ def wrap(
 
     All data-parallel ranks start from the weights of the first. distributed: each of them will hold and update a part
     of the weights, and gather the others'. overlap (needs distributed): gradients are reduced during the last
-    micro-batch's backward (see `micro_batch`), weights gathered while the next forward begins, in buckets of about
-    bucket_size parameters (none: as Megatron-Core chooses).
+    micro-batch's backward (the chunks' `no_sync` holds it back in the others'), weights gathered while the next forward
+    begins, in buckets of about bucket_size parameters (none: as Megatron-Core chooses).
     """
     if not model.config.calculate_per_token_loss:
         raise ValueError("calculate_per_token_loss must be set before wrap: gradients would be divided by the ranks")
@@ -63,16 +61,6 @@ def wrap(
     if overlap:
         prepare_gathers(wrapped)
     return ModelChunks(wrapped)
-
-
-@contextlib.contextmanager
-def micro_batch(model: ModelChunks, *, last: bool) -> Iterator[None]:
-    """Around a micro-batch's backward: gradients may be reduced across ranks only during the update's last one."""
-    with contextlib.ExitStack() as stack:
-        if not last:
-            for chunk in model:
-                stack.enter_context(cast(Any, chunk).no_sync())
-        yield
 
 
 def build_optimizer(

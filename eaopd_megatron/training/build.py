@@ -13,7 +13,7 @@ from eaopd_megatron.data.samples import Sampling
 from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.architecture import check_config
-from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
@@ -42,8 +42,9 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
     layout = parallel.layout
     student_folder = HfFolder.open(recipe.student.model, "student.model")
     teacher_folder = HfFolder.open(recipe.teacher.model, "teacher.model")
-    check_config(student_folder.config, layout, recipe.student.model)
-    check_config(teacher_folder.config, layout, recipe.teacher.model)
+    student_layout, teacher_layout = layouts_of(student_folder, teacher_folder, layout)
+    check_config(student_folder.config, student_layout, recipe.student.model)
+    check_config(teacher_folder.config, teacher_layout, recipe.teacher.model)
     check_same_tokenizer(teacher_folder, student_folder)
     vocab_size = student_folder.vocab_size
     objective = recipe.objective.build()
@@ -51,10 +52,10 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
     row_map = terminal.row_map()
 
     precision, options = recipe.student.precision, recipe.optimizer
-    model = build_model(student_folder.config, layout, DTYPES[precision], recompute=recipe.student.recompute)
+    model = build_model(student_folder.config, student_layout, DTYPES[precision], recompute=recipe.student.recompute)
     load_hf(model, student_folder, parallel)
     teacher_model = build_model(
-        teacher_folder.config, layout, DTYPES[recipe.teacher.precision], untie=row_map is not None
+        teacher_folder.config, teacher_layout, DTYPES[recipe.teacher.precision], untie=row_map is not None
     )
     load_hf(teacher_model, teacher_folder, parallel, row_map=row_map)
 
@@ -102,6 +103,15 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
         evaluator(recipe, parallel, rollout, tokenizer, stop_ids),
     )
+
+
+def layouts_of(student: HfFolder, teacher: HfFolder, layout: Layout) -> tuple[Layout, Layout]:
+    """The layout of each on the same ranks: expert parallelism is that of the one that has experts."""
+    dense = ["experts" not in folder.family.sizes(folder.config) for folder in (student, teacher)]
+    if all(dense):  # what cannot be used is refused, not ignored
+        return layout, layout
+    one, other = (layout.without_experts() if without else layout for without in dense)
+    return one, other
 
 
 def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str) -> PromptBuilder:

@@ -142,12 +142,14 @@ class Student:
         flags = bad.int()
         if self.parallel.tp_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.parallel.tp_group)
+        where = f"update {update}, rank {self.parallel.rank}"
+        if not len(flags):
+            raise UserError(f"{where}: {why}")
         token = int(flags.argmax())
         sample = batch.sample_of(token)
         path = self.failures / f"update_{update:06d}_rank_{self.parallel.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(sample.record("") | {"token": token, "why": why}))
-        where = f"update {update}, rank {self.parallel.rank}"
         raise UserError(f"{where}: {why} (prompt {sample.prompt.id}); the sample is saved in {path}")
 
 

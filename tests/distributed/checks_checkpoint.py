@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.checkpoint import store
-from eaopd_megatron.checkpoint.distributed import load_sharded, restore, save_sharded, training_state
+from eaopd_megatron.checkpoint.distributed import Prepared, load_sharded, restore, save_sharded, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
@@ -131,22 +132,85 @@ def check_disk_full(group: Any, folder: str, hf: str, rank: int, file: str, limi
 @contextlib.contextmanager
 def _failing_disk(here: bool, file: str, limit: int | None) -> Iterator[None]:
     """On one rank: `file` is a full device, or no file may grow beyond `limit` bytes (a write that fails half way)."""
-    save, soft = store.save_sharded, resource.getrlimit(resource.RLIMIT_FSIZE)
+    write, soft = store.write_sharded, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_full_disk(folder: Path, state: dict[str, Any], parallel: Parallel) -> None:
+    def on_a_full_disk(folder: Path, prepared: Prepared, parallel: Parallel, group: Any = None) -> None:
         if here and limit is None:
             (folder / file).symlink_to("/dev/full")
         elif here and limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, soft[1]))
         dist.barrier()
-        save(folder, state, parallel)
+        write(folder, prepared, parallel, group)
 
-    store.save_sharded = on_a_full_disk
+    store.write_sharded = on_a_full_disk
     try:
         yield
     finally:
-        store.save_sharded = save
+        store.write_sharded = write
         resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+
+
+def check_background_save(group: Any, folder: str, hf: str) -> None:
+    """What is written is the state at the save, though training changes every tensor and uses its groups meanwhile."""
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        overlapped: dict[str, Any] = {"distributed": True, "overlap": True, "bucket_size": 3000}
+        trainer = Trainer(hf, parallel, **overlapped)
+        checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2, background=True)
+        trainer.train(LEARNING_RATES[:1])
+        saved, go = trainer.whole(), threading.Event()
+        write = store.write_sharded
+
+        def late(*arguments: Any) -> None:
+            assert go.wait(30)
+            write(*arguments)
+
+        store.write_sharded = late  # type: ignore[assignment]
+        path = checkpoints.save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+        figures = trainer.train(LEARNING_RATES[1:2])
+        assert checkpoints.latest() is None, "seen before it is complete"
+        go.set()
+        figures += trainer.train(LEARNING_RATES[2:])
+        checkpoints.wait()
+        store.write_sharded = write
+        assert checkpoints.newest_whole(parallel) == path
+        second = Trainer(hf, parallel, **overlapped)
+        second.train(LEARNING_RATES[:1])
+        wanted = training_state(second.model, second.optimizer, loading=True)
+        restore(second.model, second.optimizer, checkpoints.load_sharded(path, wanted, parallel))
+        _equal(saved, second.whole())
+        assert second.train(LEARNING_RATES[1:]) == figures
+        _equal(trainer.whole(), second.whole())
+
+
+def check_background_save_on_a_full_disk(group: Any, folder: str, hf: str) -> None:
+    """The thread's error on one rank is every rank's, at the next save, and training's groups are as they were."""
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel)
+        checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2, background=True)
+
+        def save(step: int) -> Path:
+            return checkpoints.save(step, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+
+        good = save(1)
+        checkpoints.wait()
+        with _failing_disk(parallel.rank == 1, "__1_0.distcp", None):
+            failed = save(2)
+            _end_thread()
+        _raises(UserError, f"disk full while saving {failed}; the last good checkpoint is {good}", lambda: save(3))
+        dist.barrier()
+        assert os.listdir(checkpoints.folder) == ["step_000001"]
+        save(3)
+        checkpoints.wait()
+        assert checkpoints.newest_whole(parallel) == checkpoints.folder / "step_000003"
+
+
+def _end_thread() -> None:
+    """Let the thread end, without the error that it may have met."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def check_killed_before_the_rename(group: Any, folder: str, hf: str) -> None:
@@ -176,7 +240,7 @@ def check_error_of_one_rank(group: Any, folder: str, hf: str) -> None:
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
         _raises(RuntimeError, "Invalid access pattern", lambda: checkpoints.save(1, state, {}, None, parallel))
         dist.barrier()
-        assert os.listdir(checkpoints.folder) == []
+        assert not checkpoints.folder.exists()
 
 
 def check_damaged_checkpoint(group: Any, folder: str, hf: str) -> None:
@@ -191,10 +255,19 @@ def check_damaged_checkpoint(group: Any, folder: str, hf: str) -> None:
             content = bytearray(damaged.read_bytes())
             content[len(content) // 2] ^= 1
             damaged.write_bytes(content)
-        before = trainer.values()
         expected = f"damaged checkpoint: {damaged} has other contents"
-        _raises(UserError, expected, lambda: checkpoints.load_sharded(path, training_state(trainer.model), parallel))
-        _equal(before, trainer.values())
+        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel))
+        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel, fall_back=True))  # to none
+        later = checkpoints.save(2, training_state(trainer.model), {}, None, parallel)
+        dist.barrier()
+        if parallel.is_main:
+            (later / "sharded" / "common.pt").unlink()
+        said: list[str] = []
+        _raises(UserError, "common.pt is missing", lambda: checkpoints.newest_whole(parallel))
+        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel, fall_back=True, say=said.append))
+        assert len(said) == 1 and said[0].startswith(f"damaged checkpoint: {later}/sharded/common.pt is missing"), said
+        assert said[0].endswith(f"it is now step_000002.damaged: falling back to {path}"), said
+        assert sorted(os.listdir(checkpoints.folder)) == ["step_000001", "step_000002.damaged"]
 
 
 def check_tensors_that_do_not_fit(group: Any, folder: str, hf: str) -> None:

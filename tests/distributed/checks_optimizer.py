@@ -10,10 +10,12 @@ import torch
 from eaopd_megatron.checkpoint.distributed import restore, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
-from eaopd_megatron.megatron.forward import head_of, hidden_of
+from eaopd_megatron.data.packing import collate
+from eaopd_megatron.megatron.attention import CoreAttention
+from eaopd_megatron.megatron.forward import head_of, stage_output
 from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.megatron.overlap import wait_for_gathers
-from tests.distributed.trainer import LEARNING_RATES, OPTIMIZER, Precision, Trainer, gradients_of, world
+from tests.distributed.trainer import LEARNING_RATES, OPTIMIZER, Precision, Trainer, gradients_of, sample_of, world
 
 SCALES = (1.0, -0.7, 0.01, 0.4)  # the third is below the clipping threshold
 SMALL_BUCKETS = 3000
@@ -86,9 +88,39 @@ def check_resume_elsewhere(
             _same(trainer.whole(), weights, 1e-6 if precision == "fp32" else 8e-3)
 
 
-def check_placements(group: Any, folder: str, hf: str, ranks: int, tp: int, precision: Precision) -> None:
+def check_losses_go_on_elsewhere(
+    group: Any, folder: str, hf: str, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Real losses: four updates at one layout; the last two again at another, from the checkpoint in the middle."""
+    checkpoints = CheckpointStore(Path(folder) / "checkpoints", 1)
+    kept = Path(folder) / "expected.pt"
+    with world(f"{folder}/before", before["ranks"], Layout(**before["layout"])) as parallel:
+        if parallel is not None:
+            trainer = Trainer(hf, parallel, eps=1e-5, **before["options"])
+            trainer.train(LEARNING_RATES[:2])
+            checkpoints.save(2, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+            figures = trainer.train(LEARNING_RATES[2:])
+            weights = trainer.whole()
+            if parallel.is_main:
+                torch.save((figures, weights), kept)
+    with world(f"{folder}/after", after["ranks"], Layout(**after["layout"])) as parallel:
+        if parallel is not None:
+            trainer = Trainer(hf, parallel, eps=1e-5, **after["options"])
+            path = checkpoints.latest()
+            assert path is not None
+            wanted = training_state(trainer.model, trainer.optimizer, loading=True)
+            restore(trainer.model, trainer.optimizer, checkpoints.load_sharded(path, wanted, parallel))
+            figures, weights = torch.load(kept)
+            for ours, theirs in zip(trainer.train(LEARNING_RATES[2:]), figures, strict=True):
+                assert all(abs(a - b) <= 1e-6 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+            _same(trainer.whole(), weights, 1e-6)
+
+
+def check_placements(
+    group: Any, folder: str, hf: str, ranks: int, layout: dict[str, Any], precision: Precision
+) -> None:
     """Real losses: neither where the states lie, nor what is overlapped or computed again, changes an update."""
-    with world(folder, ranks, Layout(tp)) as parallel:
+    with world(folder, ranks, Layout(**layout)) as parallel:
         if parallel is None:
             return
         plain = Trainer(hf, parallel, precision)
@@ -123,7 +155,7 @@ def check_loss_waits_for_its_weight(group: Any, folder: str, hf: str) -> None:
         pending = {bucket for bucket in ddp.bucket_groups if bucket.param_gather_handle is not None}
         assert len(pending) == len(ddp.bucket_groups) > 2, "an update gathers in several buckets, and waits for none"
         with torch.no_grad():
-            hidden_of(trainer.ddp, torch.zeros(1, 4, dtype=torch.long))
+            stage_output(trainer.ddp[0], collate([sample_of([1, 2, 3])], parallel.device))
         assert group_of[output].param_gather_handle is not None, "the case does not exercise the loss's own wait"
         assert head_of(trainer.model) is output  # without its wrapper, as a rollout reads it
         assert group_of[output].param_gather_handle is None, "the loss would read a weight while it is gathered"
@@ -156,6 +188,51 @@ def check_reduction_begins_with_the_last_micro_batch(group: Any, folder: str, hf
         hook.remove()
         assert started == [2], "one reduction an update, in the backward of the second of two micro-batches"
         assert len(forwards) == 2
+
+
+class EngineAttention(CoreAttention):
+    """As Transformer Engine's modules: state that is no tensor of the model, a blob a layer."""
+
+    blob: torch.Tensor
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.blob
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.blob = state
+
+
+def _as_engine(trainer: Trainer, offset: int) -> list[EngineAttention]:
+    attentions: list[Any] = [layer.self_attention.core_attention for layer in trainer.model.gpts[0].decoder.layers]
+    for number, attention in enumerate(attentions):
+        attention.__class__ = EngineAttention
+        attention.blob = torch.tensor([offset + number], dtype=torch.uint8)
+    return attentions
+
+
+def check_extra_state(group: Any, folder: str, hf: str) -> None:
+    """Transformer Engine's state goes with its layer, PP2 to TP2; with and without Engine one loads the other's."""
+    paths = {engine: CheckpointStore(Path(folder) / f"engine={engine}", 1) for engine in (True, False)}
+    with world(f"{folder}/before", 2, Layout(pipeline_parallel=2)) as parallel:
+        if parallel is not None:
+            trainer = Trainer(hf, parallel)
+            paths[False].save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+            _as_engine(trainer, 10 + parallel.pp_rank)
+            paths[True].save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+    with world(f"{folder}/after", 2, Layout(2)) as parallel:
+        if parallel is not None:
+            for saved, loading, expected in ((True, True, [10, 11]), (False, True, [0, 1]), (True, False, [])):
+                trainer = Trainer(hf, parallel)
+                attentions = _as_engine(trainer, 0) if loading else []
+                with torch.no_grad():
+                    for parameter in trainer.model.parameters():
+                        parameter.fill_(7.0)
+                path = paths[saved].latest()
+                assert path is not None
+                wanted = training_state(trainer.model, trainer.optimizer, loading=True)
+                restore(trainer.model, trainer.optimizer, paths[saved].load_sharded(path, wanted, parallel))
+                assert [int(attention.blob) for attention in attentions] == expected
+                _same(trainer.whole(), tensors(hf), 0.0)
 
 
 def check_states_are_parts(group: Any, folder: str, hf: str) -> None:

@@ -15,7 +15,7 @@ from tests.ranks import Ranks
 CHECKS = Path(__file__).with_name("checks_optimizer.py")
 SAMPLES = [[3, 77, 5, 9, 100, 13, 17, 21], [4, 4, 90, 31, 2, 54, 7], [11, 12, 13], [50, 9, 33, 6, 2]]
 COMMON: dict[str, Any] = {
-    "vocab_size": 112,
+    "vocab_size": 256,  # no padding at any layout: the cross entropy is over all columns
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_attention_heads": 4,
@@ -100,6 +100,15 @@ def test_resumed_at_another_layout_loses_nothing(
     ranks.run(CHECKS, "check_resume_elsewhere", folder=str(tmp_path), hf=models[name], **arguments)
 
 
+@pytest.mark.parametrize("case", ["TP2-to-DP2", "PP2-to-TP2", "DP2-distributed-to-TP2", "EP2-to-EP1"])
+def test_losses_of_a_run_resumed_at_another_layout_are_the_uninterrupted_ones(
+    ranks: Ranks, models: dict[str, str], tmp_path: Path, case: str
+) -> None:
+    name, before, after = MATRIX[case]
+    check = "check_losses_go_on_elsewhere"
+    ranks.run(CHECKS, check, folder=str(tmp_path), hf=models[name], before=before, after=after)
+
+
 def test_main_parameters_of_bf16_weights_survive_another_layout(
     ranks: Ranks, models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -108,19 +117,31 @@ def test_main_parameters_of_bf16_weights_survive_another_layout(
 
 
 @pytest.mark.parametrize(
-    ("count", "tp", "precision"),
-    [pytest.param(2, 1, "fp32", id="DP2"), pytest.param(4, 2, "fp32", id="TP2xDP2"), pytest.param(2, 1, "bf16")],
+    ("count", "layout", "precision"),
+    [
+        pytest.param(2, {}, "fp32", id="DP2"),
+        pytest.param(2, {}, "bf16", id="DP2-bf16"),
+        pytest.param(4, {"tensor_parallel": 2}, "fp32", id="TP2xDP2"),
+        pytest.param(4, {"pipeline_parallel": 2}, "fp32", id="PP2xDP2"),
+    ],
 )
 def test_states_elsewhere_change_no_update(
-    ranks: Ranks, models: dict[str, str], tmp_path: Path, count: int, tp: int, precision: str
+    ranks: Ranks, models: dict[str, str], tmp_path: Path, count: int, layout: dict[str, int], precision: str
 ) -> None:
-    arguments = {"ranks": count, "tp": tp, "precision": precision}
+    """Embeddings are tied: under PP2 the last stage's copy gets its gradient from the loss, the first's from the
+    rest."""
+    arguments = {"ranks": count, "layout": layout, "precision": precision}
     ranks.run(CHECKS, "check_placements", folder=str(tmp_path), hf=models["tied"], **arguments)
 
 
 @pytest.mark.parametrize(
     "check",
-    ["check_loss_waits_for_its_weight", "check_reduction_begins_with_the_last_micro_batch", "check_states_are_parts"],
+    [
+        "check_loss_waits_for_its_weight",
+        "check_reduction_begins_with_the_last_micro_batch",
+        "check_states_are_parts",
+        "check_extra_state",
+    ],
 )
 def test_on_two_ranks(ranks: Ranks, models: dict[str, str], tmp_path: Path, check: str) -> None:
     ranks.run(CHECKS, check, folder=str(tmp_path), hf=models["untied"])

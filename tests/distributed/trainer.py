@@ -17,19 +17,20 @@ from megatron.core.optimizer import ChainedOptimizer
 from eaopd_megatron.checkpoint.hf_export import gather_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.data.samples import Prompt, Sample
 from eaopd_megatron.megatron import groups
-from eaopd_megatron.megatron.forward import logits_of
+from eaopd_megatron.megatron.forward import row_logits
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import (
     build_optimizer,
     finish_gradients,
-    micro_batch,
     set_learning_rate,
     step,
     wrap,
 )
 from eaopd_megatron.megatron.overlap import wait_for_gathers
+from eaopd_megatron.megatron.pipeline import forward_backward, micro_batches
 
 Precision = Literal["fp32", "bf16"]
 LEARNING_RATES = (3e-3, 2e-3, 1e-3, 5e-4)
@@ -80,23 +81,23 @@ class Trainer:
         """(mean loss over all tokens of all ranks, gradient norm) of one update; a micro-batch a sample."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        total, tokens = torch.zeros(()), 0
         mine = self.samples[self.parallel.dp_rank :: self.parallel.dp_size]
-        for number, ids in enumerate(mine):
-            padded = torch.zeros(1, len(ids) + len(ids) % 2, dtype=torch.long)
-            padded[0, : len(ids)] = torch.tensor(ids)
-            logits = logits_of(self.ddp, padded)[0, : len(ids) - 1].float()
-            loss = tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], torch.tensor(ids[1:])[:, None]).sum()
-            with micro_batch(self.ddp, last=number == len(mine) - 1):
-                (loss * scale).backward()
-            total += loss.detach()
-            tokens += len(ids) - 1
-        finish_gradients(self.ddp, torch.tensor(tokens))
+        batches = micro_batches([sample_of(ids) for ids in mine], 1, self.parallel)
+        figures = torch.zeros(2)  # sum of losses, tokens
+
+        def last(index: int, rows: torch.Tensor) -> torch.Tensor:
+            tokens = batches[index].tokens
+            logits = row_logits(self.ddp, rows).float()
+            loss = tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], tokens[:, None]).sum()
+            figures.add_(torch.stack([loss.detach(), torch.tensor(float(len(tokens)))]))
+            return loss * scale
+
+        forward_backward(self.ddp, batches, last)
+        finish_gradients(self.ddp, figures[1])
         set_learning_rate(self.optimizer, learning_rate)
         ok, norm = step(self.optimizer)
         assert ok is torch.isfinite(torch.tensor(norm)).item()
-        figures = torch.stack([total, torch.tensor(float(tokens))])
-        dist.all_reduce(figures, group=self.parallel.dp_group)
+        dist.all_reduce(figures)  # a mean: the ranks that saw the same tokens change nothing
         return (figures[0] / figures[1]).item(), norm
 
     def train(self, learning_rates: tuple[float, ...]) -> list[tuple[float, float]]:
@@ -138,6 +139,11 @@ class Trainer:
         wait_for_gathers(self.ddp)
         parameters: dict[str, torch.Tensor] = dict(self.model.global_parameters())
         return {name: tensor.clone() for name, tensor in gather_hf(parameters, self.folder, self.parallel)}
+
+
+def sample_of(ids: list[int]) -> Sample:
+    """A response to its own first token."""
+    return Sample(Prompt("", (ids[0],), {}), ids[1:], "length", [], 0)
 
 
 def gradients_of(folder: str, parallel: Parallel) -> dict[str, torch.Tensor]:
