@@ -64,15 +64,16 @@ class Assumptions:
     def lines(self, gpu: Gpu) -> Sequence[str]:
         """In words."""
         return (
-            f"{gpu.name}: {gpu.peak / 1e12:.0f} TFLOP/s bf16, memory {gpu.bandwidth / 1e12:.2f} TB/s, links "
-            f"{gpu.host_link / 1e9:.0f} GB/s in a host, {gpu.network / 1e9:.0f} GB/s between hosts, "
-            f"{gpu.processor / 1e9:.0f} GB/s to the host's memory",
+            f"{gpu.name}: {gpu.peak / 1e12:.0f} TFLOP/s bf16, memory {gpu.bandwidth / 1e12:.2f} TB/s; GB/s: "
+            f"{gpu.host_link / 1e9:.0f} in a host, {gpu.network / 1e9:.0f} between hosts, "
+            f"{gpu.processor / 1e9:.0f} to its memory",
             f"reached: {self.training_mfu:.0%} of the peak in training, {self.scoring_mfu:.0%} in scoring "
-            f"(x{self.expert_factor:g} with experts), {self.bandwidth_share:.0%} of memory's bandwidth, "
-            f"{self.link_share:.0%} of links'",
-            f"mean prompt {self.prompt_share:.0%} and mean response {self.response_share:.0%} of the longest allowed; "
+            f"(x{self.expert_factor:g} with experts)",
+            f"reached: {self.bandwidth_share:.0%} of the memory's bandwidth, {self.link_share:.0%} of links'; "
+            "nothing overlaps with computation",
+            f"mean prompt: {self.prompt_share:.0%}, mean response: {self.response_share:.0%} of the longest allowed",
             "the longest response of a batch is the longest allowed",
             f"decoding in process takes at least {self.decode_layer * 1e3:g} ms a layer and token",
-            f"{self.reserve:g} GiB a GPU for CUDA, NCCL and fragmentation; nothing overlaps with computation; "
+            f"{self.reserve:g} GiB a GPU for CUDA, NCCL and fragmentation",
             "experts get equal numbers of tokens",
         )

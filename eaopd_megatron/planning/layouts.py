@@ -106,6 +106,9 @@ def faults(shape: ModelShape, layout: Layout, role: str = "student") -> list[str
         must_divide(layout.expert_tensor_parallel, "expert_tensor_parallel", width, "moe_intermediate_size")
         if tp > 1 and not layout.sequence_parallel:
             found.append("experts at student.tensor_parallel above 1 need student.sequence_parallel=true")
+    for name in ("expert_parallel", "expert_tensor_parallel"):
+        if getattr(layout, name) > 1 and not shape.experts:
+            found.append(f"student.{name}={getattr(layout, name)} needs experts, which the {role} does not have")
     experts = layout.expert_parallel * layout.expert_tensor_parallel * pp
     if layout.gpus % experts:
         found.append(

@@ -44,6 +44,19 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Search:
+    """What became of each layout of so many GPUs.
+
+    options: those that fit, best first: the least time, and of about the same time the most room. refused: those that
+    cannot be cut, with a reason. too_large: the others, with the recipe's own micro-batches.
+    """
+
+    options: list[Option]
+    refused: dict[Layout, str]
+    too_large: list[Option]
+
+
+@dataclass(frozen=True)
 class Planner:
     """One pair of models on one kind of GPU."""
 
@@ -81,19 +94,23 @@ class Planner:
     def refusals(self, layout: Layout, *, teacher: bool = True) -> list[str]:
         """Why neither the student nor a teacher beside it can be cut so."""
         found = faults(self.student.shape, layout)
-        for name in ("expert_parallel", "expert_tensor_parallel"):
-            if getattr(layout, name) > 1 and not self.student.shape.experts:
-                found.append(f"student.{name}={getattr(layout, name)} needs a student with experts")
         return found + (faults(self.teacher.shape, layout, "teacher") if teacher else [])
 
-    def fitting(self, gpus: int, *, teacher: bool = True) -> list[Option]:
-        """Layouts of so many GPUs that fit, best first: the least time, and of about the same time the most room."""
-        found = []
+    def search(self, gpus: int, *, teacher: bool = True) -> Search:
+        """Every layout of so many GPUs."""
+        found: list[Option] = []
+        refused: dict[Layout, str] = {}
+        too_large = []
         for layout in layouts(gpus, experts=bool(self.student.shape.experts)):
-            if not self.refusals(layout, teacher=teacher) and (best := self._largest(layout, teacher)):
+            if reasons := self.refusals(layout, teacher=teacher):
+                refused[layout] = reasons[0]
+            elif best := self._largest(layout, teacher):
                 found.append(best)
+            else:
+                too_large.append(self.option(layout, self.work, teacher=teacher))
         least = min((option.total for option in found), default=1.0)
-        return sorted(found, key=lambda option: (int((option.total / least - 1) / SAME_TIME), option.memory.peak))
+        found.sort(key=lambda option: (int((option.total / least - 1) / SAME_TIME), option.memory.peak))
+        return Search(found, refused, too_large)
 
     def _largest(self, layout: Layout, teacher: bool) -> Option | None:
         """The layout with the largest micro-batches, then rollout batches, that fit; the recipe's at most."""
@@ -170,14 +187,19 @@ class Plan:
         return self.own is not None and self.planner.fits(self.own.memory)
 
     @cached_property
-    def options(self) -> list[Option]:
-        """Layouts that fit student and teacher, best first."""
-        return self.planner.fitting(self.gpus)
+    def together(self) -> Search:
+        """Layouts of student and teacher."""
+        return self.planner.search(self.gpus)
 
     @cached_property
-    def apart(self) -> tuple[Separate | None, list[Option]]:
-        """The teacher on its own GPUs, and the student's layouts without it."""
-        return self.planner.separate(), self.planner.fitting(self.gpus, teacher=False)
+    def alone(self) -> Search:
+        """The student's layouts without the teacher."""
+        return self.planner.search(self.gpus, teacher=False)
+
+    @cached_property
+    def separate(self) -> Separate | None:
+        """The teacher on GPUs of its own."""
+        return self.planner.separate()
 
     def remedy(self) -> str:
         """One line: why the recipe does not fit, the key to change, and to what."""
@@ -190,8 +212,8 @@ class Plan:
                 f"the recipe's layout needs {memory.peak / GiB:.1f} GiB of the {planner.limit:g} of a GPU "
                 f"(most: {memory.largest.role} {memory.largest.name}, {memory.largest.bytes / GiB:.1f} GiB)"
             )
-        if self.options:
-            keys = self.options[0].overrides(planner.work).split()
+        if self.together.options:
+            keys = self.together.options[0].overrides(planner.work).split()
             own = self.own.overrides(planner.work).split() if self.own else []
             changed = next((part for part in keys if part not in own), keys[0]).partition("=")[0]
             return f"{why}; change {changed}; the best layout that fits: {' '.join(keys)}"

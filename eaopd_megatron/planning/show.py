@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -10,9 +12,9 @@ from rich.table import Table
 from eaopd_megatron.planning import traffic
 from eaopd_megatron.planning.configs import Model
 from eaopd_megatron.planning.hardware import GiB
-from eaopd_megatron.planning.layouts import Layout, faults, layouts
+from eaopd_megatron.planning.layouts import Layout
 from eaopd_megatron.planning.memory import Memory, kv_cache
-from eaopd_megatron.planning.planner import Option, Plan, Separate
+from eaopd_megatron.planning.planner import TEACHER_GPUS, Option, Plan, Search, Separate
 
 WIDTH = 100
 SHOWN = 5  # layouts
@@ -32,7 +34,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
     console = console or Console(width=WIDTH, highlight=False)
     planner = plan.planner
     for key, model in (("student", planner.student), ("teacher", planner.teacher)):
-        console.print(f"{key} {model.name}: {_size(model)} ({model.source})", soft_wrap=True)
+        console.print(f"{key} {model.name}: {_size(model)} ({model.source})")
     console.print(
         f"{plan.gpus} x {planner.gpu.name}, {planner.limit:g} GiB a GPU; sizes in GiB a GPU, times estimates\n"
     )
@@ -47,15 +49,15 @@ def show(plan: Plan, console: Console | None = None) -> None:
             console.print(f"\n{title}")
             console.print(table)
     for refusal in plan.refusals:
-        console.print(f"the recipe's layout cannot work: {refusal}", soft_wrap=True)
-    _options(console, plan, plan.options, "layouts of student and teacher that fit, best first")
-    if not plan.options:
+        console.print(f"the recipe's layout cannot work: {refusal}")
+    _options(console, plan, plan.together, "layouts of student and teacher that fit, best first")
+    if not plan.together.options:
         _apart(console, plan)
     if server := _server(plan):
-        console.print(server, soft_wrap=True)
+        console.print(server)
     console.print("\nassumed (times are estimates from these; none was measured):")
     for line in planner.assumed.lines(planner.gpu):
-        console.print(f"  {line}", soft_wrap=True)
+        console.print(f"  {line}")
 
 
 def short(layout: Layout) -> str:
@@ -69,7 +71,7 @@ def short(layout: Layout) -> str:
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan's numbers: bytes, seconds, layouts with their overrides."""
     planner = plan.planner
-    separate, alone = (None, []) if plan.options else plan.apart
+    separate, alone = (None, []) if plan.together.options else (plan.separate, plan.alone.options)
     return {
         "gpus": plan.gpus,
         "gpu": planner.gpu.name,
@@ -86,7 +88,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             for key, model in (("student", planner.student), ("teacher", planner.teacher))
         },
         "recipe": plan.own and _option_json(plan.own, plan),
-        "layouts": [_option_json(option, plan) for option in plan.options],
+        "layouts": [_option_json(option, plan) for option in plan.together.options],
+        "cannot_be_cut": {short(layout): reason for layout, reason in plan.together.refused.items()},
         "student_alone": [_option_json(option, plan) for option in alone],
         "separate_teacher": separate
         and {
@@ -174,54 +177,48 @@ def _times(option: Option) -> Table:
     return table
 
 
-def _options(console: Console, plan: Plan, options: list[Option], title: str) -> None:
-    if not options:
-        console.print(f"\n{title}: none", soft_wrap=True)
-        for line in _why_none(plan):
-            console.print(f"  {line}", soft_wrap=True)
-        return
-    console.print(f"\n{title} ({len(options)})")
-    table = _table("layout", "GiB", "seconds", *(phase for phase in PHASES), "micro-batch", "rollouts")
-    for option in options[:SHOWN]:
-        table.add_row(
-            short(option.layout),
-            _gib(option.memory.peak),
-            _seconds(option.total),
-            *(_seconds(option.seconds[phase]) if phase in option.seconds else "" for phase in PHASES),
-            f"{option.work.micro_batch_tokens} tokens",
-            str(option.work.generated(option.layout)),
-        )
-    console.print(table)
-    console.print(f"best: {options[0].overrides(plan.planner.work)}", soft_wrap=True)
+def _options(console: Console, plan: Plan, search: Search, title: str) -> None:
+    options = search.options
+    console.print(f"\n{title} ({len(options)} of {len(options) + len(search.too_large) + len(search.refused)})")
+    if options:
+        table = _table("layout", "GiB", "seconds", *PHASES, "micro-batch", "rollouts")
+        for option in options[:SHOWN]:
+            table.add_row(
+                short(option.layout),
+                _gib(option.memory.peak),
+                _seconds(option.total),
+                *(_seconds(option.seconds[phase]) if phase in option.seconds else "" for phase in PHASES),
+                f"{option.work.micro_batch_tokens} tokens",
+                str(option.work.generated(option.layout)),
+            )
+        console.print(table)
+        console.print(f"best: {options[0].overrides(plan.planner.work)}", soft_wrap=True)
+    for line in _others(search):
+        console.print(line)
 
 
-def _why_none(plan: Plan) -> list[str]:
-    """The commonest reasons against layouts of so many GPUs, or what the least needy one still needs."""
-    planner = plan.planner
-    every = list(layouts(plan.gpus, experts=bool(planner.student.shape.experts)))
-    possible = [layout for layout in every if not planner.refusals(layout)]
-    if possible:
-        least = min((planner.option(layout, planner.work) for layout in possible), key=lambda o: o.memory.of("always"))
+def _others(search: Search) -> Iterator[str]:
+    """What became of the other layouts."""
+    if search.too_large:
+        least = min(search.too_large, key=lambda option: option.memory.peak)
         part = least.memory.largest
-        reasons = [
-            f"{len(possible)} of {len(every)} layouts can be cut; {short(least.layout)} keeps least, "
-            f"{_gib(least.memory.of('always'))} GiB always (most: {part.role} {part.name}, {_gib(part.bytes)})"
-        ]
-        if planner.teacher.shape.experts and not planner.student.shape.experts:
-            reasons.append("beside a student without experts only pipeline stages share the teacher's experts")
-        return reasons
-    return list(dict.fromkeys(fault for layout in every for fault in planner.refusals(layout)))[:SHOWN]
+        yield (
+            f"{len(search.too_large)} need more memory; of them {short(least.layout)} needs least, "
+            f"{_gib(least.memory.peak)} GiB (most: {part.role} {part.name}, {_gib(part.bytes)})"
+        )
+    reasons = Counter(search.refused.values())
+    for reason, count in reasons.most_common(SHOWN):
+        yield f"{count} cannot be cut: {reason}"
 
 
 def _apart(console: Console, plan: Plan) -> None:
-    separate, alone = plan.apart
+    planner = plan.planner
+    if planner.teacher.shape.experts and not planner.student.shape.experts:
+        console.print("beside a student without experts only pipeline stages can share the teacher's experts")
     console.print("\na teacher on GPUs of its own (this version's trainer has no separate teacher yet):")
-    if separate is None:
-        reasons = faults(plan.planner.teacher.shape, plan.layout, "teacher")
-        console.print(f"  none found{': ' + reasons[0] if reasons else ''}", soft_wrap=True)
-    else:
-        console.print(f"  {separate_line(separate)}", soft_wrap=True)
-    _options(console, plan, alone, f"layouts of the student alone on {plan.gpus} GPUs that fit, best first")
+    where = f"none on up to {TEACHER_GPUS[-1]} GPUs" if plan.separate is None else separate_line(plan.separate)
+    console.print(f"  {where}")
+    _options(console, plan, plan.alone, f"layouts of the student alone on {plan.gpus} GPUs that fit, best first")
 
 
 def separate_line(separate: Separate) -> str:

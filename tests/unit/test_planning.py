@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.planning import flops, memory, traffic
 from eaopd_megatron.planning.activations import Activations, MicroBatch
-from eaopd_megatron.planning.configs import built_in, find_model
+from eaopd_megatron.planning.configs import Model, built_in, find_model
 from eaopd_megatron.planning.hardware import GiB, gpu_named
 from eaopd_megatron.planning.layouts import Layout, faults, layouts
 from eaopd_megatron.planning.memory import Colocated
@@ -48,6 +49,7 @@ SIZES = {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
 }
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "qwen2": {"tie_word_embeddings": True},
@@ -166,6 +168,35 @@ def test_a_model_is_guessed(tmp_path: Path) -> None:
     assert find_model("Qwen/Qwen3-8B", "teacher.model").source == "built-in table: HF_HUB_OFFLINE is set"
 
 
+@pytest.mark.parametrize(
+    ("answer", "source"),
+    [
+        (httpx.Response(200, json=of_family("qwen3")), "config.json from the hub"),
+        (httpx.Response(404), "built-in table: the Hugging Face hub answers 404"),
+        (
+            httpx.Response(200, text="<html>"),
+            "built-in table: the Hugging Face hub cannot be reached (JSONDecodeError)",
+        ),
+        (httpx.Response(200, json=[]), "built-in table: the Hugging Face hub's config.json is broken"),
+    ],
+)
+def test_the_hub_is_asked_for_more_than_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, answer: httpx.Response, source: str
+) -> None:
+    asked: list[str] = []
+
+    def get(url: str, **options: Any) -> httpx.Response:
+        asked.append(url)
+        return answer
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("httpx.get", get)
+    found = find_model("Qwen/Qwen3-4B", "student.model")
+    assert [url.rpartition("/")[2] for url in asked] == ["config.json"]
+    assert found.source == source
+    assert (found.shape == ModelShape.of(of_family("qwen3"))) == (source == "config.json from the hub")
+
+
 # FLOPs
 
 
@@ -229,6 +260,37 @@ def test_a_layout_that_cannot_work_is_not_explained() -> None:
         "experts at student.tensor_parallel above 1 need student.sequence_parallel=true",
         "student.expert_parallel x expert_tensor_parallel x pipeline_parallel=6 does not divide the 8 GPUs",
     ]
+
+
+@pytest.mark.parametrize("teacher", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("student", ["qwen3", "qwen3_moe"])
+def test_the_plan_and_the_trainer_refuse_different_layouts(
+    student: str, teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan proposes what `check_config` and `check_world` let pass, and nothing else that it has looked at."""
+    from transformers import AutoConfig
+
+    from eaopd_megatron.megatron.architecture import check_config
+    from eaopd_megatron.megatron.groups import Layout as TrainerLayout
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # gloo's own limit is no limit of a plan
+    dictionaries = [of_family(kind) | {"architectures": [ARCHITECTURES[kind]]} for kind in (student, teacher)]
+    for each in dictionaries:
+        each |= {"norm_topk_prob": True, "mlp_only_layers": []} if "num_experts" in each else {}
+    models = [Model("", ModelShape.of(each), "") for each in dictionaries]
+    plan = replace(planner(), student=models[0], teacher=models[1])
+    configs = [AutoConfig.for_model(**each) for each in dictionaries]
+    checked = [*layouts(8, experts=True), Layout(2, data_parallel=4), Layout(1, False, 2, 2, data_parallel=4)]
+    for layout in checked:
+        trainer = TrainerLayout(**{name: value for name, value in asdict(layout).items() if name != "data_parallel"})
+        refused = False
+        try:
+            trainer.check_world(layout.gpus)
+            for config in configs:
+                check_config(config, trainer, "")
+        except UserError:
+            refused = True
+        assert bool(plan.refusals(layout)) == refused, layout
 
 
 @pytest.mark.parametrize("gpus", [1, 6, 16])
@@ -399,6 +461,13 @@ def test_a_teacher_that_is_too_large_is_not_given_gpus_of_its_own(planned: Calla
     )
 
 
+def test_a_layout_that_is_left_out_is_not_explained(planned: Callable[..., Any]) -> None:
+    shown = planned(str(RECIPES[0]), "--gpus", "8")[1]
+    assert " cannot be cut: student.tensor_parallel=8 does not divide the teacher's num_key_value_heads=4" in shown
+    assert " cannot be cut: student.pipeline_parallel=8 does not divide the student's num_hidden_layers=36" in shown
+    assert " need more memory; of them " in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -414,7 +483,7 @@ def test_a_teacher_that_is_too_large_is_not_given_gpus_of_its_own(planned: Calla
         ),
         (
             ("student.expert_parallel=2",),
-            "student.expert_parallel=2 needs a student with experts",
+            "student.expert_parallel=2 needs experts, which the student does not have",
         ),
     ],
 )
@@ -431,14 +500,14 @@ def test_plan_writes_no_file_and_says_nothing(planned: Callable[..., Any], tmp_p
 
 
 def test_the_fastest_layout_is_not_first() -> None:
-    found = Plan(planner(), Layout(2, True, data_parallel=4), 8).options
+    found = Plan(planner(), Layout(2, True, data_parallel=4), 8).together.options
     assert len(found) > 3
     assert found[0].total <= 1.02 * min(option.total for option in found)
     assert all(option.memory.peak <= 80 * GiB for option in found)
 
 
 def test_a_smaller_micro_batch_is_not_tried() -> None:
-    small = planner(limit=48, micro_batch_tokens=32768).fitting(8)
+    small = planner(limit=48, micro_batch_tokens=32768).search(8).options
     assert small
     assert min(option.work.micro_batch_tokens for option in small) < 32768
     assert any(
