@@ -9,10 +9,11 @@ from pathlib import Path
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.planning.configs import find_model
+from eaopd_megatron.planning.export import as_json
 from eaopd_megatron.planning.hardware import gpu_named
 from eaopd_megatron.planning.layouts import Layout
 from eaopd_megatron.planning.planner import Plan, Planner
-from eaopd_megatron.planning.show import as_json, show
+from eaopd_megatron.planning.show import show
 from eaopd_megatron.planning.workload import Workload
 
 

@@ -73,12 +73,6 @@ class Layout:
         """Idle time of a pipeline as a share of its working time."""
         return (self.pipeline_parallel - 1) / (micro_batches * self.virtual_pipeline)
 
-    def overrides(self) -> list[str]:
-        """What makes a recipe use this layout, ready to be pasted."""
-        said = ["tensor_parallel", "sequence_parallel", "pipeline_parallel", "data_parallel"]
-        said += [field.name for field in fields(self) if field.name not in said and getattr(self, field.name) > 1]
-        return [f"student.{name}={str(getattr(self, name)).lower()}" for name in said]
-
 
 def faults(shape: ModelShape, layout: Layout, role: str = "student") -> list[str]:
     """Why a model cannot be cut so, each with the number that must divide another; empty where it can."""

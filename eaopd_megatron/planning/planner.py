@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 
 from eaopd_megatron.planning import traffic
@@ -16,7 +16,16 @@ from eaopd_megatron.planning.times import Clock
 from eaopd_megatron.planning.workload import Workload
 
 TEACHER_GPUS = (1, 2, 4, 8, 16, 32, 64)
+KEYS = {
+    **{field.name: f"student.{field.name}" for field in fields(Layout)},
+    "recompute": "student.recompute",
+    "distributed_optimizer": "optimizer.distributed",
+    "micro_batch_tokens": "train.micro_batch_tokens",
+    "rollout_batch": "rollout.batch_size",
+}
+"""What an option may change: fields of a layout and of a workload, and the recipe's keys for them."""
 SAME_TIME = 0.02  # share by which estimates of time must differ to count
+ROOM = 0.15  # share of a GPU that had better stay free
 
 
 @dataclass(frozen=True)
@@ -33,22 +42,21 @@ class Option:
         """Estimated seconds of an iteration."""
         return sum(self.seconds.values())
 
-    def overrides(self, recipe: Workload) -> str:
-        """What makes the recipe this option, ready to be pasted."""
-        said = self.layout.overrides()
-        if self.work.micro_batch_tokens != recipe.micro_batch_tokens:
-            said.append(f"train.micro_batch_tokens={self.work.micro_batch_tokens}")
-        if self.work.rollout_batch != recipe.rollout_batch:
-            said.append(f"rollout.batch_size={self.work.rollout_batch}")
-        return " ".join(said)
+    def overrides(self, layout: Layout, work: Workload) -> str:
+        """What makes a recipe of that layout and workload this option, ready to be pasted; its changes come first."""
+        here, there = ({**asdict(one), **asdict(other)} for one, other in ((self.layout, self.work), (layout, work)))
+        said = [name for name in KEYS if here[name] != there[name]]
+        if "data_parallel" not in said:
+            said.append("data_parallel")  # which the recipe may leave to the number of ranks
+        return " ".join(f"{KEYS[name]}={str(here[name]).lower()}" for name in said)
 
 
 @dataclass(frozen=True)
 class Search:
     """What became of each layout of so many GPUs.
 
-    options: those that fit, best first: the least time, and of about the same time the most room. refused: those that
-    cannot be cut, with a reason. too_large: the others, with the recipe's own micro-batches.
+    options: those that fit, best first: by time, and of about the same time those with room enough. refused: those that
+    cannot be cut, with a reason. too_large: the others, as the recipe would have them.
     """
 
     options: list[Option]
@@ -104,26 +112,24 @@ class Planner:
         for layout in layouts(gpus, experts=bool(self.student.shape.experts)):
             if reasons := self.refusals(layout, teacher=teacher):
                 refused[layout] = reasons[0]
-            elif best := self._largest(layout, teacher):
+            elif best := self._first(layout, teacher):
                 found.append(best)
             else:
                 too_large.append(self.option(layout, self.work, teacher=teacher))
         least = min((option.total for option in found), default=1.0)
-        found.sort(key=lambda option: (int((option.total / least - 1) / SAME_TIME), option.memory.peak))
-        return Search(found, refused, too_large)
 
-    def _largest(self, layout: Layout, teacher: bool) -> Option | None:
-        """The layout with the largest micro-batches, then rollout batches, that fit; the recipe's at most."""
-        for tokens in _halves(self.work.micro_batch_tokens, self.work.longest):
-            for sequences in _halves(self.work.rollout_batch, 1):
-                work = replace(self.work, micro_batch_tokens=tokens, rollout_batch=sequences)
-                memory = Colocated(
-                    self.student.shape, self.teacher.shape if teacher else None, layout, work, self.reserve
-                ).memory()
-                if self.fits(memory):
-                    return self.option(layout, work, teacher=teacher)
-                if memory.fullest != "generation":
-                    break  # fewer sequences would not help
+        def rank(option: Option) -> tuple[int, float, float]:
+            tight = max(0.0, option.memory.peak - (1 - ROOM) * self.limit * GiB)
+            return int((option.total / least - 1) / SAME_TIME), tight, option.total
+
+        return Search(sorted(found, key=rank), refused, too_large)
+
+    def _first(self, layout: Layout, teacher: bool) -> Option | None:
+        """The layout with the first of `_thriftier` workloads that fits."""
+        for work in _thriftier(self.work):
+            shape = self.teacher.shape if teacher else None
+            if self.fits(Colocated(self.student.shape, shape, layout, work, self.reserve).memory()):
+                return self.option(layout, work, teacher=teacher)
         return None
 
     def separate(self) -> Separate | None:
@@ -201,6 +207,10 @@ class Plan:
         """The teacher on GPUs of its own."""
         return self.planner.separate()
 
+    def overrides(self, option: Option) -> str:
+        """What makes the recipe this option, ready to be pasted behind its other overrides."""
+        return option.overrides(self.layout, self.planner.work)
+
     def remedy(self) -> str:
         """One line: why the recipe does not fit, the key to change, and to what."""
         planner = self.planner
@@ -213,18 +223,29 @@ class Plan:
                 f"(most: {memory.largest.role} {memory.largest.name}, {memory.largest.bytes / GiB:.1f} GiB)"
             )
         if self.together.options:
-            keys = self.together.options[0].overrides(planner.work).split()
-            own = self.own.overrides(planner.work).split() if self.own else []
-            changed = next((part for part in keys if part not in own), keys[0]).partition("=")[0]
-            return f"{why}; change {changed}; the best layout that fits: {' '.join(keys)}"
+            keys = self.overrides(self.together.options[0])
+            return f"{why}; change {keys.partition('=')[0]}; the best layout that fits: {keys}"
         return (
             f"{why}; no layout of {self.gpus} GPUs holds student.model and teacher.model together: "
             "take a smaller teacher.model or more --gpus"
         )
 
 
+def _thriftier(work: Workload) -> Iterator[Workload]:
+    """The recipe's own workload, and others that need less memory: what costs least time comes first."""
+    distributed = replace(work, distributed_optimizer=True)
+    for kept in dict.fromkeys((work, distributed, replace(distributed, recompute="full"))):
+        for tokens in _halves(kept.micro_batch_tokens, kept.longest):
+            for sequences in _halves(kept.rollout_batch, 1):
+                yield replace(kept, micro_batch_tokens=tokens, rollout_batch=sequences)
+
+
 def _halves(most: int, least: int) -> Iterator[int]:
-    """most, its half, ... down to least; least itself where most is below it."""
+    """most, and where it is above least its half, its quarter and so on, and at last least."""
     yield most
-    while (most := most // 2) >= least:
-        yield most
+    half = most // 2
+    while half > least:
+        yield half
+        half //= 2
+    if most > least:
+        yield least

@@ -1,10 +1,9 @@
-"""A plan as tables of at most 100 columns, and as JSON."""
+"""A plan as tables of at most 100 columns."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +17,7 @@ from eaopd_megatron.planning.planner import TEACHER_GPUS, Option, Plan, Search, 
 
 WIDTH = 100
 SHOWN = 5  # layouts
+SERVER_SHARE = 0.85  # of a GPU, for weights and cache; SGLang's --mem-fraction-static
 PHASES = ("generation", "teacher", "student")  # whose times differ from layout to layout
 SHORT = (
     ("TP", "tensor_parallel"),
@@ -61,58 +61,11 @@ def show(plan: Plan, console: Console | None = None) -> None:
 
 
 def short(layout: Layout) -> str:
-    """ "TP2 SP DP4": what is more than one."""
+    """The numbers above one, such as TP2 SP DP4."""
     parts = [f"{name}{getattr(layout, key)}" for name, key in SHORT if getattr(layout, key) > 1]
     if layout.sequence_parallel:
         parts.insert(1, "SP")
     return " ".join(parts) or "one GPU"
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan's numbers: bytes, seconds, layouts with their overrides."""
-    planner = plan.planner
-    separate, alone = (None, []) if plan.together.options else (plan.separate, plan.alone.options)
-    return {
-        "gpus": plan.gpus,
-        "gpu": planner.gpu.name,
-        "gpu_memory": planner.limit,
-        "fits": plan.fits,
-        "refusals": plan.refusals,
-        "models": {
-            key: {
-                "name": model.name,
-                "source": model.source,
-                "parameters": model.shape.whole().total,
-                "active_parameters": model.shape.active(),
-            }
-            for key, model in (("student", planner.student), ("teacher", planner.teacher))
-        },
-        "recipe": plan.own and _option_json(plan.own, plan),
-        "layouts": [_option_json(option, plan) for option in plan.together.options],
-        "cannot_be_cut": {short(layout): reason for layout, reason in plan.together.refused.items()},
-        "student_alone": [_option_json(option, plan) for option in alone],
-        "separate_teacher": separate
-        and {
-            "gpus": separate.layout.gpus,
-            "layout": short(separate.layout),
-            "peak_bytes": separate.memory.peak,
-            "hidden_state_bytes": separate.answer.bytes * separate.layout.gpus,
-            "estimated_seconds": separate.seconds,
-        },
-        "assumptions": list(planner.assumed.lines(planner.gpu)),
-    }
-
-
-def _option_json(option: Option, plan: Plan) -> dict[str, Any]:
-    return {
-        "overrides": option.overrides(plan.planner.work),
-        "peak_bytes": option.memory.peak,
-        "parts": [
-            {"role": part.role, "part": part.name, "bytes": part.bytes, "phase": part.phase}
-            for part in option.memory.parts
-        ],
-        "estimated_seconds": option.seconds,
-    }
 
 
 def _size(model: Model) -> str:
@@ -181,7 +134,7 @@ def _options(console: Console, plan: Plan, search: Search, title: str) -> None:
     options = search.options
     console.print(f"\n{title} ({len(options)} of {len(options) + len(search.too_large) + len(search.refused)})")
     if options:
-        table = _table("layout", "GiB", "seconds", *PHASES, "micro-batch", "rollouts")
+        table = _table("layout", "GiB", "seconds", *PHASES, "micro-batch", "rollouts", "and")
         for option in options[:SHOWN]:
             table.add_row(
                 short(option.layout),
@@ -190,11 +143,19 @@ def _options(console: Console, plan: Plan, search: Search, title: str) -> None:
                 *(_seconds(option.seconds[phase]) if phase in option.seconds else "" for phase in PHASES),
                 f"{option.work.micro_batch_tokens} tokens",
                 str(option.work.generated(option.layout)),
+                _saved(option, plan),
             )
         console.print(table)
-        console.print(f"best: {options[0].overrides(plan.planner.work)}", soft_wrap=True)
+        console.print(f"best: {plan.overrides(options[0])}", soft_wrap=True)
     for line in _others(search):
         console.print(line)
+
+
+def _saved(option: Option, plan: Plan) -> str:
+    """What else saves memory there, beyond the recipe."""
+    work, recipe = option.work, plan.planner.work
+    said = ["distributed"] if work.distributed_optimizer and not recipe.distributed_optimizer else []
+    return ", ".join([*said, "recompute"] if work.recompute != recipe.recompute else said)
 
 
 def _others(search: Search) -> Iterator[str]:
@@ -246,6 +207,3 @@ def _server(plan: Plan) -> str:
         f"in process): weights {_gib(held)} GiB, key-value cache {_gib(cache)} GiB = {tokens:,.0f} tokens; "
         f"{_gib(sync.bytes)} GiB a weight update"
     )
-
-
-SERVER_SHARE = 0.85  # of a GPU, for weights and cache; SGLang's --mem-fraction-static

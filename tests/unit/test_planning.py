@@ -506,10 +506,35 @@ def test_the_fastest_layout_is_not_first() -> None:
     assert all(option.memory.peak <= 80 * GiB for option in found)
 
 
-def test_a_smaller_micro_batch_is_not_tried() -> None:
-    small = planner(limit=48, micro_batch_tokens=32768).search(8).options
-    assert small
-    assert min(option.work.micro_batch_tokens for option in small) < 32768
-    assert any(
-        "train.micro_batch_tokens=" in option.overrides(planner(micro_batch_tokens=32768).work) for option in small
+def test_memory_is_not_saved_before_a_layout_is_given_up() -> None:
+    plain = planner(limit=46, micro_batch_tokens=32768)
+    found = {option.layout: option.work for option in plain.search(8).options}
+    assert {work.micro_batch_tokens for work in found.values()} > {5120, 32768}
+    assert any(work.recompute == "full" for work in found.values())
+    assert found[Layout(2, True, data_parallel=4)].distributed_optimizer
+    assert all(not work.distributed_optimizer for work in found.values() if work == plain.work)
+
+
+def test_overrides_leave_what_the_recipe_says_otherwise(planned: Callable[..., Any]) -> None:
+    """A recipe at context_parallel=2 is told to set it back to 1."""
+    recipe, own = (
+        str(ROOT / "recipes/qwen3/4b_from_32b.yaml"),
+        (
+            "student.tensor_parallel=1",
+            "student.sequence_parallel=false",
+            "student.context_parallel=8",
+            "student.recompute=selective",
+        ),
     )
+    code, _, said = planned(recipe, *own, "--gpus", "8")
+    assert code == 1
+    assert "; change student.tensor_parallel; " in said
+    best = said.split("fits: ")[1].split()
+    assert "student.context_parallel=1" in best
+    assert planned(recipe, *own, *best)[0] == 0
+
+
+def test_the_remedy_names_a_key_that_stays() -> None:
+    work = planner(rollout_batch=128).work
+    plan = Plan(replace(planner(), work=work), Layout(2, True), 2)
+    assert "; change rollout.batch_size; the best layout that fits: rollout.batch_size=64 " in plan.remedy()
