@@ -106,6 +106,12 @@ def test_a_layout_that_cannot_work_says_what_must_divide_what(kind: str, layout:
     assert named in refusal(config(kind), **layout)
 
 
+def test_a_cut_of_experts_that_gloo_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail in the middle of the first forward pass."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs CUDA" in refusal(config("qwen3_moe"), expert_parallel=2, expert_tensor_parallel=2)
+
+
 def test_a_feed_forward_size_is_refused_by_its_number() -> None:
     hf = config("llama", intermediate_size=81)
     assert "tensor_parallel=2 does not divide intermediate_size=81" in refusal(hf, tensor_parallel=2)
