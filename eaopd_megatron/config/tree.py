@@ -42,6 +42,10 @@ class Run(Section):
     folder: Name
     save_interval: CountOrZero = 50  # iterations between checkpoints; 0: only at the end
     keep_checkpoints: Count = 2  # the newest ones that stay on the disk
+    async_save: bool = True  # checkpoints are written while training goes on, from a copy in host memory
+    on_damaged: Literal["refuse", "fall_back"] = (
+        "refuse"  # fall_back: continue from the newest checkpoint that is whole
+    )
     log_rollouts: CountOrZero = 4  # samples recorded an iteration
 
 
@@ -58,6 +62,7 @@ class Student(Section):
     data_parallel: Count | None = None  # none: what the ranks, or the devices of this host, allow
     sequence_parallel: bool = False
     precision: Precision = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"  # activations made again in backward; selective: attention
 
     @model_validator(mode="after")
     def _sequence_parallel_needs_tensor_parallel(self) -> Self:
@@ -166,6 +171,15 @@ class Optimizer(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_updates: CountOrZero = 0
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # the floor, as a share of lr
+    distributed: bool = False  # each data-parallel rank holds and updates its part of the states
+    overlap: bool = False  # gradients are reduced during backward, weights gathered during forward
+    offload: Literal["none", "moments"] = "none"  # moments: Adam's, in host memory between updates
+
+    @model_validator(mode="after")
+    def _overlap_needs_distributed(self) -> Self:
+        if self.overlap and not self.distributed:
+            raise ValueError("optimizer.overlap is true, which needs optimizer.distributed to be true")
+        return self
 
 
 class Evaluation(Section):
@@ -189,12 +203,15 @@ class Reporting(Section):
     wandb: bool = False
     wandb_project: Name = "eaopd"
     wandb_name: str | None = None
+    profile_from: Count | None = None  # first iteration under torch's profiler, whose traces go to profile/; none: off
+    profile_iterations: Count = 1
 
 
 class Distributed(Section):
     """Limits on waiting for other ranks."""
 
     timeout_minutes: Positive = 10.0
+    flight_recorder: CountOrZero = 2000  # collectives a rank remembers, written to failures/ when the run fails
 
 
 class Recipe(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from eaopd_megatron.megatron.layers import uses_transformer_engine
 from eaopd_megatron.megatron.rotary import check_rotary
 
 VOCAB_DIVISOR = 128
+Recompute = Literal["none", "selective", "full"]
+"""Activations that backward makes again: none, core attention's, or whole layers' from their inputs."""
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
@@ -84,7 +86,7 @@ def _check_divides(layout: Layout, divisors: tuple[str, ...], hf: Any, name: str
         raise UserError(f"{folder}: {product} does not divide {name}={getattr(hf, name)}")
 
 
-def transformer_config(hf: Any, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(hf: Any, layout: Layout, dtype: torch.dtype, recompute: Recompute = "none") -> TransformerConfig:
     """Megatron-Core's configuration of a model at this layout; no dropout, losses summed per token.
 
     What differs from family to family is in `Family.settings`.
@@ -122,6 +124,9 @@ def transformer_config(hf: Any, layout: Layout, dtype: torch.dtype) -> Transform
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every parameter is loaded; the import checks that none is left out
         calculate_per_token_loss=True,  # before DDP is built, or gradients come out divided by the data-parallel size
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -16,6 +16,7 @@ from eaopd_megatron.data.samples import MicroBatch
 from eaopd_megatron.megatron.attention import PackedSequences
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks, gpt_of
+from eaopd_megatron.megatron.overlap import gathered
 
 
 def logits_of(model: ModelChunks, token_ids: torch.Tensor) -> torch.Tensor:
@@ -62,11 +63,14 @@ def hidden_grad(model: ModelChunks) -> Literal["all_reduce", "partial"]:
 
 def head_of(model: ModelChunks) -> torch.nn.Parameter:
     """This rank's rows of the output layer [V_padded/tp, h], on the last pipeline stage: the embedding's where they are
-    tied."""
+    tied.
+
+    Where gathers of updated weights are overlapped it waits for this one: no module's forward does it for the loss.
+    """
     gpt = gpt_of(model)
     if gpt.share_embeddings_and_output_weights:
-        return gpt.shared_embedding_or_output_weight()
-    return gpt.output_layer.weight
+        return gathered(gpt.shared_embedding_or_output_weight())
+    return gathered(gpt.output_layer.weight)
 
 
 def row_logits(model: ModelChunks, rows: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from eaopd_megatron.megatron import cpu
-from eaopd_megatron.megatron.architecture import padded_vocab_size, transformer_config
+from eaopd_megatron.megatron.architecture import Recompute, padded_vocab_size, transformer_config
 from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.megatron.layers import layer_spec
 from eaopd_megatron.megatron.names import global_name
@@ -61,12 +61,15 @@ class ModelChunks(torch.nn.ModuleList):
             cast(Any, chunk).zero_grad_buffer()
 
 
-def build_model(hf: Any, layout: Layout, dtype: torch.dtype, *, untie: bool = False) -> ModelChunks:
+def build_model(
+    hf: Any, layout: Layout, dtype: torch.dtype, *, untie: bool = False, recompute: Recompute = "none"
+) -> ModelChunks:
     """This rank's uninitialised part of a model, on its device; weights come from `checkpoint.hf_import`.
 
     untie: give a model with tied embeddings an output layer of its own (a teacher whose output rows are mapped).
+    recompute: activations that backward makes again instead of keeping them.
     """
-    config = transformer_config(hf, layout, dtype)
+    config = transformer_config(hf, layout, dtype, recompute)
     set_attention_factor(config, hf)
     stages = [None] if layout.virtual_pipeline == 1 else range(layout.virtual_pipeline)
     with cpu.cuda_literals():

@@ -51,23 +51,25 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
     terminal = TerminalMap.between(recipe.teacher.terminal_map, student_folder.eos_ids, teacher_folder.eos_ids)
     row_map = terminal.row_map()
 
-    model = build_model(student_folder.config, student_layout, DTYPES[recipe.student.precision])
+    precision, options = recipe.student.precision, recipe.optimizer
+    model = build_model(student_folder.config, student_layout, DTYPES[precision], recompute=recipe.student.recompute)
     load_hf(model, student_folder, parallel)
     teacher_model = build_model(
         teacher_folder.config, teacher_layout, DTYPES[recipe.teacher.precision], untie=row_map is not None
     )
     load_hf(teacher_model, teacher_folder, parallel, row_map=row_map)
 
-    ddp = megatron_optimizer.wrap(model, parallel)
+    ddp = megatron_optimizer.wrap(model, parallel, distributed=options.distributed, overlap=options.overlap)
     optimizer = megatron_optimizer.build_optimizer(
         ddp,
-        lr=recipe.optimizer.lr,
-        weight_decay=recipe.optimizer.weight_decay,
-        beta1=recipe.optimizer.beta1,
-        beta2=recipe.optimizer.beta2,
-        eps=recipe.optimizer.eps,
-        clip_grad=recipe.optimizer.clip_grad,
-        precision=recipe.student.precision,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        beta1=options.beta1,
+        beta2=options.beta2,
+        eps=options.eps,
+        clip_grad=options.clip_grad,
+        precision=precision,
+        offload=options.offload,
     )
     budget = recipe.train.micro_batch_tokens
     student = Student(

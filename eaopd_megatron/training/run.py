@@ -76,7 +76,7 @@ class Run:
         self._times: dict[str, float] = defaultdict(float)
         self._signal: int | None = None
         self.checkpoints = TrainingCheckpoints(recipe, parallel, self.folder, self.parts, self.prompts)
-        self.iteration, self.updates = self.checkpoints.resume()
+        self.iteration, self.updates = self.checkpoints.resume(self.say)
         self._open_records()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
@@ -130,6 +130,8 @@ class Run:
         if last or asked or (save and self.iteration % save == 0):
             with self.clock("checkpoint"):
                 self.checkpoints.save(self.iteration, self.updates)
+                if last or asked:
+                    self.checkpoints.wait()
         if asked and not last:
             self.say(f"stopped after iteration {self.iteration}: checkpoint saved; the same command continues")
             raise Interrupted(128 + asked)

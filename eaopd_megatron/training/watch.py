@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 from torch.distributed import Store
@@ -21,13 +21,20 @@ _FAILURE, _DONE = "failure", "done"
 
 
 @contextlib.contextmanager
-def watched(store: Store, rank: int, world_size: int, silence: float = SILENCE_SECONDS) -> Iterator[None]:
+def watched(
+    store: Store,
+    rank: int,
+    world_size: int,
+    silence: float = SILENCE_SECONDS,
+    on_failure: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
     """Watch the other ranks while the body runs; tell them when it raises.
 
-    silence: seconds without a beat that count as death.
+    silence: seconds without a beat that count as death. on_failure: called once when the body raises or another rank's
+    fault ends this one, then from the watching thread.
     """
     connection = store.clone()  # type: ignore[attr-defined]  # its own: the process group's may be waiting for an answer
-    watch = Watch(connection, rank, world_size, silence)
+    watch = Watch(connection, rank, world_size, silence, on_failure)
     watch.start()
     try:
         yield
@@ -36,6 +43,7 @@ def watched(store: Store, rank: int, world_size: int, silence: float = SILENCE_S
         raise
     except BaseException as error:
         watch.fail(str(error) or type(error).__name__, getattr(error, "exit_code", 1))
+        _try(on_failure)
         raise
     watch.stop()
 
@@ -47,8 +55,11 @@ class Watch:
     thread ends the process: the main thread may be inside a collective that never returns.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, silence: float) -> None:
+    def __init__(
+        self, store: Store, rank: int, world_size: int, silence: float, on_failure: Callable[[], None]
+    ) -> None:
         self._store, self._rank, self._world_size, self._silence = store, rank, world_size, silence
+        self._on_failure = on_failure
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -100,4 +111,13 @@ class Watch:
 
     def _end(self, message: str, exit_code: int) -> None:
         print(f"error: rank {self._rank} stops: {message}", file=sys.stderr, flush=True)
+        _try(self._on_failure)
         os._exit(exit_code)
+
+
+def _try(record: Callable[[], None]) -> None:
+    """The error that ends the run matters more than one in recording it."""
+    try:
+        record()
+    except Exception as error:
+        print(f"warning: the failure could not be recorded: {error}", file=sys.stderr, flush=True)

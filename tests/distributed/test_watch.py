@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,16 +17,27 @@ Start = Callable[[str], list[subprocess.Popen[str]]]
 SCRIPT = """
     import sys, time
     import torch.distributed as dist
+    from pathlib import Path
     from eaopd_megatron.errors import UserError
+    from eaopd_megatron.training import flight_recorder
     from eaopd_megatron.training.watch import watched
-    rank, port, fate = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    rank, port, fate, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    with watched(store, rank, 3, silence=3.0):
+    if fate == "missing":
+        flight_recorder.record(folder, 100)
+        import torch
+        dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=3)
+        dist.all_reduce(torch.ones(2))
+    with watched(store, rank, 3, silence=3.0, on_failure=lambda: flight_recorder.dump(folder, rank)):
         store.set(f"up/{rank}", "1")
         store.wait([f"up/{r}" for r in range(3)])
         print("up", flush=True)
         if rank == 1 and fate == "raise":
             raise UserError("the disk is full")
+        if fate == "missing":
+            if rank == 1:
+                raise UserError("the collective is left out")
+            dist.all_reduce(torch.ones(7))
         if fate != "end":
             time.sleep(3600)
         elif rank != 0:
@@ -47,7 +59,7 @@ def ranks(tmp_path: Path) -> Iterator[Start]:
         for rank in range(3):
             started.append(
                 subprocess.Popen(
-                    [sys.executable, str(script), str(rank), str(store.port), fate],
+                    [sys.executable, str(script), str(rank), str(store.port), fate, str(tmp_path / "trace")],
                     env={**os.environ, "PYTHONPATH": os.getcwd()},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -90,3 +102,14 @@ def test_a_rank_that_ended_in_good_order_alarms_nobody(ranks: Start) -> None:
     for rank in (1, 2):
         _, err = processes[rank].communicate("\n", timeout=60)
         assert (processes[rank].returncode, err) == (0, "")
+
+
+def test_nobody_can_tell_which_rank_a_collective_waited_for(ranks: Start, tmp_path: Path) -> None:
+    for process in ranks("missing"):
+        process.communicate(timeout=60)
+        assert process.returncode == 1
+    entered = {}
+    for rank in range(3):  # pickled by torch, for torch.distributed.flight_recorder
+        record = pickle.loads((tmp_path / "trace" / f"rank_{rank}").read_bytes())
+        entered[rank] = [entry["input_sizes"] for entry in record["entries"]]
+    assert entered == {0: [[[2]], [[7]]], 1: [[[2]]], 2: [[[2]], [[7]]]}
