@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ class CheckpointStore:
         is told, and the one before it is tried, as long as there is one.
         """
         newest_first = self.complete()[::-1]  # read once: the main rank renames while others would read again
-        for path, older in zip(newest_first, [*newest_first[1:], None], strict=True):
+        for path, older in pairwise([*newest_first, None]):
+            assert path is not None
             try:
                 _on_main(parallel, partial(self.verify, path))
                 return path

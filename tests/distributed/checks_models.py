@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -24,7 +23,7 @@ from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.architecture import check_config
-from eaopd_megatron.megatron.forward import logits_of, row_logits
+from eaopd_megatron.megatron.forward import row_logits
 from eaopd_megatron.megatron.generation import Decoder, decoding
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
@@ -47,11 +46,6 @@ def loaded(folder: HfFolder, parallel: Parallel, *, swaps: dict[int, int] | None
     model = build_model(folder.config, parallel.layout, folder.dtype, untie=swaps is not None)
     load_hf(model, folder, parallel, row_map=swaps)
     return model
-
-
-def whole_logits(model: ModelChunks, tokens: torch.Tensor) -> torch.Tensor:
-    """[b, s, V_padded] on every rank."""
-    return gather_from_tensor_model_parallel_region(logits_of(model, tokens))
 
 
 def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: dict[str, Any]) -> None:
@@ -154,7 +148,7 @@ def check_swapped_rows(group: dist.ProcessGroup, folder: str, tp: int) -> None:
         theirs[..., [one, other]] = theirs[..., [other, one]]
         with torch.no_grad():
             for swaps in ({one: other, other: one}, {one: other}):
-                logits = whole_logits(loaded(source, parallel, swaps=swaps), expected["tokens"])
+                logits = gathered_logits(loaded(source, parallel, swaps=swaps), expected["tokens"], parallel)
                 close(logits[..., : source.vocab_size], theirs, "swapped logits")
         for wrong in ({one: source.vocab_size}, {1: 2, 3: 2}):
             with raises(ValueError, "is no exchange of ids"):

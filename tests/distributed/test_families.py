@@ -64,6 +64,12 @@ def test_logits_and_gradients_are_transformers(
     ranks.run(CHECKS, "check_logits_and_gradients", folder=str(folders[name]), layout=layout)
 
 
+@pytest.mark.parametrize("name", ["qwen2_yarn", "llama3", "qwen3_moe"])
+def test_greedy_tokens_are_transformers(ranks: Ranks, folders: dict[str, Path], name: str) -> None:
+    """Decoding turns sequence parallelism off, and feeds positions one at a time to scaled rotary positions."""
+    ranks.run(CHECKS, "check_decoding", folder=str(folders[name]), tp=2, sp=True)
+
+
 @pytest.mark.parametrize(
     ("name", "layout"),
     [

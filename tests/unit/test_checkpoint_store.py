@@ -251,6 +251,10 @@ def test_broken_manifest_is_refused(tmp_path: Path, content: str) -> None:
         CheckpointStore.verify(path)
 
 
+def test_new_run_has_nothing_to_go_on_from(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "none", 2).newest_whole(ALONE) is None
+
+
 def test_folder_without_manifest_or_state_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no checkpoint \(manifest.json is missing\)"):
         CheckpointStore.verify(tmp_path)
