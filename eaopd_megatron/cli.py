@@ -130,6 +130,30 @@ def show(
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs to lay out.", show_default="the recipe's, or one host of 8")
+    ] = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="a100, h100, h200 or b200.")] = "h100",
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1.0, metavar="GIB", help="Memory of a GPU.", show_default="as its maker says")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Another teacher than the recipe's.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the plan's numbers.", show_default=False)
+    ] = None,
+) -> None:
+    """Estimate memory, traffic and time before a run, and the layouts that fit. Exit code 1: the recipe's does not."""
+    from eaopd_megatron.planning.command import plan as run
+
+    run(recipe, overrides or [], gpus=gpus, gpu=gpu, gpu_memory=gpu_memory, teacher=teacher, out=out)
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: versions, devices, backends, and what is missing or harmful. Exit code 1: something is."""
     from eaopd_megatron.doctor import main as examine

@@ -1,14 +1,16 @@
 """Hugging Face folder → a Megatron-Core checkpoint of its weights (torch_dist), which any layout can load.
 
-    python tools/hf_to_mcore.py --hf DIR --out DIR [--tensor-parallel N] [--verify] [--dry-run]
+    python tools/hf_to_mcore.py --hf DIR --out DIR [--tensor-parallel N] [--pipeline-parallel N] [--expert-parallel N]
+                                [--verify] [--dry-run]
 
-Starts one process a tensor-parallel rank on this host, or joins those of torchrun or srun. The checkpoint holds the
-configuration and the tokenizer too: tools/mcore_to_hf.py needs nothing else.
+Starts the ranks of the layout on this host, or joins those of torchrun or srun. The checkpoint holds the configuration
+and the tokenizer too: tools/mcore_to_hf.py needs nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +24,8 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.guard import guarded, say
 
+KINDS = ("tensor", "pipeline", "expert")
+
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
@@ -30,7 +34,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder, or a hub id owner/name")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint; appears when complete")
-    for kind in ("tensor", "pipeline", "expert"):
+    for kind in KINDS:
         parser.add_argument(f"--{kind}-parallel", type=int, default=1, metavar="N", help="ranks, default 1")
     parser.add_argument("--verify", action="store_true", help="compare the written weights' logits with transformers'")
     parser.add_argument("--dry-run", action="store_true", help="list the mapping and its shapes, write nothing")
@@ -39,14 +43,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Import, here or on ranks. Returns the exit code; raises UserError."""
-    for kind in ("pipeline", "expert"):
-        if getattr(options, f"{kind}_parallel") != 1:
-            raise UserError(
-                f"--{kind}-parallel: this version imports with 1 alone (the checkpoint loads at any layout)"
-            )
-    ranks = options.tensor_parallel
-    if ranks < 1:
-        raise UserError(f"--tensor-parallel: {ranks} ranks cannot be; give 1 or more")
+    sizes = {kind: getattr(options, f"{kind}_parallel") for kind in KINDS}
+    for kind, size in sizes.items():
+        if size < 1:
+            raise UserError(f"--{kind}-parallel: {size} ranks cannot be; give 1 or more")
+    ranks = sizes["pipeline"] * math.lcm(sizes["tensor"], sizes["expert"])  # experts are cut over a stage's ranks
     is_rank = launch.joined()
     if not is_rank and not options.dry_run:
         atomic.check_new(options.out, "--out")
@@ -56,7 +57,12 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from eaopd_megatron.checkpoint import conversion
     from eaopd_megatron.megatron import groups
 
-    layout = groups.Layout(ranks)
+    layout = groups.Layout(
+        tensor_parallel=sizes["tensor"],
+        sequence_parallel=sizes["tensor"] > 1,  # weights are the same; experts ask for it
+        pipeline_parallel=sizes["pipeline"],
+        expert_parallel=sizes["expert"],
+    )
     if options.dry_run:
         for line in conversion.describe(conversion.check_import(options.hf, layout), layout):
             say(line)

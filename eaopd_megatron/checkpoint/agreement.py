@@ -15,9 +15,10 @@ Description = tuple[str, int, str]
 """(kind, errno, text): what of an error can be sent to other ranks."""
 
 
-def agree(parallel: Parallel, work: Callable[[], T]) -> T:
+def agree(parallel: Parallel, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Do this rank's own work and wait for the others' (a barrier). When one fails, all ranks raise the first's error.
 
+    group: of all ranks, for a thread that must not use the training's; none: torch.distributed's default.
     The error arrives as UserError or OSError (errno kept) where it was one, otherwise as RuntimeError.
     """
     cause: Exception | None = None
@@ -28,7 +29,7 @@ def agree(parallel: Parallel, work: Callable[[], T]) -> T:
     errors: list[Description | None] = [describe(cause) if cause else None]
     if parallel.world_size > 1:
         mine, errors = errors[0], [None] * parallel.world_size
-        dist.all_gather_object(errors, mine)
+        dist.all_gather_object(errors, mine, group)
     failed = {rank: error for rank, error in enumerate(errors) if error is not None}
     if failed:
         raise first_of(failed) from cause

@@ -14,22 +14,21 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.checkpoint.atomic import check_new, partial_of, whole_folder, write_error
 from eaopd_megatron.checkpoint.distributed import load_sharded, restore, save_sharded, training_state
 from eaopd_megatron.checkpoint.hf_export import DTYPE_WORDS, export_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.checkpoint.hf_import import load_hf, place_of
+from eaopd_megatron.checkpoint.hf_import import load_hf, placement_of, shard_shape
 from eaopd_megatron.checkpoint.mapping import EMBEDDING
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.architecture import check_config, padded_vocab_size
-from eaopd_megatron.megatron.forward import logits_of
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
+from eaopd_megatron.megatron.pipeline import gathered_logits
 
 TOLERANCE = 1e-5
 Say = Callable[[str], None]
@@ -44,18 +43,21 @@ def check_import(hf: str, layout: Layout) -> HfFolder:
 
 
 def describe(folder: HfFolder, layout: Layout) -> Iterator[str]:
-    """One line a parameter: its Megatron name, cut and shape on a rank, and the tensors that it is made of."""
+    """One line a parameter: its stage, its Megatron name, cut and shape on a rank, the tensors that it is made of."""
     tied = folder.config.tie_word_embeddings
-    place = place_of(folder, 0, layout.tensor_parallel)
+    placement = placement_of(folder, layout)
     dtype = DTYPE_WORDS[folder.dtype]
-    vocabulary = f"vocabulary {folder.vocab_size}, padded to {place.padded_vocab}"
+    padded = padded_vocab_size(folder.vocab_size, layout.tensor_parallel)
+    vocabulary = f"vocabulary {folder.vocab_size}, padded to {padded}"
     embeddings = "embeddings tied" if tied else "embeddings not tied"
     yield f"{folder.path}: {folder.family.architecture}, {dtype}, {vocabulary}, {embeddings}"
-    yield "parameter [its shape on a rank] x tensor-parallel ranks = cut(Hugging Face tensors)"
-    for entry in folder.family.entries(folder.config, own_output=not tied):
-        shard = entry.cut.shard([torch.empty(shape, device="meta") for _, shape in entry.sources], place)
+    yield "pipeline stage, expert-parallel rank: parameter [its shape on a rank] x ranks that share it = cut(tensors)"
+    for entry in folder.family.entries(folder.config, own_output=not tied or layout.pipeline_parallel > 1):
+        expert_rank = placement.expert_rank(entry)
+        where = f"stage {placement.stage(entry)}" + ("" if expert_rank is None else f", expert rank {expert_rank}")
+        shape = f"{list(shard_shape(entry, placement))} x {placement.shards(entry)}"
         made_of = ", ".join(f"{name} {list(shape)}" for name, shape in entry.sources)
-        yield f"{entry.megatron} {list(shard.shape)} x {place.tp_size} = {entry.cut.name}({made_of})"
+        yield f"{where}: {entry.megatron} {shape} = {entry.cut.name}({made_of})"
 
 
 def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: Say) -> None:
@@ -68,7 +70,7 @@ def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: 
     model = build_model(folder.config, parallel.layout, folder.dtype)
     load_hf(model, folder, parallel)
     count = sum(parameter.numel() for parameter in model.parameters())
-    say(f"loaded {folder.path}: {count:,} parameters on each of {parallel.tp_size} ranks, {DTYPE_WORDS[folder.dtype]}")
+    say(f"loaded {folder.path}: {count:,} parameters on the first rank, {DTYPE_WORDS[folder.dtype]}")
     with contextlib.ExitStack() as stack:
         begin = (lambda: stack.enter_context(whole_folder(out))) if parallel.is_main else (lambda: partial_of(out))
         partial = agree(parallel, begin)
@@ -160,9 +162,16 @@ def verify_logits(model: ModelChunks, reference: HfFolder, parallel: Parallel, s
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(reference.vocab_size, (2, 32), generator=generator).to(parallel.device)
-    with torch.no_grad():
-        logits = gather_from_tensor_model_parallel_region(logits_of(model.float().eval(), tokens))
+    logits = gathered_logits(_as_fp32(model).eval(), tokens, parallel)
     agree(parallel, lambda: _compare(logits, tokens, reference, say) if parallel.is_main else None)
+
+
+def _as_fp32(model: ModelChunks) -> ModelChunks:
+    """The weights in fp32, and what pipeline stages exchange too."""
+    config = model.config
+    config.params_dtype = config.pipeline_dtype = torch.float32
+    config.bf16 = False
+    return model.float()
 
 
 def _compare(logits: torch.Tensor, tokens: torch.Tensor, reference: HfFolder, say: Say) -> None:
@@ -187,7 +196,9 @@ def _write_companions(out: Path, folder: HfFolder, parallel: Parallel) -> None:
     folder.copy_companions(out / "hf")
     record = {
         "architecture": folder.family.architecture,
-        "layout": {"tensor_parallel": parallel.tp_size, "pipeline_parallel": 1, "expert_parallel": 1},
+        "layout": {
+            kind: getattr(parallel.layout, kind) for kind in ("tensor_parallel", "pipeline_parallel", "expert_parallel")
+        },
         "vocab_size": folder.vocab_size,
         "padded_vocab_size": padded_vocab_size(folder.vocab_size, parallel.tp_size),
         "dtype": DTYPE_WORDS[folder.dtype],

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.checkpoint.atomic import whole_folder
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.checkpoint.hf_import import place_of
-from eaopd_megatron.checkpoint.mapping import OUTPUT, Entry
+from eaopd_megatron.checkpoint.hf_import import placement_of, shard_shape
+from eaopd_megatron.checkpoint.mapping import Entry
+from eaopd_megatron.checkpoint.placement import Seats
 from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, TensorWriter, read_json
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.groups import Parallel
@@ -26,16 +27,29 @@ DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 def gather_hf(
     shards: Mapping[str, torch.Tensor], folder: HfFolder, parallel: Parallel
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face tensors of a model's shards, one at a time, on the first rank of the tensor-parallel group.
+    """Hugging Face tensors of a model's shards, one at a time, on the main rank.
 
-    shards: Megatron name → this rank's part (parameters, or their gradients). Collective over the tensor-parallel
-    group: every rank must run the iterator to its end; it yields nothing on ranks other than the first.
+    shards: Megatron name → this rank's part (parameters, or their gradients), all of one dtype. Collective over all
+    ranks: every rank must run the iterator to its end; it yields nothing on ranks other than the main one. What the
+    last pipeline stage holds as a copy of a tied embedding is left out.
     """
-    place = place_of(folder, parallel.tp_rank, parallel.tp_size)
-    for entry in _entries(shards, folder):
-        parts = _gather(shards[entry.megatron].detach(), parallel)
-        if parts:
-            yield from zip((name for name, _ in entry.sources), entry.cut.merge(parts, place), strict=True)
+    seats = Seats(parallel)
+    placement = placement_of(folder, parallel.layout)
+    dtype = next(iter(shards.values())).dtype
+    for entry in _entries(folder):
+        holders = seats.holders(placement, entry)
+        if not parallel.is_main:
+            if parallel.rank in holders:
+                _send(shards[entry.megatron])
+            continue
+        shape = shard_shape(entry, placement)
+        parts = [
+            shards[entry.megatron].detach().cpu() if rank == parallel.rank else _receive(shape, dtype, rank)
+            for rank in holders
+        ]
+        merged = entry.cut.merge(parts, placement.shard(entry))
+        del parts  # the tensors may be copied once more before the next ones come
+        yield from zip((name for name, _ in entry.sources), merged, strict=True)
 
 
 def export_hf(
@@ -54,19 +68,18 @@ def export_hf(
     replaces an earlier one then; on a full disk all ranks raise UserError and `out` stays as it was.
     """
     parameters: dict[str, torch.Tensor] = dict(model.global_parameters())
-    if OUTPUT in parameters and hf_source.config.tie_word_embeddings:
+    if not model.gpts[-1].share_embeddings_and_output_weights and hf_source.config.tie_word_embeddings:
         raise ValueError("a model with an output layer of its own cannot be exported under tied embeddings")
     dtype = dtype or next(iter(parameters.values())).dtype
     error: Exception | None = None
-    if parallel.dp_rank == 0:
-        tensors = gather_hf(parameters, hf_source, parallel)
-        if parallel.is_main:
-            try:
-                _write(tensors, parameters, hf_source, out, dtype, max_shard_bytes)
-            except Exception as raised:  # the other ranks still wait in the gathers, and then for the outcome
-                error = raised
-        for _ in tensors:
-            pass
+    tensors = gather_hf(parameters, hf_source, parallel)
+    if parallel.is_main:
+        try:
+            _write(tensors, hf_source, out, dtype, max_shard_bytes)
+        except Exception as raised:  # the other ranks still wait to send, and then for the outcome
+            error = raised
+    for _ in tensors:
+        pass
     agree(parallel, lambda: _raise(error))
 
 
@@ -75,21 +88,18 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def _entries(names: Mapping[str, torch.Tensor], folder: HfFolder) -> list[Entry]:
-    return folder.family.entries(folder.config, own_output=OUTPUT in names)
+def _entries(folder: HfFolder) -> list[Entry]:
+    return folder.family.entries(folder.config, own_output=not folder.config.tie_word_embeddings)
 
 
 def _write(
     tensors: Iterator[tuple[str, torch.Tensor]],
-    parameters: Mapping[str, torch.Tensor],
     source: HfFolder,
     out: Path,
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
-    plan = [
-        PlannedTensor(name, shape, dtype) for entry in _entries(parameters, source) for name, shape in entry.sources
-    ]
+    plan = [PlannedTensor(name, shape, dtype) for entry in _entries(source) for name, shape in entry.sources]
     with whole_folder(out) as folder:
         needed, free = sum(tensor.nbytes for tensor in plan), shutil.disk_usage(folder).free
         if needed > free:
@@ -111,13 +121,12 @@ def _write_config(source: HfFolder, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _gather(shard: torch.Tensor, parallel: Parallel) -> list[torch.Tensor] | None:
-    """The shards of all tensor-parallel ranks on the first of them, in host memory; None on the others."""
-    shard = shard.cpu().contiguous()
-    if parallel.tp_size == 1:
-        return [shard]
-    first = parallel.tp_rank == 0
-    octets = shard.reshape(-1).view(torch.uint8)  # any dtype passes as bytes
-    received = [torch.empty_like(octets) for _ in range(parallel.tp_size)] if first else None
-    dist.gather(octets, received, dst=parallel.tp_source(), group=parallel.tp_group)
-    return [part.view(shard.dtype).reshape(shard.shape) for part in received] if received is not None else None
+def _send(shard: torch.Tensor) -> None:
+    """To the main rank, through host memory; any dtype passes as bytes."""
+    dist.send(shard.detach().cpu().contiguous().reshape(-1).view(torch.uint8), dst=0)
+
+
+def _receive(shape: torch.Size, dtype: torch.dtype, rank: int) -> torch.Tensor:
+    received = torch.empty(shape, dtype=dtype)
+    dist.recv(received.reshape(-1).view(torch.uint8), src=rank)
+    return received

@@ -12,7 +12,7 @@ import torch
 
 from eaopd_megatron.checkpoint.families import family_of
 from eaopd_megatron.checkpoint.mapping import Family
-from eaopd_megatron.checkpoint.tensor_files import DTYPES, TensorFiles, read_json
+from eaopd_megatron.checkpoint.tensor_files import DTYPES, StoredTensor, TensorFiles, read_json
 from eaopd_megatron.errors import UserError
 
 COMPANIONS = (
@@ -51,7 +51,7 @@ class HfFolder:
         folder = _find(path, name)
         label = f"{name}: {folder}"
         raw = read_json(folder / "config.json", label)
-        family = family_of(raw, label)
+        family = family_of(raw.get("architectures"), label)
         from transformers import AutoConfig  # two seconds that a wrong path should not cost
 
         try:
@@ -96,7 +96,7 @@ class HfFolder:
         """A tensor's shape from its file's header."""
         return self.files.places[name].shape
 
-    def slice(self, name: str) -> Any:
+    def slice(self, name: str) -> StoredTensor:
         """A lazy tensor that reads only the rows and columns asked for."""
         return self.files.slice(name)
 

@@ -8,41 +8,54 @@ from typing import Any
 import torch
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.checkpoint.mapping import OUTPUT, Place, SwappedRows
-from eaopd_megatron.megatron.architecture import padded_vocab_size
-from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.checkpoint.mapping import OUTPUT, Entry, SwappedRows
+from eaopd_megatron.checkpoint.placement import Placement
+from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 
 
-def place_of(folder: HfFolder, tp_rank: int, tp_size: int) -> Place:
-    """The place of one tensor-parallel rank in a folder's model."""
-    return Place(tp_rank, tp_size, folder.family.sizes(folder.config), padded_vocab_size(folder.vocab_size, tp_size))
+def placement_of(folder: HfFolder, layout: Layout) -> Placement:
+    """Where a layout puts the parameters of a folder's model."""
+    return Placement(layout, folder.family.sizes(folder.config))
+
+
+def shard_shape(entry: Entry, placement: Placement) -> torch.Size:
+    """The shape of a parameter on one of the ranks that share it."""
+    tensors = [torch.empty(shape, device="meta") for _, shape in entry.sources]
+    return entry.cut.shard(tensors, placement.shard(entry)).shape
 
 
 @torch.no_grad()
 def load_hf(model: ModelChunks, folder: HfFolder, parallel: Parallel, *, row_map: dict[int, int] | None = None) -> None:
-    """Fill this rank's shard in place, in the model's dtype; a rank reads only its part of each tensor.
+    """Fill what this rank holds in place, in the model's dtype; a rank reads only its part of each tensor.
 
+    A tied embedding's copy on the last pipeline stage is filled from the embedding.
     row_map: token ids whose rows are exchanged in the output layer, and in it alone: row i becomes the folder's row
     `row_map[i]` (one direction of an exchange is enough). Tied embeddings need a `build_model(…, untie=True)` for it.
     Raises UserError where a tensor is missing, unknown or of another shape than config.json says; ValueError where a
-    parameter of the model is left without a tensor.
+    parameter of the model is left without a tensor, or a tensor without a parameter.
     """
-    parameters = model.global_parameters()
-    if row_map and OUTPUT not in parameters:
+    if row_map and model.gpts[-1].share_embeddings_and_output_weights:
         raise ValueError("row_map needs an output layer beside the embedding: build_model(..., untie=True)")
     swaps = _permutation(row_map or {}, folder.vocab_size)
     folder.check_tensors()
-    place = place_of(folder, parallel.tp_rank, parallel.tp_size)
+    parameters = model.global_parameters()
+    placement = placement_of(folder, parallel.layout)
     for entry in folder.family.entries(folder.config, own_output=OUTPUT in parameters):
+        if not placement.holds(parallel, entry):
+            continue
         sources: list[Any] = [folder.slice(name) for name, _ in entry.sources]
         if entry.megatron == OUTPUT and swaps:
             sources = [SwappedRows(source, swaps) for source in sources]
-        parameter = parameters.pop(entry.megatron)
-        shard = entry.cut.shard(sources, place)
+        parameter = parameters.pop(entry.megatron, None)
+        if parameter is None:
+            raise ValueError(f"the mapping of {folder.family.architecture} has {entry.megatron}, the model has not")
+        number = parallel.tp_rank if entry.expert is None else parallel.etp_rank
+        shard = entry.cut.shard(sources, placement.shard(entry, number))
         if shard.shape != parameter.shape:
             raise ValueError(f"{entry.megatron}: the mapping gives {tuple(shard.shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(shard)
+        del shard  # before the next one is read
     if parameters:
         raise ValueError(f"the mapping of {folder.family.architecture} leaves {', '.join(sorted(parameters))} unfilled")
 

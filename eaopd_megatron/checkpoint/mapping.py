@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ OUTPUT = "output_layer.weight"
 
 @dataclass(frozen=True)
 class Place:
-    """Which shard: its number among the tensor-parallel ones, and the model's sizes by name."""
+    """Which shard: its number among the ranks that share the parameter, and the model's sizes by name.
+
+    Those ranks are the tensor-parallel ones, for an expert's matrices the expert-tensor-parallel ones.
+    """
 
     tp_rank: int
     tp_size: int
@@ -63,7 +66,7 @@ class Column(Cut):
         return _range(sources[0], place)
 
     def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
-        return [torch.cat(list(shards))]
+        return [_joined(shards)]
 
 
 class Row(Cut):
@@ -76,7 +79,7 @@ class Row(Cut):
         return sources[0][:, place.tp_rank * count : (place.tp_rank + 1) * count]
 
     def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
-        return [torch.cat(list(shards), dim=1)]
+        return [_joined(shards, dim=1)]
 
 
 class GatedMlp(Cut):
@@ -88,7 +91,7 @@ class GatedMlp(Cut):
         return torch.cat([_range(source, place) for source in sources])
 
     def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
-        return [torch.cat(part) for part in zip(*(shard.chunk(2) for shard in shards), strict=True)]
+        return [_joined(part) for part in zip(*(shard.chunk(2) for shard in shards), strict=True)]
 
 
 class Qkv(Cut):
@@ -107,7 +110,7 @@ class Qkv(Cut):
         return joined.reshape(-1, *joined.shape[2:])
 
     def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
-        joined = torch.cat(list(shards))
+        joined = _joined(shards)
         joined = joined.reshape(place.sizes["groups"], -1, *joined.shape[1:])
         head = place.sizes["head_dim"]
         parts = joined.split([joined.shape[1] - 2 * head, head, head], dim=1)
@@ -129,7 +132,7 @@ class Vocabulary(Cut):
         return torch.cat([rows, rows.new_zeros(count - (end - start), *rows.shape[1:])])
 
     def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
-        return [torch.cat(list(shards))[: place.sizes["vocab"]]]
+        return [_joined(shards)[: place.sizes["vocab"]]]
 
 
 REPLICATED, COLUMN, ROW, GATED_MLP, QKV, VOCABULARY = Replicated(), Column(), Row(), GatedMlp(), Qkv(), Vocabulary()
@@ -153,17 +156,23 @@ class SwappedRows:
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: its Megatron name, its cut, and its Hugging Face tensors with their shapes."""
+    """One parameter: its Megatron name, its cut, and its Hugging Face tensors with their shapes.
+
+    layer, expert: the numbers, in the whole model, of the layer and of the expert that it belongs to.
+    """
 
     megatron: str
     cut: Cut
     sources: tuple[tuple[str, tuple[int, ...]], ...]
+    layer: int | None = None
+    expert: int | None = None
 
 
 class Rule:
     """A line of a family's table: `Rule(QKV, "decoder.layers.{layer}…", ("model.layers.{layer}…", "q hidden"), …)`.
 
-    `{layer}` in the names runs over the layers. A shape is the names of its sizes, outermost first.
+    `{layer}` in the names runs over the layers, `{expert}` over the experts of each. A shape is the names of its sizes,
+    outermost first.
     """
 
     def __init__(self, cut: Cut, megatron: str, *sources: tuple[str, str]) -> None:
@@ -171,17 +180,22 @@ class Rule:
         self.megatron = megatron
         self.sources = sources
 
-    @property
-    def repeated(self) -> bool:
-        """Whether there is one of it in every layer."""
-        return "{layer}" in self.megatron
+    def runs_over(self, number: str) -> bool:
+        """Whether there is one of it for every `layer`, or for every `expert`."""
+        return f"{{{number}}}" in self.megatron
 
-    def entry(self, sizes: Mapping[str, int], layer: int | None = None) -> Entry:
-        """The rule in one layer, or outside of them."""
+    def entry(self, sizes: Mapping[str, int], layer: int | None = None, expert: int | None = None) -> Entry:
+        """The rule in one layer, or outside of them; for one expert, or for none."""
         sources = (
-            (name.format(layer=layer), tuple(sizes[size] for size in shape.split())) for name, shape in self.sources
+            (name.format(layer=layer, expert=expert), tuple(sizes[size] for size in shape.split()))
+            for name, shape in self.sources
         )
-        return Entry(self.megatron.format(layer=layer), self.cut, tuple(sources))
+        return Entry(self.megatron.format(layer=layer, expert=expert), self.cut, tuple(sources), layer, expert)
+
+
+def head_dim(config: Any) -> int:
+    """Features of one attention head; configurations may leave it to be the hidden size's share."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def dense_sizes(config: Any) -> dict[str, int]:
@@ -191,20 +205,26 @@ def dense_sizes(config: Any) -> dict[str, int]:
         "hidden": config.hidden_size,
         "ffn": config.intermediate_size,
         "groups": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "q": config.num_attention_heads * config.head_dim,
-        "kv": config.num_key_value_heads * config.head_dim,
+        "head_dim": head_dim(config),
+        "q": config.num_attention_heads * head_dim(config),
+        "kv": config.num_key_value_heads * head_dim(config),
         "vocab": config.vocab_size,
     }
 
 
 @dataclass(frozen=True)
 class Family:
-    """The mapping of one architecture, by the name that config.json gives it."""
+    """The mapping of one architecture, by the name that config.json gives it.
+
+    settings: what of Megatron-Core's TransformerConfig is this family's own, from the configuration.
+    required: keys of the configuration, each with the one value that the mapping holds for.
+    """
 
     architecture: str
     rules: tuple[Rule, ...]
     sizes: Callable[[Any], dict[str, int]] = dense_sizes
+    settings: Callable[[Any], dict[str, Any]] = lambda config: {}
+    required: Mapping[str, Any] = field(default_factory=dict)
 
     def entries(self, config: Any, *, own_output: bool) -> list[Entry]:
         """Every parameter of the model, layer by layer. own_output: it has an output layer beside its embedding.
@@ -215,16 +235,18 @@ class Family:
         if not own_output:
             del entries[OUTPUT]
         elif config.tie_word_embeddings:
-            entries[OUTPUT] = Entry(OUTPUT, entries[OUTPUT].cut, entries[EMBEDDING].sources)
+            entries[OUTPUT] = replace(entries[OUTPUT], sources=entries[EMBEDDING].sources)
         return list(entries.values())
 
     def _table(self, config: Any) -> dict[str, Entry]:
         sizes = self.sizes(config)
         found: list[Entry] = []
-        for repeated, rules in itertools.groupby(self.rules, key=lambda rule: rule.repeated):
+        for in_layers, rules in itertools.groupby(self.rules, key=lambda rule: rule.runs_over("layer")):
             run = list(rules)
-            layers = range(sizes["layers"]) if repeated else [None]
-            found += [rule.entry(sizes, layer) for layer in layers for rule in run]
+            for layer in range(sizes["layers"]) if in_layers else [None]:
+                for rule in run:
+                    experts = range(sizes["experts"]) if rule.runs_over("expert") else [None]
+                    found += [rule.entry(sizes, layer, expert) for expert in experts]
         return {entry.megatron: entry for entry in found}
 
     def hf_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
@@ -238,6 +260,11 @@ class Family:
             return {}
         entries = self._table(config)
         return {entries[OUTPUT].sources[0][0]: entries[EMBEDDING].sources[0][0]}
+
+
+def _joined(shards: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """The shards side by side; a single one as it is, without a copy."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
 
 
 def _shape(source: Any) -> Sequence[int]:

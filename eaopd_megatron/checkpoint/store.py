@@ -18,26 +18,37 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.checkpoint.atomic import sync
-from eaopd_megatron.checkpoint.distributed import load_sharded, save_sharded
+from eaopd_megatron.checkpoint.background import Background
+from eaopd_megatron.checkpoint.distributed import Prepared, load_sharded, prepare_sharded, write_sharded
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.groups import Parallel
 
 SHARDED, STATE, MANIFEST = "sharded", "state.json", "manifest.json"
-INCOMPLETE, REPLACED, REMOVED = ".incomplete", ".replaced", ".removed"
+INCOMPLETE, REPLACED, REMOVED, DAMAGED = ".incomplete", ".replaced", ".removed", ".damaged"
 _COMPLETE = re.compile(r"step_(\d{6,})")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointStore:
-    """The folder of a run's checkpoints. The newest `keep` are kept (at least one)."""
+    """The folder of a run's checkpoints. The newest `keep` are kept (at least one).
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    background: `save` returns when it has a copy in host memory, and a thread writes; its collectives go over a gloo
+    group of their own. Then `wait` must be called before the process ends.
+    """
+
+    def __init__(self, folder: Path, keep: int, *, background: bool = False) -> None:
         self.folder, self.keep = Path(folder), max(1, keep)
+        self._background = Background() if background else None
+        self._group: dist.ProcessGroup | None = None
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -52,7 +63,7 @@ class CheckpointStore:
 
     def clean(self, parallel: Parallel) -> None:
         """At the start of a run: remove what a killed run left unfinished. Collective."""
-        agree(parallel, lambda: self._clean() if parallel.is_main else None)
+        _on_main(parallel, self._clean)
 
     def save(
         self,
@@ -62,18 +73,43 @@ class CheckpointStore:
         extra_files: Callable[[Path], None] | None,
         parallel: Parallel,
     ) -> Path:
-        """Write the checkpoint of `step` and return its folder. Collective.
+        """Write the checkpoint of `step` and return its folder, which appears when it is complete. Collective.
 
         state: JSON values. extra_files: called on the main rank with the folder that becomes `step_XXXXXX`, to write
         `hf/` into it. Raises UserError on every rank when any rank cannot write; the checkpoints that were there stay.
+        In the background that is raised by the next `save` or `wait`; a save waits for the one before it.
         """
+        self.wait()
         final = self.folder / f"step_{step:06d}"
+        prepared = prepare_sharded(sharded_state, parallel, copy=self._background is not None)
+        if self._background is None:
+            self._write(final, prepared, state, extra_files, parallel)
+        else:
+            if self._group is None and parallel.world_size > 1:
+                self._group = dist.new_group(backend="gloo")
+            self._background.start(lambda: self._write(final, prepared, state, extra_files, parallel))
+        return final
+
+    def wait(self) -> None:
+        """Wait until what `save` began is on the disk; raises what `save` would have raised."""
+        if self._background is not None:
+            self._background.wait()
+
+    def _write(
+        self,
+        final: Path,
+        prepared: Prepared,
+        state: Mapping[str, Any],
+        extra_files: Callable[[Path], None] | None,
+        parallel: Parallel,
+    ) -> None:
+        on_main = partial(_on_main, parallel, group=self._group)
         work = final.with_name(final.name + INCOMPLETE)
         before = self.latest()
         try:
-            agree(parallel, lambda: _make_empty(work) if parallel.is_main else None)
-            save_sharded(work / SHARDED, sharded_state, parallel)
-            agree(parallel, lambda: _complete(work, final, state, extra_files) if parallel.is_main else None)
+            on_main(partial(_make_empty, work))
+            write_sharded(work / SHARDED, prepared, parallel, self._group)
+            on_main(partial(_complete, work, final, state, extra_files))
         except BaseException as error:
             if parallel.is_main:
                 shutil.rmtree(work, ignore_errors=True)
@@ -82,12 +118,32 @@ class CheckpointStore:
             kept = f"the last good checkpoint is {before}" if before else "there is no earlier checkpoint"
             why = f"disk full while saving {final}" if error.errno in _DISK_FULL else f"cannot save {final}: {error}"
             raise UserError(f"{why}; {kept}") from error
-        agree(parallel, lambda: self._remove_old() if parallel.is_main else None)
-        return final
+        on_main(self._remove_old)
+
+    def newest_whole(
+        self, parallel: Parallel, *, fall_back: bool = False, say: Callable[[str], None] = print
+    ) -> Path | None:
+        """The newest checkpoint, verified; None where there is none. Collective.
+
+        Raises UserError on every rank where it is damaged. fall_back: it is set aside as `step_XXXXXX.damaged`, `say`
+        is told, and the one before it is tried, as long as there is one.
+        """
+        newest_first = self.complete()[::-1]  # read once: the main rank renames while others would read again
+        for path, older in pairwise([*newest_first, None]):
+            assert path is not None
+            try:
+                _on_main(parallel, partial(self.verify, path))
+                return path
+            except UserError as error:
+                if not fall_back or older is None:
+                    raise
+                aside = path.with_name(path.name + DAMAGED)
+                _on_main(parallel, partial(_replace, path, aside))
+                say(f"{str(error).partition(';')[0]}; it is now {aside.name}: falling back to {older}")
+        return None
 
     def load_sharded(self, path: Path, sharded_state: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
-        """Verify a checkpoint, then read what `sharded_state` asks for. Collective; UserError on every rank."""
-        agree(parallel, lambda: self.verify(path) if parallel.is_main else None)
+        """Read what `sharded_state` asks for. Collective; UserError on every rank."""
         return load_sharded(path / SHARDED, sharded_state, parallel)
 
     @staticmethod
@@ -151,6 +207,8 @@ _FINGERPRINT = (
     "num_key_value_heads",
     "head_dim",
     "intermediate_size",
+    "num_experts",
+    "moe_intermediate_size",
     "vocab_size",
     "tie_word_embeddings",
 )
@@ -159,7 +217,7 @@ _FINGERPRINT = (
 def fingerprint(hf_config: Any) -> dict[str, Any]:
     """What of a Hugging Face configuration decides which weights fit it."""
     architecture = (hf_config.architectures or ["none"])[0]
-    return {"architecture": architecture, **{name: getattr(hf_config, name) for name in _FINGERPRINT}}
+    return {"architecture": architecture, **{name: getattr(hf_config, name, None) for name in _FINGERPRINT}}
 
 
 def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
@@ -172,10 +230,21 @@ def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], pat
             )
 
 
+def _on_main(parallel: Parallel, work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
+    """Work of the main rank, which the others wait for. Collective."""
+    agree(parallel, lambda: work() if parallel.is_main else None, group)
+
+
 def _make_empty(work: Path) -> None:
     if work.exists():
         shutil.rmtree(work)
     (work / SHARDED).mkdir(parents=True)
+
+
+def _replace(path: Path, target: Path) -> None:
+    if target.exists():
+        shutil.rmtree(target)
+    path.rename(target)
 
 
 def _complete(work: Path, final: Path, state: Mapping[str, Any], extra_files: Callable[[Path], None] | None) -> None:
@@ -209,4 +278,5 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def _damaged(path: Path, name: str, what: str) -> str:
-    return f"damaged checkpoint: {path / name} {what}; remove {path} to continue from the one before it"
+    remedy = f"remove {path}, or set run.on_damaged=fall_back, to continue from the one before it"
+    return f"damaged checkpoint: {path / name} {what}; {remedy}"

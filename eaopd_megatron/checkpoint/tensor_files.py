@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from eaopd_megatron.errors import UserError
 
@@ -24,11 +23,61 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies: its file, its dtype as safetensors spells it, its shape."""
+    """Where a tensor lies: its file and first byte there, its dtype as safetensors spells it, its shape."""
 
     file: Path
+    start: int
     dtype: str
     shape: tuple[int, ...]
+
+
+class StoredTensor:
+    """A tensor in its file: `[a:b]`, `[:, a:b]` and `[:]` read what they name into memory of their own.
+
+    Nothing is mapped: a mapped file's pages count as the process's memory until the file is closed.
+    """
+
+    BLOCK = 2**24
+    """Bytes of whole rows that are read at a time where some columns of them are wanted."""
+
+    def __init__(self, place: TensorPlace, label: str) -> None:
+        self.place = place
+        self.label = label
+        self.dtype = DTYPES[place.dtype]
+
+    def get_shape(self) -> Sequence[int]:
+        """As safetensors' slices have it."""
+        return self.place.shape
+
+    def __getitem__(self, wanted: slice | tuple[slice, slice]) -> torch.Tensor:
+        rows, columns = wanted if isinstance(wanted, tuple) else (wanted, None)
+        shape = self.place.shape or (1,)
+        start, end, _ = rows.indices(shape[0])
+        if columns is None:
+            return self._rows(start, max(start, end)).reshape(-1, *self.place.shape[1:])
+        first, last, _ = columns.indices(shape[1])
+        out = torch.empty(end - start, last - first, dtype=self.dtype)
+        step = max(1, self.BLOCK // (shape[1] * self.dtype.itemsize))
+        for row in range(start, end, step):
+            block = self._rows(row, min(row + step, end)).reshape(-1, shape[1])
+            out[row - start : row - start + step] = block[:, first:last]
+        return out
+
+    def _rows(self, start: int, end: int) -> torch.Tensor:
+        width = math.prod(self.place.shape[1:])
+        out = torch.empty((end - start) * width, dtype=self.dtype)
+        left = out.view(torch.uint8).numpy().data
+        try:
+            with self.place.file.open("rb", buffering=0) as stream:
+                stream.seek(self.place.start + start * width * self.dtype.itemsize)
+                while left:
+                    count = stream.readinto(left)
+                    if not count:
+                        raise UserError(f"{self.label}: {self.place.file.name} ends inside a tensor")
+                    left = left[count:]
+        except OSError as error:
+            raise UserError(f"{self.label}: {self.place.file.name} cannot be read: {error.strerror or error}") from None
+        return out
 
 
 def read_json(path: Path, label: str) -> dict[str, Any]:
@@ -61,7 +110,10 @@ def read_header(file: Path, label: str) -> dict[str, TensorPlace]:
                 )
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            places = {name: TensorPlace(file, item["dtype"], tuple(item["shape"])) for name, item in header.items()}
+            places = {
+                name: TensorPlace(file, 8 + length + item["data_offsets"][0], item["dtype"], tuple(item["shape"]))
+                for name, item in header.items()
+            }
             promised = 8 + length + max((item["data_offsets"][1] for item in header.values()), default=0)
     except FileNotFoundError:
         raise UserError(f"{label}: {file.name} is missing") from None
@@ -81,7 +133,6 @@ class TensorFiles:
     def __init__(self, folder: Path, label: str) -> None:
         self.label = label
         self.places: dict[str, TensorPlace] = {}
-        self._handles: dict[Path, Any] = {}
         if (folder / INDEX_FILE).exists():
             self._read_index(folder)
         elif (folder / SINGLE_FILE).exists():
@@ -101,17 +152,11 @@ class TensorFiles:
                 raise UserError(f"{self.label}: {INDEX_FILE} places tensor {name} in {file}, which does not hold it")
             self.places[name] = headers[file][name]
 
-    def slice(self, name: str) -> Any:
-        """A lazy tensor: `[a:b]`, `[:, a:b]` and `[:]` read only what they name."""
-        place = self.places.get(name)
-        if place is None:
+    def slice(self, name: str) -> StoredTensor:
+        """A lazy tensor: `[a:b]`, `[:, a:b]` and `[:]` read what they name. UserError where there is none."""
+        if name not in self.places:
             raise UserError(f"{self.label}: tensor {name} is missing")
-        if place.file not in self._handles:
-            try:
-                self._handles[place.file] = safe_open(place.file, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.label}: {place.file.name} cannot be opened: {error}") from None
-        return self._handles[place.file].get_slice(name)
+        return StoredTensor(self.places[name], self.label)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ class Run(Section):
     folder: Name
     save_interval: CountOrZero = 50  # iterations between checkpoints; 0: only at the end
     keep_checkpoints: Count = 2  # the newest ones that stay on the disk
+    async_save: bool = True  # checkpoints are written while training goes on, from a copy in host memory
+    on_damaged: Literal["refuse", "fall_back"] = (
+        "refuse"  # fall_back: continue from the newest checkpoint that is whole
+    )
     log_rollouts: CountOrZero = 4  # samples recorded an iteration
 
 
@@ -58,6 +62,7 @@ class Student(Section):
     data_parallel: Count | None = None  # none: what the ranks, or the devices of this host, allow
     sequence_parallel: bool = False
     precision: Precision = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"  # activations made again in backward; selective: attention
 
     @model_validator(mode="after")
     def _sequence_parallel_needs_tensor_parallel(self) -> Self:
@@ -65,10 +70,39 @@ class Student(Section):
             raise ValueError("student.sequence_parallel is true, which needs student.tensor_parallel of 2 or more")
         return self
 
+    @model_validator(mode="after")
+    def _virtual_stages_need_a_pipeline(self) -> Self:
+        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
+            chunks = self.virtual_pipeline
+            raise ValueError(
+                f"student.virtual_pipeline is {chunks}, which needs student.pipeline_parallel of 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_divide_the_ranks(self) -> Self:
+        ranks = self.model_ranks * (self.data_parallel or 0)
+        if ranks % self.expert_ranks:
+            raise ValueError(
+                f"student.expert_parallel x expert_tensor_parallel x pipeline_parallel is {self.expert_ranks}, which "
+                f"does not divide the {ranks} ranks that student.data_parallel={self.data_parallel} makes"
+            )
+        return self
+
     @property
     def model_ranks(self) -> int:
         """Ranks that one copy of the student takes."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that one copy of the experts takes, in all pipeline stages."""
+        return self.expert_parallel * self.expert_tensor_parallel * self.pipeline_parallel
+
+    @property
+    def smallest_copies(self) -> int:
+        """The smallest data_parallel whose ranks hold all experts."""
+        return math.lcm(self.model_ranks, self.expert_ranks) // self.model_ranks
 
 
 class Teacher(Section):
@@ -151,7 +185,7 @@ class Train(Section):
     iterations: Count
     prompts_per_iteration: Count = 128
     mini_batch: Count = 32  # samples an update, over all data-parallel ranks
-    micro_batch_tokens: Count = 16384  # padded tokens of a micro-batch on a rank
+    micro_batch_tokens: Count = 16384  # packed tokens of a micro-batch, which context-parallel ranks share
 
 
 class Optimizer(Section):
@@ -166,6 +200,15 @@ class Optimizer(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_updates: CountOrZero = 0
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # the floor, as a share of lr
+    distributed: bool = False  # each data-parallel rank holds and updates its part of the states
+    overlap: bool = False  # gradients are reduced during backward, weights gathered during forward
+    offload: Literal["none", "moments"] = "none"  # moments: Adam's, in host memory between updates
+
+    @model_validator(mode="after")
+    def _overlap_needs_distributed(self) -> Self:
+        if self.overlap and not self.distributed:
+            raise ValueError("optimizer.overlap is true, which needs optimizer.distributed to be true")
+        return self
 
 
 class Evaluation(Section):

@@ -68,27 +68,40 @@ class Sampling:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples of one forward pass, padded on the right.
+    """Samples of one forward pass, packed: this context-parallel rank's T of their tokens.
 
-    token_ids [b, s]; rows [n]: index into the flattened [b·s] positions of the position *before* each response token,
-    where its logits are; tokens [n]: the response tokens, sample after sample.
+    token_ids, positions [1, T]; cu_seqlens [b + 1] int32: 0 and the end of each whole sequence among the tokens of all
+    context-parallel ranks, alignment included; longest: length of the longest. rows [n]: index into T of the position
+    *before* each response token, where its logits are; tokens [n]: the response tokens, sample after sample. kept [n]:
+    which of the samples' response tokens these are; None: all.
     """
 
     samples: list[Sample]
     token_ids: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    longest: int
     rows: torch.Tensor
     tokens: torch.Tensor
+    kept: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Response tokens of the samples, on whatever rank their rows are."""
+        return sum(len(s.response_ids) for s in self.samples)
 
     def split(self, per_token: torch.Tensor) -> list[torch.Tensor]:
-        """[n, ...] → one tensor a sample."""
+        """[count, ...], the values of all response tokens → one tensor a sample."""
         return list(per_token.split([len(s.response_ids) for s in self.samples]))
 
     def gather(self, per_sample: Sequence[torch.Tensor]) -> torch.Tensor:
         """One tensor a sample → [n, ...] on this micro-batch's device."""
-        return torch.cat(list(per_sample)).to(self.tokens.device)
+        return self._mine(torch.cat(list(per_sample)).to(self.tokens.device))
 
     def sample_of(self, token: int) -> Sample:
-        """The sample to which response token number `token` belongs."""
+        """The sample to which number `token` of this rank's n response tokens belongs."""
+        if self.kept is not None:
+            token = int(self.kept[token])
         for sample in self.samples:
             if token < len(sample.response_ids):
                 return sample
@@ -97,8 +110,11 @@ class MicroBatch:
 
     def last_tokens(self) -> torch.Tensor:
         """[n] bool: the response's last token, where the response ended by itself."""
-        flags = [
+        flags = [torch.zeros(0, dtype=torch.bool)] + [
             torch.arange(len(s.response_ids)) == (len(s.response_ids) - 1 if s.finish_reason == "stop" else -1)
             for s in self.samples
         ]
-        return torch.cat(flags).to(self.tokens.device)
+        return self._mine(torch.cat(flags).to(self.tokens.device))
+
+    def _mine(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole if self.kept is None else whole[self.kept]

@@ -55,7 +55,7 @@ class Evaluator:
             prompts = [benchmark.prompts[i] for i in mine for _ in range(self.samples)]
             keys = [(self.seed, "evaluation", benchmark.name, i, j) for i in mine for j in range(self.samples)]
             responses = self.rollout.generate(prompts, keys, self.sampling, version=iteration)
-            if self.parallel.tp_rank != 0:
+            if self.parallel.tp_rank or self.parallel.pp_rank or self.parallel.cp_rank:  # they have the same responses
                 continue
             texts = [self.tokenizer.decode(s.response_ids, skip_special_tokens=True) for s in responses]
             grades = grade_all(benchmark.grader, [(p.problem, t) for p, t in zip(prompts, texts, strict=True)])

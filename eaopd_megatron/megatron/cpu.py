@@ -61,6 +61,45 @@ def cuda_literals() -> Iterator[None]:
         yield
 
 
+class _TorchOnCpu:
+    """`torch` as Megatron-Core's schedules see it: one counter is made on "cuda".
+
+    A name of that module is replaced, rather than the schedule run under `cuda_literals`, which would slow down the
+    whole forward and backward pass.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return torch.zeros(*size, device="cpu" if _is_cuda(device) else device, **options)
+
+
+class _Stream:
+    """A CUDA stream (and its event) where there is none: everything is done when it was asked for.
+
+    The dispatcher of a mixture of experts copies its counts to the host on a stream of its own.
+    """
+
+    def wait_stream(self, stream: _Stream) -> None:
+        pass
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+_THE_STREAM = _Stream()
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What the dispatcher's counts are once they are on the host; collectives take them as arrays alone."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _random_state(device: Any = "cuda") -> torch.Tensor:
     return torch.get_rng_state()
 
@@ -74,17 +113,27 @@ def _set_random_state(new_state: torch.Tensor, device: int = -1, graph_safe: boo
 
 
 def install() -> None:
-    """Answer `torch.cuda`'s current device, synchronisation and random state from the CPU. Idempotent; nothing with
-    CUDA."""
+    """Answer `torch.cuda`'s current device, synchronisation, streams and random state from the CPU. Idempotent; nothing
+    with CUDA."""
     if torch.cuda.is_available():
         return
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
-    if not hasattr(megatron_random, "_set_cuda_rng_state"):
-        raise ImportError("megatron-core moved tensor_parallel.random._set_cuda_rng_state: adapt megatron/cpu.py")
+    for module, name in ((megatron_random, "_set_cuda_rng_state"), (token_dispatcher, "maybe_move_tensor_to_cpu")):
+        if not hasattr(module, name):
+            raise ImportError(f"megatron-core moved {module.__name__}.{name}: adapt megatron/cpu.py")
+    if getattr(schedules, "torch", None) is None:
+        raise ImportError("megatron-core moved the schedules' use of torch: adapt megatron/cpu.py")
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: _THE_STREAM  # type: ignore[assignment,return-value]
+    torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment]
     torch.cuda.get_rng_state = _random_state
     torch.cuda.random.get_rng_state = _random_state
     torch.cuda.manual_seed = _seed
     megatron_random._set_cuda_rng_state = _set_random_state
+    token_dispatcher.maybe_move_tensor_to_cpu = _on_host
+    schedules.torch = _TorchOnCpu()  # type: ignore[assignment]

@@ -1,34 +1,42 @@
-"""One decoding step at a time on a GPTModel with Megatron-Core's key-value cache."""
+"""One decoding step at a time on a GPTModel with Megatron-Core's key-value cache, over its pipeline stages."""
 
 from __future__ import annotations
 
-import torch
-from megatron.core.inference.contexts import StaticInferenceContext
+import contextlib
+from collections.abc import Iterator
 
-from eaopd_megatron.megatron.forward import without_sequence_parallel
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+
+from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 
 
 class Decoder:
     """Decodes a batch of prompts of unequal lengths, padded on the left (rotary embeddings see only distances).
 
-    The model must be in eval mode: Megatron-Core uses the cache only then.
+    All ranks of a pipeline and of a tensor-parallel group have the same prompts; context-parallel ranks may have
+    different ones. To be used under `decoding(model)`.
     """
 
-    def __init__(self, model: ModelChunks, prompts: list[list[int]], max_new_tokens: int, device: torch.device) -> None:
+    def __init__(self, model: ModelChunks, prompts: list[list[int]], max_new_tokens: int, parallel: Parallel) -> None:
         longest = max(len(p) for p in prompts)
-        (self.model,) = model.gpts
+        self.model, self.parallel = model, parallel
         self.context = StaticInferenceContext(len(prompts), longest + max_new_tokens)
-        self.ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+        self.ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=parallel.device)
         for row, prompt in zip(self.ids, prompts, strict=True):
-            row[longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        padding = torch.tensor([longest - len(p) for p in prompts], device=device)
+            row[longest - len(prompt) :] = torch.tensor(prompt, device=parallel.device)
+        padding = torch.tensor([longest - len(p) for p in prompts], device=parallel.device)
         # [b, longest + max_new_tokens]; None where nothing is hidden
-        self.hidden = torch.arange(longest + max_new_tokens, device=device)[None] < padding[:, None]
+        self.hidden = torch.arange(longest + max_new_tokens, device=parallel.device)[None] < padding[:, None]
         self.padded = bool(self.hidden.any())
 
-    def prefill(self) -> torch.Tensor:
-        """Logits [b, V_padded] after the last prompt token, the same on every tensor-parallel rank."""
+    def prefill(self) -> torch.Tensor | None:
+        """Logits [b, V_padded] after the last prompt token, on every tensor-parallel rank of the last pipeline stage;
+        None on the other stages."""
         mask = None
         if self.padded:
             length = self.ids.shape[1]
@@ -38,23 +46,78 @@ class Decoder:
             mask = mask & ~torch.eye(length, dtype=torch.bool, device=self.ids.device)
         return self._forward(self.ids, mask)
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [b, V_padded] after tokens [b] have been appended."""
+    def step(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """As `prefill`, after tokens [b] have been appended: the same on every stage."""
         self.context.enable_decode_mode()
         end = self.context.sequence_len_offset + 1
         mask = self.hidden[:, None, None, :end] if self.padded else None
         return self._forward(tokens[:, None], mask)
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    @torch.no_grad()
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         start = self.context.sequence_len_offset
         positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
-        with torch.no_grad(), without_sequence_parallel(self.model):
-            logits = self.model(
+        logits = None
+        for gpt in self.model.gpts:
+            gpt.set_input_tensor(None if gpt.pre_process else self._receive(ids))
+            out = gpt(
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=mask,
                 inference_context=self.context,
                 runtime_gather_output=True,
             )
+            if gpt.post_process:
+                logits = out[:, -1]
+            else:
+                dist.send(out.contiguous(), self._neighbour(1), group=self.parallel.pp_group)
         self.context.sequence_len_offset += ids.shape[1]
-        return logits[:, -1]
+        return logits
+
+    def _receive(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [s, b, h] of the stage before."""
+        b, s = ids.shape
+        hidden = torch.empty(s, b, self.model.config.hidden_size, dtype=self.model.dtype, device=ids.device)
+        dist.recv(hidden, self._neighbour(-1), group=self.parallel.pp_group)
+        return hidden
+
+    def _neighbour(self, step: int) -> int:
+        """Global rank of the pipeline's next (1) or previous (-1) rank; virtual stages go round."""
+        assert self.parallel.pp_group is not None
+        return dist.get_global_rank(self.parallel.pp_group, (self.parallel.pp_rank + step) % self.parallel.pp_size)
+
+
+@contextlib.contextmanager
+def decoding(model: ModelChunks) -> Iterator[None]:
+    """The model in eval mode (Megatron-Core uses its cache only then), without sequence and context parallelism, which
+    cannot cut one position; afterwards as it was."""
+    training, sequence_parallel = model.training, model.config.sequence_parallel
+    model.eval()
+    with contextlib.ExitStack() as stack:
+        for gpt in model.gpts:
+            stack.enter_context(_without_context_parallel(gpt))
+            if sequence_parallel:
+                set_model_to_sequence_parallel(gpt, False)
+                stack.callback(set_model_to_sequence_parallel, gpt, True)
+        try:
+            yield
+        finally:
+            model.train(training)
+
+
+@contextlib.contextmanager
+def _without_context_parallel(gpt: GPTModel) -> Iterator[None]:
+    """Every context-parallel rank holds all weights and decodes sequences of its own: rotary embeddings (and, with
+    Transformer Engine, which was not run here, its attention) must not take a part of the positions."""
+    rotary = gpt.rotary_pos_emb
+    group, rotary.cp_group = rotary.cp_group, None
+    fused = [m for m in gpt.modules() if hasattr(m, "set_context_parallel_group") and m.cp_group is not None]
+    before = [(m.cp_group, m.cp_global_ranks, m.cp_stream, m.cp_comm_type) for m in fused]
+    for module in fused:
+        module.set_context_parallel_group(None, None, None)
+    try:
+        yield
+    finally:
+        rotary.cp_group = group
+        for module, options in zip(fused, before, strict=True):
+            module.set_context_parallel_group(*options)

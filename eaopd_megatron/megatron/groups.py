@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -35,6 +35,10 @@ class Layout:
     def model_ranks(self) -> int:
         """Ranks that one copy of the model takes."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    def without_experts(self) -> Layout:
+        """The same ranks for a model that has none: a dense teacher of a mixture of experts, or the other way round."""
+        return replace(self, expert_parallel=1, expert_tensor_parallel=1)
 
     def check_world(self, world_size: int) -> None:
         """Refuse (UserError) a number of ranks that this layout does not divide."""
@@ -79,6 +83,11 @@ class Parallel:
     def is_main(self) -> bool:
         """The one rank that writes files and talks to the user."""
         return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether figures of this rank's tokens enter the metrics: of the ranks that compute the same, one."""
+        return self.is_last_stage and self.tp_rank == 0
 
     @property
     def tp_size(self) -> int:

@@ -11,10 +11,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from eaopd_megatron.megatron import cpu
-from eaopd_megatron.megatron.architecture import padded_vocab_size, transformer_config
+from eaopd_megatron.megatron.architecture import Recompute, padded_vocab_size, transformer_config
 from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.megatron.layers import layer_spec
 from eaopd_megatron.megatron.names import global_name
+from eaopd_megatron.megatron.rotary import rotary_base, set_attention_factor, set_frequencies
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -60,12 +61,16 @@ class ModelChunks(torch.nn.ModuleList):
             cast(Any, chunk).zero_grad_buffer()
 
 
-def build_model(hf: Any, layout: Layout, dtype: torch.dtype, *, untie: bool = False) -> ModelChunks:
+def build_model(
+    hf: Any, layout: Layout, dtype: torch.dtype, *, untie: bool = False, recompute: Recompute = "none"
+) -> ModelChunks:
     """This rank's uninitialised part of a model, on its device; weights come from `checkpoint.hf_import`.
 
     untie: give a model with tied embeddings an output layer of its own (a teacher whose output rows are mapped).
+    recompute: activations that backward makes again instead of keeping them.
     """
-    config = transformer_config(hf, layout, dtype)
+    config = transformer_config(hf, layout, dtype, recompute)
+    set_attention_factor(config, hf)
     stages = [None] if layout.virtual_pipeline == 1 else range(layout.virtual_pipeline)
     with cpu.cuda_literals():
         chunks = [
@@ -79,15 +84,29 @@ def build_model(hf: Any, layout: Layout, dtype: torch.dtype, *, untie: bool = Fa
                 parallel_output=True,
                 share_embeddings_and_output_weights=hf.tie_word_embeddings and not untie,
                 position_embedding_type="rope",
-                rotary_base=int(hf.rope_parameters["rope_theta"]),
+                rotary_base=rotary_base(hf),
                 vp_stage=stage,
             )
             for stage in stages
         ]
     model = ModelChunks(chunks)
+    for gpt in chunks:
+        set_frequencies(gpt, hf)
+        _mark_experts(gpt)
     if torch.cuda.is_available():
         model = model.cuda()
     return model.to(dtype)
+
+
+def _mark_experts(gpt: GPTModel) -> None:
+    """Say which parameters are experts', so that their gradients are summed over the ranks that hold the same experts.
+
+    Megatron-Core's layers do it with expert parallelism only; experts that are not cut as the other layers are
+    (expert_tensor_parallel below tensor_parallel) would keep each rank's own part of the gradient.
+    """
+    for name, parameter in gpt.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def gpt_of(model: torch.nn.Module) -> GPTModel:

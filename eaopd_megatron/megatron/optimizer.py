@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from megatron.core.distributed import (
@@ -18,21 +18,48 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from eaopd_megatron.megatron.cpu import cuda_literals
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
+from eaopd_megatron.megatron.offload import keep_moments_on_host
+from eaopd_megatron.megatron.optimizer_state import complete_states
+from eaopd_megatron.megatron.overlap import prepare_gathers, start_gathers, wait_for_gathers
 
 
-def wrap(model: ModelChunks, parallel: Parallel) -> ModelChunks:
+def wrap(
+    model: ModelChunks,
+    parallel: Parallel,
+    *,
+    distributed: bool = False,
+    overlap: bool = False,
+    bucket_size: int | None = None,
+) -> ModelChunks:
     """The model's chunks, each with one fp32 gradient buffer that sums over micro-batches and, at last, over ranks.
 
-    All data-parallel ranks start from the weights of the first.
+    All data-parallel ranks start from the weights of the first. distributed: each of them will hold and update a part
+    of the weights, and gather the others'. overlap (needs distributed): gradients are reduced during the last
+    micro-batch's backward (the chunks' `no_sync` holds it back in the others'), weights gathered while the next forward
+    begins, in buckets of about bucket_size parameters (none: as Megatron-Core chooses).
     """
     if not model.config.calculate_per_token_loss:
         raise ValueError("calculate_per_token_loss must be set before wrap: gradients would be divided by the ranks")
+    if overlap and not distributed:
+        raise ValueError("overlap needs distributed")
     _mark_shards(model)
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        align_param_gather=overlap,  # gathers are started by `step` alone: a forward only waits
+        bucket_size=bucket_size,
+    )
     with cuda_literals():
-        wrapped = [DistributedDataParallel(model.config, settings, chunk) for chunk in model]
+        wrapped = [
+            DistributedDataParallel(model.config, settings, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(model)
+        ]
         for ddp in wrapped:
             ddp.broadcast_params()
+    if overlap:
+        prepare_gathers(wrapped)
     return ModelChunks(wrapped)
 
 
@@ -46,12 +73,15 @@ def build_optimizer(
     eps: float,
     clip_grad: float,
     precision: Literal["fp32", "bf16"],
+    offload: Literal["none", "moments"] = "none",
 ) -> ChainedOptimizer:
     """AdamW with decoupled weight decay on every parameter; bf16 weights have fp32 main parameters.
 
     clip_grad: largest norm of the whole gradient; 0 leaves it as it is. The states exist from the start (zeros), so a
-    checkpoint can be written before the first update.
+    checkpoint can be written before the first update. Whether they are distributed was said to `wrap`.
+    offload: "moments" keeps Adam's moments in host memory between updates.
     """
+    settings = cast(Any, model[0]).ddp_config
     config = OptimizerConfig(
         optimizer="adam",
         lr=lr,
@@ -63,11 +93,16 @@ def build_optimizer(
         clip_grad=clip_grad,
         bf16=precision == "bf16",
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=settings.overlap_param_gather,
     )
     with cuda_literals():
         # no overrides: Megatron's own except the norms' weights from decay, which only its scheduler would carry out
         optimizer = get_megatron_optimizer(config, list(model), config_overrides={}, use_gloo_process_groups=False)
-    _complete_states(optimizer)
+    complete_states(optimizer)
+    if offload == "moments":
+        for part in optimizer.chained_optimizers:
+            keep_moments_on_host(part.optimizer)
     return optimizer
 
 
@@ -86,6 +121,7 @@ def finish_gradients(model: ModelChunks, num_tokens: torch.Tensor) -> None:
     """
     device = next(model.parameters()).device
     total = torch.tensor(float(num_tokens), dtype=torch.float64, device=device)
+    wait_for_gathers(model)  # the update will write where a gather may still be reading
     with cuda_literals():
         finalize_model_grads(list(model), total)
 
@@ -101,38 +137,14 @@ def step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
     with cuda_literals(), torch.no_grad():
         overflow = optimizer.prepare_grads()
         norm = float(optimizer.get_grad_norm())
-        if overflow or not math.isfinite(norm):
-            return False, norm
-        for part in optimizer.chained_optimizers:
-            if part.config.clip_grad > 0:
-                clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
-        return bool(optimizer.step_with_ready_grads()), norm
-
-
-def sharded_state(optimizer: ChainedOptimizer, model: dict[str, Any], *, loading: bool = False) -> dict[str, Any]:
-    """The optimiser's sharded state dict, to be saved or (loading) to be filled.
-
-    model: `sharded_state_dict(...)` of the model, which tells how the states are cut.
-    """
-    with cuda_literals():
-        return optimizer.sharded_state_dict(model, is_loading=loading)
-
-
-def load_state(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
-    """Take the states (and a bf16 model's main parameters) of a loaded `sharded_state`.
-
-    Learning rate, weight decay, betas and eps stay those that the optimiser has now, not the checkpoint's.
-    """
-    parts = optimizer.chained_optimizers
-    for part, saved in zip(parts, [state] if len(parts) == 1 else [state[i] for i in range(len(parts))], strict=True):
-        if isinstance(part.optimizer, torch.optim.AdamW):  # Megatron-Core saves no step where there was no update yet
-            saved.get("optimizer", saved)["state"].setdefault("common_step", torch.tensor(0.0))
-    options = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
-    with cuda_literals():
-        optimizer.load_state_dict(state)
-    for group, kept in zip(optimizer.param_groups, options, strict=True):
-        group.update(kept)
-    _complete_states(optimizer)
+        done = not overflow and math.isfinite(norm)
+        if done:
+            for part in optimizer.chained_optimizers:
+                if part.config.clip_grad > 0:
+                    clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+            done = bool(optimizer.step_with_ready_grads())
+    start_gathers(optimizer.model_chunks)
+    return done, norm
 
 
 def _mark_shards(model: ModelChunks) -> None:
@@ -146,15 +158,3 @@ def _mark_shards(model: ModelChunks) -> None:
             weight.tensor_model_parallel = True
             weight.partition_dim = 1 if isinstance(module, RowParallelLinear) else 0
             weight.partition_stride = 1
-
-
-def _complete_states(optimizer: ChainedOptimizer) -> None:
-    """Give every parameter of torch's AdamW a whole state of its own; what is missing is zero.
-
-    A step counter shared by parameters would be raised once for each of them, and the bias correction silently wrong.
-    """
-    for part in optimizer.chained_optimizers:
-        part.init_state_fn(part.optimizer, part.config)
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            for state in part.optimizer.state.values():
-                state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)

@@ -1,4 +1,4 @@
-"""Rollouts in process: generation on the training model itself, at any tensor-parallel size."""
+"""Rollouts in process: generation on the training model itself, at any layout."""
 
 from __future__ import annotations
 
@@ -9,71 +9,92 @@ import torch.distributed as dist
 
 from eaopd_megatron.data.random import uniforms
 from eaopd_megatron.data.samples import Prompt, Sample, Sampling
-from eaopd_megatron.megatron.generation import Decoder
+from eaopd_megatron.megatron.generation import Decoder, decoding
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
+from eaopd_megatron.megatron.pipeline import from_last_stage
 from eaopd_megatron.rollout.sampling import draw
+
+Key = tuple[int | str, ...]
 
 
 class LocalRollout:
-    """Generates on this data-parallel rank's model. All tensor-parallel ranks call it with the same prompts."""
+    """Generates on this data-parallel rank's model. All ranks of a copy of the model call it with the same prompts."""
 
     def __init__(self, model: ModelChunks, parallel: Parallel, *, vocab_size: int, batch_size: int) -> None:
         self.model, self.parallel = model, parallel
         self.vocab_size, self.batch_size = vocab_size, batch_size
 
     def generate(
-        self, prompts: Sequence[Prompt], keys: Sequence[tuple[int | str, ...]], sampling: Sampling, version: int
+        self, prompts: Sequence[Prompt], keys: Sequence[Key], sampling: Sampling, version: int
     ) -> list[Sample]:
-        """One sample a prompt, in order. keys: what each sample's random numbers are a function of (`data.random`)."""
+        """One sample a prompt, in order. keys: what each sample's random numbers are a function of (`data.random`).
+
+        Context-parallel ranks share the prompts out and exchange their samples. Ranks that share experts decode in
+        step until the last of them is done.
+        """
+        mine = range(self.parallel.cp_rank, len(prompts), self.parallel.cp_size)
         # longest prompts first keeps padding low; random numbers belong to samples, so the order changes nothing else
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
+        order = sorted(mine, key=lambda i: -len(prompts[i].token_ids))
         samples: dict[int, Sample] = {}
-        training = self.model.training
-        self.model.eval()
-        try:
-            for start in range(0, len(order), self.batch_size):
+        with decoding(self.model):
+            for start in range(0, self._most(len(order)), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 batch = self._batch([prompts[i] for i in chosen], [keys[i] for i in chosen], sampling, version)
                 samples.update(zip(chosen, batch, strict=True))
-        finally:
-            self.model.train(training)
-        return [samples[i] for i in range(len(prompts))]
+        gathered = [samples]
+        if self.parallel.cp_size > 1:
+            gathered = [samples] * self.parallel.cp_size
+            dist.all_gather_object(gathered, samples, group=self.parallel.cp_group)
+        everything = {i: sample for part in gathered for i, sample in part.items()}
+        return [everything[i] for i in range(len(prompts))]
 
-    def _batch(
-        self, prompts: Sequence[Prompt], keys: Sequence[tuple[int | str, ...]], sampling: Sampling, version: int
-    ) -> list[Sample]:
+    def _batch(self, prompts: Sequence[Prompt], keys: Sequence[Key], sampling: Sampling, version: int) -> list[Sample]:
+        """Samples of one batch; without prompts this rank decodes a token of no meaning for as long as the others."""
         device = self.parallel.device
-        noise = torch.stack([uniforms(sampling.max_new_tokens, *key) for key in keys])
-        decoder = Decoder(self.model, [list(p.token_ids) for p in prompts], sampling.max_new_tokens, device)
+        texts = [list(p.token_ids) for p in prompts] or [[0]]
+        noise = torch.stack([uniforms(sampling.max_new_tokens, *key) for key in keys or [("idle",)]])
+        decoder = Decoder(self.model, texts, sampling.max_new_tokens, self.parallel)
         stops = torch.tensor(sampling.stop_ids, device=device)
-        running = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        running = torch.full((len(texts),), bool(prompts), device=device)
         tokens, logprobs = [], []
         logits = decoder.prefill()
         for position in range(sampling.max_new_tokens):
-            policy = torch.log_softmax(logits[:, : self.vocab_size].float(), -1)
-            token = self._agree(
-                draw(policy, noise[:, position], temperature=sampling.temperature, top_p=sampling.top_p)
-            )
+            token, logprob = self._draw(logits, noise[:, position], sampling)
             tokens.append(token)
-            logprobs.append(policy.gather(-1, token[:, None]).squeeze(-1))
+            logprobs.append(logprob)
             running &= ~torch.isin(token, stops)
-            if position + 1 == sampling.max_new_tokens or not running.any():
+            if position + 1 == sampling.max_new_tokens or not self._most(int(running.any())):
                 break
             logits = decoder.step(token)
         ids = torch.stack(tokens, 1).tolist()
-        values = torch.stack(logprobs, 1).tolist()
+        values = from_last_stage(torch.stack(logprobs, 1), self.parallel).tolist()
         return [
             _sample(prompt, row, value, sampling, version)
-            for prompt, row, value in zip(prompts, ids, values, strict=True)
+            for prompt, row, value in zip(prompts, ids, values, strict=bool(prompts))
         ]
 
-    def _agree(self, token: torch.Tensor) -> torch.Tensor:
-        """The first tensor-parallel rank's draw reaches the others: different tokens on different shards would
-        corrupt both."""
-        if self.parallel.tp_size > 1:
+    def _draw(
+        self, logits: torch.Tensor | None, noise: torch.Tensor, sampling: Sampling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [b], the same on every rank of the model's copy, and their log-probs [b], on the last stage alone."""
+        if logits is None:
+            token = torch.empty(len(noise), dtype=torch.long, device=self.parallel.device)
+            return from_last_stage(token, self.parallel), torch.empty(len(noise), device=self.parallel.device)
+        policy = torch.log_softmax(logits[:, : self.vocab_size].float(), -1)
+        token = draw(policy, noise, temperature=sampling.temperature, top_p=sampling.top_p)
+        if self.parallel.tp_size > 1:  # different tokens on different shards would corrupt both
             dist.broadcast(token, self.parallel.tp_source(), group=self.parallel.tp_group)
-        return token
+        return from_last_stage(token, self.parallel), policy.gather(-1, token[:, None]).squeeze(-1)
+
+    def _most(self, count: int) -> int:
+        """The largest count among the ranks that share experts, whose layers exchange tokens."""
+        if self.parallel.ep_size * self.parallel.layout.expert_tensor_parallel == 1:
+            return count
+        most = torch.tensor(count, device=self.parallel.device)
+        for group in (self.parallel.ep_group, self.parallel.etp_group):
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        return int(most)
 
 
 def _sample(prompt: Prompt, ids: list[int], logprobs: list[float], sampling: Sampling, version: int) -> Sample:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from eaopd_megatron.data.packing import micro_batches
 from eaopd_megatron.data.samples import MicroBatch, Sample
-from eaopd_megatron.megatron.forward import head_of, hidden_rows, logits_by_rows, logits_of
+from eaopd_megatron.megatron.forward import head_of, logits_by_parts, whole
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
+from eaopd_megatron.megatron.pipeline import forward, micro_batches
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
 from eaopd_megatron.teacher.terminal import TerminalMap
 
+TeacherSignal = TeacherTopK | TeacherHidden | TeacherLogits
+
 
 class ColocatedTeacher:
-    """Scores the student's tokens.
+    """Scores the student's tokens. What it says is on the last pipeline stage, where the objective is.
 
     signal "topk": each sample is scored once an iteration and keeps k ids and log-probs, H_t and log p(y_t): 136 bytes
     a token at k = 16. "hidden": the final hidden states, from which the objective makes the full distribution piece by
-    piece. "logits": the full distribution at once, for comparison. The last two are made anew for every micro-batch.
+    piece. "logits": the full distribution at once, for comparison. For the last two the hidden states of an update's
+    tokens are kept while it lasts.
     """
 
     def __init__(
@@ -33,18 +36,22 @@ class ColocatedTeacher:
         top_k: int,
         terminal: TerminalMap,
         budget: int,
-        multiple: int,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.parallel, self.vocab_size, self.kind, self.top_k = parallel, vocab_size, signal, top_k
-        self.terminal, self.budget, self.multiple = terminal, budget, multiple
+        self.terminal, self.budget = terminal, budget
+        nothing = torch.empty(0, device=parallel.device)
+        ids = torch.empty(0, top_k, dtype=torch.long, device=parallel.device)
+        self._of_no_token = dict(zip(_TOPK_FIELDS, (ids, ids.float(), nothing, nothing), strict=True))
 
-    @torch.no_grad()
     def annotate(self, samples: Sequence[Sample]) -> None:
-        """Ask once for what can be kept; every response token gets a signal or this raises."""
+        """Ask once for what can be kept; on the last stage every response token gets a signal or this raises."""
         if self.kind != "topk":
             return
-        for batch in micro_batches(samples, self.budget, self.parallel.device, self.multiple):
+        batches = micro_batches(samples, self.budget, self.parallel)
+
+        def last(index: int, rows: torch.Tensor) -> None:
+            batch = batches[index]
             labels = self.terminal.labels(batch)
             found = [
                 summarise_teacher(
@@ -55,19 +62,29 @@ class ColocatedTeacher:
                     group=self.parallel.tp_group,
                     teacher_tokens=None if labels is None else labels[part],
                 )
-                for part, logits in logits_by_rows(self.model, batch.token_ids, batch.rows)
+                for part, logits in logits_by_parts(rows, head_of(self.model))
             ]
-            whole = {name: batch.split(torch.cat([getattr(part, name) for part in found])) for name in _TOPK_FIELDS}
-            for i, sample in enumerate(batch.samples):
-                sample.teacher_signal = {name: tensors[i] for name, tensors in whole.items()}
+            for name in _TOPK_FIELDS:
+                values = whole(batch, torch.cat([getattr(part, name) for part in found]), self.parallel)
+                for sample, tensor in zip(batch.samples, batch.split(values), strict=True):
+                    sample.teacher_signal[name] = tensor
 
-    def signal(self, batch: MicroBatch) -> TeacherTopK | TeacherHidden | TeacherLogits:
-        """The teacher's signal of every response token of the micro-batch, in order."""
-        with torch.no_grad():
-            if self.kind == "hidden":
-                return TeacherHidden(hidden_rows(self.model, batch.token_ids, batch.rows), head_of(self.model))
-            if self.kind == "logits":
-                return TeacherLogits(logits_of(self.model, batch.token_ids).flatten(0, 1)[batch.rows])
+        forward(self.model, batches, last)
+
+    def signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
+        """What gives, on the last stage, the signal of every response token of micro-batch number i, in order.
+
+        The model runs now, except for "topk": collective over all ranks.
+        """
+        if self.kind == "topk":
+            return lambda index: self._kept(batches[index])
+        hidden: dict[int, torch.Tensor] = {}
+        forward(self.model, batches, hidden.__setitem__)
+        if self.kind == "hidden":
+            return lambda index: TeacherHidden(hidden[index], head_of(self.model))
+        return lambda index: TeacherLogits(hidden[index] @ head_of(self.model).T)
+
+    def _kept(self, batch: MicroBatch) -> TeacherTopK:
         for sample in batch.samples:
             scored = len(sample.teacher_signal.get("entropy", ()))
             if scored != len(sample.response_ids):
@@ -75,7 +92,12 @@ class ColocatedTeacher:
                 raise RuntimeError(
                     f"prompt {sample.prompt.id}: {scored} of {len(sample.response_ids)} tokens were scored"
                 )
-        return TeacherTopK(*(batch.gather([s.teacher_signal[name] for s in batch.samples]) for name in _TOPK_FIELDS))
+        return TeacherTopK(
+            *(
+                batch.gather([self._of_no_token[name], *(s.teacher_signal[name] for s in batch.samples)])
+                for name in _TOPK_FIELDS
+            )
+        )
 
     def labels(self, batch: MicroBatch) -> torch.Tensor | None:
         """[n] ids for log p(y) where the signal is the full distribution; top-k has looked them up already."""

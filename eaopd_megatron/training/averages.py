@@ -1,4 +1,4 @@
-"""Running means of per-token metrics over micro-batches, mini-batches and data-parallel ranks."""
+"""Running means of per-token metrics over micro-batches, mini-batches and ranks."""
 
 from __future__ import annotations
 

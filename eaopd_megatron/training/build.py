@@ -13,7 +13,7 @@ from eaopd_megatron.data.samples import Sampling
 from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.architecture import check_config
-from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
@@ -42,33 +42,35 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
     layout = parallel.layout
     student_folder = HfFolder.open(recipe.student.model, "student.model")
     teacher_folder = HfFolder.open(recipe.teacher.model, "teacher.model")
-    check_config(student_folder.config, layout, recipe.student.model)
-    check_config(teacher_folder.config, layout, recipe.teacher.model)
+    student_layout, teacher_layout = layouts_of(student_folder, teacher_folder, layout)
+    check_config(student_folder.config, student_layout, recipe.student.model)
+    check_config(teacher_folder.config, teacher_layout, recipe.teacher.model)
     check_same_tokenizer(teacher_folder, student_folder)
     vocab_size = student_folder.vocab_size
     objective = recipe.objective.build()
     terminal = TerminalMap.between(recipe.teacher.terminal_map, student_folder.eos_ids, teacher_folder.eos_ids)
     row_map = terminal.row_map()
 
-    model = build_model(student_folder.config, layout, DTYPES[recipe.student.precision])
+    precision, options = recipe.student.precision, recipe.optimizer
+    model = build_model(student_folder.config, student_layout, DTYPES[precision], recompute=recipe.student.recompute)
     load_hf(model, student_folder, parallel)
     teacher_model = build_model(
-        teacher_folder.config, layout, DTYPES[recipe.teacher.precision], untie=row_map is not None
+        teacher_folder.config, teacher_layout, DTYPES[recipe.teacher.precision], untie=row_map is not None
     )
     load_hf(teacher_model, teacher_folder, parallel, row_map=row_map)
 
-    ddp = megatron_optimizer.wrap(model, parallel)
+    ddp = megatron_optimizer.wrap(model, parallel, distributed=options.distributed, overlap=options.overlap)
     optimizer = megatron_optimizer.build_optimizer(
         ddp,
-        lr=recipe.optimizer.lr,
-        weight_decay=recipe.optimizer.weight_decay,
-        beta1=recipe.optimizer.beta1,
-        beta2=recipe.optimizer.beta2,
-        eps=recipe.optimizer.eps,
-        clip_grad=recipe.optimizer.clip_grad,
-        precision=recipe.student.precision,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        beta1=options.beta1,
+        beta2=options.beta2,
+        eps=options.eps,
+        clip_grad=options.clip_grad,
+        precision=precision,
+        offload=options.offload,
     )
-    multiple = layout.tensor_parallel if layout.sequence_parallel else 1
     budget = recipe.train.micro_batch_tokens
     student = Student(
         ddp,
@@ -76,7 +78,6 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         parallel,
         vocab_size=vocab_size,
         budget=budget,
-        multiple=multiple,
         failures=folder.failures,
     )
     teacher = ColocatedTeacher(
@@ -87,7 +88,6 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         top_k=min(objective.top_k, vocab_size),
         terminal=terminal,
         budget=budget,
-        multiple=multiple,
     )
     rollout = LocalRollout(model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size)
     stop_ids = tuple(sorted({*student_folder.eos_ids, *teacher_folder.eos_ids, *recipe.rollout.stop_ids}))
@@ -103,6 +103,15 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
         evaluator(recipe, parallel, rollout, tokenizer, stop_ids),
     )
+
+
+def layouts_of(student: HfFolder, teacher: HfFolder, layout: Layout) -> tuple[Layout, Layout]:
+    """The layout of each on the same ranks: expert parallelism is that of the one that has experts."""
+    dense = ["experts" not in folder.family.sizes(folder.config) for folder in (student, teacher)]
+    if all(dense):  # what cannot be used is refused, not ignored
+        return layout, layout
+    one, other = (layout.without_experts() if without else layout for without in dense)
+    return one, other
 
 
 def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str) -> PromptBuilder:

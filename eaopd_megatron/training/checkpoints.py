@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from eaopd_megatron.checkpoint.distributed import restore, training_state
@@ -27,33 +29,37 @@ class TrainingCheckpoints:
     ) -> None:
         self.recipe, self.parallel, self.parts = recipe, parallel, parts
         self.optimizer = parts.student.optimizer
-        self.store = CheckpointStore(folder.checkpoints, recipe.run.keep_checkpoints)
+        self.store = CheckpointStore(folder.checkpoints, recipe.run.keep_checkpoints, background=recipe.run.async_save)
         self.fingerprint = fingerprint(parts.student_folder.config)
         self.prompts = _digest(prompts)
 
     def save(self, iteration: int, updates: int) -> None:
-        """Write the checkpoint of a completed iteration, whole or not at all."""
+        """Write the checkpoint of a completed iteration, whole or not at all; with run.async_save on a thread."""
         state = {
             "iteration": iteration,
             "updates": updates,
             "seed": self.recipe.seed,
             "prompts": self.prompts,
             "model": self.fingerprint,
-            "tensor_parallel": self.parallel.tp_size,
-            "data_parallel": self.parallel.dp_size,
+            "layout": self._layout(),
         }
         self.store.save(
             iteration, training_state(self.parts.model, self.optimizer), state, self._companions, self.parallel
         )
 
-    def resume(self) -> tuple[int, int]:
-        """(iteration, updates) completed in the newest checkpoint, whose weights and optimiser are loaded; (0, 0)
-        without one.
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk. UserError where it could not be written."""
+        self.store.wait()
 
-        Raises UserError for a checkpoint of another model, or prompts other than the checkpoint's.
+    def resume(self, say: Callable[[str], None]) -> tuple[int, int]:
+        """(iteration, updates) completed in the newest checkpoint, whose weights and optimiser are loaded; (0, 0)
+        without one. Any layout goes on from any other's.
+
+        Raises UserError for a checkpoint that is damaged (or falls back, as run.on_damaged says), of another model, or
+        made with other prompts.
         """
         self.store.clean(self.parallel)
-        path = self.store.latest()
+        path = self.store.newest_whole(self.parallel, fall_back=self.recipe.run.on_damaged == "fall_back", say=say)
         if path is None:
             return 0, 0
         state = self.store.load_state(path)
@@ -62,7 +68,17 @@ class TrainingCheckpoints:
             raise UserError(f"{path}: made with other prompts than data.source={self.recipe.data.source} gives now")
         wanted = training_state(self.parts.model, self.optimizer, loading=True)
         restore(self.parts.model, self.optimizer, self.store.load_sharded(path, wanted, self.parallel))
+        here = self._layout()
+        changed = [name for name, size in here.items() if state["layout"].get(name) != size]
+        if changed:
+            was, now = (", ".join(f"{name}={at.get(name)}" for name in changed) for at in (state["layout"], here))
+            say(f"{path.name} was saved at {was}; going on at {now}")
         return int(state["iteration"]), int(state["updates"])
+
+    def _layout(self) -> dict[str, int | bool]:
+        """How weights and optimiser are cut now; none of it need be the same when the run goes on."""
+        sizes = {**asdict(self.parallel.layout), "data_parallel": self.parallel.dp_size}
+        return sizes | {"optimizer.distributed": self.recipe.optimizer.distributed}
 
     def _companions(self, folder: Path) -> None:
         (folder / "hf").mkdir()

@@ -12,8 +12,15 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.results import write_atomically
 
 _FREE = ("evaluation.", "reporting.", "distributed.")
-"""Settings that may change between a run's start and its continuation: none of them reaches the student's weights."""
-_FREE_KEYS = ("run.folder", "run.save_interval", "run.keep_checkpoints", "run.log_rollouts", "rollout.batch_size")
+"""Settings that may change between a run's start and its continuation: none of them reaches the student's weights,
+but for the rounding of sums over another layout's ranks."""
+_FREE_KEYS = (
+    *(f"run.{key}" for key in ("folder", "save_interval", "keep_checkpoints", "async_save", "on_damaged")),
+    *("run.log_rollouts", "rollout.batch_size"),
+    *(f"student.{kind}_parallel" for kind in ("tensor", "pipeline", "context", "expert", "expert_tensor", "data")),
+    *("student.sequence_parallel", "student.virtual_pipeline", "student.recompute"),
+    *(f"optimizer.{key}" for key in ("distributed", "overlap", "offload")),
+)
 
 
 @dataclass(frozen=True)

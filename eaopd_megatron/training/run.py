@@ -76,7 +76,7 @@ class Run:
         self._times: dict[str, float] = defaultdict(float)
         self._signal: int | None = None
         self.checkpoints = TrainingCheckpoints(recipe, parallel, self.folder, self.parts, self.prompts)
-        self.iteration, self.updates = self.checkpoints.resume()
+        self.iteration, self.updates = self.checkpoints.resume(self.say)
         self._open_records()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
@@ -117,7 +117,7 @@ class Run:
         """Record the iteration, evaluate and save where it is time, and stop in good order if a signal asked for it."""
         self._measure(samples)
         self.iteration += 1
-        record = self.averages.reduce(self.parallel.dp_group)
+        record = self.averages.reduce(dist.group.WORLD)
         self.averages = Averages()
         self._write_rollouts(samples)
         last = self.iteration == self.recipe.train.iterations
@@ -130,6 +130,8 @@ class Run:
         if last or asked or (save and self.iteration % save == 0):
             with self.clock("checkpoint"):
                 self.checkpoints.save(self.iteration, self.updates)
+                if last or asked:
+                    self.checkpoints.wait()
         if asked and not last:
             self.say(f"stopped after iteration {self.iteration}: checkpoint saved; the same command continues")
             raise Interrupted(128 + asked)
@@ -150,6 +152,8 @@ class Run:
     # What an iteration leaves behind
 
     def _measure(self, samples: list[Sample]) -> None:
+        if not self.parallel.speaks or self.parallel.cp_rank:  # context-parallel ranks have the same samples
+            return
         add = self.averages.add
         add("rollout/length", torch.tensor([len(s.response_ids) for s in samples]))
         add("rollout/stopped", torch.tensor([s.finish_reason == "stop" for s in samples]))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.data.packing import micro_batches
 from eaopd_megatron.data.samples import MicroBatch, Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
-from eaopd_megatron.megatron.forward import head_of, hidden_grad, hidden_rows, logits_of
+from eaopd_megatron.megatron.forward import head_of, hidden_grad, row_logits, whole
 from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.model import ModelChunks
+from eaopd_megatron.megatron.pipeline import forward, forward_backward, from_last_stage, micro_batches
 from eaopd_megatron.objective import (
     Objective,
     TeacherHidden,
@@ -26,38 +27,44 @@ from eaopd_megatron.objective import (
     linear_entropy_aware_loss,
     linear_token_statistics,
 )
-from eaopd_megatron.teacher.colocated import ColocatedTeacher
+from eaopd_megatron.teacher.colocated import ColocatedTeacher, TeacherSignal
 from eaopd_megatron.training.averages import Averages
 
 
 class Student:
-    """The trained model with its optimiser. All tensor-parallel ranks call it with the same samples."""
+    """The trained model with its optimiser. All ranks of a copy of the model call it with the same samples."""
 
     def __init__(
         self,
-        ddp: Any,  # Megatron-Core's DistributedDataParallel
+        ddp: ModelChunks,  # wrapped
         optimizer: Any,
         parallel: Parallel,
         *,
         vocab_size: int,
         budget: int,
-        multiple: int,
         failures: Path,
     ) -> None:
         self.ddp, self.optimizer, self.parallel = ddp, optimizer, parallel
-        self.budget, self.multiple, self.failures = budget, multiple, failures
+        self.budget, self.failures = budget, failures
         self._shard: dict[str, Any] = {"vocab_size": vocab_size, "group": parallel.tp_group}
 
-    @torch.no_grad()
     def recompute_old_logprobs(self, samples: Sequence[Sample]) -> None:
         """π_old of every response token, by the trainer itself: the rollout engine's log-probs come from other
-        kernels."""
-        for batch in self._cut(samples):
-            found = linear_token_statistics(
-                hidden_rows(self.ddp, batch.token_ids, batch.rows), head_of(self.ddp), batch.tokens, **self._shard
-            )
-            for sample, logprobs in zip(batch.samples, batch.split(found.logprob), strict=True):
-                sample.old_logprobs = logprobs
+        kernels. Every rank's samples get them."""
+        batches = micro_batches(samples, self.budget, self.parallel)
+        found: dict[int, torch.Tensor] = {}
+
+        def last(index: int, rows: torch.Tensor) -> None:
+            said = linear_token_statistics(rows, head_of(self.ddp), batches[index].tokens, **self._shard)
+            found[index] = whole(batches[index], said.logprob, self.parallel)
+
+        forward(self.ddp, batches, last)
+        lengths = [len(s.response_ids) for s in samples]
+        logprobs = torch.empty(sum(lengths), device=self.parallel.device)
+        if found:
+            logprobs = torch.cat([found[index] for index in range(len(batches))])
+        for sample, part in zip(samples, from_last_stage(logprobs, self.parallel).split(lengths), strict=True):
+            sample.old_logprobs = part
 
     def update(
         self,
@@ -76,15 +83,22 @@ class Student:
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        batches = micro_batches(samples, self.budget, self.parallel)
+        signal_of = teacher.signals(batches)
         tokens = torch.zeros(1, dtype=torch.int, device=self.parallel.device)
-        for batch in self._cut(samples):
-            old = None
-            if batch.samples[0].old_logprobs is not None:
+
+        def last(index: int, rows: torch.Tensor) -> torch.Tensor:
+            batch, old = batches[index], None
+            if batch.samples and batch.samples[0].old_logprobs is not None:
                 old = batch.gather([s.old_logprobs for s in batch.samples if s.old_logprobs is not None])
-            out = self._loss(batch, teacher, objective, old, update)
-            out.loss.sum().backward()
-            tokens += len(batch.tokens)
-            _measure(metrics, batch, out, old)
+            labels = teacher.labels(batch)
+            out = self._loss(batch, rows, signal_of(index), labels, objective, old, update)
+            tokens.add_(len(batch.tokens))
+            if batch.samples and self.parallel.speaks:
+                _measure(metrics, batch, out, old)
+            return out.loss.sum()
+
+        forward_backward(self.ddp, batches, last)
         megatron_optimizer.finish_gradients(self.ddp, tokens)
         megatron_optimizer.set_learning_rate(self.optimizer, learning_rate)
         done, norm = megatron_optimizer.step(self.optimizer)
@@ -92,19 +106,24 @@ class Student:
             raise UserError(
                 f"update {update}: the gradient norm is {norm}; lower optimizer.lr or look at the last rollouts"
             )
-        metrics.add("optimizer/grad_norm", torch.tensor([norm]))
-        metrics.add("optimizer/lr", torch.tensor([learning_rate]))
+        if self.parallel.speaks:
+            metrics.add("optimizer/grad_norm", torch.tensor([norm]))
+            metrics.add("optimizer/lr", torch.tensor([learning_rate]))
 
     def _loss(
-        self, batch: MicroBatch, teacher: ColocatedTeacher, objective: Objective, old: torch.Tensor | None, update: int
+        self,
+        batch: MicroBatch,
+        rows: torch.Tensor,
+        signal: TeacherSignal,
+        labels: torch.Tensor | None,
+        objective: Objective,
+        old: torch.Tensor | None,
+        update: int,
     ) -> TokenLosses:
-        """The objective on a micro-batch: from hidden states, or, where the teacher gives logits, on logits."""
-        signal = teacher.signal(batch)
-        options = {"teacher_tokens": teacher.labels(batch), "objective": objective, **self._shard}
+        """The objective on hidden states [n, h], or, where the teacher gives logits, on the logits made of them."""
+        options = {"teacher_tokens": labels, "objective": objective, **self._shard}
         if isinstance(signal, TeacherLogits):
-            rows = logits_of(self.ddp, batch.token_ids).flatten(0, 1)[batch.rows]
-        else:
-            rows = hidden_rows(self.ddp, batch.token_ids, batch.rows)
+            rows = row_logits(self.ddp, rows)
         try:
             if isinstance(signal, TeacherLogits):
                 out = entropy_aware_loss(rows, signal, batch.tokens, old, **options)
@@ -117,20 +136,19 @@ class Student:
             self._refuse(batch, _broken(out.loss[:, None]), update, "the loss is not finite")
         return out
 
-    def _cut(self, samples: Sequence[Sample]) -> Iterator[MicroBatch]:
-        return micro_batches(samples, self.budget, self.parallel.device, self.multiple)
-
     def _refuse(self, batch: MicroBatch, bad: torch.Tensor, update: int, why: str) -> NoReturn:
         """Save the offending sample and stop: training on would lose the model, skipping it would hide the cause."""
         flags = bad.int()
         if self.parallel.tp_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.parallel.tp_group)
+        where = f"update {update}, rank {self.parallel.rank}"
+        if not len(flags):
+            raise UserError(f"{where}: {why}")
         token = int(flags.argmax())
         sample = batch.sample_of(token)
         path = self.failures / f"update_{update:06d}_rank_{self.parallel.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(sample.record("") | {"token": token, "why": why}))
-        where = f"update {update}, rank {self.parallel.rank}"
         raise UserError(f"{where}: {why} (prompt {sample.prompt.id}); the sample is saved in {path}")
 
 
@@ -139,7 +157,7 @@ def _broken(rows: torch.Tensor) -> torch.Tensor:
     return ~torch.isfinite(rows).flatten(1).all(-1)
 
 
-def _seen(signal: TeacherTopK | TeacherHidden | TeacherLogits) -> torch.Tensor:
+def _seen(signal: TeacherSignal) -> torch.Tensor:
     """What the teacher said, [n, ...]."""
     if isinstance(signal, TeacherTopK):
         return signal.logprobs

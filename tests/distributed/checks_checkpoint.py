@@ -8,100 +8,23 @@ import math
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
-from megatron.core.optimizer import ChainedOptimizer
 
 from eaopd_megatron.checkpoint import store
-from eaopd_megatron.checkpoint.distributed import load_sharded, restore, save_sharded, training_state
+from eaopd_megatron.checkpoint.distributed import Prepared, load_sharded, restore, save_sharded, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron import groups
-from eaopd_megatron.megatron.forward import logits_of
 from eaopd_megatron.megatron.groups import Layout, Parallel
-from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
-from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, set_learning_rate, step, wrap
-
-Precision = Literal["fp32", "bf16"]
-LEARNING_RATES = (3e-3, 2e-3, 1e-3, 5e-4)
-
-
-@contextlib.contextmanager
-def world(folder: str, ranks: int, layout: Layout) -> Iterator[Parallel | None]:
-    """The first `ranks` ranks as a world of their own with Megatron's groups; None on the others."""
-    rank, everyone = dist.get_rank(), dist.get_world_size()
-    os.makedirs(folder, exist_ok=True)
-    if ranks < everyone:
-        _join(f"{folder}/part", rank, ranks)
-    try:
-        yield groups.arrange(layout) if rank < ranks else None
-    finally:
-        if rank < ranks:
-            groups.disband()
-        if ranks < everyone:
-            _join(f"{folder}/all", rank, everyone)
-
-
-def _join(meeting: str, rank: int, ranks: int) -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if rank < ranks:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-
-
-class Trainer:
-    """A tiny student under plain cross entropy, built from nothing."""
-
-    def __init__(self, hf: str, parallel: Parallel, precision: Precision = "fp32", **options: Any) -> None:
-        self.parallel = parallel
-        folder = HfFolder.open(hf, "student.model")
-        self.model: ModelChunks = build_model(folder.config, parallel.layout, DTYPES[precision])
-        load_hf(self.model, folder, parallel)
-        self.ddp: ModelChunks = wrap(self.model, parallel)
-        chosen = {"lr": 1.0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip_grad": 1.0} | options
-        self.optimizer: ChainedOptimizer = build_optimizer(self.ddp, **chosen, precision=precision)
-        self.samples = json.loads((Path(hf) / "samples.json").read_text())
-
-    def update(self, learning_rate: float, scale: float = 1.0) -> tuple[float, float]:
-        """(mean loss over all tokens of all ranks, gradient norm) of one update; a micro-batch a sample."""
-        self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        total, tokens = torch.zeros(()), 0
-        for ids in self.samples[self.parallel.dp_rank :: self.parallel.dp_size]:
-            padded = torch.zeros(1, len(ids) + len(ids) % 2, dtype=torch.long)
-            padded[0, : len(ids)] = torch.tensor(ids)
-            logits = logits_of(self.ddp, padded)[0, : len(ids) - 1].float()
-            loss = tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], torch.tensor(ids[1:])[:, None]).sum()
-            (loss * scale).backward()
-            total += loss.detach()
-            tokens += len(ids) - 1
-        finish_gradients(self.ddp, torch.tensor(tokens))
-        set_learning_rate(self.optimizer, learning_rate)
-        ok, norm = step(self.optimizer)
-        assert ok is torch.isfinite(torch.tensor(norm)).item()
-        figures = torch.stack([total, torch.tensor(float(tokens))])
-        dist.all_reduce(figures, group=self.parallel.dp_group)
-        return (figures[0] / figures[1]).item(), norm
-
-    def train(self, learning_rates: tuple[float, ...]) -> list[tuple[float, float]]:
-        return [self.update(learning_rate) for learning_rate in learning_rates]
-
-    def values(self) -> dict[str, torch.Tensor]:
-        """Copies of weights, main parameters and Adam's moments."""
-        values = {name: parameter.detach().clone() for name, parameter in self.model.global_parameters().items()}
-        for index, parameter in enumerate(self.optimizer.chained_optimizers[0].get_parameters()):
-            values[f"main {index}"] = parameter.detach().clone()
-            for key, value in self.optimizer.optimizer.state[parameter].items():
-                values[f"{key} {index}"] = value.clone()
-        return values
+from eaopd_megatron.megatron.model import build_model
+from tests.distributed.trainer import LEARNING_RATES, Precision, Trainer, world
 
 
 def _equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -209,22 +132,85 @@ def check_disk_full(group: Any, folder: str, hf: str, rank: int, file: str, limi
 @contextlib.contextmanager
 def _failing_disk(here: bool, file: str, limit: int | None) -> Iterator[None]:
     """On one rank: `file` is a full device, or no file may grow beyond `limit` bytes (a write that fails half way)."""
-    save, soft = store.save_sharded, resource.getrlimit(resource.RLIMIT_FSIZE)
+    write, soft = store.write_sharded, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_full_disk(folder: Path, state: dict[str, Any], parallel: Parallel) -> None:
+    def on_a_full_disk(folder: Path, prepared: Prepared, parallel: Parallel, group: Any = None) -> None:
         if here and limit is None:
             (folder / file).symlink_to("/dev/full")
         elif here and limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, soft[1]))
         dist.barrier()
-        save(folder, state, parallel)
+        write(folder, prepared, parallel, group)
 
-    store.save_sharded = on_a_full_disk
+    store.write_sharded = on_a_full_disk
     try:
         yield
     finally:
-        store.save_sharded = save
+        store.write_sharded = write
         resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+
+
+def check_background_save(group: Any, folder: str, hf: str) -> None:
+    """What is written is the state at the save, though training changes every tensor and uses its groups meanwhile."""
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        overlapped: dict[str, Any] = {"distributed": True, "overlap": True, "bucket_size": 3000}
+        trainer = Trainer(hf, parallel, **overlapped)
+        checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2, background=True)
+        trainer.train(LEARNING_RATES[:1])
+        saved, go = trainer.whole(), threading.Event()
+        write = store.write_sharded
+
+        def late(*arguments: Any) -> None:
+            assert go.wait(30)
+            write(*arguments)
+
+        store.write_sharded = late  # type: ignore[assignment]
+        path = checkpoints.save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+        figures = trainer.train(LEARNING_RATES[1:2])
+        assert checkpoints.latest() is None, "seen before it is complete"
+        go.set()
+        figures += trainer.train(LEARNING_RATES[2:])
+        checkpoints.wait()
+        store.write_sharded = write
+        assert checkpoints.newest_whole(parallel) == path
+        second = Trainer(hf, parallel, **overlapped)
+        second.train(LEARNING_RATES[:1])
+        wanted = training_state(second.model, second.optimizer, loading=True)
+        restore(second.model, second.optimizer, checkpoints.load_sharded(path, wanted, parallel))
+        _equal(saved, second.whole())
+        assert second.train(LEARNING_RATES[1:]) == figures
+        _equal(trainer.whole(), second.whole())
+
+
+def check_background_save_on_a_full_disk(group: Any, folder: str, hf: str) -> None:
+    """The thread's error on one rank is every rank's, at the next save, and training's groups are as they were."""
+    with world(folder, 4, Layout(2)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel)
+        checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2, background=True)
+
+        def save(step: int) -> Path:
+            return checkpoints.save(step, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+
+        good = save(1)
+        checkpoints.wait()
+        with _failing_disk(parallel.rank == 1, "__1_0.distcp", None):
+            failed = save(2)
+            _end_thread()
+        _raises(UserError, f"disk full while saving {failed}; the last good checkpoint is {good}", lambda: save(3))
+        dist.barrier()
+        assert os.listdir(checkpoints.folder) == ["step_000001"]
+        save(3)
+        checkpoints.wait()
+        assert checkpoints.newest_whole(parallel) == checkpoints.folder / "step_000003"
+
+
+def _end_thread() -> None:
+    """Let the thread end, without the error that it may have met."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def check_killed_before_the_rename(group: Any, folder: str, hf: str) -> None:
@@ -250,11 +236,11 @@ def check_error_of_one_rank(group: Any, folder: str, hf: str) -> None:
         trainer = Trainer(hf, parallel)
         state = training_state(trainer.model)
         if parallel.rank == 1:
-            del state["model"]["model.embedding.word_embeddings.weight"]
+            del state["model"]["0"]["model.embedding.word_embeddings.weight"]
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
         _raises(RuntimeError, "Invalid access pattern", lambda: checkpoints.save(1, state, {}, None, parallel))
         dist.barrier()
-        assert os.listdir(checkpoints.folder) == []
+        assert not checkpoints.folder.exists()
 
 
 def check_damaged_checkpoint(group: Any, folder: str, hf: str) -> None:
@@ -269,10 +255,19 @@ def check_damaged_checkpoint(group: Any, folder: str, hf: str) -> None:
             content = bytearray(damaged.read_bytes())
             content[len(content) // 2] ^= 1
             damaged.write_bytes(content)
-        before = trainer.values()
         expected = f"damaged checkpoint: {damaged} has other contents"
-        _raises(UserError, expected, lambda: checkpoints.load_sharded(path, training_state(trainer.model), parallel))
-        _equal(before, trainer.values())
+        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel))
+        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel, fall_back=True))  # to none
+        later = checkpoints.save(2, training_state(trainer.model), {}, None, parallel)
+        dist.barrier()
+        if parallel.is_main:
+            (later / "sharded" / "common.pt").unlink()
+        said: list[str] = []
+        _raises(UserError, "common.pt is missing", lambda: checkpoints.newest_whole(parallel))
+        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel, fall_back=True, say=said.append))
+        assert len(said) == 1 and said[0].startswith(f"damaged checkpoint: {later}/sharded/common.pt is missing"), said
+        assert said[0].endswith(f"it is now step_000002.damaged: falling back to {path}"), said
+        assert sorted(os.listdir(checkpoints.folder)) == ["step_000001", "step_000002.damaged"]
 
 
 def check_tensors_that_do_not_fit(group: Any, folder: str, hf: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -22,20 +23,21 @@ from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.architecture import check_config
-from eaopd_megatron.megatron.forward import logits_of
-from eaopd_megatron.megatron.generation import Decoder
+from eaopd_megatron.megatron.forward import row_logits
+from eaopd_megatron.megatron.generation import Decoder, decoding
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
-from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, wrap
+from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, step, wrap
+from eaopd_megatron.megatron.pipeline import forward_backward, gathered_logits, whole_batch
 
 LIMIT = 1e-5
 
 
 @contextlib.contextmanager
-def arranged(tp: int, sp: bool = False) -> Iterator[Parallel]:
+def arranged(layout: Layout) -> Iterator[Parallel]:
     """Megatron's groups at a layout for the length of a check."""
     try:
-        yield groups.arrange(Layout(tp, sp))
+        yield groups.arrange(layout)
     finally:
         groups.disband()
 
@@ -46,42 +48,42 @@ def loaded(folder: HfFolder, parallel: Parallel, *, swaps: dict[int, int] | None
     return model
 
 
-def whole_logits(model: ModelChunks, tokens: torch.Tensor) -> torch.Tensor:
-    """[b, s, V_padded] on every rank."""
-    return gather_from_tensor_model_parallel_region(logits_of(model, tokens))
-
-
-def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, tp: int, sp: bool) -> None:
+def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: dict[str, Any]) -> None:
     """The loss is Σ weight · logits² / 2: linear in nothing, and blind to the padding's logits, which are zero."""
     expected = load_file(Path(folder) / "expected" / "values.safetensors")
-    with arranged(tp, sp) as parallel:
+    with arranged(Layout(**layout)) as parallel:
         source = HfFolder.open(folder)
         check_config(source.config, parallel.layout, folder)
         model = loaded(source, parallel)
-        model.eval()
         ddp = wrap(model, parallel)
+        optimizer = build_optimizer(
+            ddp, lr=0, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision="fp32"
+        )
         ddp.zero_grad_buffer()
-        shard = logits_of(model, expected["tokens"])
 
-        padded = shard.shape[-1] * tp
-        weight = torch.nn.functional.pad(expected["weight"], (0, padded - source.vocab_size))
-        (weight.chunk(tp, dim=-1)[parallel.tp_rank] * shard**2 / 2).sum().backward()
-        finish_gradients(ddp, torch.ones(1))
-
-        with torch.no_grad():
-            logits = gather_from_tensor_model_parallel_region(shard)
-        assert logits.shape[-1] % (128 * tp) == 0
+        logits = gathered_logits(model, expected["tokens"], parallel)
+        assert logits.shape[-1] % (128 * parallel.tp_size) == 0
         close(logits[..., : source.vocab_size], expected["logits"], "logits")
         assert not logits[..., source.vocab_size :].any(), "the padding's rows are not zero"
+
+        batch = whole_batch(expected["tokens"], parallel)
+        weight = torch.nn.functional.pad(expected["weight"], (0, logits.shape[-1] - source.vocab_size)).flatten(0, 1)
+        weight = weight if batch.kept is None else weight[batch.kept]
+        weight = weight.chunk(parallel.tp_size, dim=-1)[parallel.tp_rank]
+        batches = [batch] * parallel.pp_size  # as the interleaved schedule wants
+        forward_backward(ddp, batches, lambda index, rows: (weight * row_logits(model, rows) ** 2 / 2).sum())
+        finish_gradients(ddp, torch.tensor(len(batches) / parallel.cp_size))
+
         gradients = {name: getattr(p, "main_grad") for name, p in model.global_parameters().items()}  # noqa: B009
-        seen = {name for name, tensor in gather_hf(gradients, source, parallel) if agrees(name, tensor, expected)}
-        if parallel.tp_rank == 0:
-            assert seen == {name[5:] for name in expected if name.startswith("grad.")}
-
-
-def agrees(name: str, gradient: torch.Tensor, expected: dict[str, torch.Tensor]) -> bool:
-    close(gradient, expected[f"grad.{name}"], f"gradient of {name}")
-    return True
+        theirs = {name[5:]: gradient for name, gradient in expected.items() if name.startswith("grad.")}
+        seen = set()
+        for name, gradient in gather_hf(gradients, source, parallel):
+            close(gradient, theirs[name], f"gradient of {name}")
+            seen.add(name)
+        assert seen == (theirs.keys() if parallel.is_main else set())
+        norm = torch.stack([gradient.norm() for gradient in theirs.values()]).norm().item()
+        _, found = step(optimizer)
+        assert math.isclose(found, norm, rel_tol=LIMIT), f"norm of the gradient: {found}, not {norm}"
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
@@ -89,16 +91,26 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
     assert difference <= LIMIT, f"{what}: {difference:.2e} apart, the largest is {theirs.abs().max().item():.2e}"
 
 
-def check_round_trip(group: dist.ProcessGroup, folder: str, out: str, tp: int, shard_bytes: int) -> None:
-    """Import at tp, export: the same names, dtypes and bits."""
-    with arranged(tp) as parallel:
+def check_round_trip(
+    group: dist.ProcessGroup, folder: str, out: str, layout: dict[str, Any], shard_bytes: int, files: int
+) -> None:
+    """Import, export: the same names, dtypes and bits."""
+    with arranged(Layout(**layout)) as parallel:
         source = HfFolder.open(folder)
         export_hf(loaded(source, parallel), parallel, source, Path(out), max_shard_bytes=shard_bytes)
-        if parallel.rank == 0:
+        if parallel.is_main:
             same_tensors(Path(folder), Path(out))
-            assert len(list(Path(out).glob("*.safetensors"))) == (1 if shard_bytes > 10**6 else 3)
+            assert len(list(Path(out).glob("*.safetensors"))) == files
             assert not list(Path(out).parent.glob(f".{Path(out).name}*")), "something was left beside the folder"
         dist.barrier()
+
+
+def check_import(group: dist.ProcessGroup, folder: str, out: str, layout: dict[str, Any]) -> None:
+    """What was written has transformers' logits."""
+    said: list[str] = []
+    with arranged(Layout(**layout)) as parallel:
+        import_folder(folder, Path(out), parallel, verify=True, say=said.append)
+        assert any(line.startswith("verify: largest difference") for line in said) == parallel.is_main
 
 
 def same_tensors(one: Path, other: Path) -> None:
@@ -116,7 +128,7 @@ def same_tensors(one: Path, other: Path) -> None:
 
 
 def check_export_in_another_dtype(group: dist.ProcessGroup, folder: str, out: str) -> None:
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         source = HfFolder.open(folder)
         export_hf(loaded(source, parallel), parallel, source, Path(out), torch.bfloat16)
         if parallel.rank == 0:
@@ -129,14 +141,14 @@ def check_export_in_another_dtype(group: dist.ProcessGroup, folder: str, out: st
 def check_swapped_rows(group: dist.ProcessGroup, folder: str, tp: int) -> None:
     """The two ids exchange their logits; what a token means on the input side stays."""
     expected = load_file(Path(folder) / "expected" / "values.safetensors")
-    with arranged(tp) as parallel:
+    with arranged(Layout(tp)) as parallel:
         source = HfFolder.open(folder)
         one, other = 3, source.vocab_size - 1  # on different ranks where a rank's rows end between them
         theirs = expected["logits"].clone()
         theirs[..., [one, other]] = theirs[..., [other, one]]
         with torch.no_grad():
             for swaps in ({one: other, other: one}, {one: other}):
-                logits = whole_logits(loaded(source, parallel, swaps=swaps), expected["tokens"])
+                logits = gathered_logits(loaded(source, parallel, swaps=swaps), expected["tokens"], parallel)
                 close(logits[..., : source.vocab_size], theirs, "swapped logits")
         for wrong in ({one: source.vocab_size}, {1: 2, 3: 2}):
             with raises(ValueError, "is no exchange of ids"):
@@ -162,21 +174,27 @@ def check_decoding(group: dist.ProcessGroup, folder: str, tp: int, sp: bool) -> 
     expected = load_file(Path(folder) / "expected" / "values.safetensors")
     tokens, lengths, new = expected["tokens"], expected["lengths"].tolist(), expected["generated"].shape[1]
     prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-    with arranged(tp, sp) as parallel:
+    with arranged(Layout(tp, sp)) as parallel:
         source = HfFolder.open(folder)
-        model = loaded(source, parallel).eval()
+        model = loaded(source, parallel)
         for rows in (slice(0, len(prompts)), slice(0, 1)):  # with padding, and without
-            decoder = Decoder(model, prompts[rows], new, parallel.device)
-            found = [decoder.prefill()[:, : source.vocab_size].argmax(-1)]
-            while len(found) < new:
-                found.append(decoder.step(found[-1])[:, : source.vocab_size].argmax(-1))
+            with decoding(model):
+                decoder = Decoder(model, prompts[rows], new, parallel)
+                found = [greedy(decoder.prefill(), source)]
+                while len(found) < new:
+                    found.append(greedy(decoder.step(found[-1]), source))
             assert torch.equal(torch.stack(found, dim=1), expected["generated"][rows])
         assert model.config.sequence_parallel == (sp and tp > 1)
 
 
+def greedy(logits: torch.Tensor | None, source: HfFolder) -> torch.Tensor:
+    assert logits is not None
+    return logits[:, : source.vocab_size].argmax(-1)
+
+
 def check_step_folder(group: dist.ProcessGroup, folder: str, out: str) -> None:
     """Save a training checkpoint: weights and optimiser at TP2 × DP2."""
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         optimizer = build_optimizer(
@@ -203,7 +221,7 @@ def small_files() -> Iterator[None]:
 
 def check_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
     """One rank writes and fails, while another gathers for it."""
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         export_hf(model, parallel, source, Path(out))
@@ -217,7 +235,7 @@ def check_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
 
 
 def check_import_on_a_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         with small_files(), raises(UserError, f"{out}: writing failed"):
             import_folder(folder, Path(out), parallel, verify=False, say=print)
         dist.barrier()
@@ -228,7 +246,7 @@ def check_no_room(group: dist.ProcessGroup, folder: str, out: str) -> None:
     """Where the disk is known to be too small no tensor is gathered for nothing."""
     from eaopd_megatron.checkpoint import hf_export
 
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         real = hf_export.shutil.disk_usage
@@ -243,7 +261,7 @@ def check_no_room(group: dist.ProcessGroup, folder: str, out: str) -> None:
 
 def check_every_parameter_is_filled(group: dist.ProcessGroup, folder: str) -> None:
     """A parameter that the mapping forgets would keep whatever its memory held."""
-    with arranged(2) as parallel:
+    with arranged(Layout(2)) as parallel:
         source = HfFolder.open(folder)
         model = build_model(source.config, parallel.layout, torch.float32)
         model.gpts[0].register_parameter("forgotten", torch.nn.Parameter(torch.ones(1)))

@@ -123,6 +123,8 @@ def test_full_disk_on_one_rank_reaches_all_and_keeps_the_last_checkpoint(
         "check_recipe_wins",
         "check_error_of_one_rank",
         "check_damaged_checkpoint",
+        "check_background_save",
+        "check_background_save_on_a_full_disk",
         "check_tensors_that_do_not_fit",
         "check_no_process_is_started",
         "check_writer_and_reader_agree",

@@ -1,4 +1,4 @@
-"""Hugging Face folder ↔ Megatron-Core model at TP 1, 2, 4 and TP2 with sequence parallelism; transformers is the judge.
+"""Hugging Face folder ↔ Megatron-Core model at TP 1, 2, 4 and TP2 with sequence parallelism; the tools.
 
 Four gloo ranks are launched once; each conversion tool runs as a subprocess of its own.
 """
@@ -11,98 +11,30 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from tests import tiny_models
 from tests.ranks import ROOT, Ranks
 
 CHECKS = Path(__file__).with_name("checks_models.py")
-LAYOUTS = [(1, False), (2, False), (2, True), (4, False)]
-NEW_TOKENS = 6
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(4) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny random Qwen3 folders with transformers' logits, gradients and greedy tokens beside them.
-
-    tied: 112 ids; at TP 4 (128 padded rows a rank) three ranks have no valid row. untied: 300 ids in three files; at
-    TP 4 one rank has some valid rows and one has none. bf16: the untied one, for the tools.
-    """
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
+    """Qwen3 with tied embeddings in one file and untied in three; bf16: the untied one, for the tools."""
     from eaopd_megatron.data import countdown
 
     root = tmp_path_factory.mktemp("models")
-    for name, vocab, tied in (("tied", 112, True), ("untied", 300, False)):
-        torch.manual_seed(vocab)
-        config = Qwen3Config(
-            vocab_size=vocab,
-            hidden_size=48,
-            intermediate_size=80,
-            num_hidden_layers=2,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=16,  # not hidden_size / heads
-            max_position_embeddings=64,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-            tie_word_embeddings=tied,
-            initializer_range=0.1,
-            pad_token_id=None,
-            eos_token_id=None,
-            bos_token_id=None,
-        )
-        model = Qwen3ForCausalLM(config).eval()
-        with torch.no_grad():
-            for parameter in model.model.layers.parameters():
-                if parameter.dim() == 1:
-                    parameter.uniform_(0.5, 1.5)  # norms of one would hide a norm that is not loaded
-                else:
-                    parameter.mul_(3)  # or a tied model says its last token again and again
-            model.model.norm.weight.uniform_(0.5, 1.5)
-        model.save_pretrained(root / name, max_shard_size="10GB" if tied else "150kB")
-        countdown.tokenizer().save_pretrained(root / name)
-        (root / name / "expected").mkdir()
-        save_file(_expected(model), root / name / "expected" / "values.safetensors")
+    tiny_models.write("qwen3", root / "tied")
+    model = tiny_models.write("qwen3_untied", root / "untied", max_shard_size="150kB")
     model.bfloat16().save_pretrained(root / "bf16")
     countdown.tokenizer().save_pretrained(root / "bf16")
     return {name: root / name for name in ("tied", "untied", "bf16")}
-
-
-def _expected(model: Any) -> dict[str, torch.Tensor]:
-    vocab = model.config.vocab_size
-    tokens = torch.randint(vocab, (3, 12))
-    weight = torch.randn(3, 12, vocab) * 0.02
-    logits = model(tokens).logits
-    (weight * logits**2 / 2).sum().backward()
-    gradients = {f"grad.{name}": parameter.grad.clone() for name, parameter in model.named_parameters()}
-    lengths = torch.tensor([12, 5, 8])
-    padded = torch.zeros_like(tokens)
-    mask = torch.zeros_like(tokens)
-    for row, length in enumerate(lengths):
-        padded[row, 12 - length :] = tokens[row, :length]
-        mask[row, 12 - length :] = 1
-    generated = model.generate(padded, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-    values = {"tokens": tokens, "weight": weight, "logits": logits.detach(), "lengths": lengths}
-    return {**values, "generated": generated[:, 12:].contiguous(), **gradients}
-
-
-@pytest.mark.parametrize("name", ["tied", "untied"])
-@pytest.mark.parametrize(("tp", "sp"), LAYOUTS)
-def test_logits_and_gradients_are_transformers(
-    ranks: Ranks, folders: dict[str, Path], name: str, tp: int, sp: bool
-) -> None:
-    ranks.run(CHECKS, "check_logits_and_gradients", folder=str(folders[name]), tp=tp, sp=sp)
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
@@ -117,7 +49,15 @@ def test_a_round_trip_changes_no_bit(
     ranks: Ranks, folders: dict[str, Path], tmp_path: Path, name: str, shard_bytes: int, tp: int
 ) -> None:
     out = tmp_path / "out"
-    ranks.run(CHECKS, "check_round_trip", folder=str(folders[name]), out=str(out), tp=tp, shard_bytes=shard_bytes)
+    ranks.run(
+        CHECKS,
+        "check_round_trip",
+        folder=str(folders[name]),
+        out=str(out),
+        layout={"tensor_parallel": tp},
+        shard_bytes=shard_bytes,
+        files=3 if name == "untied" else 1,
+    )
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / file).read_bytes() == (folders[name] / file).read_bytes()
     if tp == 4 and name != "bf16":
@@ -250,9 +190,9 @@ def test_the_import_refuses_what_it_cannot_do(
         return error_line(capsys, "hf_to_mcore", "--hf", hf, *arguments)
 
     tied, out = folders["tied"], tmp_path / "out"
-    assert "--pipeline-parallel" in line(tied, "--out", out, "--pipeline-parallel", 2)
-    assert "--expert-parallel" in line(tied, "--out", out, "--expert-parallel", 2)
-    assert "--tensor-parallel" in line(tied, "--out", out, "--tensor-parallel", 0)
+    for kind in ("tensor", "pipeline", "expert"):
+        assert f"--{kind}-parallel: 0 ranks" in line(tied, "--out", out, f"--{kind}-parallel", 0)
+    assert "Qwen3ForCausalLM has no experts" in line(tied, "--out", out, "--expert-parallel", 2, "--dry-run")
     assert f"--out: {tied} exists already" in line(tied, "--out", tied)
     assert f"--hf: there is no folder {tmp_path}/none" in line(tmp_path / "none", "--out", out, "--tensor-parallel", 2)
     assert "tensor_parallel=3 does not divide" in line(tied, "--out", out, "--tensor-parallel", 3, "--dry-run")
@@ -272,7 +212,7 @@ def test_a_dry_run_lists_every_tensor_and_writes_nothing(
     shown = capsys.readouterr().out
     for name in load_file(folders["tied"] / "model.safetensors"):
         assert f"{name} [" in shown
-    assert "decoder.layers.1.mlp.linear_fc1.weight [40, 48] x 4 = gated mlp(" in shown
+    assert "stage 0: decoder.layers.1.mlp.linear_fc1.weight [40, 48] x 4 = gated mlp(" in shown
     assert "embedding.word_embeddings.weight [128, 48] x 4 = vocabulary(" in shown
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,5 @@
-"""The trainer on four gloo ranks (one launch), at TP 1, 2, 4, TP2 + sequence parallelism, with DP 4, 2 and 1."""
+"""The trainer on four gloo ranks (one launch), at tensor, sequence, pipeline (interleaved, too), context, expert and
+data parallelism and their products."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.ranks import Ranks
 
@@ -25,7 +26,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A random student and teacher, whose vocabulary of 112 leaves rank 3 of 4 without a valid column."""
     folder = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
-    for name, hidden, layers, tied in (("student", 32, 2, False), ("teacher", 48, 1, True)):
+    for name, hidden, layers, tied in (("student", 32, 4, False), ("teacher", 48, 4, True)):
         config = Qwen3Config(
             vocab_size=112,
             hidden_size=hidden,
@@ -43,11 +44,52 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"student": str(folder / "student"), "teacher": str(folder / "teacher")}
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random student that is a mixture of experts."""
+    folder = tmp_path_factory.mktemp("experts")
+    torch.manual_seed(1)
+    config = Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim is taken by name
+        vocab_size=112,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        initializer_range=0.2,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize(
-    ("preset", "signal"), [("opd", "topk"), ("eopd", "topk"), ("eopd", "logits"), ("eopd_exact", "hidden")]
+    ("preset", "signal", "layouts"),
+    [
+        ("opd", "topk", "SIMPLE_LAYOUTS"),
+        ("eopd", "topk", "LAYOUTS"),
+        ("eopd", "logits", "LAYOUTS"),
+        ("eopd_exact", "hidden", "LAYOUTS"),
+    ],
 )
-def test_an_update_is_the_same_at_every_layout(ranks: Ranks, pair: dict[str, str], preset: str, signal: str) -> None:
-    ranks.run(CHECKS, "check_an_update_is_the_same_at_every_layout", **pair, preset=preset, signal=signal)
+def test_an_update_is_the_same_at_every_layout(
+    ranks: Ranks, pair: dict[str, str], preset: str, signal: str, layouts: str
+) -> None:
+    check = "check_an_update_is_the_same_at_every_layout"
+    ranks.run(CHECKS, check, **pair, preset=preset, signal=signal, layouts=layouts)
+
+
+def test_experts_over_ranks_change_no_update(ranks: Ranks, pair: dict[str, str], experts: str) -> None:
+    """A dense teacher on the same ranks."""
+    check, options = "check_an_update_is_the_same_at_every_layout", {"preset": "eopd", "signal": "hidden"}
+    ranks.run(CHECKS, check, student=experts, teacher=pair["teacher"], layouts="EXPERT_LAYOUTS", **options)
 
 
 def test_a_rank_without_a_sample_changes_nothing(ranks: Ranks, pair: dict[str, str]) -> None:
@@ -56,6 +98,16 @@ def test_a_rank_without_a_sample_changes_nothing(ranks: Ranks, pair: dict[str, s
 
 def test_rollouts_are_the_same_at_every_layout(ranks: Ranks, pair: dict[str, str]) -> None:
     ranks.run(CHECKS, "check_rollouts_are_the_same_at_every_layout", student=pair["student"])
+
+
+def test_experts_over_ranks_change_no_rollout(ranks: Ranks, experts: str) -> None:
+    """A rank that is done while others decode would leave them waiting for its part of the exchange."""
+    check = "check_rollouts_are_the_same_at_every_layout"
+    ranks.run(CHECKS, check, student=experts, layouts="EXPERT_LAYOUTS")
+
+
+def test_a_packed_sequence_sees_no_other(ranks: Ranks, pair: dict[str, str]) -> None:
+    ranks.run(CHECKS, "check_a_packed_sequence_sees_no_other", student=pair["student"])
 
 
 def test_the_terminal_maps(ranks: Ranks, pair: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -38,26 +39,30 @@ CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 def one_file_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are the bytes in the state, so that no ranks are needed."""
 
-    def save(folder: Path, state: dict[str, Any], parallel: Parallel) -> None:
+    def write(folder: Path, state: dict[str, Any], parallel: Parallel, group: Any) -> None:
         (folder / "__0_0.distcp").write_bytes(state["weights"])
 
-    monkeypatch.setattr(store, "save_sharded", save)
+    monkeypatch.setattr(store, "prepare_sharded", lambda state, parallel, copy: state)
+    monkeypatch.setattr(store, "write_sharded", write)
 
 
-def save(folder: Path, step: int, keep: int = 2, weights: bytes | None = None) -> Path:
+def save(folder: Path, step: int, keep: int = 2, weights: bytes | None = None, background: bool = False) -> Path:
     def companions(path: Path) -> None:
         (path / "hf").mkdir()
         (path / "hf" / "config.json").write_text("{}")
 
     sharded = {"weights": weights or bytes([step % 256] * 1000)}
-    return CheckpointStore(folder, keep).save(step, sharded, {"iteration": step}, companions, ALONE)
+    checkpoints = CheckpointStore(folder, keep, background=background)
+    path = checkpoints.save(step, sharded, {"iteration": step}, companions, ALONE)
+    checkpoints.wait()
+    return path
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def killed(point: int, folder: Path, step: int, weights: bytes) -> bool:
+def killed(point: int, folder: Path, step: int, weights: bytes, background: bool) -> bool:
     """Save in a process that gets SIGKILL before its file operation number `point`; False when it has fewer."""
     child = os.fork()
     if child == 0:
@@ -72,7 +77,7 @@ def killed(point: int, folder: Path, step: int, weights: bytes) -> bool:
 
         try:
             sys.addaudithook(hook)
-            save(folder, step, weights=weights)
+            save(folder, step, weights=weights, background=background)
         except BaseException:
             os._exit(1)
         os._exit(0)
@@ -84,8 +89,15 @@ def killed(point: int, folder: Path, step: int, weights: bytes) -> bool:
     return False
 
 
-@pytest.mark.parametrize("step", [pytest.param(3, id="a-new-step"), pytest.param(2, id="the-same-step-again")])
-def test_killed_at_any_file_operation_leaves_whole_checkpoints(tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(
+    ("step", "background"),
+    [
+        pytest.param(3, False, id="a-new-step"),
+        pytest.param(2, False, id="the-same-step-again"),
+        pytest.param(3, True, id="in-the-background"),
+    ],
+)
+def test_killed_at_any_file_operation_leaves_whole_checkpoints(tmp_path: Path, step: int, background: bool) -> None:
     template, folder = tmp_path / "template", tmp_path / "checkpoints"
     for number in (1, 2):
         save(template, number)
@@ -94,7 +106,7 @@ def test_killed_at_any_file_operation_leaves_whole_checkpoints(tmp_path: Path, s
     for point in range(1, 1000):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(template, folder)
-        if not killed(point, folder, step, new):
+        if not killed(point, folder, step, new, background):
             break
         checkpoints = CheckpointStore(folder, 2)
         for path in checkpoints.complete():
@@ -112,6 +124,78 @@ def test_killed_at_any_file_operation_leaves_whole_checkpoints(tmp_path: Path, s
         assert (again / "sharded" / "__0_0.distcp").read_bytes() == new
     assert point > 15, "the operations were not counted"
     assert outcomes == {("step_000002", False), (f"step_{step:06d}", True)}
+
+
+def test_background_save_is_seen_only_when_it_is_complete(tmp_path: Path) -> None:
+    writing, go = threading.Event(), threading.Event()
+
+    def late(path: Path) -> None:
+        writing.set()
+        assert go.wait(30)
+
+    checkpoints = CheckpointStore(tmp_path, 2, background=True)
+    path = checkpoints.save(1, {"weights": b"1"}, {}, late, ALONE)
+    assert writing.wait(30)
+    assert checkpoints.complete() == []
+    go.set()
+    checkpoints.wait()
+    assert checkpoints.newest_whole(ALONE) == path
+
+
+def test_next_save_waits_for_the_one_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or two saves would write into one folder, and remove each other's."""
+    order: list[str] = []
+    go = threading.Event()
+
+    def late(path: Path) -> None:
+        assert go.wait(30)
+        order.append("first is written")
+
+    checkpoints = CheckpointStore(tmp_path, 2, background=True)
+    checkpoints.save(1, {"weights": b"1"}, {}, late, ALONE)
+    wait = checkpoints.wait
+
+    def let_go_and_wait() -> None:
+        go.set()
+        wait()
+
+    def prepare(state: dict[str, Any], parallel: Parallel, copy: bool) -> dict[str, Any]:
+        order.append("second begins")
+        return state
+
+    monkeypatch.setattr(checkpoints, "wait", let_go_and_wait)
+    monkeypatch.setattr(store, "prepare_sharded", prepare)
+    checkpoints.save(2, {"weights": b"2"}, {}, None, ALONE)
+    checkpoints.wait()
+    assert order == ["first is written", "second begins"]
+
+
+def test_background_error_is_raised_by_the_next_save_and_by_wait(tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    checkpoints = CheckpointStore(tmp_path, 2, background=True)
+    checkpoints.save(1, {"weights": b"1"}, {}, full, ALONE)
+    with pytest.raises(UserError, match=r"disk full while saving .*step_000001; there is no earlier checkpoint"):
+        checkpoints.save(2, {"weights": b"2"}, {}, None, ALONE)
+    checkpoints.save(2, {"weights": b"2"}, {}, full, ALONE)
+    with pytest.raises(UserError, match=r"disk full while saving .*step_000002"):
+        checkpoints.wait()
+    checkpoints.wait()  # told once
+    assert names(tmp_path) == []
+
+
+def test_damaged_checkpoint_set_aside_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
+    """Or a run that fell back and then saves would keep the damaged one as its newest."""
+    for step in (1, 3):
+        save(tmp_path, step)
+    (tmp_path / "step_000003" / "state.json").unlink()
+    said: list[str] = []
+    checkpoints = CheckpointStore(tmp_path, 1)
+    assert checkpoints.newest_whole(ALONE, fall_back=True, say=said.append) == tmp_path / "step_000001"
+    assert len(said) == 1
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["step_000002", "step_000003.damaged"]
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -165,6 +249,10 @@ def test_broken_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=f"damaged checkpoint: {path / 'manifest.json'} "):
         CheckpointStore.verify(path)
+
+
+def test_new_run_has_nothing_to_go_on_from(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "none", 2).newest_whole(ALONE) is None
 
 
 def test_folder_without_manifest_or_state_is_no_checkpoint(tmp_path: Path) -> None:

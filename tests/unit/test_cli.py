@@ -48,7 +48,7 @@ def test_help_waits_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert done.stderr == "[]\n"
-    for verb in ("train", "evaluate", "report", "show", "doctor"):
+    for verb in ("train", "evaluate", "report", "show", "plan", "doctor"):
         assert f"\n  {verb} " in done.stdout
 
 

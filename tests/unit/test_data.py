@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eaopd_megatron.data.cursor import PromptCursor
-from eaopd_megatron.data.packing import collate, cut
+from eaopd_megatron.data.packing import Packing, collate, context_part, cut
 from eaopd_megatron.data.prompts import PromptBuilder, load_problems, read_jsonl
 from eaopd_megatron.data.random import uniforms
 from eaopd_megatron.data.samples import Prompt, Sample
@@ -26,10 +26,40 @@ def test_a_token_is_paired_with_the_logits_of_the_position_before_it() -> None:
     assert flat[batch.rows].tolist() == [6, 7, 8, 3]
 
 
-def test_padding_to_the_tensor_parallel_size_moves_no_row() -> None:
-    batch = collate([sample([5, 6], [7, 8, 9])], torch.device("cpu"), multiple=4)
-    assert batch.token_ids.shape == (1, 8)
-    assert batch.token_ids.flatten()[batch.rows + 1].tolist() == [7, 8, 9]
+def test_alignment_to_the_tensor_parallel_size_moves_no_row() -> None:
+    batch = collate([sample([5, 6], [7, 8, 9]), sample([1], [2])], torch.device("cpu"), Packing(tensor=4))
+    assert batch.token_ids.tolist() == [[5, 6, 7, 8, 9, 1, 2, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0]]
+    assert (batch.cu_seqlens.tolist(), batch.longest) == ([0, 5, 7, 8], 5)
+    assert batch.token_ids[0, batch.rows + 1].tolist() == batch.tokens.tolist() == [7, 8, 9, 2]
+
+
+@pytest.mark.parametrize("context", [2, 4])
+def test_the_context_parts_hold_each_token_once_with_the_row_before_it(context: int) -> None:
+    """A row that is looked for after the cut would belong to another token."""
+    samples = [sample([5, 6], [7, 8, 9]), sample([1, 2, 3], [4]), sample([9], list(range(20, 37)))]
+    batches = [collate(samples, torch.device("cpu"), Packing(3, context, rank)) for rank in range(context)]
+    ends = batches[0].cu_seqlens.long()
+    assert not (ends % (2 * context)).any() and ends[-1] % (3 * context) == 0
+    places = [context_part(ends, context, rank) for rank in range(context)]
+    assert torch.equal(torch.cat(places).sort().values, torch.arange(int(ends[-1])))
+    ids = torch.cat([batch.token_ids[0] for batch in batches])[torch.cat(places).argsort()]
+    for sequence, start in zip(samples, ends.tolist(), strict=False):
+        assert ids[start : start + len(sequence.token_ids)].tolist() == sequence.token_ids
+    tokens = torch.full((21,), -1)
+    for batch, place in zip(batches, places, strict=True):
+        assert batch.kept is not None
+        assert ids[place[batch.rows] + 1].tolist() == batch.tokens.tolist()
+        tokens[batch.kept] = batch.tokens
+        assert torch.equal(batch.positions[0], place - ends[torch.searchsorted(ends, place, right=True) - 1])
+    assert tokens.tolist() == [token for one in samples for token in one.response_ids]
+
+
+def test_a_micro_batch_without_samples_has_tokens_to_run_and_none_to_train() -> None:
+    for packing in (Packing(), Packing(2), Packing(1, 2, 1), Packing(2, 2, 0)):
+        batch = collate([], torch.device("cpu"), packing)
+        assert batch.token_ids.numel() * packing.context == packing.of_the_whole == int(batch.cu_seqlens[-1])
+        assert len(batch.rows) == len(batch.tokens) == len(batch.last_tokens()) == batch.count == 0
 
 
 def test_only_a_response_that_stopped_has_a_terminal_token() -> None:
@@ -46,10 +76,11 @@ def test_a_token_is_traced_back_to_its_sample() -> None:
 
 def test_no_sample_is_lost_or_repeated_when_micro_batches_are_cut() -> None:
     samples = [sample([1] * 3, [2] * n) for n in (1, 9, 2, 2, 30, 1)]
-    batches = list(cut(samples, budget=24))
-    assert [s for batch in batches for s in batch] == samples
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(len(s.token_ids) for s in batch) <= 24
+    for packing in (Packing(), Packing(1, 2)):
+        batches = list(cut(samples, 24, packing))
+        assert [s for batch in batches for s in batch] == samples
+        for batch in batches:
+            assert len(batch) == 1 or int(collate(batch, torch.device("cpu"), packing).cu_seqlens[-1]) <= 24
 
 
 @pytest.mark.parametrize("last_batch", ["drop", "keep"])

@@ -1,44 +1,11 @@
 """Qwen3, dense: grouped queries with a norm on q and k, no biases, gated SiLU, embeddings tied or not."""
 
-from eaopd_megatron.checkpoint.mapping import (
-    EMBEDDING,
-    GATED_MLP,
-    OUTPUT,
-    QKV,
-    REPLICATED,
-    ROW,
-    VOCABULARY,
-    Family,
-    Rule,
-)
-
-HF = "model.layers.{layer}."
-MCORE = "decoder.layers.{layer}."
+from eaopd_megatron.checkpoint.families.decoder import ATTENTION, DENSE_MLP, HEAD, MLP_NORM, QK_NORMS, WORDS
+from eaopd_megatron.checkpoint.mapping import Family
 
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
-    rules=(
-        Rule(VOCABULARY, EMBEDDING, ("model.embed_tokens.weight", "vocab hidden")),
-        Rule(REPLICATED, MCORE + "input_layernorm.weight", (HF + "input_layernorm.weight", "hidden")),
-        Rule(
-            QKV,
-            MCORE + "self_attention.linear_qkv.weight",
-            (HF + "self_attn.q_proj.weight", "q hidden"),
-            (HF + "self_attn.k_proj.weight", "kv hidden"),
-            (HF + "self_attn.v_proj.weight", "kv hidden"),
-        ),
-        Rule(REPLICATED, MCORE + "self_attention.q_layernorm.weight", (HF + "self_attn.q_norm.weight", "head_dim")),
-        Rule(REPLICATED, MCORE + "self_attention.k_layernorm.weight", (HF + "self_attn.k_norm.weight", "head_dim")),
-        Rule(ROW, MCORE + "self_attention.linear_proj.weight", (HF + "self_attn.o_proj.weight", "hidden q")),
-        Rule(REPLICATED, MCORE + "pre_mlp_layernorm.weight", (HF + "post_attention_layernorm.weight", "hidden")),
-        Rule(
-            GATED_MLP,
-            MCORE + "mlp.linear_fc1.weight",
-            (HF + "mlp.gate_proj.weight", "ffn hidden"),
-            (HF + "mlp.up_proj.weight", "ffn hidden"),
-        ),
-        Rule(ROW, MCORE + "mlp.linear_fc2.weight", (HF + "mlp.down_proj.weight", "hidden ffn")),
-        Rule(REPLICATED, "decoder.final_layernorm.weight", ("model.norm.weight", "hidden")),
-        Rule(VOCABULARY, OUTPUT, ("lm_head.weight", "vocab hidden")),
-    ),
+    rules=(*WORDS, *ATTENTION, *QK_NORMS, *MLP_NORM, *DENSE_MLP, *HEAD),
+    settings=lambda config: {"qk_layernorm": True},
+    required={"attention_bias": False, "use_sliding_window": False},
 )

@@ -1,0 +1,136 @@
+"""Micro-batches through a model at any layout: Megatron-Core's schedules, with the objective on the last stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from eaopd_megatron.data.packing import Packing, collate, cut
+from eaopd_megatron.data.samples import MicroBatch, Prompt, Sample
+from eaopd_megatron.megatron.forward import head_of, rows_of, stage_output, whole
+from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.megatron.model import ModelChunks, gpt_of
+
+LastStage = Callable[[int, torch.Tensor], torch.Tensor | None]
+"""(number of the micro-batch, its rows [n, h]) → the sum of their losses, or, forward only, None."""
+
+
+def packing_of(layout: Layout, context_rank: int = 0) -> Packing:
+    """What packing must know of a layout."""
+    tensor = layout.tensor_parallel if layout.sequence_parallel else 1
+    return Packing(tensor, layout.context_parallel, context_rank)
+
+
+def micro_batches(samples: Sequence[Sample], budget: int, parallel: Parallel) -> list[MicroBatch]:
+    """The samples of a data-parallel rank, packed into micro-batches of at most `budget` tokens (at least one sample).
+
+    As many on every data-parallel rank (experts are shared by them), with empty ones at the end, at least one, and a
+    multiple of the pipeline's stages where the schedule is interleaved. Collective over the data-parallel group.
+    """
+    packing = packing_of(parallel.layout, parallel.cp_rank)
+    parts: list[list[Sample]] = list(cut(samples, budget, packing))
+    count = torch.tensor(max(1, len(parts)), device=parallel.device)
+    if parallel.dp_size > 1:
+        dist.all_reduce(count, op=dist.ReduceOp.MAX, group=parallel.dp_group)
+    multiple = parallel.pp_size if parallel.layout.virtual_pipeline > 1 else 1
+    missing = -(-int(count) // multiple) * multiple - len(parts)
+    parts += [[] for _ in range(missing)]
+    return [collate(part, parallel.device, packing) for part in parts]
+
+
+def forward(model: ModelChunks, batches: Sequence[MicroBatch], last: LastStage) -> None:
+    """Run the micro-batches without gradients. `last` is called on the last pipeline stage. Collective."""
+    with torch.no_grad():
+        _run(model, batches, last, forward_only=True)
+
+
+def forward_backward(model: ModelChunks, batches: Sequence[MicroBatch], last: LastStage) -> None:
+    """Run the micro-batches and add the gradients of the sum of their losses, undivided, to the model's buffers.
+
+    `last` is called on the last pipeline stage, also for an empty micro-batch, whose loss must hang on its rows: no
+    collective of the backward pass depends on data. `optimizer.finish_gradients` follows. Collective.
+    """
+    model.config.no_sync_func = _no_sync(model)
+    _run(model, batches, last, forward_only=False)
+
+
+def gathered_logits(model: ModelChunks, token_ids: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+    """Logits [b, s, V_padded] of token_ids [b, s], the same on every rank, at any layout. No gradient. Collective.
+
+    The b sequences are one micro-batch on each data-parallel rank; all must give the same token_ids.
+    """
+    b, s = token_ids.shape
+    batch = whole_batch(token_ids, parallel)
+    batches = [batch] * (parallel.pp_size if parallel.layout.virtual_pipeline > 1 else 1)
+    found: list[torch.Tensor] = []
+
+    def last(index: int, rows: torch.Tensor) -> None:
+        shard = rows @ head_of(model).T
+        parts = [torch.empty_like(shard) for _ in range(parallel.tp_size)]
+        dist.all_gather(parts, shard.contiguous(), group=parallel.tp_group)
+        found[:] = [whole(batch, torch.cat(parts, -1), parallel)]
+
+    forward(model, batches, last)
+    width = gpt_of(model).vocab_size
+    logits = found[0] if found else torch.empty(b * s, width, dtype=model.dtype, device=parallel.device)
+    return from_last_stage(logits, parallel).view(b, s, width)
+
+
+def whole_batch(token_ids: torch.Tensor, parallel: Parallel) -> MicroBatch:
+    """One micro-batch of token_ids [b, s] whose rows are all b·s positions."""
+    # a response token more than there is: it is no input, and its row is the last position
+    samples = [Sample(Prompt("", (row[0],), {}), [*row[1:], 0], "length", [], 0) for row in token_ids.tolist()]
+    return collate(samples, parallel.device, packing_of(parallel.layout, parallel.cp_rank))
+
+
+def from_last_stage(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+    """The last pipeline stage's tensor on every stage; the others give one of its shape and type to be filled."""
+    if parallel.pp_size > 1 and values.numel():
+        assert parallel.pp_group is not None
+        source = dist.get_global_rank(parallel.pp_group, parallel.pp_size - 1)
+        dist.broadcast(values, source, group=parallel.pp_group)
+    return values
+
+
+def _run(model: ModelChunks, batches: Sequence[MicroBatch], last: LastStage, *, forward_only: bool) -> None:
+    chunks = list(model)
+
+    def forward_step(numbers: Iterator[int], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        index = next(numbers)
+        batch = batches[index]
+
+        def finish(hidden: torch.Tensor, non_loss_data: bool = False) -> tuple[torch.Tensor | None, Any, None] | None:
+            loss = last(index, rows_of(model, hidden, batch))
+            # three values: Megatron-Core divides no loss then, as the configuration sums per token
+            return None if non_loss_data else (loss, torch.zeros((), dtype=torch.int), None)
+
+        return stage_output(chunk, batch), finish
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(range(len(batches))) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(batches),
+        seq_length=1,  # shapes travel with the tensors: variable_seq_lengths
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _no_sync(model: ModelChunks) -> Any:
+    """Where gradients are reduced while the backward pass runs: what holds the reduction back until the last
+    micro-batch."""
+    overlapped = [
+        chunk.no_sync
+        for chunk in model
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_grad_reduce
+    ]
+    if not overlapped:
+        return None
+    return overlapped if len(overlapped) > 1 else overlapped[0]

@@ -1,0 +1,50 @@
+"""`eaopd plan`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from eaopd_megatron.config import load_recipe
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.planning.configs import find_model
+from eaopd_megatron.planning.export import as_json
+from eaopd_megatron.planning.hardware import gpu_named
+from eaopd_megatron.planning.layouts import Layout
+from eaopd_megatron.planning.planner import Plan, Planner
+from eaopd_megatron.planning.show import show
+from eaopd_megatron.planning.workload import Workload
+
+
+def plan(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    gpus: int | None,
+    gpu: str,
+    gpu_memory: float | None,
+    teacher: str | None,
+    out: Path | None,
+) -> None:
+    """Print the plan of a recipe, and write it to `out`. UserError, with the remedy, where the recipe does not fit."""
+    chosen = gpu_named(gpu)
+    replaced = [] if teacher is None else [f"teacher.model={json.dumps(teacher)}"]
+    loaded = load_recipe(recipe, [*overrides, *replaced])
+    planner = Planner(
+        student=find_model(loaded.student.model, "student.model"),
+        teacher=find_model(loaded.teacher.model, "teacher.model"),
+        work=Workload.of(loaded),
+        gpu=chosen,
+        limit=gpu_memory or chosen.memory,
+    )
+    layout = Layout.of(loaded.student, gpus)
+    found = Plan(planner, layout, gpus or layout.gpus)
+    show(found)
+    if out is not None:
+        try:
+            out.write_text(json.dumps(as_json(found), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {out}: {error.strerror}") from None
+    if not found.fits:
+        raise UserError(found.remedy())

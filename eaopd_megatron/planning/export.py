@@ -1,0 +1,55 @@
+"""A plan as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eaopd_megatron.planning.planner import Option, Plan
+from eaopd_megatron.planning.show import short
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan's numbers: bytes, seconds, layouts with their overrides."""
+    planner = plan.planner
+    separate, alone = (None, []) if plan.together.options else (plan.separate, plan.alone.options)
+    return {
+        "gpus": plan.gpus,
+        "gpu": planner.gpu.name,
+        "gpu_memory": planner.limit,
+        "fits": plan.fits,
+        "refusals": plan.refusals,
+        "models": {
+            key: {
+                "name": model.name,
+                "source": model.source,
+                "parameters": model.shape.whole().total,
+                "active_parameters": model.shape.active(),
+            }
+            for key, model in (("student", planner.student), ("teacher", planner.teacher))
+        },
+        "recipe": plan.own and _option_json(plan.own, plan),
+        "layouts": [_option_json(option, plan) for option in plan.together.options],
+        "cannot_be_cut": {short(layout): reason for layout, reason in plan.together.refused.items()},
+        "student_alone": [_option_json(option, plan) for option in alone],
+        "separate_teacher": separate
+        and {
+            "gpus": separate.layout.gpus,
+            "layout": short(separate.layout),
+            "peak_bytes": separate.memory.peak,
+            "hidden_state_bytes": separate.answer.bytes * separate.layout.gpus,
+            "estimated_seconds": separate.seconds,
+        },
+        "assumptions": list(planner.assumed.lines(planner.gpu)),
+    }
+
+
+def _option_json(option: Option, plan: Plan) -> dict[str, Any]:
+    return {
+        "overrides": plan.overrides(option),
+        "peak_bytes": option.memory.peak,
+        "parts": [
+            {"role": part.role, "part": part.name, "bytes": part.bytes, "phase": part.phase}
+            for part in option.memory.parts
+        ],
+        "estimated_seconds": option.seconds,
+    }

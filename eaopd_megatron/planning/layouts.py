@@ -1,0 +1,130 @@
+"""How a model is cut over GPUs: which numbers must divide which, and every layout of so many GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eaopd_megatron.config import Student
+    from eaopd_megatron.planning.shapes import ModelShape
+
+GPUS_PER_HOST = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The recipe's keys of a layout and the number of copies: `megatron.groups.Layout` without torch."""
+
+    tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    pipeline_parallel: int = 1
+    virtual_pipeline: int = 1
+    context_parallel: int = 1
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
+    data_parallel: int = 1
+
+    @classmethod
+    def of(cls, student: Student, gpus: int | None) -> Layout:
+        """The recipe's own. gpus: to be filled with data-parallel copies; none: as the recipe says, or one host."""
+        named = {field.name: getattr(student, field.name) for field in fields(cls) if field.name != "data_parallel"}
+        if gpus is None:
+            copies = student.data_parallel or max(1, GPUS_PER_HOST // student.model_ranks)
+        else:
+            copies = max(1, gpus // student.model_ranks)
+        return cls(**named, data_parallel=copies)
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
+    @property
+    def generators(self) -> int:
+        """Ranks, of each tensor-parallel group and pipeline one, that generate different sequences."""
+        return self.data_parallel * self.context_parallel
+
+    @property
+    def expert_data_parallel(self) -> int:
+        """Ranks with the same experts."""
+        return self.gpus // (self.expert_parallel * self.expert_tensor_parallel * self.pipeline_parallel)
+
+    @property
+    def sequence_cut(self) -> int:
+        """Over how many ranks the tokens between the matrices are spread."""
+        return self.tensor_parallel if self.sequence_parallel else 1
+
+    def layers_of(self, stage: int, layers: int) -> list[int]:
+        """Numbers of the layers that a pipeline stage holds, in all its chunks."""
+        chunks = self.pipeline_parallel * self.virtual_pipeline
+        each = layers // chunks
+        firsts = [(part * self.pipeline_parallel + stage) * each for part in range(self.virtual_pipeline)]
+        return [first + i for first in firsts for i in range(each)]
+
+    def in_flight(self, stage: int, micro_batches: int) -> float:
+        """Micro-batches whose activations a stage holds at once, each counted with all of the stage's layers."""
+        pp, vp = self.pipeline_parallel, self.virtual_pipeline
+        if vp == 1:
+            return min(pp - stage, micro_batches)
+        return min(2 * (pp - stage - 1) + (vp - 1) * pp + 1, micro_batches * vp) / vp
+
+    def bubble(self, micro_batches: int) -> float:
+        """Idle time of a pipeline as a share of its working time."""
+        return (self.pipeline_parallel - 1) / (micro_batches * self.virtual_pipeline)
+
+
+def faults(shape: ModelShape, layout: Layout, role: str = "student") -> list[str]:
+    """Why a model cannot be cut so, each with the number that must divide another; empty where it can."""
+    tp, pp = layout.tensor_parallel, layout.pipeline_parallel
+    found = []
+
+    def must_divide(divisor: int, divisor_name: str, number: int, name: str) -> None:
+        if number % divisor:
+            found.append(f"student.{divisor_name}={divisor} does not divide the {role}'s {name}={number}")
+
+    must_divide(tp, "tensor_parallel", shape.heads, "num_attention_heads")
+    must_divide(tp, "tensor_parallel", shape.kv_heads, "num_key_value_heads")
+    if len(shape.expert_layers) < shape.layers:
+        must_divide(tp, "tensor_parallel", shape.intermediate, "intermediate_size")
+    must_divide(pp, "pipeline_parallel", shape.layers, "num_hidden_layers")
+    if layout.virtual_pipeline > 1:
+        if pp == 1:
+            found.append(f"student.virtual_pipeline={layout.virtual_pipeline} needs student.pipeline_parallel of 2 up")
+        must_divide(
+            pp * layout.virtual_pipeline, "pipeline_parallel x virtual_pipeline", shape.layers, "num_hidden_layers"
+        )
+    if shape.experts:
+        must_divide(layout.expert_parallel, "expert_parallel", shape.experts, "num_experts")
+        width = shape.expert_intermediate
+        must_divide(layout.expert_tensor_parallel, "expert_tensor_parallel", width, "moe_intermediate_size")
+        if tp > 1 and not layout.sequence_parallel:
+            found.append("experts at student.tensor_parallel above 1 need student.sequence_parallel=true")
+    for name in ("expert_parallel", "expert_tensor_parallel"):
+        if getattr(layout, name) > 1 and not shape.experts:
+            found.append(f"student.{name}={getattr(layout, name)} needs experts, which the {role} does not have")
+    experts = layout.expert_parallel * layout.expert_tensor_parallel * pp
+    if layout.gpus % experts:
+        found.append(
+            f"student.expert_parallel x expert_tensor_parallel x pipeline_parallel={experts} does not divide "
+            f"the {layout.gpus} GPUs"
+        )
+    return list(dict.fromkeys(found))
+
+
+def divisors(number: int, most: int) -> list[int]:
+    return [i for i in range(1, min(number, most) + 1) if number % i == 0]
+
+
+def layouts(gpus: int, *, experts: bool) -> Iterator[Layout]:
+    """Every layout of so many GPUs; tensor parallelism within a host, always with sequence parallelism.
+
+    experts: whether there are any that may be spread over ranks of their own.
+    """
+    for tp in divisors(gpus, GPUS_PER_HOST):
+        for pp in divisors(gpus // tp, 16):
+            for cp in divisors(gpus // tp // pp, 8):
+                stage = gpus // pp
+                for etp in sorted({1, tp}) if experts else [1]:
+                    for ep in divisors(stage // etp, stage) if experts else [1]:
+                        yield Layout(tp, tp > 1, pp, 1, cp, ep, etp, gpus // (tp * pp * cp))

@@ -1,0 +1,122 @@
+"""Estimated seconds of an iteration's phases. Each rests on `hardware.Assumptions`; none was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from eaopd_megatron.planning import traffic
+from eaopd_megatron.planning.flops import BACKWARD, forward_flops
+from eaopd_megatron.planning.hardware import Assumptions, Gpu
+from eaopd_megatron.planning.layouts import GPUS_PER_HOST, Layout
+from eaopd_megatron.planning.memory import kv_cache, moments
+from eaopd_megatron.planning.shapes import ModelShape
+from eaopd_megatron.planning.workload import Workload
+
+COLLECTIVE = 20e-6  # seconds that a small one takes
+OPTIMIZER_BYTES = 30  # read and written of a parameter: gradient, three fp32 states twice, the weight
+HEAD_PASSES = 2 + BACKWARD  # the objective makes its tiles of logits twice
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Estimates for one pair of models, workload and kind of GPU."""
+
+    gpu: Gpu
+    assumed: Assumptions
+    work: Workload
+
+    @property
+    def response(self) -> float:
+        """Tokens of a mean response."""
+        return self.assumed.response_share * self.work.longest_response
+
+    @property
+    def sequence(self) -> float:
+        """Tokens of a mean prompt and response."""
+        return self.assumed.prompt_share * self.work.longest_prompt + self.response
+
+    def generation(self, shape: ModelShape, layout: Layout) -> float:
+        """Decoding in process, one token a step until the longest response ends; stages work one after the other."""
+        work, assumed, element = self.work, self.assumed, self.work.student_element
+        together = work.generated(layout)
+        batches = -(-work.prompts // (layout.generators * together))
+        whole = shape.whole()
+        read = whole.dense / layout.tensor_parallel
+        if shape.experts:
+            met = (
+                1 - (1 - shape.experts_per_token / shape.experts) ** together
+            )  # share of the experts that some token meets
+            read += whole.expert * met / (layout.expert_tensor_parallel * layout.expert_parallel)
+        length = work.longest_prompt + work.longest_response / 2
+        cache = together * length * kv_cache(shape, shape.layers, layout, element)
+        seconds = (read * element + cache) / (self.gpu.bandwidth * assumed.bandwidth_share)
+        latency = 2 * shape.layers * COLLECTIVE if layout.tensor_parallel > 1 else 0.0
+        step = max(seconds + latency, shape.layers * assumed.decode_layer)  # launches run ahead of the GPU
+        prompts = together * assumed.prompt_share * work.longest_prompt
+        return batches * (work.longest_response * step + self.scoring(shape, layout, prompts, head=False))
+
+    def scoring(self, shape: ModelShape, layout: Layout, tokens: float, *, head: bool = True) -> float:
+        """A forward pass over so many tokens of each data-parallel copy."""
+        flops = forward_flops(shape, self.sequence)
+        head_flops = flops.head * tokens * self.response / self.sequence if head else 0.0
+        count = max(1, round(tokens / self.work.micro_batch_tokens))
+        compute = self._compute(shape, layout, tokens * (flops.layers + flops.attention), head_flops, count, "scoring")
+        return compute + self.sent(traffic.forward(shape, layout, tokens, self.work.teacher_element))
+
+    def update(self, shape: ModelShape, layout: Layout) -> float:
+        """Forward and backward of a mini-batch with its objective, and π_old's share where it is recomputed."""
+        work = self.work
+        tokens = self.tokens(layout)
+        rows = tokens * self.response / self.sequence
+        flops = forward_flops(shape, self.sequence)
+        passes = 1 + BACKWARD + (work.recompute == "full")
+        layers = passes * tokens * (flops.layers + flops.attention)
+        count = work.micro_batches(layout, self.sequence)
+        seconds = self._compute(shape, layout, layers, HEAD_PASSES * rows * flops.head, count, "training")
+        seconds += self.sent(traffic.training(shape, layout, tokens, rows, work.student_element))
+        if work.updates > 1:
+            seconds += self.scoring(shape, layout, tokens)
+        return seconds
+
+    def step(self, shape: ModelShape, layout: Layout) -> float:
+        """Reduce the gradients and apply them."""
+        held = shape.on_rank(layout, 0)
+        distributed = self.work.distributed_optimizer
+        own = held.total / (layout.data_parallel * layout.context_parallel if distributed else 1)
+        touched = own * OPTIMIZER_BYTES / (self.gpu.bandwidth * self.assumed.bandwidth_share)
+        fetched = 2 * moments(held, layout, distributed=distributed) if self.work.offloaded_moments else 0.0
+        return (
+            touched
+            + fetched / (self.gpu.processor * self.assumed.link_share)
+            + self.sent(self.reduction(shape, layout))
+        )
+
+    def reduction(self, shape: ModelShape, layout: Layout) -> list[traffic.Flow]:
+        """Of an update's gradients."""
+        tied = shape.vocab * shape.hidden // layout.tensor_parallel if shape.tied else 0
+        return traffic.gradients(
+            shape.on_rank(layout, 0),
+            layout,
+            self.work.student_element,
+            distributed=self.work.distributed_optimizer,
+            tied_rows=tied,
+        )
+
+    def tokens(self, layout: Layout) -> float:
+        """Of an update, in the data-parallel copy that has most samples."""
+        return self.work.samples(layout) * self.sequence
+
+    def sent(self, flows: Iterable[traffic.Flow]) -> float:
+        """Seconds for what a GPU sends, one kind after the other."""
+        share = self.assumed.link_share
+        return sum(flow.bytes / (self.gpu.link(flow.span, GPUS_PER_HOST) * share) for flow in flows)
+
+    def _compute(
+        self, shape: ModelShape, layout: Layout, layers: float, head: float, micro_batches: int, kind: str
+    ) -> float:
+        reached = self.assumed.training_mfu if kind == "training" else self.assumed.scoring_mfu
+        speed = self.gpu.peak * reached * (self.assumed.expert_factor if shape.experts else 1)
+        matrices = layout.tensor_parallel * layout.context_parallel
+        stage = (layers / layout.pipeline_parallel + head) / matrices / speed
+        return stage * (1 + layout.bubble(micro_batches))

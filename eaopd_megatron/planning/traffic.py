@@ -1,0 +1,103 @@
+"""Bytes that a GPU sends, by kind. Collectives as rings: an all-reduce of M bytes over n ranks sends 2 (n−1)/n · M,
+an all-gather or reduce-scatter of a whole of M bytes half of that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eaopd_megatron.planning.activations import FP32
+from eaopd_megatron.planning.layouts import Layout
+from eaopd_megatron.planning.shapes import ModelShape, Parameters
+
+OBJECTIVE_ROWS = 16  # fp32 numbers a token that each rank gives to the objective's one exchange, about
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What one kind of parallelism sends, and over how many neighbouring GPUs its groups spread."""
+
+    kind: str
+    bytes: float
+    span: int
+
+
+def share(ranks: int) -> float:
+    """Of a whole, sent by each rank in an all-gather or a reduce-scatter."""
+    return (ranks - 1) / ranks
+
+
+def forward(shape: ModelShape, layout: Layout, tokens: float, element: int) -> list[Flow]:
+    """A forward pass over so many tokens (before the context-parallel cut)."""
+    return _layers(shape, layout, tokens, element, backward=False)
+
+
+def training(shape: ModelShape, layout: Layout, tokens: float, rows: float, element: int) -> list[Flow]:
+    """Forward and backward over so many tokens, of which so many rows have a loss."""
+    flows = _layers(shape, layout, tokens, element, backward=True)
+    tp = layout.tensor_parallel
+    rows /= layout.context_parallel
+    exchange = share(tp) * tp * rows * OBJECTIVE_ROWS * FP32
+    if not layout.sequence_parallel:  # the hidden states' gradient; else a part of the gather's backward
+        exchange += 2 * share(tp) * rows * shape.hidden * FP32
+    return [*flows, Flow("objective", exchange, tp)]
+
+
+def gradients(
+    parameters: Parameters, layout: Layout, element: int, *, distributed: bool, tied_rows: int = 0
+) -> list[Flow]:
+    """One reduction of fp32 gradients over the ranks with the same weights.
+
+    distributed: reduce-scattered, and the new weights gathered. tied_rows: elements of a tied embedding, which
+    the first and the last pipeline stage sum.
+    """
+    copies = layout.data_parallel * layout.context_parallel
+    sent = 0.0
+    for count, ranks in ((parameters.dense, copies), (parameters.expert, layout.expert_data_parallel)):
+        sent += share(ranks) * count * (FP32 + element if distributed else 2 * FP32)
+    flows = [Flow("data: gradients and weights" if distributed else "data: gradients", sent, _stage_span(layout))]
+    if tied_rows and layout.pipeline_parallel > 1:
+        flows.append(Flow("pipeline: tied embeddings", tied_rows * FP32, layout.gpus))
+    return flows
+
+
+def hidden_states(shape: ModelShape, rows: float, gpus: int, element: int) -> Flow:
+    """A separate teacher's answer over HTTP, each GPU of it sending its share."""
+    return Flow("teacher's hidden states (HTTP)", rows * shape.hidden * element / gpus, 10**6)
+
+
+def weight_sync(shape: ModelShape, gpus: int, element: int) -> Flow:
+    """The student's weights to servers, each GPU sending its share."""
+    return Flow("weights to a server", shape.whole().total * element / gpus, 10**6)
+
+
+def _layers(shape: ModelShape, layout: Layout, tokens: float, element: int, *, backward: bool) -> list[Flow]:
+    tp, pp, cp, ep = (
+        layout.tensor_parallel,
+        layout.pipeline_parallel,
+        layout.context_parallel,
+        layout.expert_parallel * layout.expert_tensor_parallel,
+    )
+    states = tokens / cp * shape.hidden * element  # of one rank's tokens before the sequence-parallel cut
+    layers = shape.layers / pp
+    experts = len(shape.expert_layers) / pp
+    halves = 2 * layers - experts  # attentions and dense MLPs, each between two collectives
+    both = 2 if backward else 1
+    if layout.sequence_parallel:
+        # gather and scatter forward and backward; backward gathers the product's input once more
+        tensor = halves * (2 * both + backward) * share(tp) * states + both * share(tp) * states * 2
+    else:
+        tensor = (halves * both + 1) * 2 * share(tp) * states
+    cut = states / layout.sequence_cut
+    chunks = layout.virtual_pipeline if pp > 1 else 0
+    keys_values = 2 * tokens * shape.kv_width / tp * element
+    flows = [
+        Flow("tensor: gather and scatter" if layout.sequence_parallel else "tensor: all-reduce", tensor, tp),
+        Flow("pipeline: hidden states", both * chunks * cut, layout.gpus),
+        Flow("context: keys and values", both * layers * share(cp) * keys_values, tp * cp),
+        Flow("expert: all-to-all", both * 2 * experts * share(ep) * shape.experts_per_token * cut, tp * cp * ep),
+    ]
+    return flows
+
+
+def _stage_span(layout: Layout) -> int:
+    return layout.gpus // layout.pipeline_parallel

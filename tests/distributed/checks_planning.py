@@ -1,0 +1,118 @@
+"""Checks of test_planning.py: what a plan says of a rank, against the model that Megatron-Core builds there."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from eaopd_megatron.data.packing import collate
+from eaopd_megatron.data.samples import MicroBatch as Packed
+from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.megatron import groups
+from eaopd_megatron.megatron.forward import rows_of, stage_output
+from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
+from eaopd_megatron.megatron.optimizer import build_optimizer, wrap
+from eaopd_megatron.megatron.pipeline import packing_of
+from eaopd_megatron.planning import layouts, memory
+from eaopd_megatron.planning.activations import Activations, MicroBatch, Recompute
+from eaopd_megatron.planning.shapes import ModelShape
+from eaopd_megatron.planning.workload import BYTES
+
+LIMIT = 0.06  # of the saved bytes
+
+
+@contextlib.contextmanager
+def arranged(layout: dict[str, Any]) -> Iterator[tuple[Parallel, layouts.Layout]]:
+    """Megatron's groups, and the layout as a plan knows it."""
+    try:
+        parallel = groups.arrange(Layout(**layout))
+        yield parallel, layouts.Layout(**layout, data_parallel=parallel.dp_size)
+    finally:
+        groups.disband()
+
+
+def built(config: dict[str, Any], parallel: Parallel, precision: str, recompute: Recompute = "none") -> ModelChunks:
+    """A model with small random weights."""
+    model = build_model(AutoConfig.for_model(**config), parallel.layout, DTYPES[precision], recompute=recompute)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def check_parameters(group: dist.ProcessGroup, configs: list[dict[str, Any]], layout: dict[str, Any]) -> None:
+    """Every rank counts what it holds."""
+    with arranged(layout) as (parallel, where):
+        for config in configs:
+            parameters = list(built(config, parallel, "bf16").parameters())
+            held = sum(p.numel() for p in parameters)
+            experts = sum(p.numel() for p in parameters if not getattr(p, "allreduce", True))
+            said = ModelShape.of(config).on_rank(where, parallel.pp_rank)
+            assert (said.total, said.expert) == (held, experts), f"{config}, {layout}, stage {parallel.pp_rank}"
+
+
+def check_training_state(
+    group: dist.ProcessGroup,
+    config: dict[str, Any],
+    layout: dict[str, Any],
+    precision: Literal["fp32", "bf16"],
+    distributed: bool,
+) -> None:
+    """Bytes of weights, gradients and the optimiser's tensors; distributed ones over the ranks that share them."""
+    with arranged(layout) as (parallel, where):
+        ddp = wrap(built(config, parallel, precision), parallel, distributed=distributed)
+        optimizer = build_optimizer(
+            ddp, lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision=precision
+        )
+        held = ModelShape.of(config).on_rank(where, parallel.pp_rank)
+        assert memory.weights(held, BYTES[precision]) == sum(p.nbytes for p in ddp.parameters())
+        assert memory.gradients(held) == sum(getattr(p, "main_grad").nbytes for p in ddp.parameters())  # noqa: B009
+        found = 0
+        for part in optimizer.chained_optimizers:
+            found += sum(t.nbytes for state in part.optimizer.state.values() for t in state.values() if t.dim())
+            if precision == "bf16":
+                found += sum(p.nbytes for each in part.optimizer.param_groups for p in each["params"])
+        said = memory.moments(held, where, distributed=distributed)
+        said += memory.main_parameters(held, where, BYTES[precision], distributed=distributed)
+        both = torch.tensor([said, found], dtype=torch.float64)
+        dist.all_reduce(both, group=parallel.dp_group)
+        assert both[0] == both[1], f"{precision}, distributed {distributed}: planned, held: {both.tolist()}"
+
+
+def check_activations(
+    group: dist.ProcessGroup,
+    cases: list[tuple[dict[str, Any], list[int]]],
+    layout: dict[str, Any],
+    recompute: Recompute,
+) -> None:
+    """Bytes of the storages that autograd saves in a forward pass over packed sequences of some lengths."""
+    with arranged(layout) as (parallel, where):
+        for (config, lengths), precision in itertools.product(cases, DTYPES):
+            model = built(config, parallel, precision, recompute).train()
+            samples = [Sample(Prompt("", (1,), {}), [2] * (length - 1), "stop", [], 0) for length in lengths]
+            saved = saved_bytes(model, collate(samples, parallel.device, packing_of(parallel.layout)))
+            plan = Activations(ModelShape.of(config), where, BYTES[precision], "torch", recompute)
+            said = plan.of_stage(MicroBatch(sum(lengths), len(lengths) * max(lengths)), 0)
+            assert abs(said / saved - 1) <= LIMIT, f"{config} {precision}: {said:.0f} planned, {saved} saved"
+
+
+def saved_bytes(model: ModelChunks, batch: Packed) -> int:
+    """Of unique storages, each counted once however many views of it are saved."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves: an address that is freed may come again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        rows_of(model, stage_output(model[-1], batch), batch)
+    return sum(storage.nbytes() for storage in kept.values())
