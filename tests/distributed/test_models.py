@@ -70,6 +70,12 @@ def test_a_round_trip_changes_no_bit(
         assert AutoTokenizer.from_pretrained(out).get_vocab()
 
 
+def test_an_export_takes_no_weight_before_its_gather_has_ended(
+    ranks: Ranks, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    ranks.run(CHECKS, "check_export_waits_for_gathers", folder=str(folders["tied"]), out=str(tmp_path / "out"))
+
+
 def test_an_export_in_another_dtype_says_so_in_its_config(
     ranks: Ranks, folders: dict[str, Path], tmp_path: Path
 ) -> None:
