@@ -154,6 +154,12 @@ def test_keys_that_contradict_each_other_start_a_run(recipe: Path) -> None:
     ).student.sequence_parallel
 
 
+def test_overlap_without_a_distributed_optimizer_reaches_the_ranks(recipe: Path) -> None:
+    said = refusal(recipe, "optimizer.overlap=true")
+    assert "optimizer.overlap is true, which needs optimizer.distributed to be true" in said
+    assert load_recipe(recipe, ["optimizer.overlap=true", "optimizer.distributed=true"]).optimizer.overlap
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
