@@ -101,14 +101,16 @@ def _first_host(environment: Mapping[str, str]) -> str:
 def local_world_size(student: Student) -> int:
     """How many ranks this host starts for a student: data_parallel copies of it.
 
-    Without data_parallel in the recipe: 1 copy on a CPU, as many as the devices hold with GPUs.
+    Without data_parallel in the recipe: as few as hold all experts on a CPU (1 without experts), as many as the devices
+    hold with GPUs.
     """
     import torch
 
     devices = torch.cuda.device_count() if torch.cuda.is_available() else None
     copies = student.data_parallel
     if copies is None:
-        copies = 1 if devices is None else max(1, devices // student.model_ranks)
+        least = student.smallest_copies
+        copies = max(1, (devices or 0) // (student.model_ranks * least)) * least
     ranks = student.model_ranks * copies
     if devices is not None and ranks > devices:
         raise UserError(

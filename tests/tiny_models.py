@@ -38,7 +38,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"vocab_size": 112, "tie_word_embeddings": True}),
     "qwen3_untied": ("qwen3", {"vocab_size": 300, "tie_word_embeddings": False}),
     "qwen2": ("qwen2", {"vocab_size": 112, "tie_word_embeddings": True, "rope_parameters": ROPE["linear"]}),
-    "qwen2_yarn": ("qwen2", {"vocab_size": 300, "tie_word_embeddings": False, "rope_parameters": ROPE["yarn"]}),
+    "qwen2_yarn": (
+        "qwen2",
+        {"vocab_size": 300, "tie_word_embeddings": False, "rope_parameters": ROPE["yarn"], "num_hidden_layers": 4},
+    ),
     "llama3": ("llama", {"vocab_size": 300, "tie_word_embeddings": False, "rope_parameters": ROPE["llama3"]}),
     "llama_tied": ("llama", {"vocab_size": 112, "tie_word_embeddings": True, "head_dim": None}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "vocab_size": 300, "tie_word_embeddings": False, "norm_topk_prob": True}),
@@ -54,12 +57,12 @@ some valid rows and one none.
 """
 
 
-def build(name: str) -> Any:
-    """The transformers model, fp32, the same at every call."""
+def build(name: str, **changes: Any) -> Any:
+    """The transformers model, fp32, the same at every call; changes: keys of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, own = MODELS[name]
-    shape = {**SHAPE, "rope_parameters": ROPE["default"], **own}
+    shape = {**SHAPE, "rope_parameters": ROPE["default"], **own, **changes}
     if kind == "qwen2":
         del shape["head_dim"]  # its configurations have none
     torch.manual_seed(shape["vocab_size"])
@@ -89,7 +92,7 @@ def write(name: str, folder: Path, *, max_shard_size: str = "10GB") -> Any:
 def _expected(model: Any) -> dict[str, torch.Tensor]:
     vocab = model.config.vocab_size
     tokens = torch.randint(vocab, (3, LENGTH))
-    weight = torch.randn(3, LENGTH, vocab) * 0.005
+    weight = torch.randn(3, LENGTH, vocab) * 0.002
     logits = model(tokens).logits
     (weight * logits**2 / 2).sum().backward()
     gradients = on_disk((f"grad.{name}", parameter.grad.clone()) for name, parameter in model.named_parameters())

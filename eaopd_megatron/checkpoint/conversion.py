@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.checkpoint.atomic import check_new, partial_of, whole_folder, write_error
@@ -27,9 +26,9 @@ from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.architecture import check_config, padded_vocab_size
-from eaopd_megatron.megatron.forward import logits_of
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
+from eaopd_megatron.megatron.pipeline import gathered_logits
 
 TOLERANCE = 1e-5
 Say = Callable[[str], None]
@@ -163,9 +162,16 @@ def verify_logits(model: ModelChunks, reference: HfFolder, parallel: Parallel, s
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(reference.vocab_size, (2, 32), generator=generator).to(parallel.device)
-    with torch.no_grad():
-        logits = gather_from_tensor_model_parallel_region(logits_of(model.float().eval(), tokens))
+    logits = gathered_logits(_as_fp32(model).eval(), tokens, parallel)
     agree(parallel, lambda: _compare(logits, tokens, reference, say) if parallel.is_main else None)
+
+
+def _as_fp32(model: ModelChunks) -> ModelChunks:
+    """The weights in fp32, and what pipeline stages exchange too."""
+    config = model.config
+    config.params_dtype = config.pipeline_dtype = torch.float32
+    config.bf16 = False
+    return model.float()
 
 
 def _compare(logits: torch.Tensor, tokens: torch.Tensor, reference: HfFolder, say: Say) -> None:

@@ -70,10 +70,39 @@ class Student(Section):
             raise ValueError("student.sequence_parallel is true, which needs student.tensor_parallel of 2 or more")
         return self
 
+    @model_validator(mode="after")
+    def _virtual_stages_need_a_pipeline(self) -> Self:
+        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
+            chunks = self.virtual_pipeline
+            raise ValueError(
+                f"student.virtual_pipeline is {chunks}, which needs student.pipeline_parallel of 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_divide_the_ranks(self) -> Self:
+        ranks = self.model_ranks * (self.data_parallel or 0)
+        if ranks % self.expert_ranks:
+            raise ValueError(
+                f"student.expert_parallel x expert_tensor_parallel x pipeline_parallel is {self.expert_ranks}, which "
+                f"does not divide the {ranks} ranks that student.data_parallel={self.data_parallel} makes"
+            )
+        return self
+
     @property
     def model_ranks(self) -> int:
         """Ranks that one copy of the student takes."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that one copy of the experts takes, in all pipeline stages."""
+        return self.expert_parallel * self.expert_tensor_parallel * self.pipeline_parallel
+
+    @property
+    def smallest_copies(self) -> int:
+        """The smallest data_parallel whose ranks hold all experts."""
+        return math.lcm(self.model_ranks, self.expert_ranks) // self.model_ranks
 
 
 class Teacher(Section):
@@ -156,7 +185,7 @@ class Train(Section):
     iterations: Count
     prompts_per_iteration: Count = 128
     mini_batch: Count = 32  # samples an update, over all data-parallel ranks
-    micro_batch_tokens: Count = 16384  # padded tokens of a micro-batch on a rank
+    micro_batch_tokens: Count = 16384  # packed tokens of a micro-batch, which context-parallel ranks share
 
 
 class Optimizer(Section):

@@ -124,6 +124,8 @@ def install() -> None:
     for module, name in ((megatron_random, "_set_cuda_rng_state"), (token_dispatcher, "maybe_move_tensor_to_cpu")):
         if not hasattr(module, name):
             raise ImportError(f"megatron-core moved {module.__name__}.{name}: adapt megatron/cpu.py")
+    if getattr(schedules, "torch", None) is None:
+        raise ImportError("megatron-core moved the schedules' use of torch: adapt megatron/cpu.py")
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]

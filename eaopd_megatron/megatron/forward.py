@@ -19,16 +19,6 @@ from eaopd_megatron.megatron.model import ModelChunks, gpt_of
 from eaopd_megatron.megatron.overlap import gathered
 
 
-def logits_of(model: ModelChunks, token_ids: torch.Tensor) -> torch.Tensor:
-    """Logits [b, s, V_padded/tp] of right-padded token_ids [b, s]; causality keeps the padding out of what precedes it.
-
-    For a model on one pipeline stage without context parallelism. Under sequence parallelism s must be a multiple of
-    the tensor-parallel size.
-    """
-    positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
-    return model[-1](input_ids=token_ids, position_ids=positions, attention_mask=None)
-
-
 def stage_output(chunk: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """What a chunk, bare or wrapped, gives to the next stage; from the last one the hidden states after the final norm
     [T, 1, h] (under sequence parallelism this rank's part of the T tokens). The output layer is not run."""

@@ -65,9 +65,7 @@ def gathered_logits(model: ModelChunks, token_ids: torch.Tensor, parallel: Paral
     The b sequences are one micro-batch on each data-parallel rank; all must give the same token_ids.
     """
     b, s = token_ids.shape
-    # a response token more than there is: it is no input, and its row is the last position
-    samples = [Sample(Prompt("", (row[0],), {}), [*row[1:], 0], "length", [], 0) for row in token_ids.tolist()]
-    batch = collate(samples, parallel.device, packing_of(parallel.layout, parallel.cp_rank))
+    batch = whole_batch(token_ids, parallel)
     batches = [batch] * (parallel.pp_size if parallel.layout.virtual_pipeline > 1 else 1)
     found: list[torch.Tensor] = []
 
@@ -81,6 +79,13 @@ def gathered_logits(model: ModelChunks, token_ids: torch.Tensor, parallel: Paral
     width = gpt_of(model).vocab_size
     logits = found[0] if found else torch.empty(b * s, width, dtype=model.dtype, device=parallel.device)
     return from_last_stage(logits, parallel).view(b, s, width)
+
+
+def whole_batch(token_ids: torch.Tensor, parallel: Parallel) -> MicroBatch:
+    """One micro-batch of token_ids [b, s] whose rows are all b·s positions."""
+    # a response token more than there is: it is no input, and its row is the last position
+    samples = [Sample(Prompt("", (row[0],), {}), [*row[1:], 0], "length", [], 0) for row in token_ids.tolist()]
+    return collate(samples, parallel.device, packing_of(parallel.layout, parallel.cp_rank))
 
 
 def from_last_stage(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:

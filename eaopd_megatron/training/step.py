@@ -93,8 +93,7 @@ class Student:
                 old = batch.gather([s.old_logprobs for s in batch.samples if s.old_logprobs is not None])
             labels = teacher.labels(batch)
             out = self._loss(batch, rows, signal_of(index), labels, objective, old, update)
-            nonlocal tokens
-            tokens += len(batch.tokens)
+            tokens.add_(len(batch.tokens))
             if batch.samples and self.parallel.speaks:
                 _measure(metrics, batch, out, old)
             return out.loss.sum()

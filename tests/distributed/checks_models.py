@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -24,11 +23,12 @@ from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.architecture import check_config
-from eaopd_megatron.megatron.forward import logits_of
+from eaopd_megatron.megatron.forward import row_logits
 from eaopd_megatron.megatron.generation import Decoder, decoding
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, step, wrap
+from eaopd_megatron.megatron.pipeline import forward_backward, gathered_logits, whole_batch
 
 LIMIT = 1e-5
 
@@ -48,11 +48,6 @@ def loaded(folder: HfFolder, parallel: Parallel, *, swaps: dict[int, int] | None
     return model
 
 
-def whole_logits(model: ModelChunks, tokens: torch.Tensor) -> torch.Tensor:
-    """[b, s, V_padded] on every rank."""
-    return gather_from_tensor_model_parallel_region(logits_of(model, tokens))
-
-
 def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: dict[str, Any]) -> None:
     """The loss is Σ weight · logits² / 2: linear in nothing, and blind to the padding's logits, which are zero."""
     expected = load_file(Path(folder) / "expected" / "values.safetensors")
@@ -60,25 +55,25 @@ def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: di
         source = HfFolder.open(folder)
         check_config(source.config, parallel.layout, folder)
         model = loaded(source, parallel)
-        model.eval()
         ddp = wrap(model, parallel)
         optimizer = build_optimizer(
             ddp, lr=0, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision="fp32"
         )
         ddp.zero_grad_buffer()
-        shard = logits_of(model, expected["tokens"])
 
-        tp = parallel.tp_size
-        padded = shard.shape[-1] * tp
-        weight = torch.nn.functional.pad(expected["weight"], (0, padded - source.vocab_size))
-        (weight.chunk(tp, dim=-1)[parallel.tp_rank] * shard**2 / 2).sum().backward()
-        finish_gradients(ddp, torch.ones(1))
-
-        with torch.no_grad():
-            logits = gather_from_tensor_model_parallel_region(shard)
-        assert logits.shape[-1] % (128 * tp) == 0
+        logits = gathered_logits(model, expected["tokens"], parallel)
+        assert logits.shape[-1] % (128 * parallel.tp_size) == 0
         close(logits[..., : source.vocab_size], expected["logits"], "logits")
         assert not logits[..., source.vocab_size :].any(), "the padding's rows are not zero"
+
+        batch = whole_batch(expected["tokens"], parallel)
+        weight = torch.nn.functional.pad(expected["weight"], (0, logits.shape[-1] - source.vocab_size)).flatten(0, 1)
+        weight = weight if batch.kept is None else weight[batch.kept]
+        weight = weight.chunk(parallel.tp_size, dim=-1)[parallel.tp_rank]
+        batches = [batch] * parallel.pp_size  # as the interleaved schedule wants
+        forward_backward(ddp, batches, lambda index, rows: (weight * row_logits(model, rows) ** 2 / 2).sum())
+        finish_gradients(ddp, torch.tensor(len(batches) / parallel.cp_size))
+
         gradients = {name: getattr(p, "main_grad") for name, p in model.global_parameters().items()}  # noqa: B009
         theirs = {name[5:]: gradient for name, gradient in expected.items() if name.startswith("grad.")}
         seen = set()
@@ -96,16 +91,26 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
     assert difference <= LIMIT, f"{what}: {difference:.2e} apart, the largest is {theirs.abs().max().item():.2e}"
 
 
-def check_round_trip(group: dist.ProcessGroup, folder: str, out: str, tp: int, shard_bytes: int) -> None:
-    """Import at tp, export: the same names, dtypes and bits."""
-    with arranged(Layout(tp)) as parallel:
+def check_round_trip(
+    group: dist.ProcessGroup, folder: str, out: str, layout: dict[str, Any], shard_bytes: int, files: int
+) -> None:
+    """Import, export: the same names, dtypes and bits."""
+    with arranged(Layout(**layout)) as parallel:
         source = HfFolder.open(folder)
         export_hf(loaded(source, parallel), parallel, source, Path(out), max_shard_bytes=shard_bytes)
-        if parallel.rank == 0:
+        if parallel.is_main:
             same_tensors(Path(folder), Path(out))
-            assert len(list(Path(out).glob("*.safetensors"))) == (1 if shard_bytes > 10**6 else 3)
+            assert len(list(Path(out).glob("*.safetensors"))) == files
             assert not list(Path(out).parent.glob(f".{Path(out).name}*")), "something was left beside the folder"
         dist.barrier()
+
+
+def check_import(group: dist.ProcessGroup, folder: str, out: str, layout: dict[str, Any]) -> None:
+    """What was written has transformers' logits."""
+    said: list[str] = []
+    with arranged(Layout(**layout)) as parallel:
+        import_folder(folder, Path(out), parallel, verify=True, say=said.append)
+        assert any(line.startswith("verify: largest difference") for line in said) == parallel.is_main
 
 
 def same_tensors(one: Path, other: Path) -> None:
@@ -143,7 +148,7 @@ def check_swapped_rows(group: dist.ProcessGroup, folder: str, tp: int) -> None:
         theirs[..., [one, other]] = theirs[..., [other, one]]
         with torch.no_grad():
             for swaps in ({one: other, other: one}, {one: other}):
-                logits = whole_logits(loaded(source, parallel, swaps=swaps), expected["tokens"])
+                logits = gathered_logits(loaded(source, parallel, swaps=swaps), expected["tokens"], parallel)
                 close(logits[..., : source.vocab_size], theirs, "swapped logits")
         for wrong in ({one: source.vocab_size}, {1: 2, 3: 2}):
             with raises(ValueError, "is no exchange of ids"):

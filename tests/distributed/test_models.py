@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,12 +22,6 @@ from tests import tiny_models
 from tests.ranks import ROOT, Ranks
 
 CHECKS = Path(__file__).with_name("checks_models.py")
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(4) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +49,15 @@ def test_a_round_trip_changes_no_bit(
     ranks: Ranks, folders: dict[str, Path], tmp_path: Path, name: str, shard_bytes: int, tp: int
 ) -> None:
     out = tmp_path / "out"
-    ranks.run(CHECKS, "check_round_trip", folder=str(folders[name]), out=str(out), tp=tp, shard_bytes=shard_bytes)
+    ranks.run(
+        CHECKS,
+        "check_round_trip",
+        folder=str(folders[name]),
+        out=str(out),
+        layout={"tensor_parallel": tp},
+        shard_bytes=shard_bytes,
+        files=3 if name == "untied" else 1,
+    )
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / file).read_bytes() == (folders[name] / file).read_bytes()
     if tp == 4 and name != "bf16":

@@ -71,10 +71,19 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("preset", "signal"), [("opd", "topk"), ("eopd", "topk"), ("eopd", "logits"), ("eopd_exact", "hidden")]
+    ("preset", "signal", "layouts"),
+    [
+        ("opd", "topk", "SIMPLE_LAYOUTS"),
+        ("eopd", "topk", "LAYOUTS"),
+        ("eopd", "logits", "LAYOUTS"),
+        ("eopd_exact", "hidden", "LAYOUTS"),
+    ],
 )
-def test_an_update_is_the_same_at_every_layout(ranks: Ranks, pair: dict[str, str], preset: str, signal: str) -> None:
-    ranks.run(CHECKS, "check_an_update_is_the_same_at_every_layout", **pair, preset=preset, signal=signal)
+def test_an_update_is_the_same_at_every_layout(
+    ranks: Ranks, pair: dict[str, str], preset: str, signal: str, layouts: str
+) -> None:
+    check = "check_an_update_is_the_same_at_every_layout"
+    ranks.run(CHECKS, check, **pair, preset=preset, signal=signal, layouts=layouts)
 
 
 def test_experts_over_ranks_change_no_update(ranks: Ranks, pair: dict[str, str], experts: str) -> None:

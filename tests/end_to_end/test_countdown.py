@@ -84,6 +84,26 @@ def test_a_run_leaves_everything_that_the_design_names(uninterrupted: Path) -> N
     assert len((uninterrupted / "rollouts" / "000006.jsonl").read_text().splitlines()) == 4
 
 
+def test_a_run_over_pipeline_and_context_ranks_writes_what_the_first_rank_does_not_compute(
+    eaopd: Start, tmp_path: Path
+) -> None:
+    """The objective is on the last stage; rank 0 writes its figures, π_old and the whole student."""
+    run = tmp_path / "run"
+    layout = ("student.tensor_parallel=1", "student.pipeline_parallel=2", "student.context_parallel=2")
+    small = ("train.iterations=2", "train.micro_batch_tokens=64", "run.save_interval=0", "evaluation.interval=0")
+    code, _, err = eaopd("train", RECIPE, f"run.folder={run}", *SMALL, *small, *layout).wait()
+    assert code == 0, err
+    last = records(run)[-1]
+    assert last["rollout/logprob_gap"] < 1e-4 and last["objective/kl_min"] > -1e-5
+    assert {"objective/loss", "teacher/topk_mass", "optimizer/grad_norm", "evaluation/countdown/pass@1"} <= last.keys()
+    for line in (run / "rollouts" / "000002.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert len(row["old_logprobs"]) == len(row["response_ids"])
+        assert row["old_logprobs"] == pytest.approx(row["rollout_logprobs"], abs=1e-4)
+    names = load_file(ROOT / "recipes/countdown/student/model.safetensors").keys()
+    assert load_file(run / "student/model.safetensors").keys() == names
+
+
 def test_the_exported_student_is_the_trained_one(uninterrupted: Path) -> None:
     """It loads with transformers, answers, and differs from the start in every matrix."""
     model = AutoModelForCausalLM.from_pretrained(uninterrupted / "student")

@@ -99,7 +99,8 @@ def test_unknown_key_is_accepted_or_its_neighbour_is_not_named(recipe: Path, key
 
 def test_unknown_key_with_nothing_like_it_lists_what_there_is(recipe: Path) -> None:
     assert refusal(recipe, "run.zzz=1").endswith(
-        "unknown key 'run.zzz'; the keys of 'run' are folder, save_interval, keep_checkpoints, log_rollouts"
+        "unknown key 'run.zzz'; the keys of 'run' are folder, save_interval, keep_checkpoints, async_save, on_damaged, "
+        "log_rollouts"
     )
     assert "the keys at the top are seed, run, student" in refusal(recipe, "zzzzz.q=1")
 
@@ -158,6 +159,13 @@ def test_overlap_without_a_distributed_optimizer_reaches_the_ranks(recipe: Path)
     said = refusal(recipe, "optimizer.overlap=true")
     assert "optimizer.overlap is true, which needs optimizer.distributed to be true" in said
     assert load_recipe(recipe, ["optimizer.overlap=true", "optimizer.distributed=true"]).optimizer.overlap
+
+
+def test_a_layout_that_cannot_work_starts_its_ranks(recipe: Path) -> None:
+    assert "which needs student.pipeline_parallel of 2 or more" in refusal(recipe, "student.virtual_pipeline=2")
+    said = refusal(recipe, "student.expert_parallel=4", "student.data_parallel=2")
+    assert "is 4, which does not divide the 2 ranks that student.data_parallel=2 makes" in said
+    load_recipe(recipe, ["student.expert_parallel=4", "student.data_parallel=4"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
-from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, TensorWriter
+from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, StoredTensor, TensorWriter
 from eaopd_megatron.errors import UserError
 
 SIZES = {
@@ -106,6 +107,29 @@ def test_sharded_and_single_files_give_the_same_tensors(tmp_path: Path, sharded:
     assert sorted(opened.names()) == sorted(weights)
     assert all(torch.equal(opened.tensor(name), tensor) for name, tensor in weights.items())
     assert torch.equal(opened.slice("lm_head.weight")[3:5, 2:4], weights["lm_head.weight"][3:5, 2:4])
+
+
+@pytest.mark.parametrize("block", [1, 50, 2**24])
+def test_parts_of_a_tensor_are_those_of_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Columns are read over blocks of rows, of which the last one is shorter."""
+    monkeypatch.setattr(StoredTensor, "BLOCK", block)
+    whole, lazy = (
+        load_file(folder / "model.safetensors")["lm_head.weight"],
+        HfFolder.open(str(folder)).slice("lm_head.weight"),
+    )
+    rows, columns = whole.shape
+    for start, end in itertools.combinations(range(0, rows + 3, 3), 2):
+        assert torch.equal(lazy[start:end], whole[start:end])
+    for start, end in itertools.combinations(range(columns + 1), 2):
+        assert torch.equal(lazy[:, start:end], whole[:, start:end])
+        assert torch.equal(lazy[2:7, start:end], whole[2:7, start:end])
+
+
+def test_a_file_cut_short_while_it_is_read_is_named(folder: Path) -> None:
+    lazy = HfFolder.open(str(folder), "student.model").slice("model.norm.weight")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: lazy.place.start + 1])
+    assert refusal(lambda: lazy[:]) == f"student.model: {folder}: model.safetensors ends inside a tensor"
 
 
 def test_every_end_of_sequence_id_is_found_the_generation_config_first(folder: Path) -> None:

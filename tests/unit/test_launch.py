@@ -326,6 +326,15 @@ def test_ranks_do_not_fill_the_devices(
     assert local_world_size(Student(model="m", tensor_parallel=tensor, data_parallel=data)) == ranks
 
 
+@pytest.mark.parametrize(("devices", "ranks"), [(None, 4), (8, 8), (7, 4), (16, 16)])
+def test_too_few_ranks_are_started_for_the_experts(
+    monkeypatch: pytest.MonkeyPatch, devices: int | None, ranks: int
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: devices is not None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices or 0)
+    assert local_world_size(Student(model="m", tensor_parallel=2, expert_parallel=4)) == ranks
+
+
 @pytest.mark.parametrize(("tensor", "data"), [(8, None), (2, 3)])
 def test_more_ranks_than_devices_share_one(monkeypatch: pytest.MonkeyPatch, tensor: int, data: int | None) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -1,0 +1,65 @@
+"""Host memory that an import and an export need at their peak, in a process of its own; one line of JSON, in bytes.
+
+    python tests/distributed/memory_of_conversion.py HF_FOLDER NEW_FOLDER [--naive]
+
+model: the weights; largest: the largest tensor; import and export: how far the peak lies above the process before it.
+--naive: a whole state dict is read, and its tensors are copied into the model.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eaopd_megatron.checkpoint.conversion import one_process
+from eaopd_megatron.checkpoint.hf_export import export_hf
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.megatron.model import build_model
+
+
+def status(key: str) -> int:
+    """A line of /proc/self/status in bytes: VmRSS, VmHWM (its peak)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def growth(work: Callable[[], None]) -> int:
+    """How far the process's memory rises above what it is now while work runs."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what there is now
+    before = status("VmRSS")
+    work()
+    return max(0, status("VmHWM") - before)  # the kernel's counters lag by some pages
+
+
+class WholeFolder(HfFolder):
+    """The naive way: every tensor is in memory before the first one is used."""
+
+    def slice(self, name: str) -> Any:
+        if not hasattr(self, "held"):
+            self.held = {name: self.files.slice(name)[:] for name in self.names()}
+        return self.held[name]
+
+
+def main(source: str, out: str, naive: bool) -> None:
+    """Import, export, print."""
+    opened = HfFolder.open(source)
+    folder = WholeFolder(opened.path, opened.name, opened.config, opened.family) if naive else opened
+    bytes_of = [math.prod(folder.shape(name)) * folder.dtype.itemsize for name in folder.names()]
+    with one_process() as parallel:
+        model = build_model(folder.config, parallel.layout, folder.dtype)
+        found = {"model": sum(bytes_of), "largest": max(bytes_of)}
+        found["import"] = growth(lambda: load_hf(model, folder, parallel))
+        if not naive:
+            found["export"] = growth(lambda: export_hf(model, parallel, folder, Path(out)))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], naive="--naive" in sys.argv[3:])
