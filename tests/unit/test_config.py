@@ -155,17 +155,17 @@ def test_keys_that_contradict_each_other_start_a_run(recipe: Path) -> None:
     ).student.sequence_parallel
 
 
-def test_overlap_without_a_distributed_optimizer_reaches_the_ranks(recipe: Path) -> None:
-    said = refusal(recipe, "optimizer.overlap=true")
-    assert "optimizer.overlap is true, which needs optimizer.distributed to be true" in said
-    assert load_recipe(recipe, ["optimizer.overlap=true", "optimizer.distributed=true"]).optimizer.overlap
-
-
 def test_a_layout_that_cannot_work_starts_its_ranks(recipe: Path) -> None:
     assert "which needs student.pipeline_parallel of 2 or more" in refusal(recipe, "student.virtual_pipeline=2")
     said = refusal(recipe, "student.expert_parallel=4", "student.data_parallel=2")
     assert "is 4, which does not divide the 2 ranks that student.data_parallel=2 makes" in said
     load_recipe(recipe, ["student.expert_parallel=4", "student.data_parallel=4"])
+
+
+def test_overlap_without_a_distributed_optimizer_reaches_the_ranks(recipe: Path) -> None:
+    said = refusal(recipe, "optimizer.overlap=true")
+    assert "optimizer.overlap is true, which needs optimizer.distributed to be true" in said
+    assert load_recipe(recipe, ["optimizer.overlap=true", "optimizer.distributed=true"]).optimizer.overlap
 
 
 @pytest.mark.parametrize(
