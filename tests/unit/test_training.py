@@ -1,16 +1,21 @@
 """Schedule, sampling, averages, terminal map: small parts with large consequences."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.megatron.generation import decoding
+from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.objective import Objective
 from eaopd_megatron.rollout.sampling import draw
 from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
+from eaopd_megatron.training.build import layouts_of
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
 
 
@@ -58,6 +63,51 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     assert torch.allclose(share, torch.tensor([0.0, 2 / 3, 1 / 3]), atol=2e-3)
     assert draw(probs.log()[None], torch.tensor([0.99]).double(), temperature=1.0, top_p=0.01).item() == 1
     assert draw(probs.log()[None], torch.tensor([0.99]).double(), temperature=0.0, top_p=1.0).item() == 1
+
+
+def test_expert_parallelism_is_that_of_the_model_with_experts() -> None:
+    """Given to the dense one it would be refused, and no dense model could learn from a mixture of experts."""
+
+    def folder(*sizes: str) -> Any:
+        family = SimpleNamespace(sizes=lambda config: dict.fromkeys(sizes, 4))
+        return SimpleNamespace(family=family, config=None)
+
+    layout = Layout(2, True, expert_parallel=2, expert_tensor_parallel=2)
+    dense = Layout(2, True)
+    assert layouts_of(folder(), folder("experts"), layout) == (dense, layout)
+    assert layouts_of(folder("experts"), folder(), layout) == (layout, dense)
+    assert layouts_of(folder("experts"), folder("experts"), layout) == (layout, layout)
+    assert layouts_of(folder(), folder(), layout) == (layout, layout)  # and `check_config` refuses it
+
+
+class Engine(torch.nn.Module):
+    """Transformer Engine's attention as far as context parallelism goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_context_parallel_group("group", [0, 1], "stream", "a2a")
+
+    def set_context_parallel_group(self, group: Any, ranks: Any, stream: Any, kind: str = "p2p") -> None:
+        self.cp_group, self.cp_global_ranks, self.cp_stream, self.cp_comm_type = group, ranks, stream, kind
+
+
+def test_decoding_leaves_the_engines_attention_without_its_context_group() -> None:
+    """Left on, each rank would attend to its part of another rank's sequence; left off, training would be wrong."""
+    engine = Engine()
+    model: Any = torch.nn.ModuleList([engine])
+    model.gpts = [model]
+    model.rotary_pos_emb = SimpleNamespace(cp_group="group")
+    model.config = SimpleNamespace(sequence_parallel=False)
+    with pytest.raises(KeyError), decoding(model):
+        assert (engine.cp_group, model.rotary_pos_emb.cp_group, model.training) == (None, None, False)
+        raise KeyError
+    assert (engine.cp_group, engine.cp_global_ranks, engine.cp_stream, engine.cp_comm_type) == (
+        "group",
+        [0, 1],
+        "stream",
+        "a2a",
+    )
+    assert (model.rotary_pos_emb.cp_group, model.training) == ("group", True)
 
 
 def test_a_mean_over_micro_batches_counts_tokens_and_not_batches() -> None:
