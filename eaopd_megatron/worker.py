@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from eaopd_megatron.config import Recipe, load_recipe
@@ -28,8 +29,9 @@ def _train(recipe: Recipe) -> None:
     import torch
 
     from eaopd_megatron.megatron import groups
+    from eaopd_megatron.training import flight_recorder
     from eaopd_megatron.training.ending import finish
-    from eaopd_megatron.training.folder import already_finished
+    from eaopd_megatron.training.folder import RunFolder, already_finished
     from eaopd_megatron.training.loop import train
     from eaopd_megatron.training.run import Run
     from eaopd_megatron.training.watch import watched
@@ -39,8 +41,11 @@ def _train(recipe: Recipe) -> None:
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     layout = groups.Layout(**{field.name: getattr(recipe.student, field.name) for field in fields(groups.Layout)})
+    collectives = RunFolder(Path(recipe.run.folder)).collectives
+    flight_recorder.record(collectives, recipe.distributed.flight_recorder)
     parallel, store = groups.start(layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes)
-    with watched(store, parallel.rank, parallel.world_size):
+    record = partial(flight_recorder.dump, collectives, parallel.rank)
+    with watched(store, parallel.rank, parallel.world_size, on_failure=record):
         run = Run(recipe, parallel)
         try:
             train(run)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 PREFIX = "rank_"
 
 
@@ -24,7 +26,8 @@ def record(folder: Path, collectives: int) -> None:
     """
     if not collectives:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    if torch.cuda.is_available():
+        folder.mkdir(parents=True, exist_ok=True)  # NCCL makes none
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(collectives))
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / PREFIX))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")

@@ -28,8 +28,11 @@ from eaopd_megatron.training.averages import Averages
 from eaopd_megatron.training.build import build, prompt_builder
 from eaopd_megatron.training.checkpoints import TrainingCheckpoints
 from eaopd_megatron.training.folder import RunFolder
+from eaopd_megatron.training.profiler import ProfilerWindow
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
+from eaopd_megatron.training.throughput import Throughput
 
+SAMPLE_FLOPS = "sample_flops"  # averaged like a metric, and not written
 TERMINAL_LOGPROB_WARNING = -10.0  # nats; below it the pair does not agree on how to stop
 
 
@@ -72,6 +75,9 @@ class Run:
             chosen.build(), chosen.ramp_updates or updates, chosen.ramp, chosen.threshold_end, chosen.forward_weight_end
         )
         self.averages = Averages()
+        self.throughput = Throughput(self.parts.student_folder.config, parallel.world_size)
+        window = (recipe.reporting.profile_from, recipe.reporting.profile_iterations)
+        self.profiler = ProfilerWindow(self.folder.profile, parallel.rank, *window)
         self._writer: MetricsWriter | None = None
         self._times: dict[str, float] = defaultdict(float)
         self._signal: int | None = None
@@ -86,6 +92,7 @@ class Run:
     def generate(self) -> list[Sample]:
         """This rank's share of the iteration's prompts, answered by the current student."""
         iteration, mini = self.iteration, self.recipe.train.mini_batch
+        self.profiler.begin(iteration + 1)
         indices = self.cursor.indices(iteration)
         mine = [i for i in range(len(indices)) if i % mini % self.parallel.dp_size == self.parallel.dp_rank]
         samples = self.parts.rollout.generate(
@@ -115,6 +122,7 @@ class Run:
 
     def finish_iteration(self, samples: list[Sample]) -> None:
         """Record the iteration, evaluate and save where it is time, and stop in good order if a signal asked for it."""
+        self.profiler.end()
         self._measure(samples)
         self.iteration += 1
         record = self.averages.reduce(dist.group.WORLD)
@@ -160,16 +168,15 @@ class Run:
         add("rollout/truncated", torch.tensor([s.finish_reason == "length" for s in samples]))
         start = self.updates - len(self.mini_batches(samples))
         add("rollout/version_lag", torch.tensor([start - s.weight_version for s in samples]))
+        add(SAMPLE_FLOPS, self.throughput.sample_flops(samples))
         signals = [s.teacher_signal["logprobs"].exp().sum(-1) for s in samples if s.teacher_signal]
         if signals:
             add("teacher/topk_mass", torch.cat(signals))
 
     def _rates(self, record: dict[str, float]) -> dict[str, float]:
-        tokens = record["rollout/length"] * self.cursor.size(self.iteration - 1)
         rates = {f"time/{phase}": seconds for phase, seconds in self._times.items()}
-        whole = sum(self._times[phase] for phase in ("rollout", "teacher", "student"))
-        rates["rollout/tokens_per_second"] = tokens / max(self._times["rollout"], 1e-9)
-        rates["throughput/tokens_per_second"] = tokens / max(whole, 1e-9)
+        responses, flops = self.cursor.size(self.iteration - 1), record.pop(SAMPLE_FLOPS)
+        rates |= self.throughput.rates(self._times, responses, record["rollout/length"], flops)
         rates["memory/peak"] = float(
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
         )

@@ -1,6 +1,9 @@
 """Schedule, sampling, averages, terminal map: small parts with large consequences."""
 
+import gzip
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +19,9 @@ from eaopd_megatron.rollout.sampling import draw
 from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
 from eaopd_megatron.training.build import layouts_of
+from eaopd_megatron.training.profiler import ProfilerWindow
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
+from eaopd_megatron.training.throughput import Throughput
 
 
 def test_the_learning_rate_depends_on_completed_updates_alone() -> None:
@@ -141,3 +146,44 @@ def test_a_pair_that_agrees_needs_no_map(kind: str) -> None:
     terminal = TerminalMap.between(kind, [7], [7, 9])
     assert terminal.kind == "none"
     assert terminal.row_map() is None
+
+
+def test_the_profiler_misses_its_window(tmp_path: Path) -> None:
+    window = ProfilerWindow(tmp_path / "profile", 3, first=2, count=2)
+    for iteration in (1, 2, 3, 4):
+        window.begin(iteration)
+        torch.ones(4).cumsum(0)
+        window.end()
+    traces = sorted((tmp_path / "profile").iterdir())
+    assert [trace.name for trace in traces] == [f"iteration_00000{i}_rank_3.json.gz" for i in (2, 3)]
+    events = json.loads(gzip.decompress(traces[0].read_bytes()))["traceEvents"]
+    assert any(event.get("name") == "aten::cumsum" for event in events)
+    off = ProfilerWindow(tmp_path / "off", 0, first=None, count=1)
+    off.begin(1)
+    off.end()
+    assert not (tmp_path / "off").exists()
+
+
+def test_utilisation_counts_the_padding_or_forgets_the_backward_pass() -> None:
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "intermediate_size": 16,
+        "vocab_size": 10,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 64,
+    }
+    meter = Throughput(config, ranks=4)
+    samples = [Sample(Prompt("", (1, 2), {}), [3] * n, "stop", [0.0] * n, 0) for n in (1, 3)]
+    found = meter.sample_flops(samples).tolist()
+    matrices = 8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 16 + 8 * 10  # q, k, v; o; gated MLP; head
+    for flops, length in zip(found, (3, 5), strict=True):
+        assert flops == 3 * (2 * matrices * length + 4 * 8 * sum(range(1, length + 1)))
+    rates = meter.rates({"rollout": 2.0, "teacher": 1.0, "student": 4.0}, 6, 5.0, 2e12)
+    assert rates["throughput/tflops_per_rank"] == 6 * 2 / 4 / 4
+    assert rates["rollout/tokens_per_second"] == 15 and rates["throughput/tokens_per_second"] == pytest.approx(30 / 7)
