@@ -93,7 +93,8 @@ def save_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> Non
 def prepare_sharded(state: dict[str, Any], parallel: Parallel, *, copy: bool = False) -> Prepared:
     """The first half of `save_sharded`: all that needs the training's process groups.
 
-    copy: the shards are copied to host memory (pinned where they come from CUDA), so that training may go on.
+    copy: the shards are copied to host memory, so that training may go on. Where they come from CUDA it is pinned; that
+    has not been run.
     """
     sharded, common = agree(parallel, lambda: save_preprocess(state))
     with cuda_literals():

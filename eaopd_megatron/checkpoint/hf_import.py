@@ -27,7 +27,7 @@ def shard_shape(entry: Entry, placement: Placement) -> torch.Size:
 
 @torch.no_grad()
 def load_hf(model: ModelChunks, folder: HfFolder, parallel: Parallel, *, row_map: dict[int, int] | None = None) -> None:
-    """Fill what this rank holds in place, in the model's dtype; a rank reads only its part of each tensor.
+    """Fill what this rank holds in place, in the model's dtype, one tensor's part after another.
 
     A tied embedding's copy on the last pipeline stage is filled from the embedding.
     row_map: token ids whose rows are exchanged in the output layer, and in it alone: row i becomes the folder's row

@@ -85,7 +85,8 @@ def evaluate_on_rank(options: dict[str, Any]) -> None:
     from eaopd_megatron.megatron.model import build_model
     from eaopd_megatron.rollout.local import LocalRollout
 
-    layout = groups.Layout(options["tensor_parallel"])
+    tensor_parallel = options["tensor_parallel"]
+    layout = groups.Layout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # experts ask for it
     parallel, _ = groups.start(layout)
     folder = HfFolder.open(options["model"], "MODEL")
     check_config(folder.config, layout, options["model"])

@@ -15,6 +15,7 @@ from eaopd_megatron.megatron.architecture import Recompute, padded_vocab_size, t
 from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.megatron.layers import layer_spec
 from eaopd_megatron.megatron.names import global_name
+from eaopd_megatron.megatron.overlap import gathered
 from eaopd_megatron.megatron.rotary import rotary_base, set_attention_factor, set_frequencies
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,7 +45,8 @@ class ModelChunks(torch.nn.ModuleList):
     def global_parameters(self) -> dict[str, torch.nn.Parameter]:
         """This rank's parameters by names that no layout changes: layers and experts have their numbers in the model.
 
-        Tied embeddings over pipeline stages: the last stage's copy is `output_layer.weight`.
+        Waits for those that are being gathered. Tied embeddings over pipeline stages: the last stage's copy is
+        `output_layer.weight`.
         """
         found = {}
         for chunk in self.gpts:
@@ -52,7 +54,7 @@ class ModelChunks(torch.nn.ModuleList):
             experts = (chunk.config.num_moe_experts or 0) // chunk.config.expert_model_parallel_size
             first = experts * parallel_state.get_expert_model_parallel_rank() if experts else 0
             for name, parameter in chunk.named_parameters():
-                found[global_name(name, first_layer=layers, first_expert=first)] = parameter
+                found[global_name(name, first_layer=layers, first_expert=first)] = gathered(parameter)
         return found
 
     def zero_grad_buffer(self) -> None:

@@ -81,7 +81,10 @@ def completed_steps(optimizer: ChainedOptimizer) -> float:
 
 
 def _set_steps(optimizer: ChainedOptimizer, step: float) -> None:
-    """A counter shared by parameters would be raised once for each of them, and the bias correction silently wrong."""
+    """A counter shared by parameters would be raised once for each of them, and the bias correction silently wrong.
+
+    Transformer Engine's and Apex's Adam count in their groups; neither has been run.
+    """
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
             for state in part.optimizer.state.values():

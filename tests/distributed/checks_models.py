@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import resource
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron import groups
+from eaopd_megatron.megatron import groups, overlap
 from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.forward import row_logits
 from eaopd_megatron.megatron.generation import Decoder, decoding
@@ -102,6 +103,22 @@ def check_round_trip(
             same_tensors(Path(folder), Path(out))
             assert len(list(Path(out).glob("*.safetensors"))) == files
             assert not list(Path(out).parent.glob(f".{Path(out).name}*")), "something was left beside the folder"
+        dist.barrier()
+
+
+def check_export_waits_for_gathers(group: dist.ProcessGroup, folder: str, out: str) -> None:
+    """After an update other ranks' weights may still be on their way."""
+    with arranged(Layout(2)) as parallel:
+        source = HfFolder.open(folder)
+        model = loaded(source, parallel)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                arriving = parameter.clone()
+                parameter.zero_()
+                setattr(parameter, overlap._WAIT, functools.partial(parameter.data.copy_, arriving))
+        export_hf(model, parallel, source, Path(out))
+        if parallel.is_main:
+            same_tensors(Path(folder), Path(out))
         dist.barrier()
 
 

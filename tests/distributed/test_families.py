@@ -40,10 +40,13 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2, EP2": {**PP2, "expert_parallel": 2},
     "CP2, EP2": {"context_parallel": 2, "expert_parallel": 2},
 }
+MORE = ("qwen2", "llama_tied", "qwen3_moe_tied")
+"""Second models of a family: where tied embeddings, or the products of layouts, could go wrong."""
 CASES = [
     (name, label, layout)
     for name, (kind, _) in tiny_models.MODELS.items()
     for label, layout in (EXPERT_LAYOUTS if kind == "qwen3_moe" else LAYOUTS).items()
+    if name not in MORE or label in ("TP2+SP", "TP2+SP, PP2", "PP2, EP2")
 ]
 CASES.append(("qwen2_yarn", "PP2, two chunks a rank", {**PP2, "virtual_pipeline": 2}))
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eaopd_megatron import launch
 from tests import tiny_models
 from tests.ranks import ROOT, Ranks
 
@@ -68,6 +69,12 @@ def test_a_round_trip_changes_no_bit(
         assert model.dtype == torch.float32
         assert torch.equal(model(expected["tokens"]).logits, expected["logits"])
         assert AutoTokenizer.from_pretrained(out).get_vocab()
+
+
+def test_an_export_takes_no_weight_before_its_gather_has_ended(
+    ranks: Ranks, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    ranks.run(CHECKS, "check_export_waits_for_gathers", folder=str(folders["tied"]), out=str(tmp_path / "out"))
 
 
 def test_an_export_in_another_dtype_says_so_in_its_config(
@@ -202,6 +209,30 @@ def test_the_import_refuses_what_it_cannot_do(
     file.write_bytes(file.read_bytes()[:-4])
     assert "model.safetensors is truncated" in line(truncated, "--out", out, "--tensor-parallel", 2)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks"),
+    [
+        ({"tensor": 2, "pipeline": 2}, 4),
+        ({"pipeline": 2, "expert": 2}, 4),
+        ({"tensor": 2, "expert": 4}, 4),  # experts are cut over the tensor-parallel ranks too
+        ({"tensor": 4, "expert": 6, "pipeline": 2}, 24),
+    ],
+)
+def test_an_import_starts_as_many_ranks_as_its_layout_needs(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], ranks: int
+) -> None:
+    started: list[int] = []
+
+    def start(arguments: Sequence[str], count: int, **options: object) -> int:
+        started.append(count)
+        return 0
+
+    monkeypatch.setattr(launch, "launch", start)
+    options = [word for kind, size in sizes.items() for word in (f"--{kind}-parallel", str(size))]
+    assert main_of("hf_to_mcore")(["--hf", str(folders["tied"]), "--out", str(tmp_path / "out"), *options]) == 0
+    assert started == [ranks]
 
 
 def test_a_dry_run_lists_every_tensor_and_writes_nothing(

@@ -83,6 +83,11 @@ MATRIX = {
     "DP2-overlapped-to-TP2xDP2-distributed": ("untied", place(2, options=OVERLAPPED), place(4, 2, options=SHARDED)),
     "TP2-to-DP2-distributed-on-the-host": ("tied", place(2, 2), place(2, options={**SHARDED, "offload": "moments"})),
     "EP2-to-EP1": ("experts", place(2, expert_parallel=2), place(1)),
+    "TP2xETP2-distributed-to-EP2": (
+        "experts",
+        place(4, 2, sequence_parallel=True, expert_tensor_parallel=2, options=SHARDED),
+        place(2, expert_parallel=2),
+    ),
     "EP2-distributed-to-TP2+SP": (
         "experts",
         place(4, expert_parallel=2, options=SHARDED),

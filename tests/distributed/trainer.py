@@ -29,7 +29,6 @@ from eaopd_megatron.megatron.optimizer import (
     step,
     wrap,
 )
-from eaopd_megatron.megatron.overlap import wait_for_gathers
 from eaopd_megatron.megatron.pipeline import forward_backward, micro_batches
 
 Precision = Literal["fp32", "bf16"]
@@ -136,7 +135,6 @@ class Trainer:
 
     def whole(self) -> dict[str, torch.Tensor]:
         """The weights under transformers' names on the first rank. Collective."""
-        wait_for_gathers(self.ddp)
         parameters: dict[str, torch.Tensor] = dict(self.model.global_parameters())
         return {name: tensor.clone() for name, tensor in gather_hf(parameters, self.folder, self.parallel)}
 

@@ -162,6 +162,12 @@ def test_a_layout_that_cannot_work_starts_its_ranks(recipe: Path) -> None:
     load_recipe(recipe, ["student.expert_parallel=4", "student.data_parallel=4"])
 
 
+def test_overlap_without_a_distributed_optimizer_reaches_the_ranks(recipe: Path) -> None:
+    said = refusal(recipe, "optimizer.overlap=true")
+    assert "optimizer.overlap is true, which needs optimizer.distributed to be true" in said
+    assert load_recipe(recipe, ["optimizer.overlap=true", "optimizer.distributed=true"]).optimizer.overlap
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

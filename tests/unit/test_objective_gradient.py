@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -24,6 +24,7 @@ from eaopd_megatron.objective import (
     token_statistics,
 )
 from tests.distributed.objective.cases import TOP_K, Case, compare, make_case, run
+from tests.unit.objective_variants import variants
 
 SIGNALS = ("logits", "topk")
 
@@ -43,23 +44,10 @@ def test_presets_against_the_oracle(preset: str, signal: str, dtype: torch.dtype
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_variant_on_any_shape_against_the_oracle(data: st.DataObject) -> None:
-    draw = data.draw
-    signal = draw(st.sampled_from(SIGNALS))
-    objective = Objective(
-        reverse_kl=draw(st.sampled_from(["sampled", "exact", "none"])) if signal == "logits" else "sampled",
-        forward_kl=draw(st.sampled_from(["topk", "topk_tail", "none"] + ["exact"] * (signal == "logits"))),
-        gate=draw(st.sampled_from(["hard", "soft", "always", "never"])),
-        gate_width=draw(st.floats(0.01, 2)),
-        forward_weight=draw(st.floats(0, 3)),
-        reverse_weight=draw(st.floats(0, 3)),
-        top_k=draw(st.integers(1, TOP_K)),
-        clip=draw(st.sampled_from([0.05, 0.2, 1.5, math.inf])),
-    )
-    case = make_case(
-        layout=draw(st.sampled_from(["even", "padded"])), n=draw(st.integers(6, 20)), seed=draw(st.integers(0, 99))
-    )
-    objective = Objective(**{**vars(objective), "threshold": case.threshold()})
-    compare(case, objective, signal, None, chunk=draw(st.integers(1, 30)), old=draw(st.booleans()))
+    signal = data.draw(st.sampled_from(SIGNALS))
+    variant = data.draw(variants(full=signal == "logits"))
+    case = make_case(**variant.case)
+    compare(case, replace(variant.objective, threshold=case.threshold()), signal, None, **variant.call)
 
 
 @pytest.mark.parametrize("signal", SIGNALS)

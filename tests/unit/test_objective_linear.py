@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -35,6 +34,7 @@ from tests.distributed.objective.linear_cases import (
     run_linear,
     small_tiles,
 )
+from tests.unit.objective_variants import variants
 from tools.lib.live_bytes import LiveBytes
 
 SIGNALS = ("hidden", "topk")
@@ -62,24 +62,11 @@ def test_presets_against_the_oracle(name: str, signal: Any, dtype: torch.dtype) 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_variant_on_any_shape_against_the_oracle(data: st.DataObject) -> None:
-    draw = data.draw
-    signal = draw(st.sampled_from(SIGNALS))
-    objective = Objective(
-        reverse_kl=draw(st.sampled_from(["sampled", "exact", "none"])) if signal == "hidden" else "sampled",
-        forward_kl=draw(st.sampled_from(["topk", "topk_tail", "none"] + ["exact"] * (signal == "hidden"))),
-        gate=draw(st.sampled_from(["hard", "soft", "always", "never"])),
-        gate_width=draw(st.floats(0.01, 2)),
-        forward_weight=draw(st.floats(0, 3)),
-        reverse_weight=draw(st.floats(0, 3)),
-        top_k=draw(st.integers(1, TOP_K)),
-        clip=draw(st.sampled_from([0.05, 0.2, 1.5, math.inf])),
-    )
-    linear = make_linear_case(
-        layout=draw(st.sampled_from(["even", "padded"])), n=draw(st.integers(6, 20)), seed=draw(st.integers(0, 99))
-    )
-    objective = replace(objective, threshold=linear.case.threshold())
-    chunk, tile = draw(st.integers(1, 30)), draw(st.integers(1, 300))
-    compare_linear(linear, objective, signal, None, chunk=chunk, tile=tile, old=draw(st.booleans()))
+    signal = data.draw(st.sampled_from(SIGNALS))
+    variant = data.draw(variants(full=signal == "hidden"))
+    linear = make_linear_case(**variant.case)
+    objective = replace(variant.objective, threshold=linear.case.threshold())
+    compare_linear(linear, objective, signal, None, tile=data.draw(st.integers(1, 300)), **variant.call)
 
 
 @pytest.mark.parametrize("signal", SIGNALS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,41 +132,60 @@ def run(
         served = top = teacher or case.top_k(case.old_logprobs.dtype)
         given = {"ids": top.ids, "logprobs": top.logprobs, "token_logprob": top.token_logprob}
     given |= {"student": student, "tokens": case.tokens, "old": case.old_logprobs, "upstream": case.upstream}
+    with unchanged(given):
+        out = entropy_aware_loss(
+            student,
+            served,
+            case.tokens,
+            case.old_logprobs if old else None,
+            teacher_tokens=case.teacher_tokens,
+            objective=objective,
+            vocab_size=case.vocab_size,
+            group=group,
+            chunk=chunk,
+            **arguments,
+        )
+        out.loss.backward(case.upstream.to(out.loss.dtype))
+    assert student.grad is not None
+    return out, student.grad
+
+
+@contextmanager
+def unchanged(given: dict[str, Tensor]) -> Iterator[None]:
+    """Fails where the body changes one of the tensors."""
     before = {name: value.detach().clone() for name, value in given.items()}
-    out = entropy_aware_loss(
-        student,
-        served,
-        case.tokens,
-        case.old_logprobs if old else None,
-        teacher_tokens=case.teacher_tokens,
-        objective=objective,
-        vocab_size=case.vocab_size,
-        group=group,
-        chunk=chunk,
-        **arguments,
-    )
-    out.loss.backward(case.upstream.to(out.loss.dtype))
+    yield
     for name, value in given.items():
         same = torch.equal(value.detach().nan_to_num(nan=1e9), before[name].nan_to_num(nan=1e9))
         assert same, f"the call changed {name}"
-    assert student.grad is not None
-    return out, student.grad
 
 
 def oracle(
     case: Case, objective: Objective, signal: str, *, old: bool = True, teacher: TeacherTopK | None = None
 ) -> tuple[Any, Tensor]:
     """The dense oracle in fp64 and its gradient [n, padded], zero in the padding."""
-    student = case.student.double().clone().requires_grad_()
-    if signal == "logits":
-        served: TeacherLogits | TeacherTopK = TeacherLogits(case.teacher.double())
+    return dense(case, objective, case.student, case.teacher if signal == "logits" else None, old, teacher)
+
+
+def dense(
+    case: Case,
+    objective: Objective,
+    student: Tensor,
+    teacher: Tensor | None,
+    old: bool,
+    top_k: TeacherTopK | None,
+) -> tuple[Any, Tensor]:
+    """The oracle on logits [n, padded] of either side, or on top_k (None: the case's own); values and gradient."""
+    student = student.double().clone().requires_grad_()
+    if teacher is not None:
+        served: TeacherLogits | TeacherTopK = TeacherLogits(teacher.double())
     else:
-        given = teacher or case.top_k(case.old_logprobs.dtype)
+        known = top_k or case.top_k(case.old_logprobs.dtype)
         served = replace(
-            given,
-            logprobs=given.logprobs.double(),
-            token_logprob=given.token_logprob.double(),
-            entropy=None if given.entropy is None else given.entropy.double(),
+            known,
+            logprobs=known.logprobs.double(),
+            token_logprob=known.token_logprob.double(),
+            entropy=None if known.entropy is None else known.entropy.double(),
         )
     out = dense_loss(
         student,
