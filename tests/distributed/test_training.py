@@ -71,26 +71,28 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("preset", "signal", "layouts"),
+    ("preset", "signal", "layouts", "budget"),
     [
-        ("opd", "topk", "SIMPLE_LAYOUTS"),
-        ("eopd", "topk", "LAYOUTS"),
-        ("eopd", "logits", "LAYOUTS"),
-        ("eopd_exact", "hidden", "LAYOUTS"),
+        ("opd", "topk", "SIMPLE_LAYOUTS", 10_000),
+        ("eopd", "topk", "SIMPLE_LAYOUTS", 1),
+        ("eopd", "topk", "WIDE_LAYOUTS", 16),  # data-parallel ranks have other numbers of micro-batches
+        ("eopd", "logits", "SIMPLE_LAYOUTS", 16),
+        ("eopd_exact", "hidden", "SIMPLE_LAYOUTS", 16),
+        ("eopd_exact", "hidden", "WIDE_LAYOUTS", 16),
     ],
 )
 def test_an_update_is_the_same_at_every_layout(
-    ranks: Ranks, pair: dict[str, str], preset: str, signal: str, layouts: str
+    ranks: Ranks, pair: dict[str, str], preset: str, signal: str, layouts: str, budget: int
 ) -> None:
     check = "check_an_update_is_the_same_at_every_layout"
     if signal == "hidden":  # the other way round: a student with tied embeddings
         pair = {"student": pair["teacher"], "teacher": pair["student"]}
-    ranks.run(CHECKS, check, **pair, preset=preset, signal=signal, layouts=layouts)
+    ranks.run(CHECKS, check, **pair, preset=preset, signal=signal, layouts=layouts, budget=budget)
 
 
 def test_experts_over_ranks_change_no_update(ranks: Ranks, pair: dict[str, str], experts: str) -> None:
     """A dense teacher on the same ranks."""
-    check, options = "check_an_update_is_the_same_at_every_layout", {"preset": "eopd", "signal": "hidden"}
+    check, options = "check_an_update_is_the_same_at_every_layout", {"preset": "eopd", "signal": "hidden", "budget": 16}
     ranks.run(CHECKS, check, student=experts, teacher=pair["teacher"], layouts="EXPERT_LAYOUTS", **options)
 
 
@@ -98,8 +100,10 @@ def test_a_rank_without_a_sample_changes_nothing(ranks: Ranks, pair: dict[str, s
     ranks.run(CHECKS, "check_a_rank_without_a_sample_changes_nothing", **pair)
 
 
-def test_rollouts_are_the_same_at_every_layout(ranks: Ranks, pair: dict[str, str]) -> None:
-    ranks.run(CHECKS, "check_rollouts_are_the_same_at_every_layout", student=pair["student"])
+@pytest.mark.parametrize("layouts", ["SIMPLE_LAYOUTS", "WIDE_LAYOUTS"])
+def test_rollouts_are_the_same_at_every_layout(ranks: Ranks, pair: dict[str, str], layouts: str) -> None:
+    check = "check_rollouts_are_the_same_at_every_layout"
+    ranks.run(CHECKS, check, student=pair["student"], layouts=layouts)
 
 
 def test_experts_over_ranks_change_no_rollout(ranks: Ranks, experts: str) -> None:
