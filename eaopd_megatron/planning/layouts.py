@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ class Layout:
         else:
             copies = max(1, gpus // student.model_ranks)
         return cls(**named, data_parallel=copies)
+
+    def without_experts(self) -> Layout:
+        """The same for a model that has none."""
+        return replace(self, expert_parallel=1, expert_tensor_parallel=1)
 
     @property
     def gpus(self) -> int:

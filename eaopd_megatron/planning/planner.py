@@ -100,16 +100,27 @@ class Planner:
         return Option(layout, work, memory, seconds)
 
     def refusals(self, layout: Layout, *, teacher: bool = True) -> list[str]:
-        """Why neither the student nor a teacher beside it can be cut so."""
-        found = faults(self.student.shape, layout)
-        return found + (faults(self.teacher.shape, layout, "teacher") if teacher else [])
+        """Why the student, or a teacher beside it, cannot be cut so. Expert parallelism is that of whoever has
+        experts."""
+        found = []
+        for shape, role in self._roles(teacher):
+            idle = not shape.experts and self._experts(teacher)
+            found += faults(shape, layout.without_experts() if idle else layout, role)
+        return found
+
+    def _roles(self, teacher: bool) -> list[tuple[ModelShape, str]]:
+        return [(self.student.shape, "student")] + ([(self.teacher.shape, "teacher")] if teacher else [])
+
+    def _experts(self, teacher: bool) -> bool:
+        """Whether any model on these GPUs has experts."""
+        return any(shape.experts for shape, _ in self._roles(teacher))
 
     def search(self, gpus: int, *, teacher: bool = True) -> Search:
         """Every layout of so many GPUs."""
         found: list[Option] = []
         refused: dict[Layout, str] = {}
         too_large = []
-        for layout in layouts(gpus, experts=bool(self.student.shape.experts)):
+        for layout in layouts(gpus, experts=self._experts(teacher)):
             if reasons := self.refusals(layout, teacher=teacher):
                 refused[layout] = reasons[0]
             elif best := self._first(layout, teacher):

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 import torch
 
+from eaopd_megatron.checkpoint.families import family_of
 from eaopd_megatron.cli import main
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
@@ -267,11 +269,12 @@ def test_a_layout_that_cannot_work_is_not_explained() -> None:
 def test_the_plan_and_the_trainer_refuse_different_layouts(
     student: str, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan proposes what `check_config` and `check_world` let pass, and nothing else that it has looked at."""
+    """The plan proposes what the trainer lets pass, and nothing else that it has looked at."""
     from transformers import AutoConfig
 
     from eaopd_megatron.megatron.architecture import check_config
     from eaopd_megatron.megatron.groups import Layout as TrainerLayout
+    from eaopd_megatron.training.build import layouts_of
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # gloo's own limit is no limit of a plan
     dictionaries = [of_family(kind) | {"architectures": [ARCHITECTURES[kind]]} for kind in (student, teacher)]
@@ -280,14 +283,17 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
     models = [Model("", ModelShape.of(each), "") for each in dictionaries]
     plan = replace(planner(), student=models[0], teacher=models[1])
     configs = [AutoConfig.for_model(**each) for each in dictionaries]
+    folders: list[Any] = [
+        SimpleNamespace(config=config, family=family_of(config.architectures, "")) for config in configs
+    ]
     checked = [*layouts(8, experts=True), Layout(2, data_parallel=4), Layout(1, False, 2, 2, data_parallel=4)]
     for layout in checked:
         trainer = TrainerLayout(**{name: value for name, value in asdict(layout).items() if name != "data_parallel"})
         refused = False
         try:
             trainer.check_world(layout.gpus)
-            for config in configs:
-                check_config(config, trainer, "")
+            for folder, cut in zip(folders, layouts_of(folders[0], folders[1], trainer), strict=True):
+                check_config(folder.config, cut, "")
         except UserError:
             refused = True
         assert bool(plan.refusals(layout)) == refused, layout
@@ -450,13 +456,13 @@ def test_the_best_layout_cannot_be_pasted(planned: Callable[..., Any], tmp_path:
 
 def test_a_teacher_that_is_too_large_is_not_given_gpus_of_its_own(planned: Callable[..., Any]) -> None:
     recipe = str(ROOT / "recipes/qwen3/4b_from_8b.yaml")
-    code, shown, said = planned(recipe, "--teacher", "Qwen/Qwen3-235B-A22B", "--gpus", "8")
+    code, shown, said = planned(recipe, "--teacher", "Qwen/Qwen3-235B-A22B", "--gpus", "4")
     assert code == 1
     assert "this version's trainer has no separate teacher yet" in shown
     assert "  8 GPUs, " in shown
-    assert "layouts of the student alone on 8 GPUs that fit" in shown
+    assert "layouts of the student alone on 4 GPUs that fit" in shown
     assert said.endswith(
-        "no layout of 8 GPUs holds student.model and teacher.model together: "
+        "no layout of 4 GPUs holds student.model and teacher.model together: "
         "take a smaller teacher.model or more --gpus\n"
     )
 
