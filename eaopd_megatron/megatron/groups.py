@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch.distributed.rendezvous import rendezvous
 
 from eaopd_megatron.errors import UserError
@@ -185,6 +186,7 @@ def disband() -> None:
     """Undo `arrange`: Megatron's groups end, and with them their connections and threads (60 a rank on gloo)."""
     made = list(parallel_state._global_process_group_list or [])
     parallel_state.destroy_model_parallel()
+    RotaryEmbedding.forward.cache_clear()  # its arguments are kept, and with them models and their groups
     for group in made:
         if group is not None:  # the default group stays
             with contextlib.suppress(ValueError):  # Megatron has ended it itself
