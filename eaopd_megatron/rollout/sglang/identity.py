@@ -60,9 +60,9 @@ async def identify(client: Client, expected: Expected) -> Limits:
     )
     if limits.total_tokens < expected.total_tokens:
         raise UserError(
-            f"{client.url} has room for {limits.total_tokens} tokens a request (context length "
-            f"{settings['context_length']}, cache of {settings['max_total_num_tokens']} tokens, {RESERVED_TOKENS} kept), "
-            f"and the recipe's prompts and responses need {expected.total_tokens}"
+            f"{client.url} takes {limits.total_tokens} tokens a request (context length "
+            f"{settings['context_length']}, cache of {settings['max_total_num_tokens']} tokens); "
+            f"the recipe's prompts and responses need {expected.total_tokens}"
         )
     if expected.probe is not None:
         gap = await _gap(client, expected.probe, limits)

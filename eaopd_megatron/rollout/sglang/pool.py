@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ class _Member:
     client: Client
     alive: bool = False
     reason: str = "not asked yet"  # why it is not alive
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when it dies, for those who wait for that
     running: int = 0  # requests
     calls: set[asyncio.Task[dict[str, Any]]] = field(default_factory=set)
 
@@ -59,6 +61,7 @@ class Pool:
     ) -> None:
         """all_down: seconds without any server before the pool gives up. heartbeat: seconds between two looks at a
         server that works. return_wait: seconds before one that is gone is asked again; they grow."""
+        self.versions: frozenset[str] | None = None  # of weights that may answer; a server with others is lost
         self._members = [_Member(client) for client in clients]
         self._admit, self._all_down, self._heartbeat = admit, all_down, heartbeat
         self._return_wait, self._report = return_wait, report
@@ -74,7 +77,7 @@ class Pool:
         self._note_down()
         self._watches = [asyncio.create_task(self._watch(member)) for member in self._members]
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Completion]:
+    async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[Completion]:
         """One completion a request, each as soon as it is finished.
 
         All requests are checked before the first is sent. Raises UserError for a bad one, for a server that answers
@@ -123,7 +126,11 @@ class Pool:
             call = asyncio.create_task(member.client.generate(body))
             member.calls.add(call)
             try:
-                return completion(request, body["rid"], await call, member.client.url)
+                done = completion(request, body["rid"], await call, member.client.url)
+                if not (old := self._unwanted(done)):
+                    return done
+                seen.append(f"it has weights of version '{old}'")
+                self._lose(member, seen[-1])
             except (Aborted, Busy) as error:
                 seen.append(str(error) or "given up")
             except ServerGone as gone:
@@ -140,6 +147,11 @@ class Pool:
                 member.calls.discard(call)
                 self._leave(member)
         raise UserError(f"request {request.id} failed on {ATTEMPTS} attempts, the last time: {seen[-1]}")
+
+    def _unwanted(self, done: Completion) -> str | None:
+        """A version that sampled some of the tokens and must not; a server that was restarted unseen has it."""
+        versions = (span.version for span in done.versions)
+        return None if self.versions is None else next((v for v in versions if v not in self.versions), None)
 
     async def _seat(self) -> _Member:
         """A place on the live server with the least to do, as soon as there is one."""
@@ -189,6 +201,7 @@ class Pool:
         # of servers that differ, what all can take
         self._limits = limits if self._limits is None else self._limits.both(limits)
         member.alive = True
+        member.gone.clear()
         if self._giving_up is not None:
             self._giving_up.cancel()
             self._giving_up = None
@@ -199,7 +212,8 @@ class Pool:
         """Looks at a server for as long as the pool lives."""
         while True:
             if member.alive:
-                await asyncio.sleep(self._heartbeat)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(member.gone.wait(), self._heartbeat)
                 if member.alive and not await member.client.there():
                     self._lose(member, f"no answer to {member.client.ready_path}")
                 continue
@@ -215,6 +229,7 @@ class Pool:
         if not member.alive:
             return
         member.alive, member.reason = False, reason
+        member.gone.set()
         for call in member.calls:
             call.cancel()
         unfinished = f"; its {len(member.calls)} unfinished requests go elsewhere" if member.calls else ""

@@ -121,7 +121,7 @@ class Server:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Starts the process, the first time on a free port and again on that one; `wait_ready` tells when it serves."""
+        """Starts the process, later again on the same port; `wait_ready` tells when it serves."""
         cuda = torch.cuda.is_available()
         self.port = self.port or _free_port()
         self._last.clear()
