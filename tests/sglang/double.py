@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,14 @@ Policy = Callable[[Sequence[int]], list[float]]
 def toy_policy(vocab_size: int, spread: float = 1.0) -> Policy:
     """A fixed distribution for each last token."""
 
-    def policy(ids: Sequence[int]) -> list[float]:
-        numbers = random.Random(f"{ids[-1]} {vocab_size}")
+    @cache
+    def after(token: int) -> list[float]:
+        numbers = random.Random(f"{token} {vocab_size}")
         logits = [numbers.gauss(0, spread) for _ in range(vocab_size)]
         total = math.log(sum(map(math.exp, logits)))
         return [logit - total for logit in logits]
 
-    return policy
+    return lambda ids: after(ids[-1])
 
 
 def _error(message: str) -> Refused:

@@ -33,6 +33,7 @@ class _Member:
     alive: bool = False
     reason: str = "not asked yet"  # why it is not alive
     gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when it dies, for those who wait for that
+    check: asyncio.Task[bool] | None = None  # whether it is still there, and still the same
     running: int = 0  # requests
     calls: set[asyncio.Task[dict[str, Any]]] = field(default_factory=set)
 
@@ -135,7 +136,7 @@ class Pool:
                 seen.append(str(error) or "given up")
             except ServerGone as gone:
                 seen.append(str(gone))
-                if member.alive and not await member.client.there():
+                if member.alive and not await self._still_there(member):
                     self._lose(member, str(gone))
             except asyncio.CancelledError:
                 task = asyncio.current_task()
@@ -147,6 +148,13 @@ class Pool:
                 member.calls.discard(call)
                 self._leave(member)
         raise UserError(f"request {request.id} failed on {ATTEMPTS} attempts, the last time: {seen[-1]}")
+
+    async def _still_there(self, member: _Member) -> bool:
+        """After a dropped connection: asked once for all requests that saw it. Admits the server anew, because what
+        answers now may be another one."""
+        if member.check is None or member.check.done():
+            member.check = asyncio.create_task(self._try(member))
+        return await asyncio.shield(member.check)
 
     def _unwanted(self, done: Completion) -> str | None:
         """A version that sampled some of the tokens and must not; a server that was restarted unseen has it."""
