@@ -5,7 +5,7 @@
     async with Double() as double:
         ... Client(double.url) ...
 
-and as a process of its own, which can be killed: `python -m tests.sglang.double [--port N] [--api-key-file FILE]`. It
+and as a process of its own, which can be killed: `python -m tests.sglang.double [--port N] [--config FILE]`. It
 prints its URL when it serves.
 
 Like the real one it dies of a token id outside of its vocabulary, drops the connection after an internal error, cuts
@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from tests.sglang.plain_http import Died, PlainServer, Refused
 
@@ -359,13 +361,13 @@ class Double(PlainServer):
 
 
 async def _main() -> None:
-    parser = argparse.ArgumentParser(description="A double of an SGLang server")
+    parser = argparse.ArgumentParser(description="A double of an SGLang server; it ignores flags that it does not know")
     parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--api-key-file", type=Path)
-    arguments = parser.parse_args()
-    key = arguments.api_key_file.read_text().strip() if arguments.api_key_file else None
+    parser.add_argument("--config", type=Path, help="a YAML file with the api-key")
+    arguments, _ = parser.parse_known_args()
+    key = yaml.safe_load(arguments.config.read_text())["api-key"] if arguments.config else None
     async with Double(port=arguments.port, api_key=key) as double:
-        print(double.url, flush=True)
+        print(double.url, f"{key=}", flush=True)  # the real server tells its key as well
         await asyncio.Event().wait()
 
 

@@ -275,7 +275,7 @@ def wait_ready(
             first = min(waiting)
             report(f"server {first} is starting since {now - started:.0f} s: {servers[first].last_line()[:120]}")
         if waiting:
-            time.sleep(0.5)
+            time.sleep(0.2)
     report(f"{len(servers)} SGLang server{'s' * (len(servers) > 1)} ready after {time.monotonic() - started:.0f} s")
 
 
