@@ -216,7 +216,7 @@ def test_a_key_that_others_can_read_is_used(tmp_path: Path) -> None:
     path.write_text("two words")
     with pytest.raises(UserError, match=r"holds no API key"):
         read_api_key(path)
-    with pytest.raises(UserError, match="cannot be read from .*: No such file"):
+    with pytest.raises(UserError, match=r"cannot be read from .*: No such file"):
         read_api_key(tmp_path / "none")
 
 

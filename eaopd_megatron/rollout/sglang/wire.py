@@ -47,6 +47,7 @@ class Request:
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "stop_token_ids": list(sampling.stop_ids),
+                "ignore_eos": not sampling.stop_ids,  # otherwise it stops at the model's own end tokens as well
             },
         }
 
