@@ -54,6 +54,11 @@ def _error(message: str) -> Refused:
     return Refused(400, {"error": {"message": message}})
 
 
+def _invalid(field: str) -> Refused:
+    body = {"object": "error", "message": f"2 validation errors:\n  {field}", "type": "Bad Request", "param": None}
+    return Refused(400, {**body, "code": 400})
+
+
 def _failed(message: str, **more: Any) -> Refused:
     return Refused(400, {"success": False, "message": message, **more})
 
@@ -245,7 +250,7 @@ class Double(PlainServer):
             raise _error("input_ids cannot be empty.")
         if len(ids) >= context:
             raise _error(f"The input ({len(ids)} tokens) is longer than the model's context length ({context} tokens).")
-        if len(ids) + new > context:
+        if "max_new_tokens" in sampling and len(ids) + new > context:
             raise _error(
                 f"Requested token count exceeds the model's maximum context length of {context} tokens. You "
                 f"requested a total of {len(ids) + new} tokens: {len(ids)} tokens from the input messages and {new} "
@@ -295,7 +300,7 @@ class Double(PlainServer):
 
     def _post_pause_generation(self, body: dict[str, Any]) -> dict[str, Any]:
         if body.get("mode", "abort") not in ("abort", "retract", "in_place"):
-            raise Refused(400, {"object": "error", "message": "2 validation errors:\n  mode"})
+            raise _invalid("mode")
         self.paused = True
         self.going.clear()
         if body.get("mode", "abort") == "abort":
@@ -310,10 +315,10 @@ class Double(PlainServer):
     def _post_abort_request(self, body: dict[str, Any]) -> None:
         self.aborting |= set(self.running) if body.get("abort_all") else {str(body.get("rid"))} & self.running
 
-    def _post_flush_cache(self, body: dict[str, Any]) -> str:
+    def _post_flush_cache(self, body: dict[str, Any]) -> bytes:
         return (
-            "Cache flushed.\nPlease check backend logs for more details. (When there are running or waiting requests, "
-            "the operation will not be performed.)\n"
+            b"Cache flushed.\nPlease check backend logs for more details. (When there are running or waiting requests, "
+            b"the operation will not be performed.)\n"
         )
 
     def _post_begin_weight_update(self, body: dict[str, Any]) -> dict[str, Any]:

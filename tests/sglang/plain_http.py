@@ -23,7 +23,7 @@ class Died(Exception):
 
 
 class PlainServer:
-    """Answers with what `answer` returns: None (empty), text, or anything that JSON has.
+    """Answers with what `answer` returns: None (empty), text, bytes without a kind, or anything that JSON has.
 
     `answer` may raise Refused, Died, ConnectionError (the connection is reset); anything else becomes a 500, after
     which the connection is reset.
@@ -82,10 +82,12 @@ class PlainServer:
             raise
         except Exception:
             status, body = 500, "Internal Server Error"
-        content = "text/plain; charset=utf-8" if isinstance(body, str) else "application/json"
-        text = body if isinstance(body, str) else "" if body is None else json.dumps(body, separators=(",", ":"))
-        raw = text.encode()
-        kind = "" if body is None else f"content-type: {content}\r\n"
+        kind = ""
+        if isinstance(body, str):
+            kind, body = "content-type: text/plain; charset=utf-8\r\n", body.encode()
+        elif body is not None and not isinstance(body, bytes):
+            kind, body = "content-type: application/json\r\n", json.dumps(body, separators=(",", ":")).encode()
+        raw = body or b""
         head = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\ncontent-length: {len(raw)}\r\n{kind}\r\n"
         writer.write(head.encode() + raw)
         await writer.drain()

@@ -192,17 +192,19 @@ def test_the_double_is_another_server(real: Server) -> None:
                         assert (refusal.status_code, refusal.json()) == (401, {"error": "Unauthorized"}), url
             return await exchange(double.url), await exchange(real.url)
 
+    differences = []
     for (method, path, body), ours, theirs in zip(EXCHANGES, *asyncio.run(both()), strict=True):
-        where = f"{method} {path} {body}"
-        assert ours.status_code == theirs.status_code, where
-        assert ours.headers.get("content-type") == theirs.headers.get("content-type"), where
-        if ours.headers.get("content-type") == "application/json":
-            try:
+        try:
+            assert ours.status_code == theirs.status_code
+            assert ours.headers.get("content-type") == theirs.headers.get("content-type")
+            if ours.headers.get("content-type") == "application/json":
                 same(path, ours.json(), theirs.json())
-            except AssertionError as difference:
-                raise AssertionError(f"{where}\n{ours.text}\n{theirs.text}") from difference
-        else:
-            assert ours.text == theirs.text, where
+            else:
+                assert ours.text == theirs.text
+        except AssertionError as error:
+            first = str(error).splitlines()[:1]
+            differences.append(f"{method} {path} {body}: {first}\n  double: {ours.text}\n  real: {theirs.text[:2000]}")
+    assert not differences, "\n".join(differences)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
