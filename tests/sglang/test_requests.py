@@ -210,7 +210,7 @@ def test_a_key_that_others_can_read_is_used(tmp_path: Path) -> None:
     path.chmod(0o600)
     assert read_api_key(path) == "secret"
     path.chmod(0o640)
-    with pytest.raises(UserError, match=rf"others may read it \(mode 0640\\): chmod 600 {path}"):
+    with pytest.raises(UserError, match=rf"others may read it \(mode 0640\): chmod 600 {path}"):
         read_api_key(path)
     path.chmod(0o600)
     path.write_text("two words")

@@ -39,19 +39,13 @@ TORCHVISION_OPERATORS = {
 class _Name(type):
     """Any name of triton: a class without instances, which also serves as a decorator and as a maker of decorators."""
 
-    def __new__(cls, name: str, bases: tuple[type, ...] = (), body: dict[str, Any] | None = None, **_: Any) -> _Name:
-        return super().__new__(cls, name, bases, body or {})
-
-    def __init__(self, name: str, bases: tuple[type, ...] = (), body: dict[str, Any] | None = None, **_: Any) -> None:
-        super().__init__(name, bases, body or {})
-
     def __getattr__(cls, name: str) -> _Name:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Name(name)
+        return _Name(name, (), {})
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if len(args) == 1 and not kwargs and callable(args[0]) else _Name(cls.__name__)
+        return args[0] if len(args) == 1 and not kwargs and callable(args[0]) else _Name(cls.__name__, (), {})
 
 
 class _Triton(ModuleType):
@@ -62,7 +56,7 @@ class _Triton(ModuleType):
     def __getattr__(self, name: str) -> _Name:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Name(name)
+        return _Name(name, (), {})
 
 
 class _SglKernel(ModuleType):
