@@ -13,9 +13,9 @@ REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
 class Refused(Exception):
     """An answer that is not 200, with the JSON of its body (None: empty)."""
 
-    def __init__(self, status: int, body: Any) -> None:
+    def __init__(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         super().__init__(status, body)
-        self.status, self.body = status, body
+        self.status, self.body, self.headers = status, body, headers or {}
 
 
 class Died(Exception):
@@ -47,6 +47,10 @@ class PlainServer:
         self._server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, limit=2**24, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
 
+    @property
+    def serving(self) -> bool:
+        return self._server is not None
+
     async def die(self) -> None:
         """Every connection is reset, and new ones are refused."""
         if self._server is not None:
@@ -74,19 +78,20 @@ class PlainServer:
     async def _serve(
         self, method: str, path: str, headers: dict[str, str], raw: bytes, writer: asyncio.StreamWriter
     ) -> None:
+        more: dict[str, str] = {}
         try:
             status, body = 200, await self.answer(method, path, headers, raw)
         except Refused as refused:
-            status, body = refused.status, refused.body
+            status, body, more = refused.status, refused.body, refused.headers
         except (Died, ConnectionError):
             raise
         except Exception:
             status, body = 500, "Internal Server Error"
-        kind = ""
+        kind = "".join(f"{name}: {value}\r\n" for name, value in more.items())
         if isinstance(body, str):
-            kind, body = "content-type: text/plain; charset=utf-8\r\n", body.encode()
+            kind, body = f"{kind}content-type: text/plain; charset=utf-8\r\n", body.encode()
         elif body is not None and not isinstance(body, bytes):
-            kind, body = "content-type: application/json\r\n", json.dumps(body, separators=(",", ":")).encode()
+            kind, body = f"{kind}content-type: application/json\r\n", json.dumps(body, separators=(",", ":")).encode()
         raw = body or b""
         head = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\ncontent-length: {len(raw)}\r\n{kind}\r\n"
         writer.write(head.encode() + raw)

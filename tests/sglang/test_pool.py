@@ -32,6 +32,10 @@ def requests(count: int) -> list[Request]:
     return [Request(f"r{i}", [1 + i % 100, 2, 3], SAMPLING) for i in range(count)]
 
 
+async def admit(client: Client) -> Limits:
+    return await identify(client, EXPECTED)
+
+
 @asynccontextmanager
 async def pool_of(
     *doubles: Double,
@@ -41,9 +45,6 @@ async def pool_of(
     all_down: float = 60.0,
     heartbeat: float = 60.0,
 ) -> AsyncIterator[Pool]:
-    async def admit(client: Client) -> Limits:
-        return await identify(client, EXPECTED)
-
     clients = [Client(double.url, connections=connections, patience=patience) for double in doubles]
     report = (said if said is not None else []).append
     pool = Pool(clients, admit, all_down=all_down, heartbeat=heartbeat, return_wait=0.001, report=report)

@@ -140,6 +140,8 @@ class Client:
         if status in (401, 403):
             what = "refuses the API key" if self._has_key else "asks for an API key"
             raise UserError(f"{self.url} {what}: put the key that it was started with into rollout.api_key_file")
+        if code := response.headers.get("x-smg-error-code"):  # of a router, about the servers behind it
+            raise ServerGone(f"the router says {code}")
         said = f"{self.url}{path} answered {status}: {_message(response)}"
         if status == 429 or status >= 500:
             raise Busy(said)
