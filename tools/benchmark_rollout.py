@@ -1,4 +1,4 @@
-"""What the rollout's client costs: responses a second through it and through bare HTTP requests, on the same server.
+"""What the rollout's client costs: responses a second through it and through bare sockets, on the same server.
 
     python tools/benchmark_rollout.py [--url URL --api-key-file FILE] [--requests N] [--rounds N] [--tokens N]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import statistics
 import subprocess
 import sys
@@ -19,8 +20,6 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -38,19 +37,27 @@ Way = Callable[[str, str | None, Sequence[Request]], Coroutine[Any, Any, None]]
 
 
 async def bare(url: str, key: str | None, requests: Sequence[Request]) -> None:
-    """64 workers that post one request after the other, with no check of anything."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    bodies = iter([request.body() for request in requests])
-    limits = httpx.Limits(max_connections=CONCURRENT)
+    """64 sockets, each with one request after the other, written beforehand; no library, no check of anything."""
+    host, port = url.removeprefix("http://").split(":")
+    secret = f"authorization: Bearer {key}\r\n" if key else ""
+    texts = []
+    for request in requests:
+        body = json.dumps(request.body())
+        head = f"POST /generate HTTP/1.1\r\nhost: {host}\r\n{secret}content-type: application/json\r\n"
+        texts.append(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+    left = iter(texts)
 
-    async def worker(http: httpx.AsyncClient) -> None:
-        for body in bodies:
-            response = await http.post("/generate", json=body)
-            assert response.status_code == 200
-            response.json()
+    async def worker() -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for text in left:
+            writer.write(text)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            assert head.split(" ")[1] == "200", head
+            length = int(head.split("content-length:")[1].split("\r\n")[0])
+            json.loads(await reader.readexactly(length))
+        writer.close()
 
-    async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=600, trust_env=False) as http:
-        await asyncio.gather(*(worker(http) for _ in range(CONCURRENT)))
+    await asyncio.gather(*(worker() for _ in range(CONCURRENT)))
 
 
 async def pooled(url: str, key: str | None, requests: Sequence[Request]) -> None:
