@@ -33,11 +33,11 @@ from eaopd_megatron.rollout.sglang.wire import Limits, Request  # noqa: E402
 
 STUDENT = ROOT / "recipes/countdown/student"
 CONCURRENT = 64
-Way = Callable[[str, str | None, Sequence[Request]], Coroutine[Any, Any, None]]
+Way = Callable[[str, str | None, Sequence[Request]], Coroutine[Any, Any, float]]
 
 
-async def bare(url: str, key: str | None, requests: Sequence[Request]) -> None:
-    """64 sockets, each with one request after the other, written beforehand; no library, no check of anything."""
+async def bare(url: str, key: str | None, requests: Sequence[Request]) -> float:
+    """Seconds that 64 sockets take, each with one request after the other: no library, no check of anything."""
     host, port = url.removeprefix("http://").split(":")
     secret = f"authorization: Bearer {key}\r\n" if key else ""
     texts = []
@@ -46,6 +46,7 @@ async def bare(url: str, key: str | None, requests: Sequence[Request]) -> None:
         head = f"POST /generate HTTP/1.1\r\nhost: {host}\r\n{secret}content-type: application/json\r\n"
         texts.append(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
     left = iter(texts)
+    started = time.perf_counter()
 
     async def worker() -> None:
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -58,19 +59,23 @@ async def bare(url: str, key: str | None, requests: Sequence[Request]) -> None:
         writer.close()
 
     await asyncio.gather(*(worker() for _ in range(CONCURRENT)))
+    return time.perf_counter() - started
 
 
-async def pooled(url: str, key: str | None, requests: Sequence[Request]) -> None:
-    """The rollout's own client, with its checks of the server, the requests and the answers."""
+async def pooled(url: str, key: str | None, requests: Sequence[Request]) -> float:
+    """Seconds that the rollout's client takes, with its checks of requests and answers, once it has its server."""
 
     async def admit(client: Client) -> Limits:
         return await identify(client, Expected("Qwen3ForCausalLM", 112, 32))
 
     pool = Pool([Client(url, api_key=key, connections=CONCURRENT)], admit, report=lambda _: None)
     await pool.open()
+    started = time.perf_counter()
     answered = {completion.id async for completion in pool.generate(requests)}
+    seconds = time.perf_counter() - started
     await pool.close()
     assert len(answered) == len(requests)
+    return seconds
 
 
 def compare(url: str, key: str | None, requests: Sequence[Request], rounds: int) -> None:
@@ -80,9 +85,7 @@ def compare(url: str, key: str | None, requests: Sequence[Request], rounds: int)
     asyncio.run(bare(url, key, requests[:CONCURRENT]))  # the server's first requests are slow
     for turn in range(rounds):
         for name in ways if turn % 2 else reversed(ways):
-            started = time.perf_counter()
-            asyncio.run(ways[name](url, key, requests))
-            rates[name].append(len(requests) / (time.perf_counter() - started))
+            rates[name].append(len(requests) / asyncio.run(ways[name](url, key, requests)))
     for name, found in rates.items():
         shown = " ".join(f"{rate:.0f}" for rate in found)
         print(f"{name}: median {statistics.median(found):.0f} responses/s ({shown})")

@@ -57,13 +57,13 @@ class Client:
         self.url, self.connections, self.ready_path = url.rstrip("/"), connections, ready_path
         self.patience = patience or Patience()
         self._has_key = api_key is not None
-        self._http = httpx.AsyncClient(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            # the server closes a connection that was idle for 5 s; one that is used at that moment would look dropped
-            limits=httpx.Limits(max_connections=connections + 8, keepalive_expiry=2.0),
-            trust_env=False,  # no proxy between the trainer and its servers
-        )
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._tls = httpx.create_ssl_context(trust_env=False)
+        # One httpx client a connection, the last used first: a client looks through all of its connections at every
+        # request, which with 64 of them takes the processor longer than everything else.
+        self._idle: list[httpx.AsyncClient] = []
 
     async def generate(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """POST /generate with a checked body (`wire.Limits.check`). Raises ServerGone, Busy, UserError."""
@@ -114,15 +114,26 @@ class Client:
         return response.json() if response.headers.get("content-type", "").startswith("application/json") else None
 
     async def close(self) -> None:
-        await self._http.aclose()
+        """Once no request runs."""
+        while self._idle:
+            await self._idle.pop().aclose()
+
+    def _connection(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=self._headers,
+            # the server closes a connection that was idle for 5 s; one that is used at that moment would look dropped
+            limits=httpx.Limits(keepalive_expiry=2.0),
+            verify=self._tls,
+            trust_env=False,  # no proxy between the trainer and its servers
+        )
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> httpx.Response:
         timeout = httpx.Timeout(seconds, connect=min(self.patience.connect, seconds), pool=None)
         content = None if body is None else json.dumps(body, separators=(",", ":"))
+        http = self._idle.pop() if self._idle else self._connection()
         try:
-            return await self._http.request(
-                method, path, content=content, headers={"Content-Type": "application/json"}, timeout=timeout
-            )
+            return await http.request(method, path, content=content, timeout=timeout)
         except httpx.ConnectError:
             raise ServerGone("the connection is refused") from None
         except httpx.TimeoutException as error:
@@ -132,6 +143,8 @@ class Client:
             raise ServerGone(f"the connection was dropped ({type(error).__name__})") from None
         except httpx.InvalidURL as error:
             raise UserError(f"{self.url} is no URL of a server: {error}") from None
+        finally:
+            self._idle.append(http)
 
     def _check(self, path: str, response: httpx.Response) -> None:
         status = response.status_code
