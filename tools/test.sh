@@ -4,7 +4,8 @@
 #   bash tools/test.sh [--all] [pytest arguments]
 #
 # Without --all: every test that needs nothing but this checkout. With it, also those marked server (an SGLang server),
-# slurm (root, and a one-machine Slurm cluster) and shared_data (the data sets beside the checkout).
+# slurm (root, and a one-machine Slurm cluster) and shared_data (the data sets beside the checkout); the servers'
+# environment is made where it is missing.
 set -euo pipefail
 # shellcheck source=tools/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
@@ -13,6 +14,8 @@ selection="not server and not slurm and not shared_data and not gpu"
 if [[ "${1:-}" == --all ]]; then
     selection="not gpu"
     shift
+    # on a machine with CUDA the sglang extra of this environment serves instead
+    command -v nvidia-smi >/dev/null || bash "$root/tools/install_sglang_cpu.sh"
 fi
 cd "$root"
 prepare_environment test

@@ -30,11 +30,12 @@ class Sample:
     response_ids: list[int]
     finish_reason: str  # "stop" | "length"
     rollout_logprobs: list[float]
-    weight_version: int
+    weight_version: int  # the oldest, where several sampled
     index: int = 0  # place among the iteration's prompts, over all data-parallel ranks
     teacher: str = ""
     old_logprobs: torch.Tensor | None = None
     teacher_signal: dict[str, torch.Tensor] = field(default_factory=dict)
+    weight_versions: Sequence[tuple[int, int, int]] = ()  # (version, start, end) over response tokens; (): one for all
 
     @property
     def token_ids(self) -> list[int]:
@@ -50,6 +51,7 @@ class Sample:
             "rollout_logprobs": self.rollout_logprobs,
             "old_logprobs": None if self.old_logprobs is None else self.old_logprobs.tolist(),
             "weight_version": self.weight_version,
+            "weight_versions": [list(span) for span in self.weight_versions],
             "teacher": self.teacher,
             "text": text,
         }

@@ -3,6 +3,9 @@
 #
 #   prepare_environment run|test     sets $python to the environment's interpreter; exits with one line when it cannot
 #
+# Any other word KIND, for a tool with an environment of its own: `install_KIND` says what is in it, and the array
+# $installed_from names the files that it was made from, beside pyproject.toml.
+#
 # $EAOPD_VENV    the environment's folder (default: .venv at the root)
 # $EAOPD_PYTHON  the Python that makes it (default: a Python 3.11 on the PATH)
 
@@ -36,13 +39,19 @@ find_python() {
     fail "no Python 3.11 on the PATH; install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or set EAOPD_PYTHON"
 }
 
-# What an installed environment was made from: pyproject.toml, the place of the checkout, and the Python.
+# What an installed environment was made from: pyproject.toml and other files, the place of the checkout, and the Python.
+installed_from=()
 environment_stamp() {
-    "$python" - "$root" <<'PYTHON'
+    "$python" - "$root" "$root/pyproject.toml" "${installed_from[@]}" <<'PYTHON'
 import hashlib, pathlib, sys
-root = pathlib.Path(sys.argv[1])
-print(hashlib.sha256((root / "pyproject.toml").read_bytes() + str((root, sys.version)).encode()).hexdigest())
+files = b"".join(pathlib.Path(file).read_bytes() for file in sys.argv[2:])
+print(hashlib.sha256(files + str((pathlib.Path(sys.argv[1]), sys.version)).encode()).hexdigest())
 PYTHON
+}
+
+# The requirement of pyproject.toml that begins so, such as torch==2.13.0.
+pinned() {
+    sed -n "s/.*\"\($1==[^\"]*\)\".*/\1/p" "$root/pyproject.toml"
 }
 
 # step TEXT COMMAND...: one line for the reader, the command's output for the log.
@@ -58,7 +67,7 @@ step() {
 }
 
 prepare_environment() {
-    local kind="$1" maker stamp log target torch
+    local kind="$1" maker stamp log target
     python="$venv/bin/python"
     if ! "$python" -c 'import pip' 2>/dev/null; then
         maker="$(find_python)" || exit 1
@@ -78,9 +87,15 @@ prepare_environment() {
     log="$venv/eaopd-install.log"
     : >"$log"
     rm -f "$venv"/eaopd-*.stamp
-    [[ "$kind" == test ]] && target="${root}[test]" || target="$root"
-    torch="$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' "$root/pyproject.toml")"
-    step "installing $torch (the largest part)" "$python" -m pip install "$torch"
-    step "installing the project and what it needs" "$python" -m pip install --editable "$target"
+    step "installing $(pinned torch) (the largest part)" "$python" -m pip install "$(pinned torch)"
+    "install_$kind"
     echo "$stamp" >"$venv/eaopd-$kind.stamp"
+}
+
+install_run() {
+    step "installing the project and what it needs" "$python" -m pip install --editable "$root"
+}
+
+install_test() {
+    step "installing the project and what it needs" "$python" -m pip install --editable "${root}[test]"
 }

@@ -1,0 +1,105 @@
+"""Is this the server that we mean? A URL may answer and be another model, another version, or another context."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.rollout.sglang.client import Client
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Limits
+
+SGLANG_VERSION = "0.5.21"
+"""The release whose interface this package speaks."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Log-probs (nats) that the student gives to token_ids[1:], and how far a server's may lie from them on average."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    tolerance: float = 0.2
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The model that a server must hold. total_tokens: prompt and response together, at the most."""
+
+    architecture: str  # such as Qwen3ForCausalLM
+    vocab_size: int
+    total_tokens: int
+    probe: Probe | None = None
+
+
+async def identify(client: Client, expected: Expected) -> Limits:
+    """What the server can take, once it is known to be the expected one.
+
+    Raises UserError with the first difference, and ServerGone. Harmless to a server of any model: nothing is sent that
+    it might not have in its vocabulary before its vocabulary is known.
+    """
+    settings = await client.server_info()
+    version = settings.get("version")
+    if version is None:
+        raise UserError(f"{client.url} answers, but is no SGLang server")
+    if version != SGLANG_VERSION:
+        raise UserError(f"{client.url} runs SGLang {version}; the rollout speaks to {SGLANG_VERSION}: start that one")
+    model = await client.model_info()
+    architectures = model.get("architectures") or []
+    serves = f"{client.url} serves {model.get('model_path')}"
+    if expected.architecture not in architectures:
+        raise UserError(f"{serves}, a {'/'.join(architectures)}; the student is a {expected.architecture}")
+    vocab_size = await _vocab_size(client)
+    if vocab_size != expected.vocab_size:
+        raise UserError(f"{serves} with {vocab_size} tokens; the student's vocabulary has {expected.vocab_size}")
+    limits = Limits(
+        vocab_size,
+        int(settings["max_req_input_len"]) - 1,
+        min(int(settings["context_length"]), int(settings["max_total_num_tokens"])) - RESERVED_TOKENS,
+    )
+    if limits.total_tokens < expected.total_tokens:
+        raise UserError(
+            f"{client.url} takes {limits.total_tokens} tokens a request (context length "
+            f"{settings['context_length']}, cache of {settings['max_total_num_tokens']} tokens); "
+            f"the recipe's prompts and responses need {expected.total_tokens}"
+        )
+    if expected.probe is not None:
+        gap = await _gap(client, expected.probe, limits)
+        if not gap <= expected.probe.tolerance:
+            raise UserError(
+                f"{serves}, whose log-probs of a probe lie {gap:.3g} nats from the student's on average (at most "
+                f"{expected.probe.tolerance:g}): it holds other weights"
+            )
+    return limits
+
+
+async def _vocab_size(client: Client) -> int:
+    """The server names its vocabulary only in the refusal of a token id, here -1, whose log-prob is asked for."""
+    body = {
+        "input_ids": [0],
+        "sampling_params": {"max_new_tokens": 1},
+        "return_logprob": True,
+        "token_ids_logprob": [-1],
+    }
+    try:
+        await client.generate(body)
+    except UserError as refusal:
+        if found := re.search(r"valid range is \[0, (\d+)\)", str(refusal)):
+            return int(found[1])
+        raise
+    raise UserError(f"{client.url} takes -1 for a token id: it is not SGLang {SGLANG_VERSION}")
+
+
+async def _gap(client: Client, probe: Probe, limits: Limits) -> float:
+    """Mean absolute difference of the log-probs of the probe's tokens, nats."""
+    body = {
+        "input_ids": list(probe.token_ids),
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0, "top_p": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    limits.check(body)
+    answer = await client.generate(body)
+    found = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+    return sum(abs(a - b) for a, b in zip(found, probe.logprobs, strict=True)) / len(found)

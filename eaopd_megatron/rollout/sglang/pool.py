@@ -1,0 +1,255 @@
+"""Several servers as one: each request goes to the one with the least to do, and to another one when that dies.
+
+A request has one attempt at a time and ends with one completion, whatever happens to the servers meanwhile. A server
+that dropped a connection and does not answer, or was reported dead by whoever watches its process, gets no more work;
+its unfinished requests go to the others. It is asked again and again, and gets work when `admit` lets it in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.guard import say
+from eaopd_megatron.rollout.sglang.client import Busy, Client, ServerGone
+from eaopd_megatron.rollout.sglang.wire import Aborted, Completion, Limits, Request, completion
+
+ATTEMPTS = 8
+"""After so many servers that died or gave up under one request, the request is the likelier cause."""
+
+
+@dataclass(eq=False)
+class _Member:
+    """A server with what it is doing."""
+
+    client: Client
+    alive: bool = False
+    reason: str = "not asked yet"  # why it is not alive
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when it dies, for those who wait for that
+    check: asyncio.Task[bool] | None = None  # whether it is still there, and still the same
+    running: int = 0  # requests
+    calls: set[asyncio.Task[dict[str, Any]]] = field(default_factory=set)
+
+    @property
+    def load(self) -> float:
+        return self.running / self.client.connections
+
+
+class Pool:
+    """Runs requests on servers. Everything happens in one event loop; `open` comes first and `close` last.
+
+    admit: asked of each server before it gets work, at first and when it has come back. It returns what the server can
+    take, or raises ServerGone or Busy (not yet) or UserError (never: the pool fails). `identity.identify` is the least
+    that it does; it is also the place where a server that came back is given the current weights.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        admit: Callable[[Client], Awaitable[Limits]],
+        *,
+        all_down: float = 600.0,
+        heartbeat: float = 10.0,
+        return_wait: float = 0.2,
+        report: Callable[[str], None] = say,
+    ) -> None:
+        """all_down: seconds without any server before the pool gives up. heartbeat: seconds between two looks at a
+        server that works. return_wait: seconds before one that is gone is asked again; they grow."""
+        self.versions: frozenset[str] | None = None  # of weights that may answer; a server with others is lost
+        self._members = [_Member(client) for client in clients]
+        self._admit, self._all_down, self._heartbeat = admit, all_down, heartbeat
+        self._return_wait, self._report = return_wait, report
+        self._waiting: deque[asyncio.Future[_Member]] = deque()  # requests without a server
+        self._watches: list[asyncio.Task[None]] = []
+        self._giving_up: asyncio.TimerHandle | None = None  # runs while no server is there
+        self._failure: Exception | None = None
+        self._limits: Limits | None = None
+
+    async def open(self) -> None:
+        """Admits the servers that are there; the others are waited for in the background. Raises UserError."""
+        await asyncio.gather(*(self._try(member) for member in self._members))
+        self._note_down()
+        self._watches = [asyncio.create_task(self._watch(member)) for member in self._members]
+
+    async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[Completion]:
+        """One completion a request, each as soon as it is finished.
+
+        All requests are checked before the first is sent. Raises UserError for a bad one, for a server that answers
+        nonsense, and when no server has been there for `all_down` seconds. Close the iterator to give the rest up.
+        """
+        if len({request.id for request in requests}) != len(requests):
+            raise ValueError("two requests have the same id")
+        if self._limits is None:  # no server has been there yet
+            self._leave(await self._seat())
+        assert self._limits is not None
+        for request in requests:
+            self._limits.check(request.body())
+        tasks = [asyncio.create_task(self._complete(request)) for request in requests]
+        try:
+            for finished in asyncio.as_completed(tasks):
+                yield await finished
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def alive(self) -> list[Client]:
+        """The servers that get work."""
+        return [member.client for member in self._members if member.alive]
+
+    def lost(self, client: Client, reason: str) -> None:
+        """Told by whoever knows that a server is dead, or must not work on; it has to be admitted anew."""
+        for member in self._members:
+            if member.client is client:
+                self._lose(member, reason)
+
+    async def close(self) -> None:
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+        for task in self._watches:
+            task.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        for member in self._members:
+            await member.client.close()
+
+    async def _complete(self, request: Request) -> Completion:
+        seen: list[str] = []
+        for attempt in range(ATTEMPTS):
+            member = await self._seat()
+            body = request.body(attempt)
+            call = asyncio.create_task(member.client.generate(body))
+            member.calls.add(call)
+            try:
+                done = completion(request, body["rid"], await call, member.client.url)
+                if not (old := self._unwanted(done)):
+                    return done
+                seen.append(f"it has weights of version '{old}'")
+                self._lose(member, seen[-1])
+            except (Aborted, Busy) as error:
+                seen.append(str(error) or "given up")
+            except ServerGone as gone:
+                seen.append(str(gone))
+                if member.alive and not await self._still_there(member):
+                    self._lose(member, str(gone))
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():  # it is this request that is no longer wanted
+                    raise
+                seen.append(member.reason)
+            finally:
+                call.cancel()
+                member.calls.discard(call)
+                self._leave(member)
+        raise UserError(f"request {request.id} failed on {ATTEMPTS} attempts, the last time: {seen[-1]}")
+
+    async def _still_there(self, member: _Member) -> bool:
+        """After a dropped connection: asked once for all requests that saw it. Admits the server anew, because what
+        answers now may be another one."""
+        if member.check is None or member.check.done():
+            member.check = asyncio.create_task(self._try(member))
+        return await asyncio.shield(member.check)
+
+    def _unwanted(self, done: Completion) -> str | None:
+        """A version that sampled some of the tokens and must not; a server that was restarted unseen has it."""
+        versions = (span.version for span in done.versions)
+        return None if self.versions is None else next((v for v in versions if v not in self.versions), None)
+
+    async def _seat(self) -> _Member:
+        """A place on the live server with the least to do, as soon as there is one."""
+        if self._failure is not None:
+            raise self._failure
+        seat: asyncio.Future[_Member] = asyncio.get_running_loop().create_future()
+        self._waiting.append(seat)
+        self._assign()
+        try:
+            return await seat
+        except asyncio.CancelledError:
+            if seat.done() and not seat.cancelled():  # it came together with the cancellation
+                self._leave(seat.result())
+            raise
+
+    def _leave(self, member: _Member) -> None:
+        member.running -= 1
+        self._assign()
+
+    def _assign(self) -> None:
+        """Gives the free places to those who have waited longest."""
+        while self._waiting:
+            free = [m for m in self._members if m.alive and m.running < m.client.connections]
+            if not free:
+                return
+            seat = self._waiting.popleft()
+            if not seat.done():
+                member = min(free, key=lambda m: m.load)
+                member.running += 1
+                seat.set_result(member)
+
+    def _fail(self, error: Exception) -> None:
+        """The pool serves nobody any more."""
+        self._failure = error
+        for seat in self._waiting:
+            if not seat.done():
+                seat.set_exception(error)
+        self._waiting.clear()
+
+    async def _try(self, member: _Member) -> bool:
+        """Whether the server is admitted. Raises UserError."""
+        try:
+            limits = await self._admit(member.client)
+        except (ServerGone, Busy) as error:
+            member.reason = str(error)
+            return False
+        # of servers that differ, what all can take
+        self._limits = limits if self._limits is None else self._limits.both(limits)
+        member.alive = True
+        member.gone.clear()
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+        self._assign()
+        return True
+
+    async def _watch(self, member: _Member) -> None:
+        """Looks at a server for as long as the pool lives."""
+        while True:
+            if member.alive:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(member.gone.wait(), self._heartbeat)
+                if member.alive and not await member.client.there():
+                    self._lose(member, f"no answer to {member.client.ready_path}")
+                continue
+            wait = wait_random_exponential(multiplier=self._return_wait, max=5.0)
+            try:
+                await AsyncRetrying(retry=retry_if_result(lambda there: not there), wait=wait)(self._try, member)
+            except Exception as error:
+                self._fail(error)
+                return
+            self._report(f"rollout server {member.client.url} is back")
+
+    def _lose(self, member: _Member, reason: str) -> None:
+        if not member.alive:
+            return
+        member.alive, member.reason = False, reason
+        member.gone.set()
+        for call in member.calls:
+            call.cancel()
+        unfinished = f"; its {len(member.calls)} unfinished requests go elsewhere" if member.calls else ""
+        self._report(f"rollout server {member.client.url} is gone: {reason}{unfinished}")
+        self._note_down()
+
+    def _note_down(self) -> None:
+        if self._giving_up is not None or any(member.alive for member in self._members):
+            return
+        self._report(f"all rollout servers are down: waiting for one of them, for {self._all_down:g} s at the most")
+        self._giving_up = asyncio.get_running_loop().call_later(self._all_down, self._give_up)
+
+    def _give_up(self) -> None:
+        reasons = "; ".join(f"{m.client.url}: {m.reason}" for m in self._members)
+        self._fail(UserError(f"no rollout server has been there for {self._all_down:g} s ({reasons})"))

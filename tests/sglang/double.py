@@ -1,0 +1,380 @@
+"""A double of an SGLang server: the part of its HTTP interface that the rollout uses, quick, and faulty on command.
+
+`test_double.py` holds it against the real server, field by field. In a test it runs in the event loop of the test::
+
+    async with Double() as double:
+        ... Client(double.url) ...
+
+and as a process of its own, which can be killed: `python -m tests.sglang.double [--port N] [--config FILE]`. It
+prints its URL when it serves.
+
+Like the real one it dies of a token id outside of its vocabulary, drops the connection after an internal error, cuts
+responses at two positions less than its context, and keeps requests waiting while it is paused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import random
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.sglang.plain_http import Died, PlainServer, Refused
+
+SAMPLING_KEYS = {"max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos"}
+
+Policy = Callable[[Sequence[int]], list[float]]
+"""Token ids so far → log-probs of the next one over the vocabulary, nats."""
+
+
+def toy_policy(vocab_size: int, spread: float = 1.0) -> Policy:
+    """A fixed distribution for each last token."""
+
+    @cache
+    def after(token: int) -> list[float]:
+        numbers = random.Random(f"{token} {vocab_size}")
+        logits = [numbers.gauss(0, spread) for _ in range(vocab_size)]
+        total = math.log(sum(map(math.exp, logits)))
+        return [logit - total for logit in logits]
+
+    return lambda ids: after(ids[-1])
+
+
+def _error(message: str) -> Refused:
+    return Refused(400, {"error": {"message": message}})
+
+
+def _invalid(field: str) -> Refused:
+    body = {"object": "error", "message": f"2 validation errors:\n  {field}", "type": "Bad Request", "param": None}
+    return Refused(400, {**body, "code": 400})
+
+
+def _failed(message: str, **more: Any) -> Refused:
+    return Refused(400, {"success": False, "message": message, **more})
+
+
+@dataclass
+class Faults:
+    """What goes wrong from now on; counts go down as it happens."""
+
+    drop: int = 0  # /generate requests whose connection is dropped before an answer
+    fail: int = 0  # ... that get a 500 and lose the connection
+    abort: int = 0  # ... that are given up with what they have
+    nan: int = 0  # ... that end because the weights hold NaN
+    mute: bool = False  # nothing is answered at all
+
+    def take(self, kind: str) -> bool:
+        left: int = getattr(self, kind)
+        setattr(self, kind, max(0, left - 1))
+        return left > 0
+
+
+class Double(PlainServer):
+    """See the module. The arguments are the real server's settings, and the distribution that it samples from."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 112,
+        context_length: int = 128,
+        max_total_num_tokens: int = 16384,
+        architecture: str = "Qwen3ForCausalLM",
+        version: str = "0.5.21",
+        weight_version: str = "0",
+        eos_id: int = 109,
+        api_key: str | None = None,
+        policy: Policy | None = None,
+        port: int = 0,
+    ) -> None:
+        super().__init__(port)
+        self.vocab_size, self.eos_id, self.policy = vocab_size, eos_id, policy or toy_policy(vocab_size)
+        self.context_length, self.max_total_num_tokens = context_length, max_total_num_tokens
+        self.model_path, self.architecture = "student", architecture
+        self.version, self.weight_version, self.api_key = version, weight_version, api_key
+        self.faults = Faults()
+        self.finished: list[str] = []  # ids of the requests that were answered in full
+        self.running: set[str] = set()
+        self.aborting: set[str] = set()
+        self.session = self.paused = False
+        self.going, self.released = asyncio.Event(), asyncio.Event()
+        self.going.set()
+        self.released.set()
+        self._random = random.Random(0)
+
+    async def __aenter__(self) -> Double:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.die()
+
+    def hold(self) -> None:
+        """No response is finished until `released` is set."""
+        self.released.clear()
+
+    async def until_running(self, count: int) -> None:
+        """Returns when so many requests are unfinished."""
+        while len(self.running) < count:
+            await asyncio.sleep(0.001)
+
+    async def until_finished(self, count: int) -> None:
+        """Returns when so many have been answered in full."""
+        while len(self.finished) < count:
+            await asyncio.sleep(0.001)
+
+    async def answer(self, method: str, path: str, headers: dict[str, str], raw: bytes) -> Any:
+        if self.faults.mute:
+            await asyncio.Event().wait()
+        if method == "GET" and path == "/ready":
+            if self.paused:
+                raise Refused(503, None)
+            return None
+        if self.api_key is not None and headers.get("authorization") != f"Bearer {self.api_key}":
+            raise Refused(401, {"error": "Unauthorized"})
+        if method == "GET" and path in ("/model_info", "/server_info"):
+            return self._model_info() if path == "/model_info" else self._server_info()
+        handler = getattr(self, f"_post{path.replace('/', '_')}", None) if method == "POST" else None
+        if handler is None:
+            raise Refused(404, {"detail": "Not Found"})
+        body = json.loads(raw or b"{}")
+        return await self._post_generate(body) if path == "/generate" else handler(body)
+
+    def _model_info(self) -> dict[str, Any]:
+        return {
+            "model_path": self.model_path,
+            "served_model_name": self.model_path,
+            "tokenizer_path": self.model_path,
+            "is_generation": True,
+            "weight_version": self.weight_version,
+            "model_type": "qwen3",
+            "architectures": [self.architecture],
+        }
+
+    def _server_info(self) -> dict[str, Any]:
+        return {
+            "model_path": self.model_path,
+            "api_key": self.api_key,
+            "context_length": self.context_length,
+            "status": "ready",
+            "max_total_num_tokens": self.max_total_num_tokens,
+            "max_req_input_len": min(self.context_length, self.max_total_num_tokens) - 6,
+            "internal_states": [{}],
+            "version": self.version,
+        }
+
+    async def _post_generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        sampling = body.get("sampling_params") or {}
+        ids: list[int] = body.get("input_ids", [])
+        new, wanted = sampling.get("max_new_tokens", 128), body.get("token_ids_logprob") or []
+        if "input_ids" not in body:
+            raise _error("Either text, input_ids or input_embeds should be provided.")
+        self._check(ids, sampling, new, wanted)
+        rid = str(body.get("rid") or uuid.uuid4().hex)
+        if self.faults.take("drop"):
+            raise ConnectionResetError
+        if self.faults.take("fail"):
+            raise RuntimeError("on command")
+        started = time.monotonic()
+        self.running.add(rid)
+        try:
+            await self.going.wait()
+            if (
+                not all(0 <= token < self.vocab_size for token in ids)
+                or body.get("top_logprobs_num", 0) > self.vocab_size
+            ):
+                raise Died
+            version = self.weight_version
+            answer = self._respond(ids, sampling, min(new, self.context_length - 2 - len(ids)))
+            await self.released.wait()
+        finally:
+            self.running.discard(rid)
+        tokens, logprobs, reason = answer
+        if rid in self.aborting or self.faults.take("abort"):
+            self.aborting.discard(rid)
+            reason = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+        elif self.faults.take("nan"):
+            reason = {"type": "stop", "matched": "NaN happened"}
+        self.finished.append(rid)
+        spans = [{"version": version, "start": 0, "end": len(tokens)}]
+        return {"output_ids": tokens, "meta_info": self._meta(rid, body, ids, tokens, logprobs, reason, spans, started)}
+
+    def _meta(
+        self,
+        rid: str,
+        body: dict[str, Any],
+        ids: list[int],
+        tokens: list[int],
+        logprobs: list[float],
+        reason: dict[str, Any],
+        spans: list[dict[str, Any]],
+        started: float,
+    ) -> dict[str, Any]:
+        with_logprobs = {}
+        if body.get("return_logprob"):
+            first = body.get("logprob_start_len", -1)
+            with_logprobs = {
+                "input_token_logprobs": [] if first < 0 else self._prompt_logprobs(ids, first),
+                "output_token_logprobs": [[lp, t, None] for lp, t in zip(logprobs, tokens, strict=True)],
+                "output_token_logprobs_length": len(tokens),
+            }
+        return {
+            "id": rid,
+            "finish_reason": reason,
+            "prompt_tokens": len(ids),
+            "weight_version": self.weight_version,
+            "num_retractions": 0,
+            **with_logprobs,
+            "reasoning_tokens": 0,
+            "completion_tokens": len(tokens),
+            "cached_tokens": 0,
+            "weight_versions": spans,
+            "cached_tokens_details": None,
+            "dp_rank": None,
+            "e2e_latency": time.monotonic() - started,
+            "response_sent_to_client_ts": time.time(),
+        }
+
+    def _check(self, ids: list[int], sampling: dict[str, Any], new: int, wanted: list[int]) -> None:
+        context = self.context_length
+        if not ids:
+            raise _error("input_ids cannot be empty.")
+        if len(ids) >= context:
+            raise _error(f"The input ({len(ids)} tokens) is longer than the model's context length ({context} tokens).")
+        if "max_new_tokens" in sampling and len(ids) + new > context:
+            raise _error(
+                f"Requested token count exceeds the model's maximum context length of {context} tokens. You "
+                f"requested a total of {len(ids) + new} tokens: {len(ids)} tokens from the input messages and {new} "
+                "tokens for the completion. Please reduce the number of tokens in the input messages or the completion "
+                "to fit within the limit."
+            )
+        if not set(sampling) <= SAMPLING_KEYS:
+            raise TypeError("Unexpected keyword argument")
+        if (temperature := sampling.get("temperature", 1.0)) < 0:
+            raise _error(f"temperature must be a non-negative finite number, got {temperature}.")
+        wrong = next((token for token in wanted if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            valid = f"valid range is [0, {self.vocab_size})."
+            raise _error(f"token_ids_logprob contains out-of-vocabulary token id {wrong}; {valid}")
+        longest = self._server_info()["max_req_input_len"]
+        if len(ids) >= longest:
+            raise _error(
+                f"Input length ({len(ids)} tokens) exceeds the maximum allowed length ({longest} tokens). "
+                "Use a shorter input or enable --allow-auto-truncate."
+            )
+
+    def _respond(
+        self, ids: list[int], sampling: dict[str, Any], new: int
+    ) -> tuple[list[int], list[float], dict[str, Any]]:
+        temperature = sampling.get("temperature", 1.0)
+        stops = set() if sampling.get("ignore_eos") else {self.eos_id, *(sampling.get("stop_token_ids") or ())}
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        while len(tokens) < new:
+            policy = self.policy([*ids, *tokens])
+            if temperature == 0:
+                token = max(range(self.vocab_size), key=policy.__getitem__)
+            else:
+                scaled = [lp / temperature for lp in policy]
+                total = math.log(sum(map(math.exp, scaled)))
+                policy = [lp - total for lp in scaled]
+                token = self._random.choices(range(self.vocab_size), [math.exp(lp) for lp in policy])[0]
+            tokens.append(token)
+            logprobs.append(policy[token])
+            if token in stops:
+                return tokens, logprobs, {"type": "stop", "matched": token}
+        return tokens, logprobs, {"type": "length", "length": len(tokens)}
+
+    def _prompt_logprobs(self, ids: list[int], first: int) -> list[list[Any]]:
+        entries: list[list[Any]] = [[None, ids[first], None]]
+        return entries + [[self.policy(ids[:i])[ids[i]], ids[i], None] for i in range(first + 1, len(ids))]
+
+    def _post_pause_generation(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body.get("mode", "abort") not in ("abort", "retract", "in_place"):
+            raise _invalid("mode")
+        self.paused = True
+        self.going.clear()
+        if body.get("mode", "abort") == "abort":
+            self._post_abort_request({"abort_all": True})
+        return {"message": "Generation paused successfully.", "status": "ok"}
+
+    def _post_continue_generation(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.paused = False
+        self.going.set()
+        return {"message": "Generation continued successfully.", "status": "ok"}
+
+    def _post_abort_request(self, body: dict[str, Any]) -> None:
+        self.aborting |= set(self.running) if body.get("abort_all") else {str(body.get("rid"))} & self.running
+
+    def _post_flush_cache(self, body: dict[str, Any]) -> bytes:
+        return (
+            b"Cache flushed.\nPlease check backend logs for more details. (When there are running or waiting requests, "
+            b"the operation will not be performed.)\n"
+        )
+
+    def _post_begin_weight_update(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self.session:
+            raise _failed("a weight-update session is already open; call end_weight_update() first")
+        self.session = True
+        return {"success": True, "message": "Success"}
+
+    def _post_end_weight_update(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not self.session:
+            raise _failed("no weight-update session is open; call begin_weight_update() first")
+        self.session = False
+        return {"success": True, "message": "Success"}
+
+    def _post_update_weights_from_tensor(self, body: dict[str, Any]) -> dict[str, Any]:
+        return self._updated("update_weights_from_tensor", "Success", body)
+
+    def _post_update_weights_from_distributed(self, body: dict[str, Any]) -> dict[str, Any]:
+        return self._updated("update_weights_from_distributed", "Succeeded to update parameter online.", body)
+
+    def _updated(self, name: str, message: str, body: dict[str, Any]) -> dict[str, Any]:
+        if not self.session:
+            raise _failed(f"{name} must run between begin_weight_update() and end_weight_update()")
+        if (version := body.get("weight_version")) is not None:
+            self.weight_version, message = str(version), f"{message} Weight version updated to {version}."
+        return {"success": True, "message": message}
+
+    def _post_destroy_weights_update_group(self, body: dict[str, Any]) -> dict[str, Any]:
+        raise _failed("The group to be destroyed does not exist.")
+
+    def _post_update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
+        path, version = str(body["model_path"]), body.get("weight_version")
+        if not (Path(path) / "config.json").is_file():
+            raise _failed(f"Failed to get weights iterator: {path}.", num_paused_requests=0)
+        self.model_path = path
+        message = "Succeeded to update model weights."
+        if version is not None:
+            self.weight_version, message = str(version), f"{message} Weight version updated to {version}."
+        return {"success": True, "message": message, "num_paused_requests": 0}
+
+    def _post_update_weight_version(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.weight_version = str(body["new_version"])
+        message = f"Weight version updated to {self.weight_version}"
+        return {"success": True, "message": message, "new_version": self.weight_version}
+
+
+async def _main() -> None:
+    parser = argparse.ArgumentParser(description="A double of an SGLang server; it ignores flags that it does not know")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--config", type=Path, help="a YAML file with the api-key")
+    arguments, _ = parser.parse_known_args()
+    key = yaml.safe_load(arguments.config.read_text())["api-key"] if arguments.config else None
+    async with Double(port=arguments.port, api_key=key) as double:
+        print(double.url, f"{key=}", flush=True)  # the real server tells its key as well
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())

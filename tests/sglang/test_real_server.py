@@ -1,0 +1,324 @@
+"""The real server: what the double copies of it, whose log-probs it has, and how it looks when it dies.
+
+One server, started once, serves all tests here; the last test kills it. `tools/test.sh --all` runs them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import signal
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eaopd_megatron.data.samples import Prompt, Sampling
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.rollout.sglang import identity, server
+from eaopd_megatron.rollout.sglang.client import Client
+from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
+from eaopd_megatron.rollout.sglang.pool import Pool
+from eaopd_megatron.rollout.sglang.rollout import SglangRollout
+from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
+from eaopd_megatron.rollout.sglang.wire import Limits, Request
+from tests.sglang.double import Double
+
+STUDENT = Path(__file__).resolve().parents[2] / "recipes/countdown/student"
+KEY = "a-key-for-this-test"
+CONTEXT = 128
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=16, stop_ids=(109,))
+EXPECTED = Expected("Qwen3ForCausalLM", vocab_size=112, total_tokens=CONTEXT - 2)
+PROMPTS = [Prompt(f"p{i}", (1 + i % 12, 20 + i % 7, 40 + i % 5, 3), {}) for i in range(48)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    try:
+        server.server_command(cuda=torch.cuda.is_available())
+    except UserError as missing:
+        pytest.skip(str(missing))
+    settings = ServerSettings(STUDENT, CONTEXT, precision="fp32", memory_fraction=0.1, max_running=16, api_key=KEY)
+    with Servers(settings, 1, tmp_path_factory.mktemp("logs")) as servers:
+        yield servers.all[0]
+
+
+@pytest.fixture(scope="module")
+def logits() -> Callable[[list[int]], torch.Tensor]:
+    """Token ids → logits [s, V] of the student by transformers, fp32."""
+    model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
+
+    @torch.no_grad()
+    def compute(ids: list[int]) -> torch.Tensor:
+        return model(torch.tensor([ids])).logits[0]
+
+    return compute
+
+
+def with_client(real: Server, work: Callable[[Client], Coroutine[Any, Any, Any]], **settings: Any) -> Any:
+    async def run() -> Any:
+        client = Client(real.url, **{"api_key": KEY, **settings})
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+async def admit(client: Client) -> Limits:
+    return await identify(client, EXPECTED)
+
+
+GENERATE = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}}
+LOGPROBS = {**GENERATE, "rid": "one", "return_logprob": True}
+EXCHANGES: list[tuple[str, str, Any]] = [
+    ("GET", "/ready", None),
+    ("GET", "/model_info", None),
+    ("GET", "/server_info", None),
+    ("POST", "/generate", LOGPROBS),
+    ("POST", "/generate", GENERATE),
+    ("POST", "/generate", {**LOGPROBS, "sampling_params": {"max_new_tokens": 0}, "logprob_start_len": 0}),
+    ("POST", "/generate", {**LOGPROBS, "sampling_params": {"max_new_tokens": 9, "stop_token_ids": list(range(112))}}),
+    ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 100, "sampling_params": {"max_new_tokens": 28}}),
+    ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 122, "sampling_params": {"max_new_tokens": 1}}),
+    ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 121, "sampling_params": {"max_new_tokens": 1}}),
+    ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 128, "sampling_params": {"max_new_tokens": 0}}),
+    ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 100, "sampling_params": {"max_new_tokens": 29}}),
+    ("POST", "/generate", {**LOGPROBS, "input_ids": []}),
+    ("POST", "/generate", {"sampling_params": {}}),
+    ("POST", "/generate", {**LOGPROBS, "sampling_params": {"temperature": -1}}),
+    ("POST", "/generate", {**LOGPROBS, "sampling_params": {"no_such_key": 1}}),
+    ("POST", "/generate", {**LOGPROBS, "token_ids_logprob": [-1]}),
+    ("POST", "/generate", {**LOGPROBS, "token_ids_logprob": [112]}),
+    ("POST", "/begin_weight_update", {}),
+    ("POST", "/begin_weight_update", {}),
+    ("POST", "/end_weight_update", {}),
+    ("POST", "/end_weight_update", {}),
+    ("POST", "/update_weights_from_tensor", {"serialized_named_tensors": []}),
+    (
+        "POST",
+        "/update_weights_from_distributed",
+        {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "g"},
+    ),
+    ("POST", "/destroy_weights_update_group", {"group_name": "g"}),
+    ("POST", "/update_weights_from_disk", {"model_path": str(STUDENT), "weight_version": "3"}),
+    ("GET", "/model_info", None),
+    ("POST", "/update_weights_from_disk", {"model_path": str(STUDENT / "missing")}),
+    ("POST", "/update_weight_version", {"new_version": "0", "abort_all_requests": False}),
+    ("POST", "/pause_generation", {"mode": "retract"}),
+    ("GET", "/ready", None),
+    ("GET", "/model_info", None),
+    ("POST", "/pause_generation", {"mode": "retract"}),
+    ("POST", "/pause_generation", {"mode": "wrong"}),
+    ("POST", "/continue_generation", {}),
+    ("POST", "/continue_generation", {}),
+    ("GET", "/ready", None),
+    ("POST", "/flush_cache", {}),
+    ("POST", "/abort_request", {"rid": "unknown"}),
+    ("POST", "/abort_request", {"abort_all": True}),
+    ("POST", "/no_such_endpoint", {}),
+]
+PARTLY = {"/model_info", "/server_info"}
+"""Where the double has some of the fields only."""
+FIXED = (
+    *("error", "message", "success", "num_paused_requests", "version", "weight_version", "api_key", "status"),
+    *("context_length", "max_total_num_tokens", "max_req_input_len", "architectures", "model_type"),
+)
+"""Whose values are equal too."""
+FREE_TEXT = ("validation error", "Failed to get weights iterator")
+"""Messages of which only the beginning is copied."""
+
+
+def shape(value: Any) -> Any:
+    """Names and types all the way down; of a list, its first two and last elements. The double caches no prefixes."""
+    if isinstance(value, dict):
+        return {key: None if key == "cached_tokens_details" else shape(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [shape(entry) for entry in (*value[:2], *value[-1:])]
+    return type(value).__name__
+
+
+def same(path: str, ours: Any, theirs: Any) -> None:
+    """The double's answer has the real one's fields, types and fixed values, in its order."""
+    if path in PARTLY:
+        theirs = {key: value for key, value in theirs.items() if key in ours}
+        ours = {**ours, "internal_states": None, "model_path": ""}
+        theirs = {**theirs, "internal_states": None, "model_path": ""}
+    elif isinstance(ours, dict) and any(text in str(theirs.get("message")) for text in FREE_TEXT):
+        ours, theirs = {**ours, "message": ""}, {**theirs, "message": ""}
+    assert shape(ours) == shape(theirs)
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs) or path in PARTLY
+        for key in FIXED:
+            assert ours.get(key) == theirs.get(key), key
+    if isinstance(ours, dict) and "meta_info" in ours:
+        one, other = ours["meta_info"], theirs["meta_info"]
+        assert list(one) == list(other)
+        for key in ("prompt_tokens", "weight_version", "weight_versions", "completion_tokens", "num_retractions"):
+            assert one[key] == other[key], key
+        assert one["finish_reason"]["type"] == other["finish_reason"]["type"]
+
+
+def test_the_double_is_another_server(real: Server) -> None:
+    """One exchange after the other with both; fields, types, status codes, messages and kinds of content are equal."""
+
+    async def exchange(url: str) -> list[httpx.Response]:
+        found = []
+        async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as http:
+            for method, path, body in EXCHANGES:
+                for _ in range(2):  # a 500 is followed by a dropped connection
+                    try:
+                        found.append(await http.request(method, path, json=body))
+                        break
+                    except httpx.TransportError:
+                        continue
+        return found
+
+    async def both() -> tuple[list[httpx.Response], list[httpx.Response]]:
+        async with Double(api_key=KEY, max_total_num_tokens=16 * CONTEXT) as double:
+            async with httpx.AsyncClient() as http:
+                for headers in ({}, {"Authorization": "Bearer wrong"}):
+                    for url in (double.url, real.url):
+                        refusal = await http.get(f"{url}/model_info", headers=headers)
+                        assert (refusal.status_code, refusal.json()) == (401, {"error": "Unauthorized"}), url
+            return await exchange(double.url), await exchange(real.url)
+
+    differences = []
+    for (method, path, body), ours, theirs in zip(EXCHANGES, *asyncio.run(both()), strict=True):
+        try:
+            assert ours.status_code == theirs.status_code
+            assert ours.headers.get("content-type") == theirs.headers.get("content-type")
+            if ours.headers.get("content-type") == "application/json":
+                same(path, ours.json(), theirs.json())
+            else:
+                assert ours.text == theirs.text
+        except AssertionError as error:
+            first = str(error).splitlines()[:1]
+            differences.append(f"{method} {path} {body}: {first}\n  double: {ours.text}\n  real: {theirs.text[:2000]}")
+    assert not differences, "\n".join(differences)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_log_probs_are_of_another_distribution(
+    real: Server, logits: Callable[[list[int]], torch.Tensor], temperature: float
+) -> None:
+    """In fp32 they are the student's own, at the sampling temperature (greedy: at temperature 1)."""
+    sampling = replace(SAMPLING, temperature=temperature)
+    clients = lambda: [Client(real.url, api_key=KEY, connections=16)]  # noqa: E731
+    with SglangRollout(clients, admit, report=lambda _: None) as rollout:
+        samples = rollout.generate(PROMPTS, sampling)
+    assert [sample.prompt for sample in samples] == PROMPTS
+    gap = 0.0
+    for sample in samples:
+        before = logits(sample.token_ids)[len(sample.prompt.token_ids) - 1 : -1] / (temperature or 1.0)
+        theirs = torch.log_softmax(before, -1)
+        tokens = torch.tensor(sample.response_ids)
+        ours = torch.tensor(sample.rollout_logprobs)
+        gap = max(gap, (theirs.gather(-1, tokens[:, None])[:, 0] - ours).abs().max().item())
+        if temperature == 0:
+            assert torch.equal(theirs.argmax(-1), tokens)
+        assert sample.weight_versions == [(0, 0, len(sample.response_ids))]
+        assert (sample.finish_reason == "stop") == (sample.response_ids[-1] == 109)
+    print(f"temperature {temperature}: largest gap {gap:.2e} over {sum(len(s.response_ids) for s in samples)} tokens")
+    assert gap <= 1e-4
+
+
+def test_the_limits_are_not_the_servers(real: Server) -> None:
+    async def look(client: Client) -> None:
+        limits = await admit(client)
+        for prompt in (limits.prompt_tokens, 3):
+            new = limits.total_tokens - prompt
+            sampling = {"max_new_tokens": new, "temperature": 1.0, "top_p": 1.0, "ignore_eos": True}
+            body = {"input_ids": [1] * prompt, "sampling_params": sampling}
+            limits.check(body)
+            assert len((await client.generate(body))["output_ids"]) == new
+        beyond = {"input_ids": [1] * (limits.prompt_tokens + 1), "sampling_params": {**sampling, "max_new_tokens": 1}}
+        with pytest.raises(UserError, match="exceeds the maximum allowed length"):
+            await client.generate(beyond)
+
+    with_client(real, look)
+
+
+def test_a_wrong_server_is_named(
+    real: Server, logits: Callable[[list[int]], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [1, 2, 3, 4]
+    own = torch.log_softmax(logits(ids), -1)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    probed = replace(EXPECTED, probe=Probe(ids, own, tolerance=1e-4))
+    assert with_client(real, lambda c: identify(c, probed)) == Limits(112, 121, 126)
+    shifted = replace(EXPECTED, probe=Probe(ids, [lp - 1 for lp in own]))
+    for expected, message in (
+        (shifted, r"log-probs of a probe lie 1 nats from the student's on average"),
+        (replace(EXPECTED, vocab_size=113), "with 112 tokens; the student's vocabulary has 113"),
+        (replace(EXPECTED, total_tokens=127), "takes 126 tokens a request"),
+        (replace(EXPECTED, architecture="LlamaForCausalLM"), "a Qwen3ForCausalLM; the student is a LlamaForCausalLM"),
+    ):
+        with pytest.raises(UserError, match=message):
+            with_client(real, lambda c, e=expected: identify(c, e))  # type: ignore[misc]
+    with pytest.raises(UserError, match="refuses the API key"):
+        with_client(real, admit, api_key="wrong")
+    monkeypatch.setattr(identity, "SGLANG_VERSION", "0.6.0")
+    with pytest.raises(UserError, match=r"runs SGLang 0\.5\.21; the rollout speaks to 0\.6\.0"):
+        with_client(real, admit)
+
+
+def test_the_key_is_seen_by_others(real: Server) -> None:
+    assert real.pid is not None
+    family = [psutil.Process(real.pid), *psutil.Process(real.pid).children(recursive=True)]
+    assert len(family) > 1
+    assert not any(KEY in argument for process in family for argument in process.cmdline())
+    assert KEY not in real.log.read_text() and server.HIDDEN in real.log.read_text()
+
+
+def test_a_paused_server_counts_as_dead(real: Server) -> None:
+    async def work(client: Client) -> None:
+        said: list[str] = []
+        pool = Pool([client], admit, heartbeat=0.05, report=said.append)
+        await pool.open()
+        await client.call("POST", "/pause_generation", {"mode": "retract"})
+        assert not await client.ready()
+        answers = asyncio.create_task(anext(pool.generate([Request("r", [1, 2, 3], SAMPLING)])))
+        await asyncio.sleep(0.3)  # some heartbeats
+        assert not answers.done() and said == []
+        await client.call("POST", "/continue_generation", {})
+        assert (await answers).id == "r"
+        await pool.close()
+
+    with_client(real, work)
+
+
+def test_the_end_of_a_killed_server_goes_unnoticed(real: Server) -> None:
+    """Killed in the middle of responses: its process and its connections tell, and nothing of it stays."""
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    real.on_exit = ended.put
+    assert real.pid is not None
+    family = [psutil.Process(real.pid), *psutil.Process(real.pid).children(recursive=True)]
+    said: list[str] = []
+
+    async def work(client: Client) -> None:
+        pool = Pool([client], admit, all_down=0.2, report=said.append)
+        await pool.open()
+        long = replace(SAMPLING, max_new_tokens=100, stop_ids=())
+        answers = pool.generate([Request(f"r{i}", [1, 2, i], long) for i in range(32)])
+        await anext(answers)
+        assert real.pid is not None
+        os.kill(real.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"no rollout server has been there for 0\.2 s"):
+            async for _ in answers:
+                pass
+        await pool.close()
+
+    with_client(real, work)
+    assert "unfinished requests go elsewhere" in said[0] and "all rollout servers are down" in said[1]
+    assert "was killed by 9" in ended.get(timeout=30)
+    _, left = psutil.wait_procs(family, timeout=30)
+    assert not left
