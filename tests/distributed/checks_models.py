@@ -22,7 +22,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron import groups, overlap
+from eaopd_megatron.megatron import overlap
 from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.forward import row_logits
 from eaopd_megatron.megatron.generation import Decoder, decoding
@@ -30,17 +30,9 @@ from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, step, wrap
 from eaopd_megatron.megatron.pipeline import forward_backward, gathered_logits, whole_batch
+from tests.distributed.arranged import arranged
 
 LIMIT = 1e-5
-
-
-@contextlib.contextmanager
-def arranged(layout: Layout) -> Iterator[Parallel]:
-    """Megatron's groups at a layout for the length of a check."""
-    try:
-        yield groups.arrange(layout)
-    finally:
-        groups.disband()
 
 
 def loaded(folder: HfFolder, parallel: Parallel, *, swaps: dict[int, int] | None = None) -> ModelChunks:

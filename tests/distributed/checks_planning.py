@@ -14,7 +14,6 @@ from transformers import AutoConfig
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.samples import MicroBatch as Packed
 from eaopd_megatron.data.samples import Prompt, Sample
-from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.forward import rows_of, stage_output
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
@@ -24,6 +23,7 @@ from eaopd_megatron.planning import layouts, memory
 from eaopd_megatron.planning.activations import Activations, MicroBatch, Recompute
 from eaopd_megatron.planning.shapes import ModelShape
 from eaopd_megatron.planning.workload import BYTES
+from tests.distributed.arranged import arranged as groups_at
 
 LIMIT = 0.06  # of the saved bytes
 
@@ -31,11 +31,8 @@ LIMIT = 0.06  # of the saved bytes
 @contextlib.contextmanager
 def arranged(layout: dict[str, Any]) -> Iterator[tuple[Parallel, layouts.Layout]]:
     """Megatron's groups, and the layout as a plan knows it."""
-    try:
-        parallel = groups.arrange(Layout(**layout))
+    with groups_at(Layout(**layout)) as parallel:
         yield parallel, layouts.Layout(**layout, data_parallel=parallel.dp_size)
-    finally:
-        groups.disband()
 
 
 def built(config: dict[str, Any], parallel: Parallel, precision: str, recompute: Recompute = "none") -> ModelChunks:

@@ -3,8 +3,6 @@ process."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.samples import MicroBatch, Prompt, Sample, Sampling
-from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
@@ -31,6 +28,7 @@ from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
 from eaopd_megatron.training.build import layouts_of
 from eaopd_megatron.training.step import Student
+from tests.distributed.arranged import arranged
 from tests.tiny_models import on_disk
 
 SIMPLE_LAYOUTS = (Layout(1), Layout(2), Layout(2, sequence_parallel=True), Layout(4))
@@ -64,15 +62,6 @@ class Trained:
     weights: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
     metrics: dict[str, float]
-
-
-@contextlib.contextmanager
-def arranged(layout: Layout) -> Iterator[Parallel]:
-    parallel = groups.arrange(layout)
-    try:
-        yield parallel
-    finally:
-        groups.disband()
 
 
 def samples(vocab_size: int) -> list[Sample]:

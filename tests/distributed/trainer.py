@@ -18,7 +18,6 @@ from eaopd_megatron.checkpoint.hf_export import gather_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.data.samples import Prompt, Sample
-from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.forward import row_logits
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
@@ -30,6 +29,7 @@ from eaopd_megatron.megatron.optimizer import (
     wrap,
 )
 from eaopd_megatron.megatron.pipeline import forward_backward, micro_batches
+from tests.distributed.arranged import arranged
 
 Precision = Literal["fp32", "bf16"]
 LEARNING_RATES = (3e-3, 2e-3, 1e-3, 5e-4)
@@ -44,10 +44,9 @@ def world(folder: str, ranks: int, layout: Layout) -> Iterator[Parallel | None]:
     if ranks < everyone:
         _join(f"{folder}/part", rank, ranks)
     try:
-        yield groups.arrange(layout) if rank < ranks else None
+        with arranged(layout) if rank < ranks else contextlib.nullcontext() as parallel:
+            yield parallel
     finally:
-        if rank < ranks:
-            groups.disband()
         if ranks < everyone:
             _join(f"{folder}/all", rank, everyone)
 

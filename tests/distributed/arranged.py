@@ -1,0 +1,25 @@
+"""Megatron's groups for the length of a check."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from eaopd_megatron.megatron import groups
+from eaopd_megatron.megatron.groups import Layout, Parallel
+
+
+@contextlib.contextmanager
+def arranged(layout: Layout) -> Iterator[Parallel]:
+    """Megatron's groups at a layout over the ranks that are there.
+
+    A rank that ended its groups while another one still connects to them, or reads from them, would leave that one
+    waiting for ever: all end them together.
+    """
+    try:
+        yield groups.arrange(layout)
+        dist.barrier()
+    finally:
+        groups.disband()
