@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
@@ -91,18 +90,32 @@ class Decoder:
 def decoding(model: ModelChunks) -> Iterator[None]:
     """The model in eval mode (Megatron-Core uses its cache only then), without sequence and context parallelism, which
     cannot cut one position; afterwards as it was."""
-    training, sequence_parallel = model.training, model.config.sequence_parallel
+    training = model.training
     model.eval()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_sequence_parallel(model))
         for gpt in model.gpts:
             stack.enter_context(_without_context_parallel(gpt))
-            if sequence_parallel:
-                set_model_to_sequence_parallel(gpt, False)
-                stack.callback(set_model_to_sequence_parallel, gpt, True)
         try:
             yield
         finally:
             model.train(training)
+
+
+@contextlib.contextmanager
+def _without_sequence_parallel(model: ModelChunks) -> Iterator[None]:
+    """Megatron-Core's own switch knows a model by its address, which an earlier one may have had, and back again it
+    switches on what was off before."""
+    switches = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+    owners: list[object] = [model.config, *model.modules()]
+    on = [(owner, name) for owner in owners for name in switches if getattr(owner, name, False) is True]
+    for owner, name in on:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for owner, name in on:
+            setattr(owner, name, True)
 
 
 @contextlib.contextmanager

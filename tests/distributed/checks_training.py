@@ -281,6 +281,12 @@ def check_a_packed_sequence_sees_no_other(group: dist.ProcessGroup, student: str
             assert torch.equal(*seen), layout
 
 
+def state_of_modules(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What decoding switches, module by module."""
+    names = ("training", "sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings", "cp_group")
+    return {where: tuple(getattr(m, name, None) for name in names) for where, m in model.named_modules()}
+
+
 def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, student: str, layouts: str) -> None:
     """Random numbers belong to samples; the recorded log-probs are the trainer's; any of several ids stops."""
     folder = HfFolder.open(student)
@@ -300,8 +306,9 @@ def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, studen
                 load_hf(shard, folder, parallel)
                 rollout = LocalRollout(shard, parallel, vocab_size=folder.vocab_size, batch_size=batch_size)
                 shard.train()
+                before = state_of_modules(shard)
                 made = rollout.generate(prompts, keys, sampling, version=4)
-                assert shard.training  # generation gives the model back as it was
+                assert state_of_modules(shard) == before  # generation gives the model back as it was
                 seen.append([s.response_ids for s in made])
     assert all(ids == seen[0] for ids in seen), seen
     for sample in made:
