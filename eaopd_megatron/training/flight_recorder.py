@@ -11,6 +11,7 @@ compares the ranks (gloo's groups it cannot tell apart).
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -38,7 +39,9 @@ def dump(folder: Path, rank: int) -> None:
     if not int(os.environ.get("TORCH_FR_BUFFER_SIZE", "0")):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{PREFIX}{rank}").write_bytes(_trace())
+    partial = folder / f".{PREFIX}{rank}.{threading.get_ident()}"  # two threads may notice the failure
+    partial.write_bytes(_trace())
+    partial.replace(folder / f"{PREFIX}{rank}")
 
 
 def _trace() -> bytes:

@@ -9,6 +9,6 @@ from tests.ranks import Ranks
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Four gloo ranks, launched once for the modules about models."""
-    with Ranks(4) as started:
+    """Four gloo ranks, launched once for all modules that check models on ranks."""
+    with Ranks(4, limit=120) as started:
         yield started

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,12 +25,6 @@ LAYOUTS = {
     "DP2": (2, 1, False),
     "TP2xDP2": (4, 2, False),
 }  # ranks, tensor parallel, sequence parallel
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(4) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,6 @@ COMMON: dict[str, Any] = {
 }
 SHARDED: dict[str, Any] = {"distributed": True}
 OVERLAPPED: dict[str, Any] = {"distributed": True, "overlap": True, "bucket_size": 3000}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(4, limit=90) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

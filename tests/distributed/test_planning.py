@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,6 @@ EXPERTS = TINY | {
     "norm_topk_prob": True,
 }
 SP2 = {"tensor_parallel": 2, "sequence_parallel": True}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(4) as started:
-        yield started
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ data parallelism and their products."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from tests.ranks import Ranks
 
 CHECKS = Path(__file__).with_name("checks_training.py")
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(4, limit=120) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
