@@ -107,14 +107,14 @@ def local_world_size(student: Student) -> int:
     import torch
 
     devices = torch.cuda.device_count() if torch.cuda.is_available() else None
-    copies = student.data_parallel
+    layout, copies = student.layout, student.data_parallel
     if copies is None:
-        least = student.smallest_copies
-        copies = max(1, (devices or 0) // (student.model_ranks * least)) * least
-    ranks = student.model_ranks * copies
+        least = layout.smallest_copies
+        copies = max(1, (devices or 0) // (layout.model_ranks * least)) * least
+    ranks = layout.model_ranks * copies
     if devices is not None and ranks > devices:
         raise UserError(
-            f"the student needs {student.model_ranks} x {copies} ranks (tensor x pipeline x context x data_parallel), "
+            f"the student needs {layout.model_ranks} x {copies} ranks (tensor x pipeline x context x data_parallel), "
             f"more than the {devices} GPUs of this host; lower them, or start the ranks of several hosts with srun or "
             "torchrun"
         )

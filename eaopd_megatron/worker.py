@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +39,11 @@ def _train(recipe: Recipe) -> None:
         say(finished)
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    layout = groups.Layout(**{field.name: getattr(recipe.student, field.name) for field in fields(groups.Layout)})
     collectives = RunFolder(Path(recipe.run.folder)).collectives
     flight_recorder.record(collectives, recipe.distributed.flight_recorder)
-    parallel, store = groups.start(layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes)
+    parallel, store = groups.start(
+        recipe.student.layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes
+    )
     record = partial(flight_recorder.dump, collectives, parallel.rank)
     with watched(store, parallel.rank, parallel.world_size, on_failure=record):
         run = Run(recipe, parallel)

@@ -17,7 +17,7 @@ from megatron.core import dist_checkpointing
 
 from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.checkpoint.atomic import check_new, partial_of, whole_folder, write_error
-from eaopd_megatron.checkpoint.distributed import load_sharded, restore, save_sharded, training_state
+from eaopd_megatron.checkpoint.distributed import MODEL, load_sharded, restore, save_sharded, training_state
 from eaopd_megatron.checkpoint.hf_export import DTYPE_WORDS, export_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf, placement_of, shard_shape
@@ -128,9 +128,9 @@ def stored_dtype(checkpoint: Path) -> torch.dtype:
     except Exception as error:  # what a damaged pickle or JSON raises
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"--checkpoint: {checkpoint}/sharded cannot be read: {reason}") from error
-    if "model." + EMBEDDING not in stored:
-        raise UserError(f"--checkpoint: {checkpoint}/sharded holds no model (model.{EMBEDDING} is missing)")
-    return stored["model." + EMBEDDING].dtype
+    if MODEL + EMBEDDING not in stored:
+        raise UserError(f"--checkpoint: {checkpoint}/sharded holds no model ({MODEL}{EMBEDDING} is missing)")
+    return stored[MODEL + EMBEDDING].dtype
 
 
 @contextlib.contextmanager

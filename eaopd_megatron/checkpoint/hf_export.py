@@ -20,7 +20,6 @@ from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, TensorWriter, 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.megatron.overlap import wait_for_gathers
 
 DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -68,7 +67,6 @@ def export_hf(
     dtype None: the model's own. Tensors are gathered and written one at a time. `out` appears when it is complete and
     replaces an earlier one then; on a full disk all ranks raise UserError and `out` stays as it was.
     """
-    wait_for_gathers(model)
     parameters: dict[str, torch.Tensor] = dict(model.global_parameters())
     if not model.gpts[-1].share_embeddings_and_output_weights and hf_source.config.tie_word_embeddings:
         raise ValueError("a model with an output layer of its own cannot be exported under tied embeddings")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from eaopd_megatron.megatron.layout import Layout
+
 if TYPE_CHECKING:
     from eaopd_megatron.objective import Objective
 
@@ -81,28 +83,19 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _experts_divide_the_ranks(self) -> Self:
-        ranks = self.model_ranks * (self.data_parallel or 0)
-        if ranks % self.expert_ranks:
+        layout = self.layout
+        ranks = layout.model_ranks * (self.data_parallel or 0)
+        if ranks % layout.expert_ranks:
             raise ValueError(
-                f"student.expert_parallel x expert_tensor_parallel x pipeline_parallel is {self.expert_ranks}, which "
+                f"student.expert_parallel x expert_tensor_parallel x pipeline_parallel is {layout.expert_ranks}, which "
                 f"does not divide the {ranks} ranks that student.data_parallel={self.data_parallel} makes"
             )
         return self
 
     @property
-    def model_ranks(self) -> int:
-        """Ranks that one copy of the student takes."""
-        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
-
-    @property
-    def expert_ranks(self) -> int:
-        """Ranks that one copy of the experts takes, in all pipeline stages."""
-        return self.expert_parallel * self.expert_tensor_parallel * self.pipeline_parallel
-
-    @property
-    def smallest_copies(self) -> int:
-        """The smallest data_parallel whose ranks hold all experts."""
-        return math.lcm(self.model_ranks, self.expert_ranks) // self.model_ranks
+    def layout(self) -> Layout:
+        """How one copy is cut over ranks."""
+        return Layout(**{field.name: getattr(self, field.name) for field in fields(Layout)})
 
 
 class Teacher(Section):

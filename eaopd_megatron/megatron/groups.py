@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -13,48 +13,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch.distributed.rendezvous import rendezvous
 
-from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import cpu
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one model is cut over ranks. The data-parallel size is what the number of ranks leaves.
-
-    tensor x context x data ranks make a pipeline stage; expert parallelism cuts the experts over the same ranks.
-    """
-
-    tensor_parallel: int = 1
-    sequence_parallel: bool = False
-    pipeline_parallel: int = 1
-    virtual_pipeline: int = 1  # model chunks a rank holds; more than 1: the interleaved schedule
-    context_parallel: int = 1
-    expert_parallel: int = 1
-    expert_tensor_parallel: int = 1  # ranks that share one expert's matrices
-
-    @property
-    def model_ranks(self) -> int:
-        """Ranks that one copy of the model takes."""
-        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
-
-    def without_experts(self) -> Layout:
-        """The same ranks for a model that has none: a dense teacher of a mixture of experts, or the other way round."""
-        return replace(self, expert_parallel=1, expert_tensor_parallel=1)
-
-    def check_world(self, world_size: int) -> None:
-        """Refuse (UserError) a number of ranks that this layout does not divide."""
-        if world_size % self.model_ranks:
-            names = ("tensor_parallel", "pipeline_parallel", "context_parallel")
-            parts = [f"student.{name}={getattr(self, name)}" for name in names if getattr(self, name) > 1]
-            product = f" ({self.model_ranks} ranks a copy)" if len(parts) > 1 else ""
-            raise UserError(f"{' x '.join(parts)}{product} does not divide the {world_size} ranks that were started")
-        experts = self.expert_tensor_parallel * self.expert_parallel * self.pipeline_parallel
-        if world_size % experts:
-            raise UserError(
-                f"student.expert_parallel={self.expert_parallel} x expert_tensor_parallel="
-                f"{self.expert_tensor_parallel} x pipeline_parallel={self.pipeline_parallel} does not divide the "
-                f"{world_size} ranks that were started"
-            )
+from eaopd_megatron.megatron.layout import Layout as Layout
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+
+from eaopd_megatron.megatron.layout import Layout as ModelLayout
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import Student
@@ -14,35 +16,24 @@ GPUS_PER_HOST = 8
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The recipe's keys of a layout and the number of copies: `megatron.groups.Layout` without torch."""
+class Layout(ModelLayout):
+    """The trainer's, and the number of copies."""
 
-    tensor_parallel: int = 1
-    sequence_parallel: bool = False
-    pipeline_parallel: int = 1
-    virtual_pipeline: int = 1
-    context_parallel: int = 1
-    expert_parallel: int = 1
-    expert_tensor_parallel: int = 1
     data_parallel: int = 1
 
     @classmethod
     def of(cls, student: Student, gpus: int | None) -> Layout:
         """The recipe's own. gpus: to be filled with data-parallel copies; none: as the recipe says, or one host."""
-        named = {field.name: getattr(student, field.name) for field in fields(cls) if field.name != "data_parallel"}
+        layout = student.layout
         if gpus is None:
-            copies = student.data_parallel or max(1, GPUS_PER_HOST // student.model_ranks)
+            copies = student.data_parallel or max(1, GPUS_PER_HOST // layout.model_ranks)
         else:
-            copies = max(1, gpus // student.model_ranks)
-        return cls(**named, data_parallel=copies)
-
-    def without_experts(self) -> Layout:
-        """The same for a model that has none."""
-        return replace(self, expert_parallel=1, expert_tensor_parallel=1)
+            copies = max(1, gpus // layout.model_ranks)
+        return cls(**asdict(layout), data_parallel=copies)
 
     @property
     def gpus(self) -> int:
-        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+        return self.model_ranks * self.data_parallel
 
     @property
     def generators(self) -> int:
@@ -52,7 +43,7 @@ class Layout:
     @property
     def expert_data_parallel(self) -> int:
         """Ranks with the same experts."""
-        return self.gpus // (self.expert_parallel * self.expert_tensor_parallel * self.pipeline_parallel)
+        return self.gpus // self.expert_ranks
 
     @property
     def sequence_cut(self) -> int:
@@ -107,11 +98,10 @@ def faults(shape: ModelShape, layout: Layout, role: str = "student") -> list[str
     for name in ("expert_parallel", "expert_tensor_parallel"):
         if getattr(layout, name) > 1 and not shape.experts:
             found.append(f"student.{name}={getattr(layout, name)} needs experts, which the {role} does not have")
-    experts = layout.expert_parallel * layout.expert_tensor_parallel * pp
-    if layout.gpus % experts:
+    if layout.gpus % layout.expert_ranks:
         found.append(
-            f"student.expert_parallel x expert_tensor_parallel x pipeline_parallel={experts} does not divide "
-            f"the {layout.gpus} GPUs"
+            f"student.expert_parallel x expert_tensor_parallel x pipeline_parallel={layout.expert_ranks} does not "
+            f"divide the {layout.gpus} GPUs"
         )
     return list(dict.fromkeys(found))
 

@@ -4,6 +4,7 @@ data parallelism and their products."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,17 @@ from tests.ranks import Ranks
 CHECKS = Path(__file__).with_name("checks_training.py")
 
 
+SHAPE: dict[str, Any] = {
+    "vocab_size": 112,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "initializer_range": 0.2,
+}
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A random student and teacher, whose vocabulary of 112 leaves rank 3 of 4 without a valid column."""
@@ -21,17 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     torch.manual_seed(0)
     for name, hidden, layers, tied in (("student", 32, 4, False), ("teacher", 48, 4, True)):
         config = Qwen3Config(
-            vocab_size=112,
-            hidden_size=hidden,
-            intermediate_size=64,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=16,
-            max_position_embeddings=64,
-            tie_word_embeddings=tied,
-            pad_token_id=None,
-            initializer_range=0.2,
+            **SHAPE, hidden_size=hidden, num_hidden_layers=layers, num_key_value_heads=4, tie_word_embeddings=tied
         )
         Qwen3ForCausalLM(config).save_pretrained(folder / name)
     return {"student": str(folder / "student"), "teacher": str(folder / "teacher")}
@@ -42,22 +44,16 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random student that is a mixture of experts."""
     folder = tmp_path_factory.mktemp("experts")
     torch.manual_seed(1)
-    config = Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim is taken by name
-        vocab_size=112,
+    config = Qwen3MoeConfig(
+        **SHAPE,
         hidden_size=32,
-        intermediate_size=64,
         moe_intermediate_size=32,
         num_experts=4,
         num_experts_per_tok=2,
         norm_topk_prob=True,
         num_hidden_layers=4,
-        num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
         tie_word_embeddings=False,
-        pad_token_id=None,
-        initializer_range=0.2,
     )
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     return str(folder)
