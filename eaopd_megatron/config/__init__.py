@@ -11,9 +11,11 @@ from eaopd_megatron.config.tree import (
     Reporting,
     Rollout,
     Run,
+    Servers,
     Student,
     Teacher,
     Train,
+    WeightSync,
 )
 
 __all__ = [
@@ -26,9 +28,11 @@ __all__ = [
     "Reporting",
     "Rollout",
     "Run",
+    "Servers",
     "Student",
     "Teacher",
     "Train",
+    "WeightSync",
     "differences",
     "dump",
     "load_recipe",

@@ -151,10 +151,52 @@ class Data(Section):
     last_batch: Literal["drop", "keep"] = "drop"  # a batch smaller than the others
 
 
+class Servers(Section):
+    """The SGLang servers of rollout.engine=sglang: started and ended by the trainer, or named by their URLs."""
+
+    count: Count = 1  # that the trainer starts on its own host
+    urls: list[Name] = []  # of servers that run already; none are started then
+    router: Name | None = None  # the URL of an sglang-router whose servers run already; none are started then
+    tensor_parallel: Count = 1  # GPUs a server
+    placement: Literal["separate", "colocated"] = "separate"  # colocated: on the trainer's own GPUs, taking turns
+    memory_fraction: Fraction = 0.8  # of a GPU's memory, for weights and cache
+    max_running: Count = 64  # responses that a server writes at the same time
+    api_key_file: Name | None = None  # the key of servers that run already, mode 0600; those started here get one
+    start_minutes: Positive = 15.0  # for the servers to be there
+    all_down_minutes: Positive = 10.0  # without any server before the run saves its state and stops
+
+    @property
+    def started(self) -> bool:
+        """Whether the trainer starts and ends them."""
+        return not self.urls and self.router is None
+
+    @model_validator(mode="after")
+    def _servers_are_found_in_one_way(self) -> Self:
+        if self.urls and self.router is not None:
+            raise ValueError("servers.urls and servers.router are both given; a router knows its servers")
+        if not self.started and self.placement == "colocated":
+            raise ValueError("servers.placement=colocated is for servers that the trainer starts: no URLs")
+        if self.started and self.api_key_file is not None:
+            raise ValueError("servers.api_key_file is for servers that run already; those started here get a key")
+        return self
+
+
+class WeightSync(Section):
+    """How the servers get the student's weights."""
+
+    transport: Literal["distributed", "disk", "tensor"] = "distributed"  # tensor: same host; disk: a shared folder
+    bucket_mib: Count = 512  # MiB that are sent at once; two such buckets are held
+    timeout_seconds: Positive = 300.0  # for one bucket to arrive; a server that takes longer is lost
+    address: Name | None = None  # of this trainer, as the servers reach it; none: found out
+    verify: Literal["version", "probe", "checksum"] = "version"  # what is compared on every server afterwards
+
+
 class Rollout(Section):
     """How the student writes the responses that it is trained on."""
 
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "sglang"] = "local"  # local: on the student's own ranks
+    max_lag: Annotated[int, Field(ge=0, le=1)] = 0  # 1: write the next iteration's responses while this one trains
+    importance_clip: Positive = 2.0  # largest weight π_old/π_rollout of a token that older weights wrote
     temperature: float = 1.0
     top_p: float = 1.0
     max_response_tokens: Count = 4096
@@ -246,6 +288,8 @@ class Recipe(Section):
     objective: ObjectiveChoice = ObjectiveChoice()
     data: Data = Data()
     rollout: Rollout = Rollout()
+    servers: Servers = Servers()
+    weight_sync: WeightSync = WeightSync()
     train: Train
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
@@ -265,4 +309,21 @@ class Recipe(Section):
                 f"train.mini_batch is {self.train.mini_batch}, more than train.prompts_per_iteration "
                 f"({self.train.prompts_per_iteration}): no update would ever be full"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _servers_fit_the_engine(self) -> Self:
+        if self.rollout.engine == "local":
+            for name, given in (
+                ("servers", self.servers != Servers()),
+                ("weight_sync", self.weight_sync != WeightSync()),
+                ("rollout.max_lag", self.rollout.max_lag > 0),
+            ):
+                if given:
+                    raise ValueError(f"{name} differs from its default, which needs rollout.engine=sglang")
+        if self.servers.placement == "colocated":
+            if self.rollout.max_lag:
+                raise ValueError("rollout.max_lag is 1: servers.placement=colocated writes while the trainer waits")
+            if self.weight_sync.transport != "tensor":
+                raise ValueError("servers.placement=colocated needs weight_sync.transport=tensor")
         return self

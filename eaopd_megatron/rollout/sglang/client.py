@@ -152,7 +152,7 @@ class Client:
             return
         if status in (401, 403):
             what = "refuses the API key" if self._has_key else "asks for an API key"
-            raise UserError(f"{self.url} {what}: put the key that it was started with into rollout.api_key_file")
+            raise UserError(f"{self.url} {what}: put the key that it was started with into servers.api_key_file")
         if code := response.headers.get("x-smg-error-code"):  # of a router, about the servers behind it
             raise ServerGone(f"the router says {code}")
         said = f"{self.url}{path} answered {status}: {_message(response)}"
