@@ -168,7 +168,7 @@ def test_the_students_own_server_is_refused() -> None:
 
 def test_a_missing_api_key_reads_like_a_wrong_one() -> None:
     async def look(client: Client) -> None:
-        with pytest.raises(UserError, match=r"asks for an API key: put the key .* into rollout\.api_key_file"):
+        with pytest.raises(UserError, match=r"asks for an API key: put the key .* into servers\.api_key_file"):
             await client.model_info()
 
     with_client(Double(api_key="right"), look)
