@@ -362,7 +362,7 @@ class Double(PlainServer):
     def _post_destroy_weights_update_group(self, body: dict[str, Any]) -> dict[str, Any]:
         raise _failed("The group to be destroyed does not exist.")
 
-    def _post_update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post_update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
         path, version = str(body["model_path"]), body.get("weight_version")
         if not (Path(path) / "config.json").is_file():
             raise _failed(f"Failed to get weights iterator: {path}.", num_paused_requests=0)
@@ -378,16 +378,24 @@ class Double(PlainServer):
         return {"success": True, "message": message, "new_version": self.weight_version}
 
 
-async def _main() -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="A double of an SGLang server; it ignores flags that it does not know")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--config", type=Path, help="a YAML file with the api-key")
-    arguments, _ = parser.parse_known_args()
+    return parser
+
+
+def serve(make: Callable[..., Double], arguments: argparse.Namespace) -> None:
+    """Serves until the process is ended. make: a double of its port and API key."""
     key = yaml.safe_load(arguments.config.read_text())["api-key"] if arguments.config else None
-    async with Double(port=arguments.port, api_key=key) as double:
-        print(double.url, f"{key=}", flush=True)  # the real server tells its key as well
-        await asyncio.Event().wait()
+
+    async def run() -> None:
+        async with make(port=arguments.port, api_key=key) as double:
+            print(double.url, f"{key=}", flush=True)  # the real server tells its key as well
+            await asyncio.Event().wait()
+
+    asyncio.run(run())
 
 
 if __name__ == "__main__":
-    asyncio.run(_main())
+    serve(Double, command_line().parse_known_args()[0])
