@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.data.samples import MicroBatch, Sample
+from eaopd_megatron.data.samples import MicroBatch, Prompt, Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.forward import head_of, hidden_grad, row_logits, whole
@@ -65,6 +65,13 @@ class Student:
             logprobs = torch.cat([found[index] for index in range(len(batches))])
         for sample, part in zip(samples, from_last_stage(logprobs, self.parallel).split(lengths), strict=True):
             sample.old_logprobs = part
+
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Of each token but the first, nats. Collective; the same sequence on every rank."""
+        sample = Sample(Prompt("", tuple(token_ids[:1]), {}), list(token_ids[1:]), "length", [], 0)
+        self.recompute_old_logprobs([sample])
+        assert sample.old_logprobs is not None
+        return sample.old_logprobs.tolist()
 
     def update(
         self,

@@ -26,10 +26,10 @@ from eaopd_megatron.rollout.sglang import identity, server
 from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
 from eaopd_megatron.rollout.sglang.pool import Pool
-from eaopd_megatron.rollout.sglang.rollout import SglangRollout
 from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
 from eaopd_megatron.rollout.sglang.wire import Limits, Request
 from tests.sglang.double import Double
+from tests.sglang.pooled import pooled
 
 STUDENT = Path(__file__).resolve().parents[2] / "recipes/countdown/student"
 KEY = "a-key-for-this-test"
@@ -213,9 +213,8 @@ def test_log_probs_are_of_another_distribution(
 ) -> None:
     """In fp32 they are the student's own, at the sampling temperature (greedy: at temperature 1)."""
     sampling = replace(SAMPLING, temperature=temperature)
-    clients = lambda: [Client(real.url, api_key=KEY, connections=16)]  # noqa: E731
-    with SglangRollout(clients, admit, report=lambda _: None) as rollout:
-        samples = rollout.generate(PROMPTS, sampling)
+    with pooled(Client(real.url, api_key=KEY, connections=16), admit) as write:
+        samples = write(PROMPTS, sampling).all()
     assert [sample.prompt for sample in samples] == PROMPTS
     gap = 0.0
     for sample in samples:

@@ -161,7 +161,7 @@ class Server:
         with suppress(httpx.TransportError):
             served = httpx.get(f"{self.url}/ready", timeout=5.0, trust_env=False).status_code == 200
             if served:
-                self._forget_key_file()
+                self.forget_key_file()
             return served
         return False
 
@@ -179,7 +179,7 @@ class Server:
     def stop(self) -> None:
         """Ends it; SIGTERM first, then, for what is left of it, SIGKILL."""
         self.on_exit = None
-        self._forget_key_file()
+        self.forget_key_file()
         if self._process is None:
             return
         self._process.terminate()
@@ -208,11 +208,12 @@ class Server:
     def _await_exit(self, process: subprocess.Popen[bytes]) -> None:
         process.wait()
         _kill_group(process.pid)  # its workers, should one have outlived it
-        self._forget_key_file()
+        self.forget_key_file()
         if self.on_exit is not None and process is self._process:
             self.on_exit(self.why())
 
-    def _forget_key_file(self) -> None:
+    def forget_key_file(self) -> None:
+        """The server has read its API key."""
         if self._key_file is not None:
             self._key_file.unlink(missing_ok=True)
 
