@@ -31,6 +31,7 @@ def train(run: Run) -> None:
                     run.teacher,
                     objective=run.objective(run.updates),
                     learning_rate=run.schedule(run.updates),
+                    importance_clip=run.recipe.rollout.importance_clip,
                     update=run.updates,
                     metrics=run.averages,
                 )  # θ ← θ − η ∇ Σ_t L_t / |tokens|

@@ -33,9 +33,9 @@ from eaopd_megatron.training.folder import RunFolder
 from eaopd_megatron.training.profiler import ProfilerWindow
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
 from eaopd_megatron.training.throughput import Throughput
+from eaopd_megatron.training.warnings import Warnings
 
 SAMPLE_FLOPS = "sample_flops"  # averaged like a metric, and not written
-TERMINAL_LOGPROB_WARNING = -10.0  # nats; below it the pair does not agree on how to stop
 
 
 class Interrupted(SystemExit):
@@ -77,7 +77,7 @@ class Run:
         self.objective = ObjectiveSchedule(
             chosen.build(), chosen.ramp_updates or updates, chosen.ramp, chosen.threshold_end, chosen.forward_weight_end
         )
-        self.averages = Averages()
+        self.averages, self.warnings = Averages(), Warnings(recipe)
         self.throughput = Throughput(self.parts.student_folder.config, parallel.world_size)
         window = (recipe.reporting.profile_from, recipe.reporting.profile_iterations)
         self.profiler = ProfilerWindow(self.folder.profile, parallel.rank, *window)
@@ -153,6 +153,8 @@ class Run:
         self.iteration += 1
         record = self.averages.reduce(dist.group.WORLD)
         self.averages = Averages()
+        for line in self.warnings.of(record):
+            self.say(line)
         self._write_rollouts(samples)
         last = self.iteration == self.recipe.train.iterations
         interval = self.recipe.evaluation.interval
@@ -223,11 +225,6 @@ class Run:
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
         )
         self._times.clear()
-        if record.get("teacher/terminal_logprob", 0.0) < TERMINAL_LOGPROB_WARNING:
-            self.say(
-                f"warning: the teacher gives the student's end token {record['teacher/terminal_logprob']:.1f} nats: "
-                "the pair does not agree on how to stop (teacher.terminal_map)"
-            )
         return rates
 
     def _evaluation(self) -> dict[str, float]:

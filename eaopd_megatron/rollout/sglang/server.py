@@ -71,6 +71,7 @@ class ServerSettings:
     precision: str = "bf16"  # "bf16" | "fp32"
     memory_fraction: float = 0.8  # of a GPU's memory, or of the host's, for weights and cache
     max_running: int = 64  # requests that one server works on at the same time
+    colocated: bool = False  # on the trainer's GPUs, from `first_gpu` 0: their memory can be released (`memory.py`)
     api_key: str | None = field(default=None, repr=False)
 
     def flags(self, port: int, *, cuda: bool) -> list[str]:
@@ -81,6 +82,7 @@ class ServerSettings:
             *("--tp-size", str(self.tensor_parallel), "--context-length", str(self.context_length)),
             *("--mem-fraction-static", str(self.memory_fraction), "--max-running-requests", str(self.max_running)),
             *("--weight-version", "0", "--skip-tokenizer-init", "--grammar-backend", "none"),
+            *(("--enable-memory-saver",) if cuda and self.colocated else ()),
             *(() if cuda else (*CPU_FLAGS, "--max-total-tokens", str(self.max_running * self.context_length))),
         ]
 
