@@ -11,7 +11,7 @@ from eaopd_megatron.config import Recipe, differences, dump, load_recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.results import write_atomically
 
-_FREE = ("evaluation.", "reporting.", "distributed.")
+_FREE = ("evaluation.", "reporting.", "distributed.", "servers.", "weight_sync.")
 """Settings that may change between a run's start and its continuation: none of them reaches the student's weights,
 but for the rounding of sums over another layout's ranks."""
 _FREE_KEYS = (
@@ -52,6 +52,16 @@ class RunFolder:
     @property
     def failures(self) -> Path:
         return self.path / "failures"
+
+    @property
+    def servers(self) -> Path:
+        """Logs of the rollout servers that were started for the run."""
+        return self.path / "servers"
+
+    @property
+    def weights(self) -> Path:
+        """The student as it was last exported for rollout servers."""
+        return self.path / "weights"
 
     @property
     def collectives(self) -> Path:

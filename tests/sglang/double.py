@@ -9,7 +9,9 @@ and as a process of its own, which can be killed: `python -m tests.sglang.double
 prints its URL when it serves.
 
 Like the real one it dies of a token id outside of its vocabulary, drops the connection after an internal error, cuts
-responses at two positions less than its context, and keeps requests waiting while it is paused.
+responses at two positions less than its context, and keeps requests waiting while it is paused. It dies, as one with
+CUDA would, where it needs memory that it has released, and, as every one does, where it is asked to resume what it has
+or to release while it generates.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from tests.sglang.plain_http import Died, PlainServer, Refused
+from tests.sglang.plain_http import NULL, Died, PlainServer, Refused
 
 SAMPLING_KEYS = {"max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos"}
 
@@ -117,6 +119,7 @@ class Double(PlainServer):
         self.running: set[str] = set()
         self.aborting: set[str] = set()
         self.session = self.paused = False
+        self.away: set[str] = set()  # memory that is released
         self.going, self.released = asyncio.Event(), asyncio.Event()
         self.going.set()
         self.released.set()
@@ -205,6 +208,7 @@ class Double(PlainServer):
                 or body.get("top_logprobs_num", 0) > self.vocab_size
             ):
                 raise Died
+            self._need("weights", "kv_cache")
             new = min(new, self.context_length - 2 - len(ids))
             tokens, logprobs, reason, versions = await self._respond(rid, ids, sampling, new)
             first = body.get("logprob_start_len", -1)
@@ -329,10 +333,28 @@ class Double(PlainServer):
         self.aborting |= set(self.running) if body.get("abort_all") else {str(body.get("rid"))} & self.running
 
     def _post_flush_cache(self, body: dict[str, Any]) -> bytes:
+        if self.running:
+            raise Refused(400, b"Flush cache failed.\n")
         return (
             b"Cache flushed.\nPlease check backend logs for more details. (When there are running or waiting requests, "
             b"the operation will not be performed.)\n"
         )
+
+    def _post_release_memory_occupation(self, body: dict[str, Any]) -> Any:
+        if self.running or self.away & set(body["tags"]):
+            raise Died
+        self.away |= set(body["tags"])
+        return NULL
+
+    def _post_resume_memory_occupation(self, body: dict[str, Any]) -> Any:
+        if not set(body["tags"]) <= self.away:
+            raise Died
+        self.away -= set(body["tags"])
+        return NULL
+
+    def _need(self, *tags: str) -> None:
+        if self.away & set(tags):
+            raise Died
 
     def _post_begin_weight_update(self, body: dict[str, Any]) -> dict[str, Any]:
         if self.session:
@@ -353,6 +375,7 @@ class Double(PlainServer):
         return self._updated("update_weights_from_distributed", "Succeeded to update parameter online.", body)
 
     def _updated(self, name: str, message: str, body: dict[str, Any]) -> dict[str, Any]:
+        self._need("weights")
         if not self.session:
             raise _failed(f"{name} must run between begin_weight_update() and end_weight_update()")
         if (version := body.get("weight_version")) is not None:
@@ -363,6 +386,7 @@ class Double(PlainServer):
         raise _failed("The group to be destroyed does not exist.")
 
     async def _post_update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
+        self._need("weights")
         path, version = str(body["model_path"]), body.get("weight_version")
         if not (Path(path) / "config.json").is_file():
             raise _failed(f"Failed to get weights iterator: {path}.", num_paused_requests=0)

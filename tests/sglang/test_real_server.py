@@ -27,10 +27,10 @@ from eaopd_megatron.rollout.sglang import identity, server
 from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
 from eaopd_megatron.rollout.sglang.pool import Pool
-from eaopd_megatron.rollout.sglang.rollout import SglangRollout
 from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
 from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
 from tests.sglang.double import Double
+from tests.sglang.pooled import pooled
 from tests.sglang.student_double import StudentDouble
 
 STUDENT = Path(__file__).resolve().parents[2] / "recipes/countdown/student"
@@ -125,6 +125,11 @@ EXCHANGES: list[tuple[str, str, Any]] = [
     ("POST", "/continue_generation", {}),
     ("GET", "/ready", None),
     ("POST", "/flush_cache", {}),
+    ("POST", "/flush_cache?timeout=5", {}),
+    ("POST", "/release_memory_occupation", {"tags": ["kv_cache", "weights"]}),
+    ("POST", "/resume_memory_occupation", {"tags": ["weights"]}),
+    ("POST", "/resume_memory_occupation", {"tags": ["kv_cache"]}),
+    ("POST", "/generate", GENERATE),
     ("POST", "/abort_request", {"rid": "unknown"}),
     ("POST", "/abort_request", {"abort_all": True}),
     ("POST", "/no_such_endpoint", {}),
@@ -242,9 +247,8 @@ def test_log_probs_are_of_another_distribution(
 ) -> None:
     """In fp32 they are the student's own, at the sampling temperature (greedy: at temperature 1)."""
     sampling = replace(SAMPLING, temperature=temperature)
-    clients = lambda: [Client(real.url, api_key=KEY, connections=16)]  # noqa: E731
-    with SglangRollout(clients, admit, report=lambda _: None) as rollout:
-        samples = rollout.generate(PROMPTS, sampling)
+    with pooled(Client(real.url, api_key=KEY, connections=16), admit) as write:
+        samples = write(PROMPTS, sampling).all()
     assert [sample.prompt for sample in samples] == PROMPTS
     gap = 0.0
     for sample in samples:

@@ -92,19 +92,27 @@ class Client:
         return False
 
     async def call(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, seconds: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        seconds: float | None = None,
+        retries: int | None = None,
     ) -> Any:
         """The JSON that the server answers (None for an empty answer).
 
-        Raises ServerGone at once, Busy after `patience.retries` attempts, and UserError for what it refuses.
+        retries: attempts, `patience.retries` where it is not given; 1 for what must not be done twice. Raises
+        ServerGone at once, Busy after the last attempt, and UserError for what it refuses.
         """
-        for attempt in range(self.patience.retries):
+        retries = retries or self.patience.retries
+        for attempt in range(retries):
             response = await self._send(method, path, body, seconds or self.patience.control)
             try:
                 self._check(path, response)
                 break
             except Busy:
-                if attempt + 1 == self.patience.retries:
+                if attempt + 1 == retries:
                     raise
                 await asyncio.sleep(random.uniform(0, min(10.0, self.patience.backoff * 2**attempt)))
         return response.json() if response.headers.get("content-type", "").startswith("application/json") else None
