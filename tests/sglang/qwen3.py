@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,13 +27,13 @@ class Qwen3:
         self._tied = config["tie_word_embeddings"]
         theta = (config.get("rope_parameters") or config)["rope_theta"]
         self._frequencies = theta ** (-torch.arange(0, self._head_dim, 2) / self._head_dim)
-        self.weights = {name: tensor.float() for name, tensor in read_weights(folder)}
+        self.weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
 
-    def replace(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copies new values over the weights of these names. Raises KeyError, and ValueError for another shape."""
-        for name, tensor in tensors:
-            if tensor.shape != self.weights[name].shape:
-                raise ValueError(f"{name} is {list(tensor.shape)} and must be {list(self.weights[name].shape)}")
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies new values over the weights of these names. Raises ValueError for one that does not fit."""
+        for name, tensor in tensors.items():
+            if name not in self.weights or self.weights[name].shape != tensor.shape:
+                raise ValueError(f"{name} {list(tensor.shape)} is no weight of the student")
             self.weights[name].copy_(tensor)
 
     @torch.inference_mode()
@@ -73,15 +73,6 @@ class Qwen3:
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return functional.rms_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self._eps)
-
-
-def read_weights(folder: Path) -> Iterable[tuple[str, Tensor]]:
-    """(name, tensor) of all safetensors files of a folder. Raises OSError where there is none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise OSError(f"{folder} has no weights")
-    for path in files:
-        yield from load_file(path).items()
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

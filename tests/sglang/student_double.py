@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from tests.sglang.double import Double, command_line, serve
-from tests.sglang.qwen3 import Qwen3, read_weights
+from tests.sglang.qwen3 import Qwen3
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,7 +41,7 @@ class StudentDouble(Double):
         self.model_path = str(folder)
         self._asked: list[tuple[Sequence[int], asyncio.Future[tuple[list[float], str]]]] = []
         self._stepping: asyncio.Task[None] | None = None
-        self._weights_in_use = asyncio.Lock()
+        self._weights_in_use = threading.Lock()
         self._controls, self._doing = 0, "idle"
 
     async def _next(self, ids: Sequence[int]) -> tuple[list[float], str]:
@@ -54,20 +55,21 @@ class StudentDouble(Double):
         """Answers all who ask, again and again, until nobody does. The model is in a thread, so that HTTP goes on."""
         while self._asked:
             asked, self._asked = self._asked, []
-            async with self._weights_in_use:
-                found = await asyncio.to_thread(self.model.next_logprobs, [ids for ids, _ in asked])
-                version = self.weight_version
-            for (_, answer), logprobs in zip(asked, found.tolist(), strict=True):
+            found = await asyncio.to_thread(self._look, [ids for ids, _ in asked])
+            for (_, answer), logprobs in zip(asked, found, strict=True):
                 if not answer.done():
-                    answer.set_result((logprobs, version))
+                    answer.set_result((logprobs, self.weight_version))
             await asyncio.sleep(0)  # they ask for their next tokens
         self._stepping = None
 
-    async def _post_update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
-        async with self._weights_in_use:
-            answer = await super()._post_update_weights_from_disk(body)
-            self.model.replace(read_weights(Path(body["model_path"])))
-            return answer
+    def _look(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        with self._weights_in_use:
+            found: list[list[float]] = self.model.next_logprobs(sequences).tolist()
+        return found
+
+    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        with self._weights_in_use:
+            self.model.replace(tensors)
 
     async def answer(self, method: str, path: str, headers: dict[str, str], raw: bytes) -> Any:
         """Says what the server is doing whenever that changes, as its log."""
