@@ -84,7 +84,10 @@ def compare(mine: dict[str, float], references: Sequence[dict[str, float]]) -> t
     rows, problems = [], []
     for name, value in mine.items():
         others = [reference[name] for reference in references]
-        mean, spread = statistics.mean(others), statistics.stdev(others) if len(others) > 1 else float("nan")
+        if len(others) < 2:  # of one run, the noise is unknown
+            rows.append([name, f"{value:.4g}", "".join(f"{other:.4g}" for other in others)])
+            continue
+        mean, spread = statistics.mean(others), statistics.stdev(others)
         rows.append([name, f"{value:.4g}", f"{mean:.4g} ± {spread:.2g}"])
         if abs(value - mean) > DEVIATIONS * spread:
             problems.append(f"{name} is {value:.4g}; runs without faults have {mean:.4g} ± {spread:.2g}")

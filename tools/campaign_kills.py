@@ -39,6 +39,8 @@ from tools.campaign_checks import check_metrics, check_prompts, compare, final_m
 
 RECIPE = ROOT / "recipes/countdown/eopd.yaml"
 PROGRAMS = ("sglang.launch_server", "tests.sglang.student_double")
+SERVES = re.compile(r"^http://|Uvicorn running on")
+"""A line of a server's log, double or real, that says that it serves."""
 AIMED = 0.3
 """Share of the kills that wait for an update of weights, which is short, and strike then."""
 SPACING = {False: 5, True: 40}
@@ -66,7 +68,9 @@ class Run:
     def __init__(self, overrides: Sequence[str], recipe: Recipe, servers: Path | None) -> None:
         """servers: an environment in SGLang's place."""
         self.folder, self.started = Path(recipe.run.folder), time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists():
+            raise SystemExit(f"error: {self.folder} exists: give another --folder")
+        self.folder.mkdir(parents=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
         if servers is not None:
             environment[SGLANG_VENV] = str(servers)
@@ -109,6 +113,11 @@ class Run:
     def output(self) -> str:
         return " | ".join((self.folder / "output.txt").read_text(errors="replace").splitlines()[-3:])
 
+    def starts(self) -> int:
+        """How often a server came to serve."""
+        logs = self.folder.glob("servers/server_*.log")
+        return sum(SERVES.search(line) is not None for log in logs for line in _text(log).splitlines())
+
     def servers(self) -> list[ServerProcess]:
         """The servers that live, without their own children."""
         found = []
@@ -148,8 +157,9 @@ class ServerProcess:
     def kill(self) -> bool:
         """Whether it lived."""
         with suppress(psutil.NoSuchProcess):
+            lived = self.process.status() != psutil.STATUS_ZOMBIE
             self.process.kill()
-            return True
+            return lived
         return False
 
 
@@ -159,7 +169,7 @@ def doing(log: Sequence[str]) -> str:
     for line in log:
         if found := re.match(r"(idle|generating|updating) at ", line):
             last = found[1]
-        elif "Uvicorn running on" in line or line.startswith("http://"):
+        elif SERVES.search(line):
             last, open_update, running = "idle", False, 0
         elif found := re.search(r'"POST /(\w+) HTTP/1\.1" 200', line):
             if found[1] in ("pause_generation", "begin_weight_update", "init_weights_update_group"):
@@ -207,8 +217,8 @@ def kill_servers(run: Run, count: int, spacing: int, numbers: random.Random) -> 
 def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report. Its `problems` are what was lost."""
     spacing = arguments.spacing or SPACING[arguments.real]
-    # as many again as the kills take on average, for those drawn far apart
-    iterations = arguments.iterations or spacing * arguments.kills + 4 * spacing
+    # more than the kills take on average, for those drawn far apart
+    iterations = arguments.iterations or spacing * (arguments.kills + 4)
     servers = None if arguments.real else stand_in(arguments.folder / "double")
 
     def overrides(name: str, seed: int) -> list[str]:
@@ -217,29 +227,27 @@ def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
             *("run.log_rollouts=128", f"run.folder={arguments.folder / name}", *arguments.overrides),
         ]
 
-    recipe = load_recipe(RECIPE, overrides("killed", arguments.seed))
-    with Run(overrides("killed", arguments.seed), recipe, servers) as run:
+    mine = overrides("killed", arguments.seed)
+    recipe = load_recipe(RECIPE, mine)
+    with Run(mine, recipe, servers) as run:
         kills = kill_servers(run, arguments.kills, spacing, random.Random(arguments.seed))
         run.until(iterations)
-        code = run.process.wait(600)
+        code = run.process.wait(STALLED_SECONDS)
         seconds = time.monotonic() - run.started
-    problems = [] if code == 0 else [f"the run ended with exit code {code}: {run.output()}"]
+    if code != 0:
+        raise SystemExit(f"error: after {len(kills)} kills the run ended with exit code {code}: {run.output()}")
+    found, problems = check_prompts(recipe, prompts_of(recipe))
+    problems += check_metrics(recipe)
     if len(kills) < arguments.kills:
         problems.append(f"only {len(kills)} of {arguments.kills} kills before the run ended: give --iterations")
-    names = prompts_of(recipe)
-    found, wrong = check_prompts(recipe, names)
-    problems += [*wrong, *check_metrics(recipe)]
-    final = final_metrics(run.folder)
     references = []
     for seed in range(arguments.seed + 1, arguments.seed + 1 + arguments.references):
-        reference = load_recipe(RECIPE, overrides(f"reference_{seed}", seed))
-        with Run(overrides(f"reference_{seed}", seed), reference, servers) as other:
-            if other.process.wait() != 0:
-                raise SystemExit(f"error: the run without faults failed: {other.output()}")
-        references.append(final_metrics(other.folder))
-    rows, different = (
-        compare(final, references) if references else ([[n, f"{v:.4g}", ""] for n, v in final.items()], [])
-    )
+        other = overrides(f"reference_{seed}", seed)
+        with Run(other, load_recipe(RECIPE, other), servers) as reference:
+            if reference.process.wait() != 0:
+                raise SystemExit(f"error: the run without faults failed: {reference.output()}")
+        references.append(final_metrics(reference.folder))
+    table, different = compare(final_metrics(run.folder), references)
     return {
         "servers": "real" if arguments.real else "doubles",
         "seed": arguments.seed,
@@ -247,23 +255,23 @@ def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "kills": [asdict(kill) for kill in kills],
         "phases": dict(Counter(kill.phase for kill in kills)),
+        "restarts": run.starts() - recipe.servers.count,
         "prompts": found,
-        "final": final,
+        "final": final_metrics(run.folder),
         "references": references,
-        "table": rows,
+        "table": table,
         "problems": problems + different,
     }
 
 
 def show(report: dict[str, Any]) -> None:
     phases = ", ".join(f"{count} {phase}" for phase, count in sorted(report["phases"].items()))
-    print(f"{len(report['kills'])} kills of {report['servers']} ({phases}) in {report['seconds']:g} s")
+    kills, seconds = len(report["kills"]), report["seconds"]
+    print(f"{kills} kills of {report['servers']} ({phases}), {report['restarts']} restarts, in {seconds:g} s")
     print(f"{report['iterations']} iterations, {report['prompts']} prompts trained")
-    for name, mine, others in [
-        ["final metrics", "killed", f"{len(report['references'])} without faults"],
-        *report["table"],
-    ]:
-        print(f"  {name:32} {mine:>10}   {others}")
+    others = f"{len(report['references'])} without faults"
+    for name, mine, theirs in [["final metrics", "killed", others], *report["table"]]:
+        print(f"  {name:32} {mine:>10}   {theirs}")
     for problem in report["problems"]:
         print(f"LOST: {problem}")
     if not report["problems"]:
