@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,35 +22,64 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 
+T = TypeVar("T")
+Tensors = Iterator[tuple[str, torch.Tensor]]
+"""A model's Hugging Face tensors by name, one at a time."""
+
 DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+SHARD_BYTES = 5 * 10**9
+"""Of a safetensors file, at the most."""
 
 
 def gather_hf(
-    shards: Mapping[str, torch.Tensor], folder: HfFolder, parallel: Parallel
-) -> Iterator[tuple[str, torch.Tensor]]:
+    shards: Mapping[str, torch.Tensor], folder: HfFolder, parallel: Parallel, *, on_device: bool = False
+) -> Tensors:
     """Hugging Face tensors of a model's shards, one at a time, on the main rank.
 
     shards: Megatron name → this rank's part (parameters, or their gradients), all of one dtype. Collective over all
-    ranks: every rank must run the iterator to its end; it yields nothing on ranks other than the main one. What the
-    last pipeline stage holds as a copy of a tied embedding is left out.
+    ranks: every rank must run the iterator to its end (`on_main` does); it yields nothing on ranks other than the main
+    one. What the last pipeline stage holds as a copy of a tied embedding is left out.
+    on_device: the tensors stay where the shards are, on a GPU, and are sent from there; otherwise they come to host
+    memory. A tensor that no layout cuts may be the parameter itself.
     """
     seats = Seats(parallel)
     placement = placement_of(folder, parallel.layout)
     dtype = next(iter(shards.values())).dtype
+    device = parallel.device if on_device else torch.device("cpu")
     for entry in _entries(folder):
         holders = seats.holders(placement, entry)
         if not parallel.is_main:
             if parallel.rank in holders:
-                _send(shards[entry.megatron])
+                _send(shards[entry.megatron], device)
             continue
         shape = shard_shape(entry, placement)
         parts = [
-            shards[entry.megatron].detach().cpu() if rank == parallel.rank else _receive(shape, dtype, rank)
+            shards[entry.megatron].detach().to(device)
+            if rank == parallel.rank
+            else _receive(torch.empty(shape, dtype=dtype, device=device), rank)
             for rank in holders
         ]
         merged = entry.cut.merge(parts, placement.shard(entry))
         del parts  # the tensors may be copied once more before the next ones come
         yield from zip((name for name, _ in entry.sources), merged, strict=True)
+
+
+def on_main(tensors: Tensors, parallel: Parallel, work: Callable[[Tensors], T]) -> T | None:
+    """The result of `work` with `gather_hf`'s tensors on the main rank, None on the others. Collective over all ranks.
+
+    An error of `work` is raised on all ranks, when all of them have come to the end of the tensors.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    if parallel.is_main:
+        try:
+            result = work(tensors)
+        except Exception as raised:  # the other ranks still wait to send, and then for the outcome
+            error = raised
+    for _ in tensors:
+        pass
+    agree(parallel, lambda: _raise(error))
+    return result
 
 
 def export_hf(
@@ -59,7 +89,7 @@ def export_hf(
     out: Path,
     dtype: torch.dtype | None = None,
     *,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the model as the Hugging Face folder `out`: safetensors, configuration, tokenizer.
 
@@ -70,17 +100,9 @@ def export_hf(
     parameters: dict[str, torch.Tensor] = dict(model.global_parameters())
     if not model.gpts[-1].share_embeddings_and_output_weights and hf_source.config.tie_word_embeddings:
         raise ValueError("a model with an output layer of its own cannot be exported under tied embeddings")
-    dtype = dtype or next(iter(parameters.values())).dtype
-    error: Exception | None = None
+    written = dtype or next(iter(parameters.values())).dtype
     tensors = gather_hf(parameters, hf_source, parallel)
-    if parallel.is_main:
-        try:
-            _write(tensors, hf_source, out, dtype, max_shard_bytes)
-        except Exception as raised:  # the other ranks still wait to send, and then for the outcome
-            error = raised
-    for _ in tensors:
-        pass
-    agree(parallel, lambda: _raise(error))
+    on_main(tensors, parallel, lambda found: write_hf(found, hf_source, out, written, max_shard_bytes))
 
 
 def _raise(error: Exception | None) -> None:
@@ -92,13 +114,10 @@ def _entries(folder: HfFolder) -> list[Entry]:
     return folder.family.entries(folder.config, own_output=not folder.config.tie_word_embeddings)
 
 
-def _write(
-    tensors: Iterator[tuple[str, torch.Tensor]],
-    source: HfFolder,
-    out: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
+def write_hf(
+    tensors: Tensors, source: HfFolder, out: Path, dtype: torch.dtype, max_shard_bytes: int = SHARD_BYTES
 ) -> None:
+    """Write gathered tensors, with `source`'s configuration and tokenizer, as the folder `out` (see `export_hf`)."""
     plan = [PlannedTensor(name, shape, dtype) for entry in _entries(source) for name, shape in entry.sources]
     with whole_folder(out) as folder:
         needed, free = sum(tensor.nbytes for tensor in plan), shutil.disk_usage(folder).free
@@ -121,12 +140,11 @@ def _write_config(source: HfFolder, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _send(shard: torch.Tensor) -> None:
-    """To the main rank, through host memory; any dtype passes as bytes."""
-    dist.send(shard.detach().cpu().contiguous().reshape(-1).view(torch.uint8), dst=0)
+def _send(shard: torch.Tensor, device: torch.device) -> None:
+    """To the main rank, over the backend of the device; any dtype passes as bytes."""
+    dist.send(shard.detach().to(device).contiguous().reshape(-1).view(torch.uint8), dst=0)
 
 
-def _receive(shape: torch.Size, dtype: torch.dtype, rank: int) -> torch.Tensor:
-    received = torch.empty(shape, dtype=dtype)
-    dist.recv(received.reshape(-1).view(torch.uint8), src=rank)
-    return received
+def _receive(into: torch.Tensor, rank: int) -> torch.Tensor:
+    dist.recv(into.reshape(-1).view(torch.uint8), src=rank)
+    return into

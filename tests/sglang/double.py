@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import inspect
 import json
 import math
 import random
@@ -26,6 +27,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,15 @@ def _error(message: str) -> Refused:
 def _invalid(field: str) -> Refused:
     body = {"object": "error", "message": f"2 validation errors:\n  {field}", "type": "Bad Request", "param": None}
     return Refused(400, {**body, "code": 400})
+
+
+def _spans(versions: Sequence[str]) -> list[dict[str, Any]]:
+    """The versions of tokens, as a server tells them."""
+    spans: list[dict[str, Any]] = []
+    for version, tokens in groupby(versions):
+        start = spans[-1]["end"] if spans else 0
+        spans.append({"version": version, "start": start, "end": start + len(list(tokens))})
+    return spans
 
 
 def _failed(message: str, **more: Any) -> Refused:
@@ -150,7 +161,8 @@ class Double(PlainServer):
         if handler is None:
             raise Refused(404, {"detail": "Not Found"})
         body = json.loads(raw or b"{}")
-        return await self._post_generate(body) if path == "/generate" else handler(body)
+        answer = handler(body)
+        return await answer if inspect.isawaitable(answer) else answer
 
     def _model_info(self) -> dict[str, Any]:
         return {
@@ -197,56 +209,41 @@ class Double(PlainServer):
             ):
                 raise Died
             self._need("weights", "kv_cache")
-            version = self.weight_version
-            answer = self._respond(ids, sampling, min(new, self.context_length - 2 - len(ids)))
+            new = min(new, self.context_length - 2 - len(ids))
+            tokens, logprobs, reason, versions = await self._respond(rid, ids, sampling, new)
+            first = body.get("logprob_start_len", -1)
+            prompt = [] if first < 0 or not body.get("return_logprob") else await self._prompt_logprobs(ids, first)
             await self.released.wait()
         finally:
             self.running.discard(rid)
-        tokens, logprobs, reason = answer
         if rid in self.aborting or self.faults.take("abort"):
             self.aborting.discard(rid)
             reason = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
         elif self.faults.take("nan"):
             reason = {"type": "stop", "matched": "NaN happened"}
         self.finished.append(rid)
-        spans = [{"version": version, "start": 0, "end": len(tokens)}]
-        return {"output_ids": tokens, "meta_info": self._meta(rid, body, ids, tokens, logprobs, reason, spans, started)}
-
-    def _meta(
-        self,
-        rid: str,
-        body: dict[str, Any],
-        ids: list[int],
-        tokens: list[int],
-        logprobs: list[float],
-        reason: dict[str, Any],
-        spans: list[dict[str, Any]],
-        started: float,
-    ) -> dict[str, Any]:
-        with_logprobs = {}
-        if body.get("return_logprob"):
-            first = body.get("logprob_start_len", -1)
-            with_logprobs = {
-                "input_token_logprobs": [] if first < 0 else self._prompt_logprobs(ids, first),
-                "output_token_logprobs": [[lp, t, None] for lp, t in zip(logprobs, tokens, strict=True)],
-                "output_token_logprobs_length": len(tokens),
-            }
-        return {
+        with_logprobs = {
+            "input_token_logprobs": prompt,
+            "output_token_logprobs": [[lp, t, None] for lp, t in zip(logprobs, tokens, strict=True)],
+            "output_token_logprobs_length": len(tokens),
+        }
+        meta = {
             "id": rid,
             "finish_reason": reason,
             "prompt_tokens": len(ids),
             "weight_version": self.weight_version,
             "num_retractions": 0,
-            **with_logprobs,
+            **(with_logprobs if body.get("return_logprob") else {}),
             "reasoning_tokens": 0,
             "completion_tokens": len(tokens),
             "cached_tokens": 0,
-            "weight_versions": spans,
+            "weight_versions": _spans(versions) or [{"version": self.weight_version, "start": 0, "end": 0}],
             "cached_tokens_details": None,
             "dp_rank": None,
             "e2e_latency": time.monotonic() - started,
             "response_sent_to_client_ts": time.time(),
         }
+        return {"output_ids": tokens, "meta_info": meta}
 
     def _check(self, ids: list[int], sampling: dict[str, Any], new: int, wanted: list[int]) -> None:
         context = self.context_length
@@ -276,31 +273,47 @@ class Double(PlainServer):
                 "Use a shorter input or enable --allow-auto-truncate."
             )
 
-    def _respond(
-        self, ids: list[int], sampling: dict[str, Any], new: int
-    ) -> tuple[list[int], list[float], dict[str, Any]]:
+    async def _next(self, ids: Sequence[int]) -> tuple[list[float], str]:
+        """Log-probs of the token after `ids`, and the version of the weights that gave them."""
+        return self.policy(ids), self.weight_version
+
+    async def _respond(
+        self, rid: str, ids: list[int], sampling: dict[str, Any], new: int
+    ) -> tuple[list[int], list[float], dict[str, Any], list[str]]:
+        """Tokens, their log-probs, why they end, and the weights' version of each."""
         temperature = sampling.get("temperature", 1.0)
         stops = set() if sampling.get("ignore_eos") else {self.eos_id, *(sampling.get("stop_token_ids") or ())}
         tokens: list[int] = []
         logprobs: list[float] = []
-        while len(tokens) < new:
-            policy = self.policy([*ids, *tokens])
+        versions: list[str] = []
+        while len(tokens) < new and rid not in self.aborting:
+            await self.going.wait()
+            policy, version = await self._next([*ids, *tokens])
             if temperature == 0:
                 token = max(range(self.vocab_size), key=policy.__getitem__)
             else:
                 scaled = [lp / temperature for lp in policy]
                 total = math.log(sum(map(math.exp, scaled)))
                 policy = [lp - total for lp in scaled]
-                token = self._random.choices(range(self.vocab_size), [math.exp(lp) for lp in policy])[0]
+                token = self._draw([math.exp(lp) for lp in policy], sampling.get("top_p", 1.0))
             tokens.append(token)
             logprobs.append(policy[token])
+            versions.append(version)
             if token in stops:
-                return tokens, logprobs, {"type": "stop", "matched": token}
-        return tokens, logprobs, {"type": "length", "length": len(tokens)}
+                return tokens, logprobs, {"type": "stop", "matched": token}, versions
+        return tokens, logprobs, {"type": "length", "length": len(tokens)}, versions
 
-    def _prompt_logprobs(self, ids: list[int], first: int) -> list[list[Any]]:
-        entries: list[list[Any]] = [[None, ids[first], None]]
-        return entries + [[self.policy(ids[:i])[ids[i]], ids[i], None] for i in range(first + 1, len(ids))]
+    def _draw(self, probabilities: list[float], top_p: float) -> int:
+        """A token of those whose more probable ones have together no more than top_p."""
+        tokens = sorted(range(self.vocab_size), key=probabilities.__getitem__, reverse=True)
+        weights = [probabilities[token] for token in tokens]
+        kept = sum(before <= top_p for before in accumulate(weights[:-1], initial=0.0))
+        return self._random.choices(tokens[:kept], weights[:kept])[0]
+
+    async def _prompt_logprobs(self, ids: list[int], first: int) -> list[list[Any]]:
+        found = await asyncio.gather(*(self._next(ids[:i]) for i in range(first + 1, len(ids))))
+        known = zip(found, ids[first + 1 :], strict=True)
+        return [[None, ids[first], None], *([policy[token], token, None] for (policy, _), token in known)]
 
     def _post_pause_generation(self, body: dict[str, Any]) -> dict[str, Any]:
         if body.get("mode", "abort") not in ("abort", "retract", "in_place"):

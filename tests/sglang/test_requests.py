@@ -160,7 +160,7 @@ def test_another_server_is_taken_for_the_students(settings: dict[str, Any], expe
 
 def test_the_students_own_server_is_refused() -> None:
     double = Double(api_key="right")
-    logprobs = [entry[0] for entry in double._prompt_logprobs([1, 2, 3], 0)[1:]]
+    logprobs = [entry[0] for entry in asyncio.run(double._prompt_logprobs([1, 2, 3], 0))[1:]]
     expected = replace(EXPECTED, total_tokens=126, probe=Probe([1, 2, 3], logprobs, tolerance=1e-6))
     limits = with_client(double, lambda client: identify(client, expected), api_key="right")
     assert limits == Limits(vocab_size=112, prompt_tokens=121, total_tokens=126)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,14 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
-
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.rollout.sglang.connection import Address, Connection, Response, ServerGone
 
-
-class ServerGone(Exception):
-    """The connection failed or was dropped, or no answer came in time. Its text is one line without the URL."""
+__all__ = ["Busy", "Client", "Patience", "ServerGone", "read_api_key"]
 
 
 class Busy(Exception):
@@ -53,17 +50,18 @@ class Client:
         patience: Patience | None = None,
         ready_path: str = "/ready",
     ) -> None:
-        """connections: /generate requests that run at the same time; control requests are not counted."""
+        """connections: /generate requests that run at the same time; control requests are not counted.
+
+        Raises UserError for a URL that is none.
+        """
         self.url, self.connections, self.ready_path = url.rstrip("/"), connections, ready_path
         self.patience = patience or Patience()
         self._has_key = api_key is not None
-        self._headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"}
         if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._tls = httpx.create_ssl_context(trust_env=False)
-        # One httpx client a connection, the last used first: a client looks through all of its connections at every
-        # request, which with 64 of them takes the processor longer than everything else.
-        self._idle: list[httpx.AsyncClient] = []
+            headers["Authorization"] = f"Bearer {api_key}"
+        self._address = Address(self.url, headers)
+        self._idle: list[Connection] = []  # the one used last is at the end
 
     async def generate(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """POST /generate with a checked body (`wire.Limits.check`). Raises ServerGone, Busy, UserError."""
@@ -83,7 +81,7 @@ class Client:
     async def ready(self) -> bool:
         """Whether it would generate at once; False while it is paused. Raises ServerGone."""
         response = await self._send("GET", self.ready_path, None, self.patience.silence)
-        return response.status_code == 200
+        return response.status == 200
 
     async def there(self) -> bool:
         """Whether anything answers at all, busy or paused. A dropped connection alone does not say so: a server also
@@ -94,60 +92,53 @@ class Client:
         return False
 
     async def call(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, seconds: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        seconds: float | None = None,
+        retries: int | None = None,
     ) -> Any:
         """The JSON that the server answers (None for an empty answer).
 
-        Raises ServerGone at once, Busy after `patience.retries` attempts, and UserError for what it refuses.
+        retries: attempts, `patience.retries` where it is not given; 1 for what must not be done twice. Raises
+        ServerGone at once, Busy after the last attempt, and UserError for what it refuses.
         """
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(Busy),
-            stop=stop_after_attempt(self.patience.retries),
-            wait=wait_random_exponential(multiplier=self.patience.backoff, max=10.0),
-            sleep=asyncio.sleep,
-            reraise=True,
-        )
-        async for attempt in retrying:
-            with attempt:
-                response = await self._send(method, path, body, seconds or self.patience.control)
+        retries = retries or self.patience.retries
+        for attempt in range(retries):
+            response = await self._send(method, path, body, seconds or self.patience.control)
+            try:
                 self._check(path, response)
+                break
+            except Busy:
+                if attempt + 1 == retries:
+                    raise
+                await asyncio.sleep(random.uniform(0, min(10.0, self.patience.backoff * 2**attempt)))
         return response.json() if response.headers.get("content-type", "").startswith("application/json") else None
 
     async def close(self) -> None:
         """Once no request runs."""
         while self._idle:
-            await self._idle.pop().aclose()
+            self._idle.pop().close()
 
-    def _connection(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            base_url=self.url,
-            headers=self._headers,
-            # the server closes a connection that was idle for 5 s; one that is used at that moment would look dropped
-            limits=httpx.Limits(keepalive_expiry=2.0),
-            verify=self._tls,
-            trust_env=False,  # no proxy between the trainer and its servers
-        )
+    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> Response:
+        content = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
+        connection = self._connection()
+        response = await connection.send(method, path, content, seconds=seconds, connect=self.patience.connect)
+        self._idle.append(connection)
+        return response
 
-    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> httpx.Response:
-        timeout = httpx.Timeout(seconds, connect=min(self.patience.connect, seconds), pool=None)
-        content = None if body is None else json.dumps(body, separators=(",", ":"))
-        http = self._idle.pop() if self._idle else self._connection()
-        try:
-            return await http.request(method, path, content=content, timeout=timeout)
-        except httpx.ConnectError:
-            raise ServerGone("the connection is refused") from None
-        except httpx.TimeoutException as error:
-            within = self.patience.connect if isinstance(error, httpx.ConnectTimeout) else seconds
-            raise ServerGone(f"no answer to {path} within {within:g} s") from None
-        except httpx.TransportError as error:
-            raise ServerGone(f"the connection was dropped ({type(error).__name__})") from None
-        except httpx.InvalidURL as error:
-            raise UserError(f"{self.url} is no URL of a server: {error}") from None
-        finally:
-            self._idle.append(http)
+    def _connection(self) -> Connection:
+        """One that is idle, or a new one. The oldest are looked at last, when all after them are too old already."""
+        while self._idle:
+            if (connection := self._idle.pop()).usable:
+                return connection
+            connection.close()
+        return Connection(self._address)
 
-    def _check(self, path: str, response: httpx.Response) -> None:
-        status = response.status_code
+    def _check(self, path: str, response: Response) -> None:
+        status = response.status
         if status < 400:
             return
         if status in (401, 403):
@@ -161,7 +152,7 @@ class Client:
         raise UserError(said)
 
 
-def _message(response: httpx.Response) -> str:
+def _message(response: Response) -> str:
     """What an error says of itself, in one line."""
     text = response.text
     with suppress(ValueError):

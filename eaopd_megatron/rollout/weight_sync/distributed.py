@@ -1,0 +1,135 @@
+"""Weights by broadcast: the main rank and the ranks of a server are a process group, gloo on CPUs and NCCL on GPUs.
+
+Each server has a group of its own, so that one that dies in the middle of an update stops nobody else. NCCL has not
+been run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from eaopd_megatron.rollout.sglang.client import Client
+from eaopd_megatron.rollout.weight_sync.buckets import Bucket
+from eaopd_megatron.rollout.weight_sync.group import UpdateGroup, own_address
+from eaopd_megatron.rollout.weight_sync.transport import BucketTransport, Calls, Push, Run
+
+ARRIVAL_POLL = 0.005
+"""Seconds between two looks for a server at the meeting place."""
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """A bucket on its way: what the servers were told, and what was begun on each group."""
+
+    calls: Calls
+    works: dict[Client, dist.Work]
+    bucket: Bucket
+
+
+class Distributed(BucketTransport[Broadcast]):
+    """See the module. address: of this host, as the servers reach it; none: found out."""
+
+    def __init__(self, run: Run, seconds: float, capacity: int, *, backend: str, address: str | None = None) -> None:
+        super().__init__(run, seconds, capacity)
+        self._seconds, self._backend, self._address = seconds, backend, address
+        self._groups: dict[Client, UpdateGroup] = {}
+        self._generations = itertools.count(1)  # a name is used once, by a server that came back as well
+
+    def connect(self, push: Push, ranks: Mapping[Client, int]) -> None:
+        """A group for every server that has none."""
+        made = {client: self._group(client, count) for client, count in ranks.items() if client not in self._groups}
+        calls = push.start(lambda client: self._invite(client, made[client]), made)
+        for client, group in made.items():
+            if not self._await(group, calls[client].done):
+                continue  # its call says why
+            with self._leaving(push, client):
+                self._groups[client] = group
+                group.join(self._backend)
+        push.finish(calls)
+        self._drop_failed(push)
+
+    def start(self, push: Push, bucket: Bucket) -> Broadcast:
+        body = {
+            "names": [one.name for one in bucket.placed],
+            "dtypes": [str(one.dtype).removeprefix("torch.") for one in bucket.placed],
+            "shapes": [list(one.shape) for one in bucket.placed],
+            "load_format": "flattened_bucket",
+        }
+        groups = self._groups
+
+        async def announce(client: Client) -> Any:
+            named = {**body, "group_name": groups[client].name}
+            return await self._session.post(client, "/update_weights_from_distributed", named)
+
+        sent = Broadcast(push.start(announce), {}, bucket)
+        for client in list(push.left):
+            with self._leaving(push, client):
+                sent.works[client] = groups[client].broadcast(bucket.data)
+        return sent
+
+    def finish(self, push: Push, sent: Broadcast) -> None:
+        push.finish(sent.calls)
+        for client in list(push.left):  # the server has everything, so this returns at once
+            with self._leaving(push, client):
+                sent.works[client].wait(timedelta(seconds=self._seconds))
+        self._drop_failed(push)
+
+    def forget(self, client: Client) -> None:
+        if client in self._groups:
+            self._groups.pop(client).leave()
+
+    def close(self) -> None:
+        push = Push(self._run, self._groups)
+        calls = push.start(
+            lambda client: self._session.post(
+                client, "/destroy_weights_update_group", {"group_name": self._groups[client].name}
+            )
+        )
+        push.finish(calls)
+        for client in list(self._groups):
+            self.forget(client)
+
+    def _group(self, client: Client, ranks: int) -> UpdateGroup:
+        name = f"weights-{next(self._generations)}"
+        return UpdateGroup(name, ranks, self._address or own_address(client.url), seconds=self._seconds)
+
+    async def _invite(self, client: Client, group: UpdateGroup) -> Any:
+        body = {
+            "master_address": group.address,
+            "master_port": group.port,
+            "rank_offset": 1,
+            "world_size": group.world_size,
+            "group_name": group.name,
+            "backend": self._backend,
+        }
+        return await self._session.post(client, "/init_weights_update_group", body)
+
+    def _await(self, group: UpdateGroup, over: Callable[[], bool]) -> bool:
+        """Whether the server has come to the meeting place, and not refused or died before."""
+        while not group.arrived():
+            if over():
+                return False
+            time.sleep(ARRIVAL_POLL)
+        return True
+
+    @contextmanager
+    def _leaving(self, push: Push, client: Client) -> Iterator[None]:
+        """A server whose group has an error inside leaves the update."""
+        try:
+            yield
+        except RuntimeError as error:
+            push.fail(client, f"its update group broke off: {str(error).splitlines()[0][:200]}")
+            self.forget(client)
+
+    def _drop_failed(self, push: Push) -> None:
+        """A group in which an operation failed is of no use any more; leaving it frees a server that waits in it."""
+        for client in push.failed:
+            self.forget(client)

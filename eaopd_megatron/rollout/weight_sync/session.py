@@ -1,0 +1,79 @@
+"""What is said to one server when it gets weights, in the order in which SGLang 0.5.21 demands it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.rollout.sglang.client import Client
+
+
+@dataclass(frozen=True)
+class Session:
+    """seconds: limit on each request. All raise ServerGone, Busy or UserError; nothing is said twice."""
+
+    seconds: float
+
+    async def post(self, client: Client, path: str, body: Mapping[str, Any]) -> Any:
+        """The server's answer."""
+        return await client.call("POST", path, body, seconds=self.seconds, retries=1)
+
+    async def ranks(self, client: Client) -> int:
+        """How many processes share its weights. Refuses (UserError) servers that take weights from a folder alone."""
+        info = await client.server_info()
+        if info["dp_size"] != 1:
+            raise UserError(f"{client.url} has dp_size {info['dp_size']}, which takes weight_sync.transport=disk")
+        return int(info["tp_size"])
+
+    async def begin(self, client: Client) -> None:
+        """From now on it generates nothing and takes weights."""
+        await self._pause(client)
+        try:
+            await self.post(client, "/begin_weight_update", {})
+        except UserError as refusal:
+            if "already open" not in str(refusal):
+                raise
+            await self.post(client, "/end_weight_update", {})  # of an update that broke off
+            await self.post(client, "/begin_weight_update", {})
+
+    async def end(self, client: Client, version: str) -> None:
+        """It has all weights: they are `version`, and it generates again."""
+        await self.post(client, "/end_weight_update", {})
+        await self.post(client, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
+        await self._resume(client, version)
+
+    async def load(self, client: Client, folder: Path, version: str) -> None:
+        """It reads weights from a folder, whatever it did before, and generates again."""
+        await self._pause(client)
+        try:
+            await self.post(client, "/end_weight_update", {})  # of an update that broke off
+        except UserError as refusal:
+            if "no weight-update session is open" not in str(refusal):
+                raise
+        body = {"model_path": str(folder), "weight_version": version}
+        await self.post(client, "/update_weights_from_disk", body)
+        await self._resume(client, version)
+
+    async def checksum(self, client: Client) -> str:
+        """Of the weights that it has, over all of its ranks."""
+        try:
+            answer = await self.post(client, "/weights_checker", {"action": "checksum"})
+        except UserError as refusal:
+            raise UserError(
+                f"{refusal}: this server cannot compute checksums (0.5.21 does it on GPUs alone): set "
+                "weight_sync.verify=version"
+            ) from None
+        return str(answer["per_engine_checksum"])
+
+    async def _pause(self, client: Client) -> None:
+        # retracted, what may still run gives its cache back: the server ends itself if that is in use afterwards
+        await self.post(client, "/pause_generation", {"mode": "retract"})
+
+    async def _resume(self, client: Client, version: str) -> None:
+        await self.post(client, "/continue_generation", {})
+        found = (await client.model_info()).get("weight_version")
+        if found != version:
+            raise UserError(f"it has weights '{found}' after an update to '{version}'")

@@ -1,0 +1,152 @@
+"""The servers get the model's current weights, and are asked for what they have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from eaopd_megatron.checkpoint.agreement import agree
+from eaopd_megatron.checkpoint.hf_export import Tensors, gather_hf, on_main
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config import tree
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.guard import say
+from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.model import ModelChunks
+from eaopd_megatron.rollout.sglang.client import Client
+from eaopd_megatron.rollout.weight_sync.buckets import capacity
+from eaopd_megatron.rollout.weight_sync.disk import Disk
+from eaopd_megatron.rollout.weight_sync.distributed import Distributed
+from eaopd_megatron.rollout.weight_sync.session import Session
+from eaopd_megatron.rollout.weight_sync.tensor import InRequest
+from eaopd_megatron.rollout.weight_sync.transport import Push, Run, Transport
+
+
+class WeightSync:
+    """Used on all ranks; the servers' clients are the main rank's, and live in the event loop that `run` reaches.
+
+    A server that could not be given the weights is not the others' concern: it is named, with a reason of one line.
+    """
+
+    def __init__(
+        self,
+        model: ModelChunks,
+        folder: HfFolder,
+        parallel: Parallel,
+        options: tree.WeightSync,
+        scratch: Path,
+        run: Run | None = None,
+        report: Callable[[str], None] = say,
+    ) -> None:
+        """folder: of the student, whose tensors' names and shapes the servers expect. scratch: a folder that the
+        servers share with the trainer, for `disk`. run: on the main rank."""
+        if not model.gpts[-1].share_embeddings_and_output_weights and folder.config.tie_word_embeddings:
+            raise ValueError("a model with an output layer of its own cannot be given to servers of a tied one")
+        self._model, self._folder, self._parallel, self._options = model, folder, parallel, options
+        self._run, self._report = run or _no_clients, report
+        self._written: int | None = None
+        seconds = options.timeout_seconds
+        self._session = Session(seconds)
+        self._disk = Disk(self._run, seconds, folder, scratch, model.dtype)
+        self._transport = self._made()
+
+    def push(self, version: int, clients: Sequence[Client] = ()) -> dict[Client, str]:
+        """Give all servers the model's current weights as `version`, while none of them generates. Collective.
+
+        Returns those that have not got them. One that is still there after the update broke off gets them by disk.
+        Raises, on all ranks, UserError when the folder cannot be written, or where servers' checksums differ.
+        """
+        failed = self._send(self._transport, version, clients)
+        if self._transport is not self._disk:
+            there = [client for client in failed if self._run(client.there())]
+            for client in failed:
+                self._report(f"rollout server {client.url}: no weights {version}: {failed[client]}")
+            if self._any(there):
+                again = self.refresh(version, there)
+                failed = {client: again.get(client, failed[client]) for client in failed if client not in there} | again
+        if self._options.verify == "checksum":
+            agree(self._parallel, lambda: self._compare([client for client in clients if client not in failed]))
+        return failed
+
+    def refresh(self, version: int, clients: Sequence[Client] = ()) -> dict[Client, str]:
+        """Give servers that came back the current weights, by disk, while others may generate. Collective.
+
+        The folder is written once a version. Returns and raises as `push`.
+        """
+        if self._written != version:
+            return self._send(self._disk, version, clients)
+        return self._disk.load(str(version), clients)
+
+    def forget(self, client: Client) -> None:
+        """The server is dead: its part in an update group is ended."""
+        self._transport.forget(client)
+
+    def close(self) -> None:
+        """The folder of `disk` goes, and so do the groups. Of the main rank."""
+        if self._parallel.is_main:
+            self._transport.close()
+            self._disk.close()
+
+    def _made(self) -> Transport:
+        options, seconds = self._options, self._options.timeout_seconds
+        config = self._folder.config
+        entries = self._folder.family.entries(config, own_output=not config.tie_word_embeddings)
+        numbers = [sum(math.prod(shape) for _, shape in entry.sources) for entry in entries]
+        room = capacity(options.bucket_mib * 2**20, [number * self._model.dtype.itemsize for number in numbers])
+        if options.transport == "distributed":
+            backend = "nccl" if self._parallel.device.type == "cuda" else "gloo"
+            return Distributed(self._run, seconds, room, backend=backend, address=options.address)
+        return InRequest(self._run, seconds, room) if options.transport == "tensor" else self._disk
+
+    def _send(self, transport: Transport, version: int, clients: Sequence[Client]) -> dict[Client, str]:
+        by_disk = transport is self._disk
+        parameters: Mapping[str, torch.Tensor] = self._model.global_parameters()
+        tensors = gather_hf(parameters, self._folder, self._parallel, on_device=not by_disk)
+        expected = self._folder.family.hf_shapes(self._folder.config)
+        failed = on_main(
+            tensors, self._parallel, lambda found: transport.send(_checked(found, expected), str(version), clients)
+        )
+        if by_disk:
+            self._written = version
+        return failed or {}
+
+    def _any(self, there: Sequence[Client]) -> bool:
+        """Whether the main rank names any, on all ranks."""
+        found = [bool(there)]
+        if self._parallel.world_size > 1:
+            dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _compare(self, clients: Sequence[Client]) -> None:
+        push = Push(self._run, clients)
+        sums = push.each(self._session.checksum)
+        if push.failed:
+            raise UserError(next(iter(push.failed.values())))
+        for client in clients[1:]:
+            if sums[client] != sums[clients[0]]:
+                raise UserError(
+                    f"{client.url} and {clients[0].url} have other weights after the same update (checksums): "
+                    "weight_sync.transport=disk does not depend on the network between them"
+                )
+
+
+def _checked(tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, each of which is expected as it is: a server ends itself over any other. Raises ValueError."""
+    missing = dict(expected)
+    for name, tensor in tensors:
+        if missing.pop(name, None) != tuple(tensor.shape):
+            raise ValueError(f"{name} {tuple(tensor.shape)} is no tensor of the student's folder")
+        yield name, tensor
+    if missing:
+        raise ValueError(f"{next(iter(missing))} of the student's folder has no parameter")
+
+
+def _no_clients(work: Coroutine[Any, Any, Any]) -> Any:
+    """Of the ranks without clients."""
+    work.close()
+    raise ValueError("a rank with clients needs `run`")

@@ -1,0 +1,120 @@
+"""The interface of all transports, and what those that send bucket by bucket have in common."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from eaopd_megatron.checkpoint.hf_export import Tensors
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.rollout.sglang.client import Busy, Client, ServerGone
+from eaopd_megatron.rollout.weight_sync.buckets import Bucket, buckets
+from eaopd_megatron.rollout.weight_sync.session import Session
+
+T = TypeVar("T")
+Sent = TypeVar("Sent")
+Call = Callable[[Client], Coroutine[Any, Any, Any]]
+"""What is asked of a server."""
+Calls = Mapping[Client, "asyncio.Task[Any]"]
+
+
+class Run(Protocol):
+    """Runs a coroutine in the event loop of the clients, which is another thread's."""
+
+    def __call__(self, work: Coroutine[Any, Any, T]) -> T: ...
+
+
+class Push:
+    """The servers of one update: `left` are still in it, the others `failed`, each for a reason of one line."""
+
+    def __init__(self, run: Run, clients: Iterable[Client]) -> None:
+        self._run, self.left = run, list(clients)
+        self.failed: dict[Client, str] = {}
+
+    def start(self, call: Call, clients: Iterable[Client] | None = None) -> Calls:
+        """Begin a call of every server that is left, or of some."""
+        called = list(self.left if clients is None else clients)
+
+        async def begin() -> dict[Client, asyncio.Task[Any]]:
+            return {client: asyncio.create_task(call(client)) for client in called}
+
+        return self._run(begin()) if called else {}
+
+    def finish(self, calls: Calls) -> dict[Client, Any]:
+        """The answers. A server whose call failed leaves the update."""
+
+        async def wait() -> list[Any]:
+            return await asyncio.gather(*calls.values(), return_exceptions=True)
+
+        answers = dict(zip(calls, self._run(wait()), strict=True)) if calls else {}
+        for client, answer in answers.items():
+            if isinstance(answer, ServerGone | Busy | UserError):
+                self.fail(client, str(answer))
+            elif isinstance(answer, BaseException):
+                raise answer
+        return {client: answer for client, answer in answers.items() if client in self.left}
+
+    def each(self, call: Call) -> dict[Client, Any]:
+        """`start` and `finish`."""
+        return self.finish(self.start(call))
+
+    def fail(self, client: Client, reason: str) -> None:
+        """The server leaves the update; its first reason counts."""
+        if client in self.left:
+            self.left.remove(client)
+            self.failed[client] = reason
+
+
+class Transport(ABC):
+    """A way to the servers, used by one thread of the main rank."""
+
+    @abstractmethod
+    def send(self, tensors: Tensors, version: str, clients: Sequence[Client]) -> dict[Client, str]:
+        """Give all servers the tensors as `version`. Returns those that have not got them, each with a reason.
+
+        The tensors may not be run to their end.
+        """
+
+    def forget(self, client: Client) -> None:  # noqa: B027 (most keep nothing)
+        """The server is dead, or another one has taken its place: what is kept for it is given up."""
+
+    def close(self) -> None:  # noqa: B027
+        """No update will follow."""
+
+
+class BucketTransport(Transport, Generic[Sent]):
+    """One bucket after the other: while one is on its way the next is filled."""
+
+    def __init__(self, run: Run, seconds: float, capacity: int) -> None:
+        """seconds: limit on a bucket's way. capacity: bytes of a bucket."""
+        self._run, self._session, self._capacity = run, Session(seconds), capacity
+
+    @abstractmethod
+    def connect(self, push: Push, ranks: Mapping[Client, int]) -> None:
+        """Whatever the servers, each of so many ranks, need before the first bucket."""
+
+    @abstractmethod
+    def start(self, push: Push, bucket: Bucket) -> Sent:
+        """Begin to send a bucket to the servers that are left."""
+
+    @abstractmethod
+    def finish(self, push: Push, sent: Sent) -> None:
+        """Returns when the bucket's memory is free again: each server has it or has left the update."""
+
+    def send(self, tensors: Tensors, version: str, clients: Sequence[Client]) -> dict[Client, str]:
+        push = Push(self._run, clients)
+        push.each(self._session.begin)
+        self.connect(push, push.each(self._session.ranks))
+        sent: Sent | None = None
+        for bucket in buckets(tensors, self._capacity):
+            if sent is not None:
+                self.finish(push, sent)
+            if not push.left:
+                return push.failed
+            sent = self.start(push, bucket)
+        if sent is not None:
+            self.finish(push, sent)
+        push.each(lambda client: self._session.end(client, version))
+        return push.failed

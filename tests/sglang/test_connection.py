@@ -1,0 +1,144 @@
+"""HTTP/1.1 as SGLang and its router speak it: where an answer ends, and which connection takes another request."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.rollout.sglang import connection
+from eaopd_megatron.rollout.sglang.client import Client, Patience
+from eaopd_megatron.rollout.sglang.connection import Address, ServerGone
+
+pytestmark = pytest.mark.timeout(60)
+JSON = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+class Script:
+    """A server that answers each request with the next of some texts. closes: the connection after each of them."""
+
+    def __init__(self, *answers: str, closes: bool = False) -> None:
+        self.answers, self.closes, self.connections = list(answers), closes, 0
+
+    async def serve(self, work: Callable[[Client], Awaitable[None]]) -> None:
+        server = await asyncio.start_server(self._connection, "127.0.0.1")
+        client = Client(
+            f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", patience=Patience(silence=5, control=5)
+        )
+        try:
+            await work(client)
+        finally:
+            await client.close()
+            server.close()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        while not reader.at_eof():
+            try:
+                await reader.readuntil(b"\r\n\r\n")
+            except (asyncio.IncompleteReadError, ConnectionError):
+                break
+            writer.write(self.answers.pop(0).encode())
+            await writer.drain()
+            if self.closes:
+                break
+        writer.close()
+
+
+def served(script: Script, work: Callable[[Client], Awaitable[None]]) -> None:
+    asyncio.run(script.serve(work))
+
+
+WHOLE = f'{JSON}Content-Length: 7\r\n\r\n{{"a":1}}'
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [WHOLE, f'{JSON}Transfer-Encoding: chunked\r\n\r\n3\r\n{{"a\r\n4;x=y\r\n":1}}\r\n0\r\n\r\n'],
+    ids=["length", "chunks"],
+)
+def test_the_end_of_an_answer_is_missed(answer: str) -> None:
+    async def work(client: Client) -> None:
+        for _ in range(3):
+            assert await client.model_info() == {"a": 1}
+
+    script = Script(*[answer] * 3)
+    served(script, work)
+    assert script.connections == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [WHOLE, WHOLE.replace("\r\n", "\r\nConnection: close\r\n", 1), f'{JSON}\r\n{{"a":1}}'],
+    ids=["unannounced", "announced", "end"],
+)
+def test_a_connection_that_the_server_closed_is_used_again(answer: str) -> None:
+    async def work(client: Client) -> None:
+        for _ in range(3):
+            assert await client.model_info() == {"a": 1}
+            await asyncio.sleep(0.01)  # the end of the connection arrives
+
+    script = Script(*[answer] * 3, closes=True)
+    served(script, work)
+    assert script.connections == 3
+
+
+def test_a_connection_that_the_server_is_about_to_close_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(client: Client) -> None:
+        await client.model_info()
+        monkeypatch.setattr(connection, "KEEP_ALIVE", 0.0)
+        await client.model_info()
+
+    script = Script(WHOLE, WHOLE)
+    served(script, work)
+    assert script.connections == 2
+
+
+def test_the_answer_to_a_request_that_was_given_up_answers_the_next_one() -> None:
+    async def work(client: Client) -> None:
+        given_up = asyncio.create_task(client.model_info())
+        while not script.connections:
+            await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.gather(given_up, return_exceptions=True)
+        assert await client.model_info() == {"a": 1}
+
+    script = Script(f"{JSON}Content-Length: 99\r\n\r\n", WHOLE)
+    served(script, work)
+    assert script.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("SSH-2.0-OpenSSH\r\n\r\n", "the answer to /model_info is no HTTP"),
+        (f"{JSON}Content-Length: many\r\n\r\n", "the answer to /model_info is no HTTP"),
+        (f"{JSON}Content-Length: 99\r\n\r\n{{", r"the connection was dropped \(IncompleteReadError\)"),
+    ],
+)
+def test_half_an_answer_is_taken_for_a_whole_one(answer: str, message: str) -> None:
+    async def work(client: Client) -> None:
+        with pytest.raises(ServerGone, match=message):
+            await client.model_info()
+
+    served(Script(answer, closes=True), work)
+
+
+@pytest.mark.parametrize("url", ["localhost:30000", "http://", "http://host:port", "ftp://host"])
+def test_what_is_no_url_counts_as_a_dead_server(url: str) -> None:
+    with pytest.raises(UserError, match=f"{url.rstrip('/')} is no URL of a server"):
+        Client(url)
+
+
+def test_a_certificate_is_not_looked_at() -> None:
+    address = Address("https://host/behind/a/path/", {"Authorization": "Bearer key"})
+    assert address.port == 443 and address.tls is not None
+    assert address.tls.verify_mode == ssl.CERT_REQUIRED and address.tls.check_hostname
+    head = address.request("POST", "/generate", b"{}")
+    expected = (
+        "POST /behind/a/path/generate HTTP/1.1\r\nHost: host\r\nAuthorization: Bearer key\r\nContent-Length: 2\r\n"
+    )
+    assert head.decode() == f"{expected}\r\n{{}}"
