@@ -9,9 +9,9 @@ and as a process of its own, which can be killed: `python -m tests.sglang.double
 prints its URL when it serves.
 
 Like the real one it dies of a token id outside of its vocabulary, drops the connection after an internal error, cuts
-responses at two positions less than its context, and keeps requests waiting while it is paused. It dies, as one with
-CUDA would, where it needs memory that it has released, and, as every one does, where it is asked to resume what it has
-or to release while it generates.
+responses at two positions less than its context, and keeps requests waiting while it is paused. It dies, as
+every one does, where it is asked to resume memory that it has or to release some while it generates, and, as one with
+CUDA would, where it needs or releases what it has released.
 """
 
 from __future__ import annotations
