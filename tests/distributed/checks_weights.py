@@ -82,7 +82,7 @@ def trainer(
         model = build_model(source.config, parallel.layout, source.dtype)
         load_hf(model, source, parallel)
         run = stack.enter_context(in_a_loop()) if parallel.is_main else None
-        patience = Patience(silence=2.0)
+        patience = Patience(silence=2.0, control=2.0)
         clients = [Client(url, patience=patience) for url in urls] if parallel.is_main else []
         settings = tree.WeightSync(**{"timeout_seconds": 20.0, **options})
         stack.enter_context(mock.patch.object(module, "capacity", return_value=BUCKET))
@@ -122,7 +122,7 @@ def check_death_in_an_update(group: dist.ProcessGroup, folder: str, scratch: str
             one.sync.forget(one.clients[-1])
             victim.start()
         assert one.sync.refresh(2, one.clients[-1:]) == {}
-        one.check(2)
+        one.check(2, one.clients[-1:])
         one.train(2.0)
         assert one.sync.push(3, one.clients) == {}
         one.check(3)
