@@ -16,7 +16,7 @@ _FREE = ("evaluation.", "reporting.", "distributed.", "servers.", "weight_sync."
 but for the rounding of sums over another layout's ranks."""
 _FREE_KEYS = (
     *(f"run.{key}" for key in ("folder", "save_interval", "keep_checkpoints", "async_save", "on_damaged")),
-    *("run.log_rollouts", "rollout.batch_size"),
+    *("run.log_rollouts", "rollout.batch_size", "rollout.warn_logprob_gap", "rollout.warn_truncated"),
     *(f"student.{kind}_parallel" for kind in ("tensor", "pipeline", "context", "expert", "expert_tensor", "data")),
     *("student.sequence_parallel", "student.virtual_pipeline", "student.recompute"),
     *(f"optimizer.{key}" for key in ("distributed", "overlap", "offload")),

@@ -74,7 +74,7 @@ class Trainer:
 
 @contextmanager
 def trainer(
-    folder: str, layout: dict[str, Any], scratch: str, urls: Sequence[str], **options: Any
+    folder: str, layout: dict[str, Any], scratch: str, urls: Sequence[str], key: str | None = None, **options: Any
 ) -> Iterator[Trainer]:
     with ExitStack() as stack:
         parallel = stack.enter_context(arranged(Layout(**layout)))
@@ -82,8 +82,8 @@ def trainer(
         model = build_model(source.config, parallel.layout, source.dtype)
         load_hf(model, source, parallel)
         run = stack.enter_context(in_a_loop()) if parallel.is_main else None
-        patience = Patience(silence=2.0)
-        clients = [Client(url, patience=patience) for url in urls] if parallel.is_main else []
+        patience = Patience(silence=2.0, control=2.0 if key is None else 60.0)
+        clients = [Client(url, api_key=key, patience=patience) for url in urls] if parallel.is_main else []
         settings = tree.WeightSync(**{"timeout_seconds": 20.0, **options})
         stack.enter_context(mock.patch.object(module, "capacity", return_value=BUCKET))
         sync = WeightSync(model, source, parallel, settings, Path(scratch), run, report=lambda line: None)
@@ -122,7 +122,7 @@ def check_death_in_an_update(group: dist.ProcessGroup, folder: str, scratch: str
             one.sync.forget(one.clients[-1])
             victim.start()
         assert one.sync.refresh(2, one.clients[-1:]) == {}
-        one.check(2)
+        one.check(2, one.clients[-1:])
         one.train(2.0)
         assert one.sync.push(3, one.clients) == {}
         one.check(3)
@@ -180,3 +180,34 @@ def check_error_of_the_main_rank(group: dist.ProcessGroup, folder: str, scratch:
                 raise AssertionError("it was written into a file")
         assert one.sync.push(3, one.clients) == {}
         one.check(3)
+
+
+def check_log_probs(group: dist.ProcessGroup, folder: str, scratch: str, url: str, key: str, transport: str) -> None:
+    """Of a real server, after every update."""
+    from transformers import AutoModelForCausalLM
+
+    layout = {"tensor_parallel": 2, "pipeline_parallel": 2}
+    ids = [3, 77, 5, 9, 100, 13, 17, 21, 8]
+    body = {
+        "input_ids": ids,
+        "sampling_params": {"max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    with trainer(folder, layout, scratch, [url], key, transport=transport) as one:
+        for version, factor in ((1, 1.25), (2, 0.5)):
+            one.train(factor)
+            assert one.sync.push(version, one.clients) == {}
+            if not one.parallel.is_main:
+                continue
+            assert one.call(one.clients[0], "GET", "/model_info")["weight_version"] == str(version)
+            meta = one.call(one.clients[0], "POST", "/generate", body)["meta_info"]
+            found = torch.tensor([entry[0] for entry in meta["input_token_logprobs"][1:]])
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(one.scale)
+                logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            gap = (logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0] - found).abs().max().item()
+            print(f"{transport}, update {version}: largest gap {gap:.2e}")
+            assert gap <= 1e-4, gap

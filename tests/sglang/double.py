@@ -10,9 +10,9 @@ prints its URL when it serves, takes faults (POST /faults, fields of `Faults`) a
 (POST /weights, {"path": FILE} for torch.save).
 
 Like the real one it dies of a token id outside of its vocabulary, drops the connection after an internal error, cuts
-responses at two positions less than its context, and keeps requests waiting while it is paused. It dies, as one with
-CUDA would, where it needs memory that it has released, and, as every one does, where it is asked to resume what it has
-or to release while it generates.
+responses at two positions less than its context, and keeps requests waiting while it is paused. It dies, as
+every one does, where it is asked to resume memory that it has or to release some while it generates, and, as one with
+CUDA would, where it needs or releases what it has released.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ The order of an iteration; what is not the servers' happens on every rank of the
     Colocated.after_generation, a barrier  cache and weights leave
     TrainerMemory.resume
 
-A server dies if it is to release what it has released, to resume what it has, or to release while it generates:
-`Colocated` knows what each has, and waits for the last request. Without CUDA a server says yes and keeps its memory;
-with it, this has not been run.
+A server dies if it is to resume what it has, or to release while it generates: `Colocated` knows what each has, and
+waits for the last request. Without CUDA a server says yes and keeps its memory, and would hide a wrong order; with CUDA
+this has not been run.
 """
 
 from __future__ import annotations
