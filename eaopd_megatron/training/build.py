@@ -16,8 +16,10 @@ from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
+from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.interface import Rollout
 from eaopd_megatron.rollout.local import LocalRollout
+from eaopd_megatron.rollout.sglang.engine import ServedRollout
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.folder import RunFolder
@@ -98,8 +100,6 @@ def build(
     if recipe.rollout.engine == "local":
         rollout = LocalRollout(model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size)
     else:
-        from eaopd_megatron.rollout.sglang.engine import ServedRollout
-
         rollout = ServedRollout(
             recipe,
             parallel,
@@ -108,6 +108,7 @@ def build(
             logs=folder.servers,
             scratch=folder.weights,
             logprobs=student.logprobs,
+            memory=TrainerMemory(ddp, optimizer),
             asked=asked,
             report=report,
         )

@@ -111,6 +111,7 @@ class Run:
                 break
             for sample in part:
                 sample.teacher = self.recipe.teacher.model
+                sample.stale = sample.weight_version != self.updates
             yield part
         self.parts.rollout.rest()
         if self.recipe.rollout.max_lag and self.iteration + 1 < self.recipe.train.iterations:
@@ -171,6 +172,8 @@ class Run:
 
     def stop_early(self, reason: Asked | RolloutFailed) -> NoReturn:
         """The iteration that was begun cannot be finished: save what is completed. Raises Interrupted or UserError."""
+        self.parts.rollout.close()
+        self.parts.rollout.rest()
         self._save(wait=True)
         if isinstance(reason, Asked):
             self._stopped(reason.args[0])

@@ -6,7 +6,8 @@
         ... Client(double.url) ...
 
 and as a process of its own, which can be killed: `python -m tests.sglang.double [--port N] [--config FILE]`. It
-prints its URL when it serves.
+prints its URL when it serves, takes faults (POST /faults, fields of `Faults`) and gives the weights that it got away
+(POST /weights, {"path": FILE} for torch.save).
 
 Like the real one it dies of a token id outside of its vocabulary, drops the connection after an internal error, cuts
 responses at two positions less than its context, and keeps requests waiting while it is paused. It dies, as
@@ -21,19 +22,25 @@ import asyncio
 import inspect
 import json
 import math
+import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from tests.sglang.plain_http import NULL, Died, PlainServer, Refused
+
+if TYPE_CHECKING:
+    import torch
+
+    from tests.sglang.weights import Receiver
 
 SAMPLING_KEYS = {"max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos"}
 
@@ -85,11 +92,23 @@ class Faults:
     abort: int = 0  # ... that are given up with what they have
     nan: int = 0  # ... that end because the weights hold NaN
     mute: bool = False  # nothing is answered at all
+    update: str = ""  # in the middle of an update of weights: "die", "hang" or "refuse"
+    update_in: int = 0  # the update call at which that happens, counted from now; 0: at none
 
     def take(self, kind: str) -> bool:
         left: int = getattr(self, kind)
         setattr(self, kind, max(0, left - 1))
         return left > 0
+
+    async def strike_update(self) -> None:
+        """Once in each update call."""
+        if not self.take("update_in") or self.update_in:
+            return
+        if self.update == "die":
+            raise Died
+        if self.update == "hang":
+            await asyncio.Event().wait()
+        raise _failed("Failed to receive weights: on command")
 
 
 class Double(PlainServer):
@@ -124,6 +143,21 @@ class Double(PlainServer):
         self.going.set()
         self.released.set()
         self._random = random.Random(0)
+        self.weights: dict[str, torch.Tensor] = {}
+        self.dead = asyncio.Event()
+
+    @cached_property
+    def _receiver(self) -> Receiver:
+        from tests.sglang.weights import Receiver  # torch, which a double that is given no weights does without
+
+        return Receiver(self.load_weights)
+
+    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """What an update brought. Called in a thread; raises ValueError for a tensor that the model cannot take."""
+        for name, tensor in tensors.items():
+            if name in self.weights and self.weights[name].shape != tensor.shape:
+                raise ValueError(f"{name} has the shape {list(tensor.shape)}")
+            self.weights[name] = tensor
 
     async def __aenter__(self) -> Double:
         await self.start()
@@ -131,6 +165,10 @@ class Double(PlainServer):
 
     async def __aexit__(self, *_: object) -> None:
         await self.die()
+
+    async def die(self) -> None:
+        await super().die()
+        self.dead.set()
 
     def hold(self) -> None:
         """No response is finished until `released` is set."""
@@ -180,6 +218,8 @@ class Double(PlainServer):
             "model_path": self.model_path,
             "api_key": self.api_key,
             "context_length": self.context_length,
+            "tp_size": 1,
+            "dp_size": 1,
             "status": "ready",
             "max_total_num_tokens": self.max_total_num_tokens,
             "max_req_input_len": min(self.context_length, self.max_total_num_tokens) - 6,
@@ -368,38 +408,64 @@ class Double(PlainServer):
         self.session = False
         return {"success": True, "message": "Success"}
 
-    def _post_update_weights_from_tensor(self, body: dict[str, Any]) -> dict[str, Any]:
-        return self._updated("update_weights_from_tensor", "Success", body)
+    async def _post_init_weights_update_group(self, body: dict[str, Any]) -> dict[str, Any]:
+        if refusal := await asyncio.to_thread(self._receiver.init_group, body):
+            raise _failed(refusal)
+        return {"success": True, "message": "Succeeded to initialize custom process group."}
 
-    def _post_update_weights_from_distributed(self, body: dict[str, Any]) -> dict[str, Any]:
-        return self._updated("update_weights_from_distributed", "Succeeded to update parameter online.", body)
+    async def _post_destroy_weights_update_group(self, body: dict[str, Any]) -> dict[str, Any]:
+        if refusal := await asyncio.to_thread(self._receiver.destroy_group, body):
+            raise _failed(refusal)
+        return {"success": True, "message": "Succeeded to destroy custom process group."}
 
-    def _updated(self, name: str, message: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post_update_weights_from_tensor(self, body: dict[str, Any]) -> dict[str, Any]:
+        await self._in_session("update_weights_from_tensor")
+        try:
+            await asyncio.to_thread(self._receiver.tensor, body)
+        except ValueError:
+            raise Died from None
+        return self._updated("Success", body)
+
+    async def _post_update_weights_from_distributed(self, body: dict[str, Any]) -> dict[str, Any]:
+        await self._in_session("update_weights_from_distributed")
+        if refusal := await asyncio.to_thread(self._receiver.distributed, body):
+            raise _failed(refusal)
+        return self._updated("Succeeded to update parameter online.", body)
+
+    async def _in_session(self, name: str) -> None:
         self._need("weights")
         if not self.session:
             raise _failed(f"{name} must run between begin_weight_update() and end_weight_update()")
+        await self.faults.strike_update()
+
+    def _updated(self, message: str, body: dict[str, Any], **more: Any) -> dict[str, Any]:
         if (version := body.get("weight_version")) is not None:
             self.weight_version, message = str(version), f"{message} Weight version updated to {version}."
-        return {"success": True, "message": message}
+        return {"success": True, "message": message, **more}
 
-    def _post_destroy_weights_update_group(self, body: dict[str, Any]) -> dict[str, Any]:
-        raise _failed("The group to be destroyed does not exist.")
-
-    def _post_update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post_update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
         self._need("weights")
-        path, version = str(body["model_path"]), body.get("weight_version")
-        if not (Path(path) / "config.json").is_file():
+        path = Path(body["model_path"])
+        if not (path / "config.json").is_file():
             raise _failed(f"Failed to get weights iterator: {path}.", num_paused_requests=0)
-        self.model_path = path
-        message = "Succeeded to update model weights."
-        if version is not None:
-            self.weight_version, message = str(version), f"{message} Weight version updated to {version}."
-        return {"success": True, "message": message, "num_paused_requests": 0}
+        await asyncio.to_thread(self._receiver.disk, path)
+        self.model_path = str(path)
+        return self._updated("Succeeded to update model weights.", body, num_paused_requests=0)
 
     def _post_update_weight_version(self, body: dict[str, Any]) -> dict[str, Any]:
         self.weight_version = str(body["new_version"])
         message = f"Weight version updated to {self.weight_version}"
         return {"success": True, "message": message, "new_version": self.weight_version}
+
+    def _post_faults(self, body: dict[str, Any]) -> None:
+        for name, value in body.items():
+            setattr(self.faults, name, value)
+
+    def _post_weights(self, body: dict[str, Any]) -> None:
+        import torch
+
+        torch.save(self.weights, body["path"])
+        self.weights.clear()
 
 
 async def _main() -> None:
@@ -410,7 +476,8 @@ async def _main() -> None:
     key = yaml.safe_load(arguments.config.read_text())["api-key"] if arguments.config else None
     async with Double(port=arguments.port, api_key=key) as double:
         print(double.url, f"{key=}", flush=True)  # the real server tells its key as well
-        await asyncio.Event().wait()
+        await double.dead.wait()
+        os._exit(1)  # its threads may wait in a group that will never be whole
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.samples import Prompt, Sample
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
+from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.interface import Ticket, Wanted
 from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.sglang.identity import Probe
 from eaopd_megatron.rollout.sglang.keeper import Keeper
 from eaopd_megatron.rollout.sglang.relay import relay
+from eaopd_megatron.rollout.sglang.turns import Turns
 from eaopd_megatron.rollout.sglang.writing import Writing
 from eaopd_megatron.rollout.weight_sync.sync import WeightSync
 
@@ -57,18 +59,20 @@ class ServedRollout:
         logs: Path,
         scratch: Path,
         logprobs: Callable[[Sequence[int]], list[float]],
+        memory: TrainerMemory,
         asked: Callable[[], int],
         report: Callable[[str], None],
     ) -> None:
         """logs: folder of the logs of servers started here. scratch: folder of exported weights, which the servers see
         too. logprobs: what gives the student's log-probs (nats) of a sequence's tokens but the first; collective.
-        asked: the number of a signal that asks the run to stop, or 0."""
+        memory: the trainer's, for colocated servers. asked: the number of a signal that asks the run to stop, or 0."""
         self.recipe, self.parallel, self._logprobs, self._asked = recipe, parallel, logprobs, asked
         self._keeper: Keeper | None = None
+        colocated = recipe.servers.placement == "colocated"
         if parallel.is_main:
-            colocated = recipe.servers.placement == "colocated"
             first_gpu = 0 if colocated else int(os.environ.get("LOCAL_WORLD_SIZE", parallel.world_size))
             self._keeper = Keeper(recipe, student, logs, first_gpu=first_gpu, report=report)
+        self._turns = Turns(parallel, memory, self._keeper) if colocated else None
         self._sync = WeightSync(
             model,
             student,
@@ -88,14 +92,19 @@ class ServedRollout:
         """The servers begin to start; `publish` waits for them."""
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids)).token_ids
         self._probe_ids = longest[:PROBE_TOKENS]
+        if self._turns is not None:
+            self._turns.begin()
         if self._keeper is not None:
             self._keeper.start(len(longest), longest_response)
 
     def publish(self, version: int) -> None:
         """The servers get the model's weights, once what they write with older ones is finished."""
-        if version == self._version:
+        if version == self._version and (self._turns is None or self._turns.of_servers):
             return
         before, self._version = self._version, version
+        self._forget_lost()
+        if self._turns is not None:
+            self._turns.begin()
         verify = self.recipe.weight_sync.verify == "probe"
         if verify or (before is None and version == 0):
             self._take_probe(version)
@@ -135,7 +144,10 @@ class ServedRollout:
             self._ahead = None
 
     def rest(self) -> None:
-        """Nothing: the servers wait."""
+        """Colocated servers give the trainer its memory back."""
+        if self._turns is not None:
+            self._forget_lost()
+            self._turns.end()
 
     def close(self) -> None:
         """Ends the servers that were started here."""
@@ -162,12 +174,18 @@ class ServedRollout:
             self._keeper.compare()
 
     def _push(self, version: int) -> None:
-        clients = []
-        if self._keeper is not None:
-            clients = self._keeper.present()
-            for client in self._keeper.lost():
-                self._sync.forget(client)
+        if self._turns is not None:
+            self._turns.weights()
+        clients = [] if self._keeper is None else self._keeper.present()
         self._given(clients, self._sync.push(version, clients))
+        if self._turns is not None:
+            self._turns.cache()
+
+    def _forget_lost(self) -> None:
+        for client in self._keeper.lost() if self._keeper else ():
+            self._sync.forget(client)
+            if self._turns is not None:
+                self._turns.forget(client)
 
     def _given(self, clients: Sequence[Client], failed: dict[Client, str]) -> None:
         if self._keeper is not None:

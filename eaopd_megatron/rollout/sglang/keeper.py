@@ -54,6 +54,7 @@ class Keeper:
         self._started: list[Server] = []
         self._server_of: dict[Client, Server] = {}
         self._deaths: Counter[Client] = Counter()
+        self._held: list[Client] | None = None  # dead ones that wait to be started; none: they are started at once
         # the kernel ends the servers with the thread that started them: one thread starts them all, and lives on
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="servers")
         self._starting: Future[None] | None = None
@@ -127,7 +128,7 @@ class Keeper:
 
     def present(self) -> list[Client]:
         """Servers that can be given weights."""
-        if self._pool is None or self._router is not None:
+        if not self.loop.running or self._pool is None or self._router is not None:
             return list(self.clients)
         return [*self._pool.alive(), *self._stale]
 
@@ -156,6 +157,21 @@ class Keeper:
 
         self.loop.run(compared())
 
+    def start_dead_ones(self) -> None:
+        """Servers that died since `end_absent_ones` are started, and from now on at once."""
+        held, self._held = self._held or [], None
+        for client in held:
+            self._restart(client)
+
+    def end_absent_ones(self) -> None:
+        """Servers that are not there, which may be starting, are ended, and none is started until `start_dead_ones`."""
+        self._held = []
+        for client in set(self._server_of) - set(self.present()):
+            server = self._server_of[client]
+            server.stop()
+            server.on_exit = partial(self._died, client)
+            self._held.append(client)
+
     def close(self) -> None:
         """Ends the servers that were started here. A second call does nothing."""
         for server in self._started:
@@ -166,7 +182,7 @@ class Keeper:
         if self._started:
             with ThreadPoolExecutor(len(self._started)) as stopping:
                 list(stopping.map(Server.stop, self._started))
-        self._started = []
+        self._started, self._server_of, self.clients = [], {}, []
         self._starter.shutdown(cancel_futures=True)
 
     # Servers started here
@@ -182,10 +198,15 @@ class Keeper:
         if self._pool is not None:
             self.loop.call(self._pool.lost, client, why)
         self._deaths[client] += 1
-        if self._deaths[client] < DEATHS:
-            self._starter.submit(self._server_of[client].start)
-        else:
+        if self._deaths[client] >= DEATHS:
             self._report(f"rollout server {client.url} died {DEATHS} times in a row and is not started again: it {why}")
+        elif self._held is None:
+            self._restart(client)
+        else:
+            self._held.append(client)
+
+    def _restart(self, client: Client) -> None:
+        self._starter.submit(self._server_of[client].start)
 
     # In the event loop
 

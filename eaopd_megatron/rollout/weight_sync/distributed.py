@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class Distributed(BucketTransport[Broadcast]):
         super().__init__(run, seconds, capacity)
         self._seconds, self._backend, self._address = seconds, backend, address
         self._groups: dict[Client, UpdateGroup] = {}
-        self._generations = itertools.count(1)  # a name is used once, by a server that came back as well
+        # a server refuses the name of a group that it knows, be it of a run that has ended
+        self._names = (f"weights-{uuid.uuid4().hex[:8]}-{generation}" for generation in itertools.count(1))
 
     def connect(self, push: Push, ranks: Mapping[Client, int]) -> None:
         """A group for every server that has none."""
@@ -98,8 +100,7 @@ class Distributed(BucketTransport[Broadcast]):
             self.forget(client)
 
     def _group(self, client: Client, ranks: int) -> UpdateGroup:
-        name = f"weights-{next(self._generations)}"
-        return UpdateGroup(name, ranks, self._address or own_address(client.url), seconds=self._seconds)
+        return UpdateGroup(next(self._names), ranks, self._address or own_address(client.url), seconds=self._seconds)
 
     async def _invite(self, client: Client, group: UpdateGroup) -> Any:
         body = {
