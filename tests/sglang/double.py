@@ -468,17 +468,25 @@ class Double(PlainServer):
         self.weights.clear()
 
 
-async def _main() -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="A double of an SGLang server; it ignores flags that it does not know")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--config", type=Path, help="a YAML file with the api-key")
-    arguments, _ = parser.parse_known_args()
+    return parser
+
+
+def serve(make: Callable[..., Double], arguments: argparse.Namespace) -> None:
+    """Serves until the process is ended. make: a double of its port and API key."""
     key = yaml.safe_load(arguments.config.read_text())["api-key"] if arguments.config else None
-    async with Double(port=arguments.port, api_key=key) as double:
-        print(double.url, f"{key=}", flush=True)  # the real server tells its key as well
-        await double.dead.wait()
-        os._exit(1)  # its threads may wait in a group that will never be whole
+
+    async def run() -> None:
+        async with make(port=arguments.port, api_key=key) as double:
+            print(double.url, f"{key=}", flush=True)  # the real server tells its key as well
+            await double.dead.wait()
+            os._exit(1)  # its threads may wait in a group that will never be whole
+
+    asyncio.run(run())
 
 
 if __name__ == "__main__":
-    asyncio.run(_main())
+    serve(Double, command_line().parse_known_args()[0])

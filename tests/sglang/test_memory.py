@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import pickle
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -32,7 +34,8 @@ async def two_servers() -> AsyncIterator[tuple[list[Double], list[Client]]]:
 async def push(clients: list[Client], version: int) -> None:
     for client in clients:
         await client.call("POST", "/begin_weight_update", {})
-        body = {"serialized_named_tensors": [], "weight_version": str(version)}
+        nothing = base64.b64encode(pickle.dumps([])).decode()
+        body = {"serialized_named_tensors": [nothing], "weight_version": str(version)}
         await client.call("POST", "/update_weights_from_tensor", body)
         await client.call("POST", "/end_weight_update", {})
 

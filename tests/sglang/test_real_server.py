@@ -11,6 +11,7 @@ import queue
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
 from eaopd_megatron.rollout.sglang.pool import Pool
 from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
-from eaopd_megatron.rollout.sglang.wire import Limits, Request
+from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
 from tests.sglang.double import Double
 from tests.sglang.pooled import pooled
+from tests.sglang.student_double import StudentDouble
 
 STUDENT = Path(__file__).resolve().parents[2] / "recipes/countdown/student"
 KEY = "a-key-for-this-test"
@@ -173,7 +175,8 @@ def same(path: str, ours: Any, theirs: Any) -> None:
         assert one["finish_reason"]["type"] == other["finish_reason"]["type"]
 
 
-def test_the_double_is_another_server(real: Server) -> None:
+@pytest.mark.parametrize("make", [Double, partial(StudentDouble, STUDENT)], ids=["double", "student"])
+def test_the_double_is_another_server(real: Server, make: Callable[..., Double]) -> None:
     """One exchange after the other with both; fields, types, status codes, messages and kinds of content are equal."""
 
     async def exchange(url: str) -> list[httpx.Response]:
@@ -189,7 +192,7 @@ def test_the_double_is_another_server(real: Server) -> None:
         return found
 
     async def both() -> tuple[list[httpx.Response], list[httpx.Response]]:
-        async with Double(api_key=KEY, max_total_num_tokens=16 * CONTEXT) as double:
+        async with make(api_key=KEY, max_total_num_tokens=16 * CONTEXT) as double:
             async with httpx.AsyncClient() as http:
                 for headers in ({}, {"Authorization": "Bearer wrong"}):
                     for url in (double.url, real.url):
@@ -210,6 +213,32 @@ def test_the_double_is_another_server(real: Server) -> None:
             first = str(error).splitlines()[:1]
             differences.append(f"{method} {path} {body}: {first}\n  double: {ours.text}\n  real: {theirs.text[:2000]}")
     assert not differences, "\n".join(differences)
+
+
+def test_the_double_of_a_student_holds_another_one(real: Server) -> None:
+    """Greedy responses of the same batch: tokens, log-probs, ends and versions."""
+    greedy = replace(SAMPLING, temperature=0.0)
+    requests = [Request(prompt.id, prompt.token_ids, greedy) for prompt in PROMPTS]
+
+    async def respond(url: str) -> dict[str, Completion]:
+        pool = Pool([Client(url, api_key=KEY)], admit)
+        await pool.open()
+        found = {completion.id: completion async for completion in pool.generate(requests)}
+        await pool.close()
+        return found
+
+    async def both() -> tuple[dict[str, Completion], dict[str, Completion]]:
+        async with StudentDouble(STUDENT, api_key=KEY) as double:
+            return await respond(double.url), await respond(real.url)
+
+    ours, theirs = asyncio.run(both())
+    gap = 0.0
+    for name, one in ours.items():
+        other = theirs[name]
+        assert replace(one, logprobs=[], server="") == replace(other, logprobs=[], server="")
+        gap = max(gap, *(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True)))
+    print(f"largest gap {gap:.2e}")
+    assert gap <= 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
