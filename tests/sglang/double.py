@@ -152,9 +152,12 @@ class Double(PlainServer):
     def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """What an update brought. Called in a thread; raises ValueError for a tensor that the model cannot take."""
         for name, tensor in tensors.items():
-            if name in self.weights and self.weights[name].shape != tensor.shape:
+            if name not in self.weights:
+                self.weights[name] = tensor
+            elif self.weights[name].shape == tensor.shape:
+                self.weights[name].copy_(tensor)
+            else:
                 raise ValueError(f"{name} has the shape {list(tensor.shape)}")
-            self.weights[name] = tensor
 
     async def __aenter__(self) -> Double:
         await self.start()
