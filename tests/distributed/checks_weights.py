@@ -182,6 +182,22 @@ def check_error_of_the_main_rank(group: dist.ProcessGroup, folder: str, scratch:
         one.check(3)
 
 
+def check_checksums(group: dist.ProcessGroup, folder: str, scratch: str, urls: list[str]) -> None:
+    """All ranks refuse servers that differ after an update, or have no checksums."""
+    with trainer(folder, {"tensor_parallel": 4}, scratch, urls, verify="checksum") as one:
+        for checksums, error in (
+            (("a", "a"), ""),
+            (("a", "b"), "have other weights after the same update"),
+            (("a", ""), "set weight_sync.verify=version"),
+        ):
+            for number, checksum in enumerate(checksums):
+                one.fault(number, checksum=checksum)
+            try:
+                assert one.sync.push(1, one.clients) == {} and not error
+            except UserError as refusal:
+                assert error and error in str(refusal), refusal
+
+
 def check_log_probs(group: dist.ProcessGroup, folder: str, scratch: str, url: str, key: str, transport: str) -> None:
     """Of a real server, after every update."""
     from transformers import AutoModelForCausalLM

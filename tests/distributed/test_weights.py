@@ -56,6 +56,7 @@ def test_a_server_has_other_weights_than_the_model(
         "check_no_server_answers",
         "check_folder_is_written_once",
         "check_error_of_the_main_rank",
+        "check_checksums",
     ],
 )
 def test_one_server_stops_the_others_or_the_ranks(

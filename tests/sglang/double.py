@@ -92,6 +92,7 @@ class Faults:
     mute: bool = False  # nothing is answered at all
     update: str = ""  # in the middle of an update of weights: "die", "hang" or "refuse"
     update_in: int = 0  # the update call at which that happens, counted from now; 0: at none
+    checksum: str = ""  # of the weights, as it says; none: it cannot compute any, as the real one on a CPU
 
     def take(self, kind: str) -> bool:
         left: int = getattr(self, kind)
@@ -435,6 +436,11 @@ class Double(PlainServer):
         self.weight_version = str(body["new_version"])
         message = f"Weight version updated to {self.weight_version}"
         return {"success": True, "message": message, "new_version": self.weight_version}
+
+    def _post_weights_checker(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not self.faults.checksum:
+            raise _failed("Torch not compiled with CUDA enabled")
+        return {"success": True, "message": "Success.", "per_engine_checksum": self.faults.checksum}
 
     def _post_faults(self, body: dict[str, Any]) -> None:
         for name, value in body.items():
