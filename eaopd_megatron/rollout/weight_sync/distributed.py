@@ -20,6 +20,7 @@ import torch.distributed as dist
 from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.weight_sync.buckets import Bucket
 from eaopd_megatron.rollout.weight_sync.group import UpdateGroup, own_address
+from eaopd_megatron.rollout.weight_sync.session import say
 from eaopd_megatron.rollout.weight_sync.transport import BucketTransport, Calls, Push, Run
 
 LARGE = 2**20
@@ -98,14 +99,9 @@ class Distributed(BucketTransport[Broadcast]):
             self._groups.pop(client).leave()
 
     def close(self) -> None:
-        push = Push(self._run, self._groups)
-        calls = push.start(
-            lambda client: self._session.post(
-                client, "/destroy_weights_update_group", {"group_name": self._groups[client].name}
-            )
-        )
-        push.finish(calls)
-        for client in list(self._groups):
+        names = {client: {"group_name": group.name} for client, group in self._groups.items()}
+        Push(self._run, names).each(lambda client: say(client, "/destroy_weights_update_group", names[client]))
+        for client in names:
             self.forget(client)
 
     def _group(self, client: Client, ranks: int) -> UpdateGroup:
