@@ -28,6 +28,7 @@ def _train(recipe: Recipe) -> None:
     import torch
 
     from eaopd_megatron.megatron import groups
+    from eaopd_megatron.rollout.interface import Asked, RolloutFailed
     from eaopd_megatron.training import flight_recorder
     from eaopd_megatron.training.ending import finish
     from eaopd_megatron.training.folder import RunFolder, already_finished
@@ -50,6 +51,8 @@ def _train(recipe: Recipe) -> None:
         try:
             train(run)
             finish(run)
+        except (Asked, RolloutFailed) as reason:
+            run.stop_early(reason)
         finally:
             run.close()
     groups.stop()

@@ -197,6 +197,8 @@ class Rollout(Section):
     engine: Literal["local", "sglang"] = "local"  # local: on the student's own ranks
     max_lag: Annotated[int, Field(ge=0, le=1)] = 0  # 1: write the next iteration's responses while this one trains
     importance_clip: Positive = 2.0  # largest weight π_old/π_rollout of a token that older weights wrote
+    warn_logprob_gap: Positive | None = 0.1  # nats between rollout and trainer, mean over tokens; none: no warning
+    warn_truncated: Annotated[float, Field(gt=0, lt=1)] | None = 0.5  # share of responses; none: no warning
     temperature: float = 1.0
     top_p: float = 1.0
     max_response_tokens: Count = 4096
@@ -221,6 +223,11 @@ class Train(Section):
     prompts_per_iteration: Count = 128
     mini_batch: Count = 32  # samples an update, over all data-parallel ranks
     micro_batch_tokens: Count = 16384  # packed tokens of a micro-batch, which context-parallel ranks share
+
+    @property
+    def updates(self) -> int:
+        """Updates of a whole iteration."""
+        return -(-self.prompts_per_iteration // self.mini_batch)
 
 
 class Optimizer(Section):

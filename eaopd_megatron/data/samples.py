@@ -22,8 +22,9 @@ class Prompt:
 class Sample:
     """One response of the student. Log-probs are in nats, one per response token.
 
-    rollout_logprobs come from the engine that sampled and serve the mismatch metric only; π_old is `old_logprobs`,
-    recomputed by the trainer. `teacher_signal` holds what the teacher said of each token, if it was asked beforehand.
+    rollout_logprobs come from the engine that sampled and serve the mismatch metric and the weights of stale samples;
+    π_old is `old_logprobs`, recomputed by the trainer. `teacher_signal` holds what the teacher said of each token, if
+    it was asked beforehand.
     """
 
     prompt: Prompt
@@ -36,6 +37,7 @@ class Sample:
     old_logprobs: torch.Tensor | None = None
     teacher_signal: dict[str, torch.Tensor] = field(default_factory=dict)
     weight_versions: Sequence[tuple[int, int, int]] = ()  # (version, start, end) over response tokens; (): one for all
+    stale: bool = False  # sampled by older weights than π_old's
 
     @property
     def token_ids(self) -> list[int]:
@@ -99,6 +101,10 @@ class MicroBatch:
     def gather(self, per_sample: Sequence[torch.Tensor]) -> torch.Tensor:
         """One tensor a sample → [n, ...] on this micro-batch's device."""
         return self._mine(torch.cat(list(per_sample)).to(self.tokens.device))
+
+    def rollout_logprobs(self) -> torch.Tensor:
+        """[n], as the engine that sampled says."""
+        return self.gather([torch.tensor(s.rollout_logprobs) for s in self.samples])
 
     def sample_of(self, token: int) -> Sample:
         """The sample to which number `token` of this rank's n response tokens belongs."""

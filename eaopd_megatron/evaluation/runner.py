@@ -10,11 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from eaopd_megatron.data.prompts import PromptBuilder, load_problems
-from eaopd_megatron.data.samples import Prompt, Sampling
+from eaopd_megatron.data.samples import Prompt, Sample, Sampling
 from eaopd_megatron.evaluation.grading import Grader, benchmark_name, grade_all, grader_for
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, ProblemResult, summarise
 from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.rollout.local import LocalRollout
+from eaopd_megatron.rollout.interface import Rollout, Wanted
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Evaluator:
     """Draws `samples` responses a problem. The random numbers depend on (seed, benchmark, problem, sample) alone, so
     two evaluations of a run are compared under common random numbers."""
 
-    rollout: LocalRollout
+    rollout: Rollout
     parallel: Parallel
     tokenizer: Any
     benchmarks: Sequence[Benchmark]
@@ -46,19 +46,21 @@ class Evaluator:
     sampling: Sampling
     seed: int
 
+    def prompts(self) -> list[Prompt]:
+        """Of all benchmarks."""
+        return [prompt for benchmark in self.benchmarks for prompt in benchmark.prompts]
+
     def run(self, iteration: int, notify: Callable[[str], None] = lambda text: None) -> EvaluationResult | None:
         """All ranks enter; the main rank gets the result, the others None."""
         found: dict[str, BenchmarkResult] = {}
         for benchmark in self.benchmarks:
             notify(f"evaluating {benchmark.name}: {len(benchmark.prompts)} problems x {self.samples} samples")
             mine = range(self.parallel.dp_rank, len(benchmark.prompts), self.parallel.dp_size)
-            prompts = [benchmark.prompts[i] for i in mine for _ in range(self.samples)]
-            keys = [(self.seed, "evaluation", benchmark.name, i, j) for i in mine for j in range(self.samples)]
-            responses = self.rollout.generate(prompts, keys, self.sampling, version=iteration)
+            responses = self._responses(benchmark, mine)
             if self.parallel.tp_rank or self.parallel.pp_rank or self.parallel.cp_rank:  # they have the same responses
                 continue
             texts = [self.tokenizer.decode(s.response_ids, skip_special_tokens=True) for s in responses]
-            grades = grade_all(benchmark.grader, [(p.problem, t) for p, t in zip(prompts, texts, strict=True)])
+            grades = grade_all(benchmark.grader, [(s.prompt.problem, t) for s, t in zip(responses, texts, strict=True)])
             results: dict[int, ProblemResult] = {}
             for number, i in enumerate(mine):
                 part = slice(number * self.samples, (number + 1) * self.samples)
@@ -70,6 +72,18 @@ class Evaluator:
             everything = {i: result for part_ in gathered for i, result in part_.items()}
             found[benchmark.name] = summarise(benchmark.name, self.samples, [everything[i] for i in sorted(everything)])
         return EvaluationResult(iteration, found) if self.parallel.is_main else None
+
+    def _responses(self, benchmark: Benchmark, mine: Sequence[int]) -> list[Sample]:
+        """`samples` responses to each problem of `mine`, problem after problem."""
+        pairs = [(i, j) for i in range(len(benchmark.prompts)) for j in range(self.samples)]
+        wanted = Wanted(
+            [benchmark.prompts[i] for i, _ in pairs],
+            [(self.seed, "evaluation", benchmark.name, i, j) for i, j in pairs],
+            [i * self.samples + j for i in mine for j in range(self.samples)],
+            self.sampling,
+        )
+        parts = self.rollout.responses(self.rollout.begin(wanted))
+        return sorted((sample for part in parts for sample in part), key=lambda sample: sample.index)
 
     def write(self, result: EvaluationResult | None, folder: Path) -> dict[str, float]:
         """The result's file, on the main rank, and its metrics (empty on the others)."""

@@ -1,16 +1,14 @@
 """What a run's figures say: each evaluation figure before and after, what deserves a warning, and a line of it all."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from eaopd_megatron.config.tree import Rollout, Train
 from eaopd_megatron.evaluation.estimators import FloatArray, bootstrap_interval
 from eaopd_megatron.evaluation.results import BenchmarkResult
 from eaopd_megatron.reporting.run_data import RunData
+from eaopd_megatron.reporting.signs import signs
 
-TERMINAL_LOGPROB_FLOOR = -10.0  # nats; below it the teacher takes the student's stop for a mistake
-TRUNCATION_CEILING = 0.5
-KL_FLOOR = -1e-3  # nats; rounding alone gives about -1e-5
-VERSION_LAG_CEILING = 4.0  # weight versions
+TRUNCATION_CEILING = 0.5  # of an evaluation's answers
 
 
 @dataclass(frozen=True)
@@ -72,48 +70,34 @@ def find_warnings(run: RunData) -> list[str]:
     """A line for each sign of a run that goes wrong, with the iteration where it is worst and what to look at."""
     lines = list(run.problems)
 
-    def below(limit: float) -> Callable[[FloatArray], FloatArray]:
-        return lambda values: limit - values
-
-    def above(limit: float) -> Callable[[FloatArray], FloatArray]:
-        return lambda values: values - limit
-
-    checks: list[tuple[str, Callable[[FloatArray], FloatArray], str, str]] = [
-        (
-            "teacher/terminal_logprob",
-            below(TERMINAL_LOGPROB_FLOOR),
-            f"the teacher's log-probability of the stopping token is below {TERMINAL_LOGPROB_FLOOR:g} nats",
-            "teacher and student may end with different ids: see teacher.terminal_map",
-        ),
-        (
-            "rollout/truncated",
-            above(TRUNCATION_CEILING),
-            f"more than {TRUNCATION_CEILING:.0%} of the rollouts are cut off at the length limit",
-            "see rollout.max_response_tokens and the stop ids",
-        ),
-        (
-            "objective/kl_min",
-            below(KL_FLOOR),
-            f"the smallest KL of a token is below {KL_FLOOR:g} nats, more than rounding explains",
-            "teacher and student may be normalised over different vocabularies",
-        ),
-        (
-            "rollout/version_lag",
-            lambda values: values - VERSION_LAG_CEILING + 1e-9,
-            f"rollouts are {VERSION_LAG_CEILING:g} weight versions old or older",
-            "training on stale samples collapses",
-        ),
-    ]
-    for name, excess, text, remedy in checks:
-        iterations, values = run.series(name)
-        amount = excess(values)
+    for sign in signs(_rollout_options(run), _updates(run)):
+        iterations, values = run.series(sign.metric)
+        amount = sign.excess(values)
         if values.size and (amount > 0).any():
             worst = int(amount.argmax())
             lines.append(
-                f"{text}: {int((amount > 0).sum())} of {values.size} iterations, worst {values[worst]:.3g} "
-                f"at iteration {iterations[worst]:.0f}, last {values[-1]:.3g}; {remedy}"
+                f"{sign.text}: {int((amount > 0).sum())} of {values.size} iterations, worst {values[worst]:.3g} "
+                f"at iteration {iterations[worst]:.0f}, last {values[-1]:.3g}; {sign.remedy}"
             )
     return lines + _gate_warning(run) + _evaluation_warnings(run)
+
+
+def _rollout_options(run: RunData) -> Rollout:
+    """The recipe's limits, or the defaults where it says none or those of another version."""
+    given = run.setting("rollout")
+    try:
+        known = {name: value for name, value in given.items() if name in Rollout.model_fields}
+        return Rollout.model_validate(known)
+    except (AttributeError, ValueError):
+        return Rollout()
+
+
+def _updates(run: RunData) -> int:
+    """Updates of an iteration."""
+    try:
+        return Train.model_validate(run.setting("train")).updates
+    except ValueError:
+        return 1
 
 
 def _gate_warning(run: RunData) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,8 @@ from eaopd_megatron.megatron.generation import Decoder, decoding
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import from_last_stage
+from eaopd_megatron.rollout.interface import Key, Ticket, Wanted
 from eaopd_megatron.rollout.sampling import draw
-
-Key = tuple[int | str, ...]
 
 
 class LocalRollout:
@@ -24,6 +24,31 @@ class LocalRollout:
     def __init__(self, model: ModelChunks, parallel: Parallel, *, vocab_size: int, batch_size: int) -> None:
         self.model, self.parallel = model, parallel
         self.vocab_size, self.batch_size = vocab_size, batch_size
+        self._version = 0
+
+    def open(self, prompts: Sequence[Prompt], longest_response: int) -> None:
+        """Nothing: the model is there."""
+
+    def publish(self, version: int) -> None:
+        """The model that generates is the one that is trained."""
+        self._version = version
+
+    def begin(self, wanted: Wanted) -> Ticket:
+        """Nothing happens before the responses are fetched."""
+        return Ticket(wanted)
+
+    def responses(self, ticket: Ticket) -> Iterator[list[Sample]]:
+        """All of this rank's at once."""
+        wanted = ticket.wanted
+        prompts, keys = [wanted.prompts[i] for i in wanted.mine], [wanted.keys[i] for i in wanted.mine]
+        samples = self.generate(prompts, keys, wanted.sampling, self._version)
+        yield [replace(sample, index=index) for index, sample in zip(wanted.mine, samples, strict=True)]
+
+    def rest(self) -> None:
+        """Nothing: training goes on with the same memory."""
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def generate(
         self, prompts: Sequence[Prompt], keys: Sequence[Key], sampling: Sampling, version: int

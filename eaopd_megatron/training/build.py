@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,10 @@ from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
+from eaopd_megatron.megatron.offload import TrainerMemory
+from eaopd_megatron.rollout.interface import Rollout
 from eaopd_megatron.rollout.local import LocalRollout
+from eaopd_megatron.rollout.sglang.engine import ServedRollout
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.folder import RunFolder
@@ -32,13 +36,16 @@ class Parts:
     model: ModelChunks
     student: Student
     teacher: ColocatedTeacher
-    rollout: LocalRollout
+    rollout: Rollout
     sampling: Sampling
     evaluator: Evaluator
 
 
-def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
-    """Everything of the recipe but its prompts and its state. Raises UserError for a pair that does not fit."""
+def build(
+    recipe: Recipe, parallel: Parallel, folder: RunFolder, *, asked: Callable[[], int], report: Callable[[str], None]
+) -> Parts:
+    """Everything of the recipe but its prompts and its state. asked: the number of a signal that asks the run to stop,
+    or 0. Raises UserError for a pair that does not fit."""
     layout = parallel.layout
     student_folder = HfFolder.open(recipe.student.model, "student.model")
     teacher_folder = HfFolder.open(recipe.teacher.model, "teacher.model")
@@ -89,7 +96,22 @@ def build(recipe: Recipe, parallel: Parallel, folder: RunFolder) -> Parts:
         terminal=terminal,
         budget=budget,
     )
-    rollout = LocalRollout(model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size)
+    rollout: Rollout
+    if recipe.rollout.engine == "local":
+        rollout = LocalRollout(model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size)
+    else:
+        rollout = ServedRollout(
+            recipe,
+            parallel,
+            model,
+            student_folder,
+            logs=folder.servers,
+            scratch=folder.weights,
+            logprobs=student.logprobs,
+            memory=TrainerMemory(ddp, optimizer),
+            asked=asked,
+            report=report,
+        )
     stop_ids = tuple(sorted({*student_folder.eos_ids, *teacher_folder.eos_ids, *recipe.rollout.stop_ids}))
     tokenizer = student_folder.tokenizer()
     return Parts(
@@ -126,7 +148,7 @@ def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str) -> PromptBuilder
 
 
 def evaluator(
-    recipe: Recipe, parallel: Parallel, rollout: LocalRollout, tokenizer: Any, stop_ids: tuple[int, ...]
+    recipe: Recipe, parallel: Parallel, rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...]
 ) -> Evaluator:
     """The recipe's benchmarks, ready to be run on the model that the rollout generates with."""
     chosen = recipe.evaluation

@@ -11,12 +11,12 @@ from eaopd_megatron.config import Recipe, differences, dump, load_recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.results import write_atomically
 
-_FREE = ("evaluation.", "reporting.", "distributed.")
+_FREE = ("evaluation.", "reporting.", "distributed.", "servers.", "weight_sync.")
 """Settings that may change between a run's start and its continuation: none of them reaches the student's weights,
 but for the rounding of sums over another layout's ranks."""
 _FREE_KEYS = (
     *(f"run.{key}" for key in ("folder", "save_interval", "keep_checkpoints", "async_save", "on_damaged")),
-    *("run.log_rollouts", "rollout.batch_size"),
+    *("run.log_rollouts", "rollout.batch_size", "rollout.warn_logprob_gap", "rollout.warn_truncated"),
     *(f"student.{kind}_parallel" for kind in ("tensor", "pipeline", "context", "expert", "expert_tensor", "data")),
     *("student.sequence_parallel", "student.virtual_pipeline", "student.recompute"),
     *(f"optimizer.{key}" for key in ("distributed", "overlap", "offload")),
@@ -52,6 +52,16 @@ class RunFolder:
     @property
     def failures(self) -> Path:
         return self.path / "failures"
+
+    @property
+    def servers(self) -> Path:
+        """Logs of the rollout servers that were started for the run."""
+        return self.path / "servers"
+
+    @property
+    def weights(self) -> Path:
+        """The student as it was last exported for rollout servers."""
+        return self.path / "weights"
 
     @property
     def collectives(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from eaopd_megatron.data.samples import Sample
 from eaopd_megatron.training.run import Run
 
 
@@ -14,13 +15,15 @@ def train(run: Run) -> None:
     if run.iteration == 0:
         run.evaluate()
     while run.iteration < run.recipe.train.iterations:
-        with run.clock("rollout"):
-            samples = run.generate()  # y ~ π_old( · | x), x from the prompts
-        with run.clock("teacher"):
-            run.teacher.annotate(samples)  # H_t, log p(y_t) and the top-k of p
+        run.publish()  # π_old ← π_θ
+        samples: list[Sample] = []
+        for part in run.generate():  # y ~ π_old( · | x), x from the prompts
+            with run.clock("teacher"):
+                run.teacher.annotate(part)  # H_t, log p(y_t) and the top-k of p
+            samples += part
         with run.clock("student"):
             mini_batches = run.mini_batches(samples)
-            if len(mini_batches) > 1:
+            if len(mini_batches) > 1 or run.recipe.rollout.max_lag:
                 run.student.recompute_old_logprobs(samples)  # π_old; with one update it is stopgrad q
             for mini_batch in mini_batches:
                 run.student.update(
@@ -28,6 +31,7 @@ def train(run: Run) -> None:
                     run.teacher,
                     objective=run.objective(run.updates),
                     learning_rate=run.schedule(run.updates),
+                    importance_clip=run.recipe.rollout.importance_clip,
                     update=run.updates,
                     metrics=run.averages,
                 )  # θ ← θ − η ∇ Σ_t L_t / |tokens|

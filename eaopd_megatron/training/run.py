@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -19,11 +19,13 @@ from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.cursor import PromptCursor
 from eaopd_megatron.data.prompts import load_problems
 from eaopd_megatron.data.samples import Sample
+from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.results import write_atomically
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.reporting.environment import environment
 from eaopd_megatron.reporting.metrics import MetricsWriter
 from eaopd_megatron.reporting.progress import Progress
+from eaopd_megatron.rollout.interface import Asked, RolloutFailed, Ticket, Wanted
 from eaopd_megatron.training.averages import Averages
 from eaopd_megatron.training.build import build, prompt_builder
 from eaopd_megatron.training.checkpoints import TrainingCheckpoints
@@ -31,9 +33,9 @@ from eaopd_megatron.training.folder import RunFolder
 from eaopd_megatron.training.profiler import ProfilerWindow
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
 from eaopd_megatron.training.throughput import Throughput
+from eaopd_megatron.training.warnings import Warnings
 
 SAMPLE_FLOPS = "sample_flops"  # averaged like a metric, and not written
-TERMINAL_LOGPROB_WARNING = -10.0  # nats; below it the pair does not agree on how to stop
 
 
 class Interrupted(SystemExit):
@@ -49,7 +51,8 @@ class Run:
         self.progress = self._reporter()
         models = f"student {_shown(recipe.student.model)}, teacher {_shown(recipe.teacher.model)}"
         self.say(f"{models}: loading on {parallel.world_size} ranks")
-        self.parts = build(recipe, parallel, self.folder)
+        self._signal: int | None = None
+        self.parts = build(recipe, parallel, self.folder, asked=lambda: self._signal or 0, report=self.say)
         self.student, self.teacher = self.parts.student, self.parts.teacher
         problems = load_problems(recipe.data.source, recipe.data.split)
         builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix)
@@ -74,42 +77,66 @@ class Run:
         self.objective = ObjectiveSchedule(
             chosen.build(), chosen.ramp_updates or updates, chosen.ramp, chosen.threshold_end, chosen.forward_weight_end
         )
-        self.averages = Averages()
+        self.averages, self.warnings = Averages(), Warnings(recipe)
         self.throughput = Throughput(self.parts.student_folder.config, parallel.world_size)
         window = (recipe.reporting.profile_from, recipe.reporting.profile_iterations)
         self.profiler = ProfilerWindow(self.folder.profile, parallel.rank, *window)
         self._writer: MetricsWriter | None = None
         self._times: dict[str, float] = defaultdict(float)
-        self._signal: int | None = None
+        self._ahead: Ticket | None = None  # for the next iteration's responses, where they are written already
         self.checkpoints = TrainingCheckpoints(recipe, parallel, self.folder, self.parts, self.prompts)
         self.iteration, self.updates = self.checkpoints.resume(self.say)
+        self._saved = self.iteration
         self._open_records()
+        longest = max(recipe.rollout.max_response_tokens, recipe.evaluation.max_response_tokens)
+        self.parts.rollout.open([*self.prompts, *self.parts.evaluator.prompts()], longest)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
     # One iteration
 
-    def generate(self) -> list[Sample]:
-        """This rank's share of the iteration's prompts, answered by the current student."""
-        iteration, mini = self.iteration, self.recipe.train.mini_batch
-        self.profiler.begin(iteration + 1)
-        indices = self.cursor.indices(iteration)
-        mine = [i for i in range(len(indices)) if i % mini % self.parallel.dp_size == self.parallel.dp_rank]
-        samples = self.parts.rollout.generate(
-            [self.prompts[indices[i]] for i in mine],
-            [(self.recipe.seed, "rollout", iteration, i) for i in mine],
+    def publish(self) -> None:
+        """What writes the responses gets the student's weights."""
+        self.profiler.begin(self.iteration + 1)
+        self._publish()
+
+    def generate(self) -> Iterator[list[Sample]]:
+        """This rank's share of the iteration's responses, in parts, as they are finished; as many on every rank."""
+        ticket, self._ahead = self._ahead or self._begin(self.iteration), None
+        parts = self.parts.rollout.responses(ticket)
+        while True:
+            with self.clock("rollout"):
+                part = next(parts, None)
+            if part is None:
+                break
+            for sample in part:
+                sample.teacher = self.recipe.teacher.model
+                sample.stale = sample.weight_version != self.updates
+            yield part
+        self.parts.rollout.rest()
+        if self.recipe.rollout.max_lag and self.iteration + 1 < self.recipe.train.iterations:
+            self._ahead = self._begin(self.iteration + 1)
+
+    def _begin(self, iteration: int) -> Ticket:
+        mini, indices = self.recipe.train.mini_batch, self.cursor.indices(iteration)
+        wanted = Wanted(
+            [self.prompts[index] for index in indices],
+            [(self.recipe.seed, "rollout", iteration, i) for i in range(len(indices))],
+            [i for i in range(len(indices)) if i % mini % self.parallel.dp_size == self.parallel.dp_rank],
             self.parts.sampling,
-            version=self.updates,
         )
-        for index, sample in zip(mine, samples, strict=True):
-            sample.index, sample.teacher = index, self.recipe.teacher.model
-        return samples
+        return self.parts.rollout.begin(wanted)
+
+    def _publish(self) -> None:
+        with self.clock("sync"):
+            self.parts.rollout.publish(self.updates)
 
     def mini_batches(self, samples: list[Sample]) -> list[list[Sample]]:
         """This rank's share of each mini-batch of the iteration, possibly empty; as many on every rank."""
         mini = self.recipe.train.mini_batch
         count = -(-self.cursor.size(self.iteration) // mini)
-        return [[s for s in samples if s.index // mini == number] for number in range(count)]
+        ordered = sorted(samples, key=lambda sample: sample.index)
+        return [[s for s in ordered if s.index // mini == number] for number in range(count)]
 
     @contextlib.contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -127,6 +154,8 @@ class Run:
         self.iteration += 1
         record = self.averages.reduce(dist.group.WORLD)
         self.averages = Averages()
+        for line in self.warnings.of(record):
+            self.say(line)
         self._write_rollouts(samples)
         last = self.iteration == self.recipe.train.iterations
         interval = self.recipe.evaluation.interval
@@ -137,12 +166,29 @@ class Run:
         save = self.recipe.run.save_interval
         if last or asked or (save and self.iteration % save == 0):
             with self.clock("checkpoint"):
-                self.checkpoints.save(self.iteration, self.updates)
-                if last or asked:
-                    self.checkpoints.wait()
+                self._save(wait=bool(last or asked))
         if asked and not last:
-            self.say(f"stopped after iteration {self.iteration}: checkpoint saved; the same command continues")
-            raise Interrupted(128 + asked)
+            self._stopped(asked)
+
+    def stop_early(self, reason: Asked | RolloutFailed) -> NoReturn:
+        """The iteration that was begun cannot be finished: save what is completed. Raises Interrupted or UserError."""
+        self.parts.rollout.close()
+        self.parts.rollout.rest()
+        self._save(wait=True)
+        if isinstance(reason, Asked):
+            self._stopped(reason.args[0])
+        raise UserError(f"{reason}; the run is saved after iteration {self.iteration}: the same command continues")
+
+    def _save(self, *, wait: bool) -> None:
+        if self._saved < self.iteration:
+            self.checkpoints.save(self.iteration, self.updates)
+            self._saved = self.iteration
+        if wait:
+            self.checkpoints.wait()
+
+    def _stopped(self, number: int) -> NoReturn:
+        self.say(f"stopped after iteration {self.iteration}: checkpoint saved; the same command continues")
+        raise Interrupted(128 + number)
 
     def evaluate(self) -> None:
         """The evaluation before training."""
@@ -156,6 +202,7 @@ class Run:
         if self.progress:
             self.progress.__exit__(None, None, None)
         self._writer, self.progress = None, None
+        self.parts.rollout.close()
 
     # What an iteration leaves behind
 
@@ -181,24 +228,24 @@ class Run:
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
         )
         self._times.clear()
-        if record.get("teacher/terminal_logprob", 0.0) < TERMINAL_LOGPROB_WARNING:
-            self.say(
-                f"warning: the teacher gives the student's end token {record['teacher/terminal_logprob']:.1f} nats: "
-                "the pair does not agree on how to stop (teacher.terminal_map)"
-            )
         return rates
 
     def _evaluation(self) -> dict[str, float]:
         evaluator = self.parts.evaluator
+        if evaluator.benchmarks:
+            self._publish()
         with self.clock("evaluation"):
-            return evaluator.write(evaluator.run(self.iteration, self.say), self.folder.evaluation)
+            result = evaluator.run(self.iteration, self.say)
+            self.parts.rollout.rest()
+            return evaluator.write(result, self.folder.evaluation)
 
     def _write_rollouts(self, samples: list[Sample]) -> None:
         count = self.recipe.run.log_rollouts
         if not self.parallel.is_main or not count:
             return
         decode = self.parts.tokenizer.decode
-        lines = [json.dumps(s.record(decode(s.response_ids))) for s in samples[:count]]
+        chosen = sorted(samples, key=lambda sample: sample.index)[:count]
+        lines = [json.dumps(s.record(decode(s.response_ids))) for s in chosen]
         write_atomically(self.folder.rollouts / f"{self.iteration:06d}.jsonl", "\n".join(lines) + "\n")
 
     def _record(self, figures: dict[str, float]) -> None:

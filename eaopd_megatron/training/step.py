@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.data.samples import MicroBatch, Sample
+from eaopd_megatron.data.samples import MicroBatch, Prompt, Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.forward import head_of, hidden_grad, row_logits, whole
@@ -29,6 +29,7 @@ from eaopd_megatron.objective import (
 )
 from eaopd_megatron.teacher.colocated import ColocatedTeacher, TeacherSignal
 from eaopd_megatron.training.averages import Averages
+from eaopd_megatron.training.importance import ImportanceWeights
 
 
 class Student:
@@ -66,6 +67,13 @@ class Student:
         for sample, part in zip(samples, from_last_stage(logprobs, self.parallel).split(lengths), strict=True):
             sample.old_logprobs = part
 
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Of each token but the first, nats. Collective; the same sequence on every rank."""
+        sample = Sample(Prompt("", tuple(token_ids[:1]), {}), list(token_ids[1:]), "length", [], 0)
+        self.recompute_old_logprobs([sample])
+        assert sample.old_logprobs is not None
+        return sample.old_logprobs.tolist()
+
     def update(
         self,
         samples: Sequence[Sample],
@@ -73,13 +81,15 @@ class Student:
         *,
         objective: Objective,
         learning_rate: float,
+        importance_clip: float,
         update: int,
         metrics: Averages,
     ) -> None:
         """One optimiser step on this rank's share of a mini-batch.
 
         The gradient is that of Σ L_t / (valid response tokens of the whole mini-batch over all data-parallel ranks),
-        however the micro-batches are cut: each adds its sum, and the division comes last.
+        however the micro-batches are cut: each adds its sum, and the division comes last. Where a sample is stale, L_t
+        is multiplied by min(π_old/π_rollout, importance_clip), which needs `recompute_old_logprobs`.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -93,10 +103,11 @@ class Student:
                 old = batch.gather([s.old_logprobs for s in batch.samples if s.old_logprobs is not None])
             labels = teacher.labels(batch)
             out = self._loss(batch, rows, signal_of(index), labels, objective, old, update)
+            weights = ImportanceWeights.of(batch, old, importance_clip)
             tokens.add_(len(batch.tokens))
             if batch.samples and self.parallel.speaks:
-                _measure(metrics, batch, out, old)
-            return out.loss.sum()
+                _measure(metrics, batch, out, old, weights)
+            return (out.loss if weights is None else out.loss * weights.values).sum()
 
         forward_backward(self.ddp, batches, last)
         megatron_optimizer.finish_gradients(self.ddp, tokens)
@@ -164,7 +175,9 @@ def _seen(signal: TeacherSignal) -> torch.Tensor:
     return signal.hidden if isinstance(signal, TeacherHidden) else signal.logits
 
 
-def _measure(metrics: Averages, batch: MicroBatch, out: Any, old: torch.Tensor | None) -> None:
+def _measure(
+    metrics: Averages, batch: MicroBatch, out: Any, old: torch.Tensor | None, weights: ImportanceWeights | None
+) -> None:
     gated = out.gate > 0.5
     for name, values, where in (
         ("objective/loss", out.loss, None),
@@ -184,5 +197,11 @@ def _measure(metrics: Averages, batch: MicroBatch, out: Any, old: torch.Tensor |
     ):
         metrics.add(name, values, where)
     metrics.minimum("objective/kl_min", out.forward_kl)
-    engine = batch.gather([torch.tensor(s.rollout_logprobs) for s in batch.samples])
-    metrics.add("rollout/logprob_gap", (engine - (out.student_logprob if old is None else old)).abs())
+    gap = (batch.rollout_logprobs() - (out.student_logprob if old is None else old)).abs()
+    if weights is None:
+        metrics.add("rollout/logprob_gap", gap)
+    else:  # a stale token's gap is mostly that of the weights, not of the engines
+        metrics.add("rollout/logprob_gap", gap, ~weights.stale)
+        metrics.add("rollout/logprob_gap_stale", gap, weights.stale)
+        metrics.add("rollout/importance_weight", weights.values, weights.stale)
+        metrics.add("rollout/importance_clipped", weights.clipped, weights.stale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from eaopd_megatron.checkpoint.distributed import restore, training_state
@@ -14,6 +15,7 @@ from eaopd_megatron.data.packing import collate
 from eaopd_megatron.megatron.attention import CoreAttention
 from eaopd_megatron.megatron.forward import head_of, stage_output
 from eaopd_megatron.megatron.groups import Layout
+from eaopd_megatron.megatron.offload import TrainerMemory
 from tests.distributed.trainer import LEARNING_RATES, OPTIMIZER, Precision, Trainer, gradients_of, sample_of, world
 
 SCALES = (1.0, -0.7, 0.01, 0.4)  # the third is below the clipping threshold
@@ -139,6 +141,48 @@ def check_placements(
             for ours, theirs in zip(found, figures, strict=True):
                 assert all(abs(a - b) <= limit * abs(b) for a, b in zip(ours, theirs, strict=True)), (options, found)
             _same(trainer.whole(), {name: tensor.float() for name, tensor in weights.items()}, limit)
+
+
+def check_memory_is_lent(
+    group: Any, folder: str, hf: str, ranks: int, layout: dict[str, Any], precision: Precision
+) -> None:
+    """A training that gives its memory away before every update equals one that does not, bit for bit."""
+    with world(folder, ranks, Layout(**layout)) as parallel:
+        if parallel is None:
+            return
+        overlapped = {"distributed": True, "overlap": True, "bucket_size": SMALL_BUCKETS}
+        for options in ({}, {"distributed": True}, overlapped, {"offload": "moments"}):
+            expected = Trainer(hf, parallel, precision, **options)
+            figures = expected.train(LEARNING_RATES)
+            trainer = Trainer(hf, parallel, precision, **options)
+            memory = TrainerMemory(trainer.ddp, trainer.optimizer)
+            for learning_rate, figure in zip(LEARNING_RATES, figures, strict=True):
+                before = trainer.whole()
+                memory.release()
+                memory.release()
+                _same(trainer.whole(), before, 0.0)  # a server is given the weights meanwhile
+                assert _held(trainer) == 0, options
+                with pytest.raises(RuntimeError, match="states are released"):  # freed memory would be written down
+                    training_state(trainer.model, trainer.optimizer)
+                memory.resume()
+                memory.resume()
+                assert _held(trainer) > 0
+                assert trainer.update(learning_rate) == figure, options
+            found = trainer.values()
+            for name, tensor in expected.values().items():
+                assert torch.equal(tensor, found[name]), (options, name)
+
+
+def _held(trainer: Trainer) -> int:
+    """Bytes of gradients and of what the optimiser has beside the weights."""
+    weights = list(trainer.model.parameters())
+    tensors = [weight.main_grad for weight in weights]  # type: ignore[attr-defined]
+    for part in trainer.optimizer.chained_optimizers:
+        for main, state in part.optimizer.state.items():
+            tensors += [main, state["exp_avg"], state["exp_avg_sq"]]
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum(storage.nbytes() for storage in storages if storage.data_ptr() not in own)
 
 
 def check_loss_waits_for_its_weight(group: Any, folder: str, hf: str) -> None:

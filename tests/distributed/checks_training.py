@@ -129,10 +129,22 @@ def reference(student: str, teacher: str, objective: Objective) -> Trained:
     return Trained(weights, gradients, metrics)
 
 
-def trained(
-    student: str, teacher: str, objective: Objective, parallel: Parallel, *, budget: int, signal: str
-) -> Trained:
-    """Three updates through the project's own path."""
+@dataclass
+class Built:
+    """A student with its optimiser, and its teacher, on this rank."""
+
+    folder: HfFolder
+    model: ModelChunks
+    learner: Student
+    scorer: ColocatedTeacher
+
+    def gradients(self, parallel: Parallel) -> dict[str, torch.Tensor]:
+        """The last update's, clipped, under transformers' names on the first rank. Collective."""
+        buffers = {name: getattr(p, "main_grad") for name, p in self.model.global_parameters().items()}  # noqa: B009
+        return {name: tensor.clone() for name, tensor in gather_hf(buffers, self.folder, parallel)}
+
+
+def built(student: str, teacher: str, objective: Objective, parallel: Parallel, *, budget: int, signal: str) -> Built:
     folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
     layout, teacher_layout = layouts_of(folder, teacher_folder, parallel.layout)
     model = build_model(folder.config, layout, torch.float32)
@@ -143,19 +155,22 @@ def trained(
     optimizer = megatron_optimizer.build_optimizer(
         ddp, lr=1.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=EPS, clip_grad=1.0, precision="fp32"
     )
-    size = folder.vocab_size
-    common: dict[str, Any] = {"vocab_size": size, "budget": budget}
+    common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": budget}
     learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
+    terminal = TerminalMap("none", -1, -1)
     scorer = ColocatedTeacher(
-        teacher_model,
-        parallel,
-        signal=signal,
-        top_k=objective.top_k,
-        terminal=TerminalMap("none", -1, -1),
-        **common,
+        teacher_model, parallel, signal=signal, top_k=objective.top_k, terminal=terminal, **common
     )
-    everything = samples(size)
-    mine = [s for s in everything if s.index % MINI % parallel.dp_size == parallel.dp_rank]
+    return Built(folder, model, learner, scorer)
+
+
+def trained(
+    student: str, teacher: str, objective: Objective, parallel: Parallel, *, budget: int, signal: str
+) -> Trained:
+    """Three updates through the project's own path."""
+    made = built(student, teacher, objective, parallel, budget=budget, signal=signal)
+    learner, scorer = made.learner, made.scorer
+    mine = [s for s in samples(made.folder.vocab_size) if s.index % MINI % parallel.dp_size == parallel.dp_rank]
     scorer.annotate(mine)
     learner.recompute_old_logprobs(mine)
     found: dict[str, float] = {}
@@ -163,14 +178,14 @@ def trained(
     for update, rate in enumerate(RATES):
         averages = Averages()
         batch = [s for s in mine if s.index // MINI == update]
-        learner.update(batch, scorer, objective=objective, learning_rate=rate, update=update, metrics=averages)
+        options: dict[str, Any] = {"learning_rate": rate, "importance_clip": 2.0, "update": update}
+        learner.update(batch, scorer, objective=objective, metrics=averages, **options)
         figures = averages.reduce(dist.group.WORLD)
         found |= {f"loss/{update}": figures["objective/loss"], f"norm/{update}": figures["optimizer/grad_norm"]}
         found[f"clip/{update}"] = figures["objective/clip_fraction"]
         if update == 0:
-            buffers = {name: getattr(p, "main_grad") for name, p in model.global_parameters().items()}  # noqa: B009
-            gradients = {name: tensor.clone() for name, tensor in gather_hf(buffers, folder, parallel)}
-    return Trained(dict(gather_hf(dict(model.global_parameters()), folder, parallel)), gradients, found)
+            gradients = made.gradients(parallel)
+    return Trained(dict(gather_hf(dict(made.model.global_parameters()), made.folder, parallel)), gradients, found)
 
 
 def compare(found: Trained, expected: Trained, what: str) -> None:
@@ -231,9 +246,8 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
                 scorer.annotate(mine)
                 learner.recompute_old_logprobs(mine)
                 averages = Averages()
-                learner.update(
-                    mine, scorer, objective=Objective.preset("eopd"), learning_rate=1e-3, update=0, metrics=averages
-                )
+                options: dict[str, Any] = {"learning_rate": 1e-3, "importance_clip": 2.0, "update": 0}
+                learner.update(mine, scorer, objective=Objective.preset("eopd"), metrics=averages, **options)
                 norm = averages.reduce(dist.group.WORLD)["optimizer/grad_norm"]
                 weights = {name: gathered(p).detach().clone() for name, p in model.global_parameters().items()}
                 results.append((norm, weights))

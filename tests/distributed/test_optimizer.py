@@ -133,6 +133,21 @@ def test_states_elsewhere_change_no_update(
 
 
 @pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        pytest.param({}, "fp32", id="DP2"),
+        pytest.param({}, "bf16", id="DP2-bf16"),
+        pytest.param({"tensor_parallel": 2}, "bf16", id="TP2-bf16"),
+    ],
+)
+def test_memory_that_is_lent_changes_an_update(
+    ranks: Ranks, models: dict[str, str], tmp_path: Path, layout: dict[str, int], precision: str
+) -> None:
+    arguments = {"ranks": 2, "layout": layout, "precision": precision}
+    ranks.run(CHECKS, "check_memory_is_lent", folder=str(tmp_path), hf=models["tied"], **arguments)
+
+
+@pytest.mark.parametrize(
     "check",
     [
         "check_loss_waits_for_its_weight",

@@ -13,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from tests.ranks import Ranks
 
 CHECKS = Path(__file__).with_name("checks_training.py")
+IMPORTANCE = Path(__file__).with_name("checks_importance.py")
 
 
 SHAPE: dict[str, Any] = {
@@ -86,6 +87,10 @@ def test_experts_over_ranks_change_no_update(ranks: Ranks, pair: dict[str, str],
 
 def test_a_rank_without_a_sample_changes_nothing(ranks: Ranks, pair: dict[str, str]) -> None:
     ranks.run(CHECKS, "check_a_rank_without_a_sample_changes_nothing", **pair)
+
+
+def test_stale_samples_are_weighted_and_fresh_ones_are_not(ranks: Ranks, pair: dict[str, str]) -> None:
+    ranks.run(IMPORTANCE, "check_stale_samples_are_weighted_and_fresh_ones_are_not", **pair)
 
 
 @pytest.mark.parametrize("layouts", ["SIMPLE_LAYOUTS", "WIDE_LAYOUTS"])

@@ -10,7 +10,9 @@ prints its URL when it serves, takes faults (POST /faults, fields of `Faults`) a
 (POST /weights, {"path": FILE} for torch.save).
 
 Like the real one it dies of a token id outside of its vocabulary, drops the connection after an internal error, cuts
-responses at two positions less than its context, and keeps requests waiting while it is paused.
+responses at two positions less than its context, and keeps requests waiting while it is paused. It dies, as
+every one does, where it is asked to resume memory that it has or to release some while it generates, and, as one with
+CUDA would, where it needs or releases what it has released.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tests.sglang.plain_http import Died, PlainServer, Refused
+from tests.sglang.plain_http import NULL, Died, PlainServer, Refused
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +139,7 @@ class Double(PlainServer):
         self.running: set[str] = set()
         self.aborting: set[str] = set()
         self.session = self.paused = False
+        self.away: set[str] = set()  # memory that is released
         self.going, self.released = asyncio.Event(), asyncio.Event()
         self.going.set()
         self.released.set()
@@ -249,6 +252,7 @@ class Double(PlainServer):
                 or body.get("top_logprobs_num", 0) > self.vocab_size
             ):
                 raise Died
+            self._need("weights", "kv_cache")
             new = min(new, self.context_length - 2 - len(ids))
             tokens, logprobs, reason, versions = await self._respond(rid, ids, sampling, new)
             first = body.get("logprob_start_len", -1)
@@ -373,10 +377,28 @@ class Double(PlainServer):
         self.aborting |= set(self.running) if body.get("abort_all") else {str(body.get("rid"))} & self.running
 
     def _post_flush_cache(self, body: dict[str, Any]) -> bytes:
+        if self.running:
+            raise Refused(400, b"Flush cache failed.\n")
         return (
             b"Cache flushed.\nPlease check backend logs for more details. (When there are running or waiting requests, "
             b"the operation will not be performed.)\n"
         )
+
+    def _post_release_memory_occupation(self, body: dict[str, Any]) -> Any:
+        if self.running or self.away & set(body["tags"]):
+            raise Died
+        self.away |= set(body["tags"])
+        return NULL
+
+    def _post_resume_memory_occupation(self, body: dict[str, Any]) -> Any:
+        if not set(body["tags"]) <= self.away:
+            raise Died
+        self.away -= set(body["tags"])
+        return NULL
+
+    def _need(self, *tags: str) -> None:
+        if self.away & set(tags):
+            raise Died
 
     def _post_begin_weight_update(self, body: dict[str, Any]) -> dict[str, Any]:
         if self.session:
@@ -415,6 +437,7 @@ class Double(PlainServer):
         return self._updated("Succeeded to update parameter online.", body)
 
     async def _in_session(self, name: str) -> None:
+        self._need("weights")
         if not self.session:
             raise _failed(f"{name} must run between begin_weight_update() and end_weight_update()")
         await self.faults.strike_update()
@@ -425,6 +448,7 @@ class Double(PlainServer):
         return {"success": True, "message": message, **more}
 
     async def _post_update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
+        self._need("weights")
         path = Path(body["model_path"])
         if not (path / "config.json").is_file():
             raise _failed(f"Failed to get weights iterator: {path}.", num_paused_requests=0)
@@ -453,17 +477,25 @@ class Double(PlainServer):
         self.weights.clear()
 
 
-async def _main() -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="A double of an SGLang server; it ignores flags that it does not know")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--config", type=Path, help="a YAML file with the api-key")
-    arguments, _ = parser.parse_known_args()
+    return parser
+
+
+def serve(make: Callable[..., Double], arguments: argparse.Namespace) -> None:
+    """Serves until the process is ended. make: a double of its port and API key."""
     key = yaml.safe_load(arguments.config.read_text())["api-key"] if arguments.config else None
-    async with Double(port=arguments.port, api_key=key) as double:
-        print(double.url, f"{key=}", flush=True)  # the real server tells its key as well
-        await double.dead.wait()
-        os._exit(1)  # its threads may wait in a group that will never be whole
+
+    async def run() -> None:
+        async with make(port=arguments.port, api_key=key) as double:
+            print(double.url, f"{key=}", flush=True)  # the real server tells its key as well
+            await double.dead.wait()
+            os._exit(1)  # its threads may wait in a group that will never be whole
+
+    asyncio.run(run())
 
 
 if __name__ == "__main__":
-    asyncio.run(_main())
+    serve(Double, command_line().parse_known_args()[0])

@@ -10,6 +10,10 @@ from typing import Any
 REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 503: "Service Unavailable"}
 
 
+NULL = object()
+"""JSON's null; None is an empty answer."""
+
+
 class Refused(Exception):
     """An answer that is not 200, with the JSON of its body (None: empty)."""
 
@@ -23,7 +27,7 @@ class Died(Exception):
 
 
 class PlainServer:
-    """Answers with what `answer` returns: None (empty), text, bytes without a kind, or anything that JSON has.
+    """Answers with what `answer` returns: None (empty), NULL, text, bytes without a kind, or anything that JSON has.
 
     `answer` may raise Refused, Died, ConnectionError (the connection is reset); anything else becomes a 500, after
     which the connection is reset.
@@ -91,13 +95,17 @@ class PlainServer:
         if isinstance(body, str):
             kind, body = f"{kind}content-type: text/plain; charset=utf-8\r\n", body.encode()
         elif body is not None and not isinstance(body, bytes):
-            kind, body = f"{kind}content-type: application/json\r\n", json.dumps(body, separators=(",", ":")).encode()
+            kind, body = f"{kind}content-type: application/json\r\n", _json(body)
         raw = body or b""
         head = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\ncontent-length: {len(raw)}\r\n{kind}\r\n"
         writer.write(head.encode() + raw)
         await writer.drain()
         if status == 500:
             raise ConnectionResetError
+
+
+def _json(body: Any) -> bytes:
+    return json.dumps(None if body is NULL else body, separators=(",", ":")).encode()
 
 
 async def _read(reader: asyncio.StreamReader) -> tuple[str, str, dict[str, str], bytes] | None:

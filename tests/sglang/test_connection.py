@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+import struct
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -18,10 +20,12 @@ JSON = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
 class Script:
-    """A server that answers each request with the next of some texts. closes: the connection after each of them."""
+    """A server that answers each request with the next of some texts. closes: the connection after each of them,
+    which it ends or, as a killed one does, resets."""
 
-    def __init__(self, *answers: str, closes: bool = False) -> None:
-        self.answers, self.closes, self.connections = list(answers), closes, 0
+    def __init__(self, *answers: str, closes: bool = False, resets: bool = False) -> None:
+        self.answers, self.closes, self.connections = list(answers), closes or resets, 0
+        self.resets = resets
 
     async def serve(self, work: Callable[[Client], Awaitable[None]]) -> None:
         server = await asyncio.start_server(self._connection, "127.0.0.1")
@@ -45,6 +49,9 @@ class Script:
             await writer.drain()
             if self.closes:
                 break
+        if self.resets:
+            linger = struct.pack("ii", 1, 0)  # the end is then a reset
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         writer.close()
 
 
@@ -71,17 +78,23 @@ def test_the_end_of_an_answer_is_missed(answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [WHOLE, WHOLE.replace("\r\n", "\r\nConnection: close\r\n", 1), f'{JSON}\r\n{{"a":1}}'],
-    ids=["unannounced", "announced", "end"],
+    ("answer", "resets"),
+    [
+        (WHOLE, False),
+        (WHOLE, True),
+        (WHOLE.replace("\r\n", "\r\nConnection: close\r\n", 1), False),
+        (f'{JSON}\r\n{{"a":1}}', False),
+    ],
+    ids=["unannounced", "reset", "announced", "end"],
 )
-def test_a_connection_that_the_server_closed_is_used_again(answer: str) -> None:
+def test_a_connection_that_the_server_closed_is_used_again(answer: str, resets: bool) -> None:
     async def work(client: Client) -> None:
         for _ in range(3):
             assert await client.model_info() == {"a": 1}
-            await asyncio.sleep(0.01)  # the end of the connection arrives
+            while client._idle and client._idle[-1].usable:  # until its end arrives
+                await asyncio.sleep(0)
 
-    script = Script(*[answer] * 3, closes=True)
+    script = Script(*[answer] * 3, closes=True, resets=resets)
     served(script, work)
     assert script.connections == 3
 

@@ -13,6 +13,7 @@ import queue
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from eaopd_megatron.rollout.sglang import identity, server
 from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
 from eaopd_megatron.rollout.sglang.pool import Pool
-from eaopd_megatron.rollout.sglang.rollout import SglangRollout
 from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
-from eaopd_megatron.rollout.sglang.wire import Limits, Request
+from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
 from tests.sglang.double import Double
+from tests.sglang.pooled import pooled
+from tests.sglang.student_double import StudentDouble
 
 STUDENT = Path(__file__).resolve().parents[2] / "recipes/countdown/student"
 KEY = "a-key-for-this-test"
@@ -135,6 +137,11 @@ EXCHANGES: list[tuple[str, str, Any]] = [
     ("POST", "/continue_generation", {}),
     ("GET", "/ready", None),
     ("POST", "/flush_cache", {}),
+    ("POST", "/flush_cache?timeout=5", {}),
+    ("POST", "/release_memory_occupation", {"tags": ["kv_cache", "weights"]}),
+    ("POST", "/resume_memory_occupation", {"tags": ["weights"]}),
+    ("POST", "/resume_memory_occupation", {"tags": ["kv_cache"]}),
+    ("POST", "/generate", GENERATE),
     ("POST", "/abort_request", {"rid": "unknown"}),
     ("POST", "/abort_request", {"abort_all": True}),
     ("POST", "/no_such_endpoint", {}),
@@ -180,7 +187,8 @@ def same(path: str, ours: Any, theirs: Any) -> None:
         assert one["finish_reason"]["type"] == other["finish_reason"]["type"]
 
 
-def test_the_double_is_another_server(real: Server) -> None:
+@pytest.mark.parametrize("make", [Double, partial(StudentDouble, STUDENT)], ids=["double", "student"])
+def test_the_double_is_another_server(real: Server, make: Callable[..., Double]) -> None:
     """One exchange after the other with both; fields, types, status codes, messages and kinds of content are equal."""
 
     async def exchange(url: str) -> list[httpx.Response]:
@@ -196,7 +204,7 @@ def test_the_double_is_another_server(real: Server) -> None:
         return found
 
     async def both() -> tuple[list[httpx.Response], list[httpx.Response]]:
-        async with Double(api_key=KEY, max_total_num_tokens=16 * CONTEXT) as double:
+        async with make(api_key=KEY, max_total_num_tokens=16 * CONTEXT) as double:
             async with httpx.AsyncClient() as http:
                 for headers in ({}, {"Authorization": "Bearer wrong"}):
                     for url in (double.url, real.url):
@@ -219,15 +227,40 @@ def test_the_double_is_another_server(real: Server) -> None:
     assert not differences, "\n".join(differences)
 
 
+def test_the_double_of_a_student_holds_another_one(real: Server) -> None:
+    """Greedy responses of the same batch: tokens, log-probs, ends and versions."""
+    greedy = replace(SAMPLING, temperature=0.0)
+    requests = [Request(prompt.id, prompt.token_ids, greedy) for prompt in PROMPTS]
+
+    async def respond(url: str) -> dict[str, Completion]:
+        pool = Pool([Client(url, api_key=KEY)], admit)
+        await pool.open()
+        found = {completion.id: completion async for completion in pool.generate(requests)}
+        await pool.close()
+        return found
+
+    async def both() -> tuple[dict[str, Completion], dict[str, Completion]]:
+        async with StudentDouble(STUDENT, api_key=KEY) as double:
+            return await respond(double.url), await respond(real.url)
+
+    ours, theirs = asyncio.run(both())
+    gap = 0.0
+    for name, one in ours.items():
+        other = theirs[name]
+        assert replace(one, logprobs=[], server="") == replace(other, logprobs=[], server="")
+        gap = max(gap, *(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True)))
+    print(f"largest gap {gap:.2e}")
+    assert gap <= 1e-4
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_log_probs_are_of_another_distribution(
     real: Server, logits: Callable[[list[int]], torch.Tensor], temperature: float
 ) -> None:
     """In fp32 they are the student's own, at the sampling temperature (greedy: at temperature 1)."""
     sampling = replace(SAMPLING, temperature=temperature)
-    clients = lambda: [Client(real.url, api_key=KEY, connections=16)]  # noqa: E731
-    with SglangRollout(clients, admit, report=lambda _: None) as rollout:
-        samples = rollout.generate(PROMPTS, sampling)
+    with pooled(Client(real.url, api_key=KEY, connections=16), admit) as write:
+        samples = write(PROMPTS, sampling).all()
     assert [sample.prompt for sample in samples] == PROMPTS
     gap = 0.0
     for sample in samples:

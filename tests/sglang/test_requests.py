@@ -17,9 +17,9 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity
 from eaopd_megatron.rollout.sglang.client import Busy, Client, Patience, read_api_key
 from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
-from eaopd_megatron.rollout.sglang.rollout import SglangRollout
 from eaopd_megatron.rollout.sglang.wire import Aborted, Limits, Request, Span, completion
 from tests.sglang.double import Double
+from tests.sglang.pooled import pooled
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=4, stop_ids=(109,))
 REQUEST = Request("r", [1, 2, 3], SAMPLING)
@@ -231,15 +231,16 @@ def test_a_trainer_gets_samples_of_other_prompts() -> None:
     async def admit(client: Client) -> Limits:
         return await identify(client, EXPECTED)
 
-    with SglangRollout(lambda: [Client(double.url, patience=QUICK)], admit, report=lambda _: None) as rollout:
-        samples = rollout.generate(prompts, SAMPLING)
+    with pooled(Client(double.url, patience=QUICK), admit) as write:
+        samples = write(prompts, SAMPLING).all()
         assert [sample.prompt for sample in samples] == prompts
         assert all(sample.response_ids == [sample.prompt.token_ids[-1]] * 4 for sample in samples)
-        stream = rollout.stream(prompts, SAMPLING)
-        assert next(stream).prompt in prompts
-        stream.close()  # gives the rest up
+        writing = write(prompts, SAMPLING)
+        first = writing.next()
+        assert first is not None and first.prompt == prompts[first.index]
+        writing.cancel()  # gives the rest up
         with pytest.raises(UserError, match="no token id"):
-            rollout.generate([Prompt("p", (500,), {})], SAMPLING)
+            write([Prompt("p", (500,), {})], SAMPLING).all()
     asyncio.run_coroutine_threadsafe(double.die(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
 

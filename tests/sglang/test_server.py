@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,10 @@ def test_the_servers_of_one_host_share_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     assert settings.environment(2, cuda=True) == {"CUDA_VISIBLE_DEVICES": "6,7"}
     with pytest.raises(UserError, match="needs GPUs 4 to 5 of this host, which shows 4,5,6,7"):
         settings.environment(4, cuda=True)
+
+
+def test_a_colocated_server_cannot_give_its_memory_back() -> None:
+    for colocated in (False, True):
+        settings = replace(SETTINGS, colocated=colocated)
+        assert ("--enable-memory-saver" in settings.flags(1, cuda=True)) == colocated
+        assert "--enable-memory-saver" not in settings.flags(1, cuda=False)  # it needs CUDA

@@ -72,6 +72,8 @@ def make_record(iteration: int, total: int, rng: np.random.Generator) -> dict[st
         "rollout/stopped": 0.99 - 0.1 * fade,
         "rollout/truncated": 0.01 + 0.1 * fade,
         "rollout/distinct": 0.97,
+        "rollout/logprob_gap": 1e-5,
+        "rollout/version_lag": 0.0,
         "rollout/tokens_per_second": 9000 + 400 * noise[0],
         "throughput/tokens_per_second": 4500 + 150 * noise[1],
         "optimizer/lr": 5e-4 * 0.5 * (1 + math.cos(math.pi * x)),
@@ -389,6 +391,8 @@ def spoiled(name: str, value: float, after: int = 5) -> Callable[[dict[str, Any]
         ("teacher/terminal_logprob", -21.0, "below -10 nats: 15 of 20 iterations, worst -21 at iteration 6"),
         ("rollout/truncated", 0.9, "more than 50% of the rollouts"),
         ("objective/kl_min", -0.2, "more than rounding explains"),
+        ("rollout/logprob_gap", 0.3, "more than 0.1 nats from the trainer's"),
+        ("rollout/version_lag", 0.5, "more than 0 updates old"),
     ],
 )
 def test_signs_of_a_run_that_goes_wrong_are_warned_of(
@@ -397,6 +401,21 @@ def test_signs_of_a_run_that_goes_wrong_are_warned_of(
     assert find_warnings(RunData.read(make_run(done=20, total=20))) == []
     lines = find_warnings(RunData.read(make_run(done=20, total=20, change=spoiled(name, value))))
     assert len(lines) == 1 and expected in lines[0]
+
+
+def test_the_report_warns_where_the_recipe_allows_it(make_run: Callable[..., Path]) -> None:
+    def lag(record: dict[str, Any]) -> None:
+        record |= {"rollout/version_lag": 4.0, "rollout/logprob_gap": 0.3, "rollout/truncated": 0.7}
+
+    run = make_run(done=20, total=20, change=lag)
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    recipe["train"] |= {"prompts_per_iteration": 16, "mini_batch": 4}
+    recipe["rollout"] = {"max_lag": 1, "warn_logprob_gap": 0.4, "warn_truncated": None}
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    assert find_warnings(RunData.read(run)) == []
+    recipe["rollout"]["max_lag"] = 0
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    assert ["more than 0 updates old" in line for line in find_warnings(RunData.read(run))] == [True]
 
 
 def test_a_gate_that_never_opens_is_warned_of_unless_the_objective_has_none(make_run: Callable[..., Path]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from eaopd_megatron.config import load_recipe
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.samples import Prompt, Sample
 from eaopd_megatron.megatron.generation import decoding
@@ -22,6 +23,7 @@ from eaopd_megatron.training.build import layouts_of
 from eaopd_megatron.training.profiler import ProfilerWindow
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
 from eaopd_megatron.training.throughput import Throughput
+from eaopd_megatron.training.warnings import Warnings
 
 
 def test_the_learning_rate_depends_on_completed_updates_alone() -> None:
@@ -162,6 +164,23 @@ def test_the_profiler_misses_its_window(tmp_path: Path) -> None:
     off.begin(1)
     off.end()
     assert not (tmp_path / "off").exists()
+
+
+def test_a_warning_is_said_every_iteration_or_never_again() -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes/countdown/eopd.yaml", ["rollout.warn_truncated=null"])
+    warnings = Warnings(recipe)
+    good = {"rollout/logprob_gap": 0.03, "teacher/terminal_logprob": -0.1, "rollout/truncated": 1.0}
+    bad = {**good, "rollout/logprob_gap": 0.25}
+    assert warnings.of(good) == []
+    assert warnings.of(bad) == [
+        "warning: the rollout's log-probabilities lie more than 0.1 nats from the trainer's (0.25): "
+        "the rollout may have other weights or another precision: see weight_sync.verify, student.precision"
+    ]
+    assert warnings.of(bad) == [] == warnings.of({})  # an iteration without the metric was not a good one
+    (other,) = warnings.of({**bad, "teacher/terminal_logprob": -14.0})
+    assert "the stopping token is below -10 nats (-14)" in other and "teacher.terminal_map" in other
+    assert warnings.of(good) == []
+    assert len(warnings.of(bad)) == 1
 
 
 def test_utilisation_counts_the_padding_or_forgets_the_backward_pass() -> None:

@@ -81,9 +81,10 @@ class Connection:
     @property
     def usable(self) -> bool:
         """Whether another request can be sent on it: it is open, and nobody is about to close it."""
-        return (
-            self._streams is not None and not self._streams[0].at_eof() and time.monotonic() - self._used < KEEP_ALIVE
-        )
+        if self._streams is None or time.monotonic() - self._used >= KEEP_ALIVE:
+            return False
+        reader, writer = self._streams
+        return not reader.at_eof() and not writer.is_closing()
 
     async def send(self, method: str, path: str, body: bytes, *, seconds: float, connect: float) -> Response:
         """seconds: for the answer to be complete, `connect` of them for the connection. Raises ServerGone."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.client import Client
@@ -21,16 +25,26 @@ class Probe:
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     tolerance: float = 0.2
+    versions: Collection[str] | None = None  # of the weights that it holds for; none: of any
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The model that a server must hold. total_tokens: prompt and response together, at the most."""
+    """The model that a server must hold. total_tokens: prompt and response together, at the most. config: the
+    student's config.json."""
 
     architecture: str  # such as Qwen3ForCausalLM
     vocab_size: int
     total_tokens: int
     probe: Probe | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+SHAPE_KEYS = (
+    *("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "moe_intermediate_size", "num_experts", "num_experts_per_tok"),
+)
+"""Keys of a configuration that must be alike, or weights of one model cannot be given to the other."""
 
 
 async def identify(client: Client, expected: Expected) -> Limits:
@@ -50,6 +64,7 @@ async def identify(client: Client, expected: Expected) -> Limits:
     serves = f"{client.url} serves {model.get('model_path')}"
     if expected.architecture not in architectures:
         raise UserError(f"{serves}, a {'/'.join(architectures)}; the student is a {expected.architecture}")
+    _check_shape(serves, str(model.get("model_path")), expected.config)
     vocab_size = await _vocab_size(client)
     if vocab_size != expected.vocab_size:
         raise UserError(f"{serves} with {vocab_size} tokens; the student's vocabulary has {expected.vocab_size}")
@@ -64,14 +79,25 @@ async def identify(client: Client, expected: Expected) -> Limits:
             f"{settings['context_length']}, cache of {settings['max_total_num_tokens']} tokens); "
             f"the recipe's prompts and responses need {expected.total_tokens}"
         )
-    if expected.probe is not None:
-        gap = await _gap(client, expected.probe, limits)
-        if not gap <= expected.probe.tolerance:
+    probe = expected.probe
+    if probe is not None and (probe.versions is None or str(model.get("weight_version")) in probe.versions):
+        gap = await _gap(client, probe, limits)
+        if not gap <= probe.tolerance:
             raise UserError(
                 f"{serves}, whose log-probs of a probe lie {gap:.3g} nats from the student's on average (at most "
-                f"{expected.probe.tolerance:g}): it holds other weights"
+                f"{probe.tolerance:g}): it holds other weights"
             )
     return limits
+
+
+def _check_shape(serves: str, folder: str, config: Mapping[str, Any]) -> None:
+    """Raises UserError for another shape, where the server's model lies in a folder that can be read here."""
+    found: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    for key in SHAPE_KEYS:
+        if key in found and key in config and found[key] != config[key]:
+            raise UserError(f"{serves}, whose {key} is {found[key]}; the student's is {config[key]}")
 
 
 async def _vocab_size(client: Client) -> int:

@@ -71,6 +71,7 @@ class Pool:
         self._giving_up: asyncio.TimerHandle | None = None  # runs while no server is there
         self._failure: Exception | None = None
         self._limits: Limits | None = None
+        self._lost: set[Client] = set()
 
     async def open(self) -> None:
         """Admits the servers that are there; the others are waited for in the background. Raises UserError."""
@@ -103,6 +104,11 @@ class Pool:
     def alive(self) -> list[Client]:
         """The servers that get work."""
         return [member.client for member in self._members if member.alive]
+
+    def take_lost(self) -> set[Client]:
+        """The servers that were lost since this was last asked; from any thread."""
+        taken, self._lost = self._lost, set()
+        return taken
 
     def lost(self, client: Client, reason: str) -> None:
         """Told by whoever knows that a server is dead, or must not work on; it has to be admitted anew."""
@@ -237,6 +243,7 @@ class Pool:
         if not member.alive:
             return
         member.alive, member.reason = False, reason
+        self._lost.add(member.client)
         member.gone.set()
         for call in member.calls:
             call.cancel()

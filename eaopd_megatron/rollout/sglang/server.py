@@ -71,6 +71,7 @@ class ServerSettings:
     precision: str = "bf16"  # "bf16" | "fp32"
     memory_fraction: float = 0.8  # of a GPU's memory, or of the host's, for weights and cache
     max_running: int = 64  # requests that one server works on at the same time
+    colocated: bool = False  # on the trainer's GPUs, from `first_gpu` 0: their memory can be released (`memory.py`)
     api_key: str | None = field(default=None, repr=False)
 
     def flags(self, port: int, *, cuda: bool) -> list[str]:
@@ -81,6 +82,7 @@ class ServerSettings:
             *("--tp-size", str(self.tensor_parallel), "--context-length", str(self.context_length)),
             *("--mem-fraction-static", str(self.memory_fraction), "--max-running-requests", str(self.max_running)),
             *("--weight-version", "0", "--skip-tokenizer-init", "--grammar-backend", "none"),
+            *(("--enable-memory-saver",) if cuda and self.colocated else ()),
             *(() if cuda else (*CPU_FLAGS, "--max-total-tokens", str(self.max_running * self.context_length))),
         ]
 
@@ -161,7 +163,7 @@ class Server:
         with suppress(httpx.TransportError):
             served = httpx.get(f"{self.url}/ready", timeout=5.0, trust_env=False).status_code == 200
             if served:
-                self._forget_key_file()
+                self.forget_key_file()
             return served
         return False
 
@@ -179,7 +181,7 @@ class Server:
     def stop(self) -> None:
         """Ends it; SIGTERM first, then, for what is left of it, SIGKILL."""
         self.on_exit = None
-        self._forget_key_file()
+        self.forget_key_file()
         if self._process is None:
             return
         self._process.terminate()
@@ -208,11 +210,12 @@ class Server:
     def _await_exit(self, process: subprocess.Popen[bytes]) -> None:
         process.wait()
         _kill_group(process.pid)  # its workers, should one have outlived it
-        self._forget_key_file()
+        self.forget_key_file()
         if self.on_exit is not None and process is self._process:
             self.on_exit(self.why())
 
-    def _forget_key_file(self) -> None:
+    def forget_key_file(self) -> None:
+        """The server has read its API key."""
         if self._key_file is not None:
             self._key_file.unlink(missing_ok=True)
 

@@ -1,0 +1,68 @@
+"""Signs of a run that goes wrong: which metric shows it, from what value on, what it means and what to look at.
+
+`training/warnings.py` says them while the run goes on, `findings.py` in the report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from eaopd_megatron.config.tree import Rollout
+from eaopd_megatron.evaluation.estimators import FloatArray
+
+TERMINAL_LOGPROB_FLOOR = -10.0  # nats; below it the teacher takes the student's stop for a mistake
+KL_FLOOR = -1e-3  # nats; rounding alone gives about -1e-5
+
+Values = TypeVar("Values", float, FloatArray)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """An iteration's mean of `metric` beyond `limit` (below a floor, above a ceiling)."""
+
+    metric: str
+    limit: float
+    text: str
+    remedy: str
+    floor: bool = False
+
+    def excess(self, values: Values) -> Values:
+        """How far beyond the limit the values are; positive: a sign."""
+        return self.limit - values if self.floor else values - self.limit
+
+
+def signs(rollout: Rollout, updates: int) -> list[Sign]:
+    """Those that the recipe's limits leave on. updates: of one iteration."""
+    gap, truncated, lag = rollout.warn_logprob_gap, rollout.warn_truncated, rollout.max_lag * updates
+    found = [
+        Sign(
+            "teacher/terminal_logprob",
+            TERMINAL_LOGPROB_FLOOR,
+            f"the teacher's log-probability of the stopping token is below {TERMINAL_LOGPROB_FLOOR:g} nats",
+            "teacher and student may end with different ids: see teacher.terminal_map",
+            floor=True,
+        ),
+        Sign(
+            "objective/kl_min",
+            KL_FLOOR,
+            f"the smallest KL of a token is below {KL_FLOOR:g} nats, more than rounding explains",
+            "teacher and student may be normalised over different vocabularies",
+            floor=True,
+        ),
+        Sign(
+            "rollout/version_lag",
+            float(lag),
+            f"responses were written by weights more than {lag} updates old, more than rollout.max_lag allows",
+            "a server missed an update of its weights: see log.txt; training on stale samples collapses",
+        ),
+    ]
+    if gap is not None:
+        text = f"the rollout's log-probabilities lie more than {gap:g} nats from the trainer's"
+        remedy = "the rollout may have other weights or another precision: see weight_sync.verify, student.precision"
+        found.append(Sign("rollout/logprob_gap", gap, text, remedy))
+    if truncated is not None:
+        text = f"more than {truncated:.0%} of the rollouts are cut off at the length limit"
+        remedy = "see rollout.max_response_tokens and rollout.stop_ids"
+        found.append(Sign("rollout/truncated", truncated, text, remedy))
+    return found

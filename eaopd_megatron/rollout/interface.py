@@ -1,0 +1,66 @@
+"""What writes the student's responses: the trainer's own ranks, or servers. One interface, used by all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from eaopd_megatron.data.samples import Prompt, Sample, Sampling
+from eaopd_megatron.errors import UserError
+
+Key = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The responses of all data-parallel ranks: one to each prompt.
+
+    keys: what each response's random numbers are a function of (`data.random`), where the trainer draws them. mine:
+    which of them are this data-parallel rank's.
+    """
+
+    prompts: Sequence[Prompt]
+    keys: Sequence[Key]
+    mine: Sequence[int]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """For responses that are still to be fetched, once."""
+
+    wanted: Wanted
+
+
+class Rollout(Protocol):
+    """All ranks make the same calls with the same arguments, but for `Wanted.mine`."""
+
+    def open(self, prompts: Sequence[Prompt], longest_response: int) -> None:
+        """Comes first. prompts: all that may come; longest_response: of any of them, tokens."""
+
+    def publish(self, version: int) -> None:
+        """From now on responses are written by the model's weights as they are, under this version."""
+
+    def begin(self, wanted: Wanted) -> Ticket:
+        """The responses may be written while the caller does something else."""
+
+    def responses(self, ticket: Ticket) -> Iterator[list[Sample]]:
+        """This rank's responses to what was wanted, in parts, as they are finished; as many parts on every rank.
+
+        `index` is a prompt's place among `Wanted.prompts`; each comes once. Raises Asked or RolloutFailed on all ranks.
+        """
+
+    def rest(self) -> None:
+        """Nothing is wanted until the next `publish`."""
+
+    def close(self) -> None:
+        """Ends what was started for it. A second call does nothing."""
+
+
+class Asked(Exception):
+    """A signal asked the run to stop while it waited for responses. Its argument is the signal's number."""
+
+
+class RolloutFailed(UserError):
+    """No more responses can be had. The trainer's own state is whole."""

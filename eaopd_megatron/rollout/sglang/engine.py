@@ -1,0 +1,232 @@
+"""Rollouts by SGLang servers, as the trainer's ranks see them.
+
+The main rank alone talks to servers (`keeper`). It tells the others what comes of it (`relay`): responses as they are
+finished, and that a server came back, for which all ranks export the student's weights.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eaopd_megatron.checkpoint.agreement import agree
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config import Recipe
+from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.model import ModelChunks
+from eaopd_megatron.megatron.offload import TrainerMemory
+from eaopd_megatron.rollout.interface import Ticket, Wanted
+from eaopd_megatron.rollout.sglang.client import Client
+from eaopd_megatron.rollout.sglang.identity import Probe
+from eaopd_megatron.rollout.sglang.keeper import Keeper
+from eaopd_megatron.rollout.sglang.relay import relay
+from eaopd_megatron.rollout.sglang.turns import Turns
+from eaopd_megatron.rollout.sglang.writing import Writing
+from eaopd_megatron.rollout.weight_sync.sync import WeightSync
+
+POLL_SECONDS = 0.2
+REFRESH = "refresh"
+"""News that a server is back and waits for the student's weights; any other news are responses."""
+NOBODY_SENT = "default"
+"""SGLang's name for weights that were never updated, where it is given none."""
+PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun(Ticket):
+    """writing: on the main rank."""
+
+    writing: Writing | None = None
+
+
+class ServedRollout:
+    """`interface.Rollout` by servers. `_keeper` is None on all ranks but the main one."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        parallel: Parallel,
+        model: ModelChunks,
+        student: HfFolder,
+        *,
+        logs: Path,
+        scratch: Path,
+        logprobs: Callable[[Sequence[int]], list[float]],
+        memory: TrainerMemory,
+        asked: Callable[[], int],
+        report: Callable[[str], None],
+    ) -> None:
+        """logs: folder of the logs of servers started here. scratch: folder of exported weights, which the servers see
+        too. logprobs: what gives the student's log-probs (nats) of a sequence's tokens but the first; collective.
+        memory: the trainer's, for colocated servers. asked: the number of a signal that asks the run to stop, or 0."""
+        self.recipe, self.parallel, self._logprobs, self._asked = recipe, parallel, logprobs, asked
+        self._keeper: Keeper | None = None
+        colocated = recipe.servers.placement == "colocated"
+        if parallel.is_main:
+            first_gpu = 0 if colocated else int(os.environ.get("LOCAL_WORLD_SIZE", parallel.world_size))
+            self._keeper = Keeper(recipe, student, logs, first_gpu=first_gpu, report=report)
+        self._turns = Turns(parallel, memory, self._keeper) if colocated else None
+        self._sync = WeightSync(
+            model,
+            student,
+            parallel,
+            recipe.weight_sync,
+            scratch,
+            run=None if self._keeper is None else self._keeper.loop.run,
+            report=report,
+        )
+        # enough for a micro-batch of the teacher's on every data-parallel rank
+        self._part_tokens = recipe.train.micro_batch_tokens * parallel.dp_size
+        self._probe_ids: Sequence[int] = ()
+        self._version: int | None = None  # of the weights that the servers have
+        self._ahead: _Begun | None = None  # may be written while the caller trains
+
+    def open(self, prompts: Sequence[Prompt], longest_response: int) -> None:
+        """The servers begin to start; `publish` waits for them."""
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids)).token_ids
+        self._probe_ids = longest[:PROBE_TOKENS]
+        if self._turns is not None:
+            self._turns.begin()
+        if self._keeper is not None:
+            self._keeper.start(len(longest), longest_response)
+
+    def publish(self, version: int) -> None:
+        """The servers get the model's weights, once what they write with older ones is finished."""
+        if version == self._version and (self._turns is None or self._turns.of_servers):
+            return
+        before, self._version = self._version, version
+        self._forget_lost()
+        if self._turns is not None:
+            self._turns.begin()
+        verify = self.recipe.weight_sync.verify == "probe"
+        if verify or (before is None and version == 0):
+            self._take_probe(version)
+        if before is None:
+            self._wait(Keeper.until_there)
+        elif self._ahead is not None:
+            if self._keeper is not None:
+                self._keeper.serve([before, version])  # one that comes back gets the new ones
+            self._wait(partial(_until_written, self._ahead))
+        # servers that were started here have the student's original weights as version 0
+        if before is not None or version > 0 or not self.recipe.servers.started:
+            self._push(version)
+        if self._keeper is not None:
+            self._keeper.serve([version])
+        if verify:
+            agree(self.parallel, self._compare)
+
+    def begin(self, wanted: Wanted) -> Ticket:
+        """The servers begin to write at once."""
+        writing = None if self._keeper is None else self._keeper.begin(wanted)
+        self._ahead = _Begun(wanted, writing)
+        return self._ahead
+
+    def responses(self, ticket: Ticket) -> Iterator[list[Sample]]:
+        """Each part has about a micro-batch for every data-parallel rank."""
+        assert isinstance(ticket, _Begun)
+        mine, prompts = set(ticket.wanted.mine), ticket.wanted.prompts
+        missing = set(mine)
+        for part in self._hear(partial(_written, ticket, self._part_tokens)):
+            samples = [replace(sample, prompt=prompts[sample.index]) for sample in part if sample.index in mine]
+            for sample in samples:
+                missing.remove(sample.index)  # KeyError: it came twice
+            yield samples
+        if missing:
+            raise RuntimeError(f"no response to {len(missing)} of {len(mine)} prompts of this rank")
+        if self._ahead is ticket:
+            self._ahead = None
+
+    def rest(self) -> None:
+        """Colocated servers give the trainer its memory back."""
+        if self._turns is not None:
+            self._forget_lost()
+            self._turns.end()
+
+    def close(self) -> None:
+        """Ends the servers that were started here."""
+        self._sync.close()
+        if self._keeper is not None:
+            self._keeper.close()
+
+    def _hear(self, news: Callable[[Keeper], Iterator[Any]]) -> Iterator[list[Sample]]:
+        """Responses, on all ranks; for a server that came back all ranks export the weights on the way."""
+        told = None if self._keeper is None else news(self._keeper)
+        for one in relay(self.parallel, told, self._asked):
+            if one == REFRESH:
+                clients = self._keeper.stale() if self._keeper else []
+                self._given(clients, self._sync.refresh(self._version or 0, clients))
+            else:
+                yield one
+
+    def _wait(self, news: Callable[[Keeper], Iterator[Any]]) -> None:
+        for _ in self._hear(news):
+            pass
+
+    def _compare(self) -> None:
+        if self._keeper is not None:
+            self._keeper.compare()
+
+    def _push(self, version: int) -> None:
+        if self._turns is not None:
+            self._turns.weights()
+        clients = [] if self._keeper is None else self._keeper.present()
+        self._given(clients, self._sync.push(version, clients))
+        if self._turns is not None:
+            self._turns.cache()
+
+    def _forget_lost(self) -> None:
+        for client in self._keeper.lost() if self._keeper else ():
+            self._sync.forget(client)
+            if self._turns is not None:
+                self._turns.forget(client)
+
+    def _given(self, clients: Sequence[Client], failed: dict[Client, str]) -> None:
+        if self._keeper is not None:
+            self._keeper.given(clients, failed)
+
+    def _take_probe(self, version: int) -> None:
+        logprobs = self._logprobs(self._probe_ids)
+        if self._keeper is not None:
+            versions = {str(version), *((NOBODY_SENT,) if version == 0 else ())}
+            probe = Probe(self._probe_ids, logprobs, versions=versions)
+            self._keeper.expected = replace(self._keeper.expected, probe=probe)
+
+
+def _written(ticket: _Begun, part_tokens: int, keeper: Keeper) -> Iterator[Any]:
+    """News on the main rank: responses in parts, without their prompts, which all ranks have."""
+    assert ticket.writing is not None
+    part: list[Sample] = []
+    tokens = 0
+    while True:
+        yield _comeback(keeper)
+        try:
+            sample = ticket.writing.next(POLL_SECONDS)
+        except queue.Empty:
+            continue
+        if sample is not None:
+            tokens += len(sample.token_ids)
+            part.append(replace(sample, prompt=None))  # type: ignore[arg-type]
+        if part and (sample is None or tokens >= part_tokens):
+            yield part
+            part, tokens = [], 0
+        if sample is None:
+            return
+
+
+def _until_written(ticket: _Begun, keeper: Keeper) -> Iterator[Any]:
+    """News on the main rank until no response is missing, or none will come any more."""
+    assert ticket.writing is not None
+    while not ticket.writing.finished:
+        yield _comeback(keeper)
+        time.sleep(POLL_SECONDS)
+
+
+def _comeback(keeper: Keeper) -> str | None:
+    return REFRESH if keeper.stale() else None

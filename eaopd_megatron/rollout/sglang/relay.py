@@ -1,0 +1,58 @@
+"""What the main rank sees of the servers, told to all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from eaopd_megatron.checkpoint.agreement import describe
+from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.rollout.interface import Asked, RolloutFailed
+
+T = TypeVar("T")
+BEAT_SECONDS = 10.0
+"""The longest that a rank waits in a collective, however long the servers take."""
+
+
+def relay(parallel: Parallel, news: Iterator[T | None] | None, asked: Callable[[], int] = lambda: 0) -> Iterator[T]:
+    """Yields on every rank what `news` yields on the main rank (None there: nothing yet, ask again at once).
+
+    Collective over all ranks. asked: the number of a signal that asks the run to stop, or 0. Raises on every rank what
+    the main rank's `news` raises: Asked, RolloutFailed for a UserError, RuntimeError for anything else.
+    """
+    while True:
+        word = None if news is None else _word(news, asked)
+        if parallel.world_size > 1:
+            box = [word]
+            dist.broadcast_object_list(box, src=0)
+            word = box[0]
+        assert word is not None
+        kind, value = word
+        if kind == "end":
+            return
+        if kind == "asked":
+            raise Asked(value)
+        if kind == "failed":
+            sort, _, text = value
+            raise RolloutFailed(text) if sort == "user" else RuntimeError(f"rank 0: {text}")
+        if kind == "news":
+            yield value
+
+
+def _word(news: Iterator[T | None], asked: Callable[[], int]) -> tuple[str, Any]:
+    """The next one, or after BEAT_SECONDS only that there is none yet."""
+    since = time.monotonic()
+    try:
+        for value in news:
+            if number := asked():
+                return "asked", number
+            if value is not None:
+                return "news", value
+            if time.monotonic() - since > BEAT_SECONDS:
+                return "beat", None
+    except Exception as error:
+        return "failed", describe(error)
+    return "end", None

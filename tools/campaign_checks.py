@@ -1,0 +1,94 @@
+"""What a run whose servers were killed must leave behind all the same."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eaopd_megatron.config import Recipe
+from eaopd_megatron.data.cursor import PromptCursor
+from eaopd_megatron.data.prompts import PromptBuilder, load_problems
+from eaopd_megatron.reporting.metrics import FILE_NAME, read_metrics
+from eaopd_megatron.reporting.run_data import RunData
+
+COMPARED = (
+    *("objective/loss", "objective/reverse_kl", "student/entropy", "rollout/length", "rollout/truncated"),
+    *("optimizer/grad_norm", "evaluation/countdown/pass@1"),
+)
+"""Means over the last iterations of a run that are compared with those of runs without faults."""
+LOGPROB_GAP = 1e-4
+"""Nats between the log-probs of servers and trainer, fp32: more of it, and a server wrote with other weights."""
+DEVIATIONS = 4.0
+"""What lies further from the mean of the runs without faults, in standard deviations of those, is no noise."""
+
+
+def prompts_of(recipe: Recipe) -> list[str]:
+    """Ids of the recipe's prompts in the order that its cursor counts."""
+    from transformers import AutoTokenizer
+
+    data = recipe.data
+    tokenizer = AutoTokenizer.from_pretrained(recipe.student.model)
+    settings: dict[str, Any] = {"template": data.template, "suffix": data.suffix, "field": data.prompt_field}
+    builder = PromptBuilder(tokenizer, **settings, max_tokens=data.max_prompt_tokens)
+    prompts, _ = builder.build(load_problems(data.source, data.split), data.source)
+    return [prompt.id for prompt in prompts]
+
+
+def check_prompts(recipe: Recipe, names: Sequence[str]) -> tuple[int, list[str]]:
+    """How many prompts the run's records have, and where these are not each iteration's prompts, each once, answered by
+    the weights that the iteration began with."""
+    cursor = PromptCursor(
+        len(names), recipe.train.prompts_per_iteration, recipe.seed, recipe.data.shuffle, recipe.data.last_batch
+    )
+    found, problems, updates = 0, [], 0
+    for iteration in range(recipe.train.iterations):
+        path = Path(recipe.run.folder) / "rollouts" / f"{iteration + 1:06d}.jsonl"
+        samples = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        trained = Counter(sample["prompt_id"] for sample in samples)
+        wanted = Counter(names[index] for index in cursor.indices(iteration))
+        if trained != wanted:
+            lost, more = sum((wanted - trained).values()), sum((trained - wanted).values())
+            problems.append(f"iteration {iteration + 1}: {lost} prompts lost, {more} twice or never asked for")
+        versions = {span[0] for sample in samples for span in sample["weight_versions"]}
+        if samples and versions != {updates}:
+            problems.append(f"iteration {iteration + 1}: weights {sorted(versions)} instead of {updates}")
+        found += len(samples)
+        updates += -(-cursor.size(iteration) // recipe.train.mini_batch)
+    return found, problems
+
+
+def check_metrics(recipe: Recipe) -> list[str]:
+    """Iterations that are missing, or that were written by other weights than the trainer's."""
+    records = read_metrics(Path(recipe.run.folder) / FILE_NAME)
+    problems = []
+    if (found := [r["iteration"] for r in records]) != list(range(recipe.train.iterations + 1)):
+        problems.append(f"the metrics have {len(found)} records, {found[:1]} to {found[-1:]}, with gaps or doubles")
+    for record in records[1:]:
+        gap = record.get("rollout/logprob_gap")
+        if gap is None or not gap <= LOGPROB_GAP:
+            problems.append(f"iteration {record['iteration']}: the servers' log-probs lie {gap} nats off")
+    return problems
+
+
+def final_metrics(folder: Path) -> dict[str, float]:
+    data = RunData.read(folder)
+    return {name: value for name in COMPARED if (value := data.recent(name)) is not None}
+
+
+def compare(mine: dict[str, float], references: Sequence[dict[str, float]]) -> tuple[list[list[str]], list[str]]:
+    """A table of the final metrics beside those of runs without faults, and what is not the same but for noise."""
+    rows, problems = [], []
+    for name, value in mine.items():
+        others = [reference[name] for reference in references]
+        if len(others) < 2:  # of one run, the noise is unknown
+            rows.append([name, f"{value:.4g}", "".join(f"{other:.4g}" for other in others)])
+            continue
+        mean, spread = statistics.mean(others), statistics.stdev(others)
+        rows.append([name, f"{value:.4g}", f"{mean:.4g} ± {spread:.2g}"])
+        if abs(value - mean) > DEVIATIONS * spread:
+            problems.append(f"{name} is {value:.4g}; runs without faults have {mean:.4g} ± {spread:.2g}")
+    return rows, problems
