@@ -198,27 +198,27 @@ def kill_one(run: Run, numbers: random.Random, *, aimed: bool) -> Kill | None:
     return Kill(round(seconds, 1), iteration, victim.log.stem if victim.log else "?", victim.process.pid, phase, aimed)
 
 
-def kill_servers(run: Run, count: int, spacing: int, numbers: random.Random) -> list[Kill]:
-    """Waits for a random number of iterations and a random part of one before each kill, until `count` have hit."""
+def kill_servers(run: Run, count: int, iterations: int, numbers: random.Random) -> list[Kill]:
+    """`count` kills, if `iterations` suffice: before each comes a random number of them, and a random part of one."""
     kills: list[Kill] = []
-    target = 1
-    while len(kills) < count and run.until(target):
+    while len(kills) < count:
+        done = max(0, run.iterations)
+        average = (iterations - done) / (count - len(kills) + 1)
+        if not run.until(done + max(1, round(numbers.uniform(0.0, 1.5 * average)))):
+            break
         time.sleep(numbers.uniform(0.0, 1.0))
         kill = kill_one(run, numbers, aimed=numbers.random() < AIMED)
         if kill is not None:
             kills.append(kill)
-            print(
-                f"kill {len(kills)} of {count}: {kill.server} {kill.phase} after iteration {kill.iteration}", flush=True
-            )
-        target = run.iterations + numbers.randint(1, 2 * spacing - 1)
+            hit = f"{kill.server} {kill.phase} after iteration {kill.iteration}"
+            print(f"kill {len(kills)} of {count}: {hit}", flush=True)
     return kills
 
 
 def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report. Its `problems` are what was lost."""
     spacing = arguments.spacing or SPACING[arguments.real]
-    # more than the kills take on average, for those drawn far apart
-    iterations = arguments.iterations or spacing * (arguments.kills + 4)
+    iterations = arguments.iterations or spacing * (arguments.kills + 2)
     servers = None if arguments.real else stand_in(arguments.folder / "double")
 
     def overrides(name: str, seed: int) -> list[str]:
@@ -230,7 +230,7 @@ def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
     mine = overrides("killed", arguments.seed)
     recipe = load_recipe(RECIPE, mine)
     with Run(mine, recipe, servers) as run:
-        kills = kill_servers(run, arguments.kills, spacing, random.Random(arguments.seed))
+        kills = kill_servers(run, arguments.kills, iterations, random.Random(arguments.seed))
         run.until(iterations)
         code = run.process.wait(STALLED_SECONDS)
         seconds = time.monotonic() - run.started
