@@ -43,6 +43,8 @@ SERVES = re.compile(r"^http://|Uvicorn running on")
 """A line of a server's log, double or real, that says that it serves."""
 AIMED = 0.3
 """Share of the kills that wait for an update of weights, which is short, and strike then."""
+ANY = 0.15
+"""Share of the kills that may hit a server before it serves; the run gives up one that dies too often so early."""
 SPACING = {False: 5, True: 40}
 """Iterations between two kills on average; a real server takes half a minute to come back."""
 STALLED_SECONDS = 300.0
@@ -185,6 +187,8 @@ def doing(log: Sequence[str]) -> str:
 def kill_one(run: Run, numbers: random.Random, *, aimed: bool) -> Kill | None:
     """SIGKILL to a random server that lives; None where none did."""
     servers = run.servers()
+    if numbers.random() > ANY:
+        servers = [server for server in servers if server.serves] or servers
     if not servers:
         return None
     victim = numbers.choice(servers)
