@@ -102,14 +102,14 @@ class Run:
         return -1
 
     def until(self, iterations: int) -> bool:
-        """Whether so many get finished before the run ends. Raises TimeoutError where it goes no further."""
+        """Whether so many get finished before the run ends. Raises SystemExit where it goes no further."""
         seen, since = self.iterations, time.monotonic()
         while seen < iterations and self.running:
             time.sleep(POLL_SECONDS)
             if (now := self.iterations) != seen:
                 seen, since = now, time.monotonic()
             if time.monotonic() - since > STALLED_SECONDS:
-                raise TimeoutError(f"no iteration after {seen} within {STALLED_SECONDS:g} s: {self.output()}")
+                raise SystemExit(f"error: no iteration after {seen} within {STALLED_SECONDS:g} s: {self.output()}")
         return seen >= iterations
 
     def output(self) -> str:
@@ -193,7 +193,7 @@ def kill_one(run: Run, numbers: random.Random, *, aimed: bool) -> Kill | None:
         return None
     victim = numbers.choice(servers)
     while aimed and victim.doing() != "updating" and victim.process.is_running() and run.running:
-        time.sleep(0.002)
+        time.sleep(0.005)
     served, iteration, seconds = victim.serves, run.iterations, time.monotonic() - run.started
     if not victim.kill():
         return None
