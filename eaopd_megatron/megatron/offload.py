@@ -8,6 +8,7 @@ CUDA have not been run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class TrainerMemory:
 
     Released are the moments, main parameters of their own (in bf16) and the gradients, which are zero afterwards; the
     weights stay, and can be read. Tensors keep their identity: their storages are emptied and filled again. In between
-    nothing may read them: no update, no checkpoint.
+    nothing may read them: no update, no checkpoint (`require_states`).
     """
 
     def __init__(self, ddp: ModelChunks, optimizer: ChainedOptimizer) -> None:
@@ -68,7 +69,7 @@ class TrainerMemory:
         cuda = torch.cuda.is_available()
         wait_for_gathers(self._ddp)
         self._hosts = []
-        for storage in self._states():
+        for storage in self._own_storages():
             host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=cuda)
             self._hosts.append((storage, host.copy_(_bytes_of(storage), non_blocking=True)))
         if cuda:
@@ -88,19 +89,29 @@ class TrainerMemory:
                 chunk.restore_grad_buffers(synchronize=torch.cuda.is_available())  # type: ignore[operator]
         self._hosts = None
 
-    def _states(self) -> list[torch.UntypedStorage]:
+    def _own_storages(self) -> list[torch.UntypedStorage]:
         """What the optimiser has of its own on the device: in fp32 its main parameters are the weights themselves."""
         weights = {parameter.untyped_storage().data_ptr() for parameter in self._ddp.parameters()}
         device = next(self._ddp.parameters()).device
         found: dict[int, torch.UntypedStorage] = {}
-        for part in self._optimizer.chained_optimizers:
-            mains = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
-            moments = [state[name] for state in part.optimizer.state.values() for name in MOMENTS]
-            for tensor in (*mains, *moments):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in weights and storage.device == device and storage.nbytes():
-                    found[storage.data_ptr()] = storage
+        for tensor in _states(self._optimizer):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights and storage.device == device and storage.nbytes():
+                found[storage.data_ptr()] = storage
         return list(found.values())
+
+
+def require_states(optimizer: ChainedOptimizer) -> None:
+    """Raises RuntimeError while they are released: reading them would read freed memory."""
+    if any(tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in _states(optimizer)):
+        raise RuntimeError("the optimiser's states are released: TrainerMemory.resume comes before a checkpoint")
+
+
+def _states(optimizer: ChainedOptimizer) -> Iterator[torch.Tensor]:
+    """Main parameters, which may be the weights themselves, and moments."""
+    for part in optimizer.chained_optimizers:
+        yield from (parameter for group in part.optimizer.param_groups for parameter in group["params"])
+        yield from (state[name] for state in part.optimizer.state.values() for name in MOMENTS)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -25,7 +25,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from eaopd_megatron.megatron.cpu import cuda_literals
-from eaopd_megatron.megatron.offload import MOMENTS
+from eaopd_megatron.megatron.offload import MOMENTS, require_states
 
 MAIN = "fp32_param"
 States = dict[str, dict[str, Any]]
@@ -38,6 +38,7 @@ def sharded_state(optimizer: ChainedOptimizer, model: dict[str, Any], *, loading
     model: `sharded_state_dict(...)` of the model's chunks, which tells how the states are cut. A distributed
     optimiser's states are gathered in host memory, whole ones of this rank's weights on each data-parallel rank.
     """
+    require_states(optimizer)
     found, _ = extract_sharded_tensors_and_factories(model)
     weights = {id(sharded.data): sharded for sharded in nested_values(found)}
     states = {}

@@ -160,6 +160,8 @@ def _facts(run: RunData) -> str:
         ("gradient norm", "optimizer/grad_norm", "{:.3g}"),
         ("teacher's log-probability of the stopping token (nats)", "teacher/terminal_logprob", "{:.2f}"),
         ("rollout engine against trainer, log-probability gap (nats)", "rollout/logprob_gap", "{:.2g}"),
+        ("importance weight of stale tokens", "rollout/importance_weight", "{:.3f}"),
+        ("stale tokens whose weight is clipped", "rollout/importance_clipped", "{:.1%}"),
     ):
         early, recent = run.early(name), run.recent(name)
         if early is not None and recent is not None:

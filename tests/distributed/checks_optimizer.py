@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from eaopd_megatron.checkpoint.distributed import restore, training_state
@@ -161,6 +162,8 @@ def check_memory_is_lent(
                 memory.release()
                 _same(trainer.whole(), before, 0.0)  # a server is given the weights meanwhile
                 assert _held(trainer) == 0, options
+                with pytest.raises(RuntimeError, match="states are released"):  # freed memory would be written down
+                    training_state(trainer.model, trainer.optimizer)
                 memory.resume()
                 memory.resume()
                 assert _held(trainer) > 0

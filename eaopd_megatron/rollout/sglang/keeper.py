@@ -184,7 +184,7 @@ class Keeper:
         if self._started:
             with ThreadPoolExecutor(len(self._started)) as stopping:
                 list(stopping.map(Server.stop, self._started))
-        self._started, self._server_of, self.clients = [], {}, []
+        self._started, self._server_of, self.clients, self._pool = [], {}, [], None
         self._starter.shutdown(cancel_futures=True)
 
     # Servers started here

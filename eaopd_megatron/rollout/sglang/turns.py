@@ -57,5 +57,6 @@ class Turns:
             self._each(self._servers.after_generation)
 
     def _each(self, work: Callable[[Sequence[Client]], Coroutine[Any, Any, dict[Client, str]]]) -> None:
-        if self._keeper is not None:
-            self._keeper.given((), self._keeper.loop.run(work(self._keeper.present())))
+        clients = [] if self._keeper is None else self._keeper.present()
+        if self._keeper is not None and clients:  # none: also where they were ended, and the loop with them
+            self._keeper.given((), self._keeper.loop.run(work(clients)))

@@ -1,0 +1,64 @@
+"""The turns of a trainer and its colocated servers, whose program is the double."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config import load_recipe
+from eaopd_megatron.rollout.sglang import server
+from eaopd_megatron.rollout.sglang.keeper import Keeper
+from eaopd_megatron.rollout.sglang.turns import Turns
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOCATED = ["rollout.engine=sglang", "servers.placement=colocated", "weight_sync.transport=tensor"]
+
+
+@dataclass
+class Memory:
+    """The trainer's."""
+
+    there: bool = True
+
+    def release(self) -> None:
+        self.there = False
+
+    def resume(self) -> None:
+        self.there = True
+
+
+def test_a_run_that_is_stopped_while_servers_write_cannot_be_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The servers are ended with their event loop; the trainer has its memory all the same."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(server, "server_command", lambda cuda: [sys.executable, "-m", "tests.sglang.double"])
+    recipe = load_recipe(ROOT / "recipes/countdown/eopd.yaml", COLOCATED)
+    keeper = Keeper(recipe, HfFolder.open(recipe.student.model), tmp_path, first_gpu=0, report=lambda _: None)
+    memory, parallel = Memory(), SimpleNamespace(world_size=1)
+    stand_ins: tuple[Any, Any] = parallel, memory
+    turns = Turns(*stand_ins, keeper)
+    try:
+        turns.begin()
+        keeper.start(longest_prompt=16, longest_response=16)
+        for _ in keeper.until_there():
+            pass
+        keeper.serve([0])
+        for _ in range(2):
+            turns.begin()
+            assert not memory.there
+            turns.weights()
+            turns.cache()
+            turns.end()
+            assert memory.there
+        turns.begin()
+    finally:
+        keeper.close()
+    turns.end()
+    assert memory.there
