@@ -43,6 +43,8 @@ SERVES = re.compile(r"^http://|Uvicorn running on")
 """A line of a server's log, double or real, that says that it serves."""
 AIMED = 0.3
 """Share of the kills that wait for an update of weights, which is short, and strike then."""
+ANY = 0.15
+"""Share of the kills that may hit a server before it serves; the run gives up one that dies too often so early."""
 SPACING = {False: 5, True: 40}
 """Iterations between two kills on average; a real server takes half a minute to come back."""
 STALLED_SECONDS = 300.0
@@ -100,14 +102,14 @@ class Run:
         return -1
 
     def until(self, iterations: int) -> bool:
-        """Whether so many get finished before the run ends. Raises TimeoutError where it goes no further."""
+        """Whether so many get finished before the run ends. Raises SystemExit where it goes no further."""
         seen, since = self.iterations, time.monotonic()
         while seen < iterations and self.running:
             time.sleep(POLL_SECONDS)
             if (now := self.iterations) != seen:
                 seen, since = now, time.monotonic()
             if time.monotonic() - since > STALLED_SECONDS:
-                raise TimeoutError(f"no iteration after {seen} within {STALLED_SECONDS:g} s: {self.output()}")
+                raise SystemExit(f"error: no iteration after {seen} within {STALLED_SECONDS:g} s: {self.output()}")
         return seen >= iterations
 
     def output(self) -> str:
@@ -185,11 +187,13 @@ def doing(log: Sequence[str]) -> str:
 def kill_one(run: Run, numbers: random.Random, *, aimed: bool) -> Kill | None:
     """SIGKILL to a random server that lives; None where none did."""
     servers = run.servers()
+    if numbers.random() > ANY:
+        servers = [server for server in servers if server.serves] or servers
     if not servers:
         return None
     victim = numbers.choice(servers)
     while aimed and victim.doing() != "updating" and victim.process.is_running() and run.running:
-        time.sleep(0.002)
+        time.sleep(0.005)
     served, iteration, seconds = victim.serves, run.iterations, time.monotonic() - run.started
     if not victim.kill():
         return None
@@ -198,27 +202,27 @@ def kill_one(run: Run, numbers: random.Random, *, aimed: bool) -> Kill | None:
     return Kill(round(seconds, 1), iteration, victim.log.stem if victim.log else "?", victim.process.pid, phase, aimed)
 
 
-def kill_servers(run: Run, count: int, spacing: int, numbers: random.Random) -> list[Kill]:
-    """Waits for a random number of iterations and a random part of one before each kill, until `count` have hit."""
+def kill_servers(run: Run, count: int, iterations: int, numbers: random.Random) -> list[Kill]:
+    """`count` kills, if `iterations` suffice: before each comes a random number of them, and a random part of one."""
     kills: list[Kill] = []
-    target = 1
-    while len(kills) < count and run.until(target):
+    while len(kills) < count:
+        done = max(0, run.iterations)
+        average = (iterations - done) / (count - len(kills) + 1)
+        if not run.until(done + max(1, round(numbers.uniform(0.0, 1.5 * average)))):
+            break
         time.sleep(numbers.uniform(0.0, 1.0))
         kill = kill_one(run, numbers, aimed=numbers.random() < AIMED)
         if kill is not None:
             kills.append(kill)
-            print(
-                f"kill {len(kills)} of {count}: {kill.server} {kill.phase} after iteration {kill.iteration}", flush=True
-            )
-        target = run.iterations + numbers.randint(1, 2 * spacing - 1)
+            hit = f"{kill.server} {kill.phase} after iteration {kill.iteration}"
+            print(f"kill {len(kills)} of {count}: {hit}", flush=True)
     return kills
 
 
 def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report. Its `problems` are what was lost."""
     spacing = arguments.spacing or SPACING[arguments.real]
-    # more than the kills take on average, for those drawn far apart
-    iterations = arguments.iterations or spacing * (arguments.kills + 4)
+    iterations = arguments.iterations or spacing * (arguments.kills + 2)
     servers = None if arguments.real else stand_in(arguments.folder / "double")
 
     def overrides(name: str, seed: int) -> list[str]:
@@ -230,7 +234,7 @@ def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
     mine = overrides("killed", arguments.seed)
     recipe = load_recipe(RECIPE, mine)
     with Run(mine, recipe, servers) as run:
-        kills = kill_servers(run, arguments.kills, spacing, random.Random(arguments.seed))
+        kills = kill_servers(run, arguments.kills, iterations, random.Random(arguments.seed))
         run.until(iterations)
         code = run.process.wait(STALLED_SECONDS)
         seconds = time.monotonic() - run.started

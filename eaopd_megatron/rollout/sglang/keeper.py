@@ -137,6 +137,8 @@ class Keeper:
         """These have been given weights, but for those that failed, which are lost."""
         for client in clients:
             self._stale.pop(client, None)
+            if client not in failed:
+                self._deaths[client] = 0  # it came up whole, whatever ends it before it has been asked for anything
         for client, reason in failed.items():
             if self._pool is not None and self._router is None:
                 self.loop.call(self._pool.lost, client, reason)

@@ -136,7 +136,7 @@ class Distributed(BucketTransport[Broadcast]):
         try:
             yield
         except RuntimeError as error:
-            push.fail(client, f"its update group broke off: {str(error).splitlines()[0][:200]}")
+            push.fail(client, f"its update group broke off: {' '.join(str(error).split())[:200]}")
             self.forget(client)
 
     def _drop_failed(self, push: Push) -> None:
