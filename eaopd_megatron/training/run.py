@@ -177,7 +177,7 @@ class Run:
         self._save(wait=True)
         if isinstance(reason, Asked):
             self._stopped(reason.args[0])
-        raise UserError(f"{reason}; the run is saved after iteration {self.iteration}: the same command continues")
+        raise UserError(f"{reason}; {self._where()}")
 
     def _save(self, *, wait: bool) -> None:
         if self._saved < self.iteration:
@@ -187,8 +187,12 @@ class Run:
             self.checkpoints.wait()
 
     def _stopped(self, number: int) -> NoReturn:
-        self.say(f"stopped after iteration {self.iteration}: checkpoint saved; the same command continues")
+        self.say(f"stopped: {self._where()}")
         raise Interrupted(128 + number)
+
+    def _where(self) -> str:
+        saved = f"the run is saved after iteration {self.iteration}" if self.iteration else "nothing was trained yet"
+        return f"{saved}; the same command continues"
 
     def evaluate(self) -> None:
         """The evaluation before training."""

@@ -20,6 +20,7 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.rollout.sglang.client import Client, Patience
+from eaopd_megatron.rollout.weight_sync import distributed
 from eaopd_megatron.rollout.weight_sync import sync as module
 from eaopd_megatron.rollout.weight_sync.sync import WeightSync
 from eaopd_megatron.rollout.weight_sync.transport import Run
@@ -95,9 +96,19 @@ def trainer(
 
 
 def check_arrives(
-    group: dist.ProcessGroup, folder: str, layout: dict[str, Any], transport: str, scratch: str, urls: list[str]
+    group: dist.ProcessGroup,
+    folder: str,
+    layout: dict[str, Any],
+    transport: str,
+    large: int,
+    scratch: str,
+    urls: list[str],
 ) -> None:
-    with trainer(folder, layout, scratch, urls, transport=transport) as one:
+    """large: bytes from which on a tensor is broadcast by itself."""
+    with (
+        mock.patch.object(distributed, "LARGE", large),
+        trainer(folder, layout, scratch, urls, transport=transport) as one,
+    ):
         for version, factor in ((1, 2.0), (2, 0.5)):
             one.train(factor)
             assert one.sync.push(version, one.clients) == {}
@@ -182,7 +193,25 @@ def check_error_of_the_main_rank(group: dist.ProcessGroup, folder: str, scratch:
         one.check(3)
 
 
-def check_log_probs(group: dist.ProcessGroup, folder: str, scratch: str, url: str, key: str, transport: str) -> None:
+def check_checksums(group: dist.ProcessGroup, folder: str, scratch: str, urls: list[str]) -> None:
+    """All ranks refuse servers that differ after an update, or have no checksums."""
+    with trainer(folder, {"tensor_parallel": 4}, scratch, urls, verify="checksum") as one:
+        for checksums, error in (
+            (("a", "a"), ""),
+            (("a", "b"), "have other weights after the same update"),
+            (("a", ""), "set weight_sync.verify=version"),
+        ):
+            for number, checksum in enumerate(checksums):
+                one.fault(number, checksum=checksum)
+            try:
+                assert one.sync.push(1, one.clients) == {} and not error
+            except UserError as refusal:
+                assert error and error in str(refusal), refusal
+
+
+def check_log_probs(
+    group: dist.ProcessGroup, folder: str, scratch: str, url: str, key: str, transport: str, large: int
+) -> None:
     """Of a real server, after every update."""
     from transformers import AutoModelForCausalLM
 
@@ -194,7 +223,10 @@ def check_log_probs(group: dist.ProcessGroup, folder: str, scratch: str, url: st
         "return_logprob": True,
         "logprob_start_len": 0,
     }
-    with trainer(folder, layout, scratch, [url], key, transport=transport) as one:
+    with (
+        mock.patch.object(distributed, "LARGE", large),
+        trainer(folder, layout, scratch, [url], key, transport=transport) as one,
+    ):
         for version, factor in ((1, 1.25), (2, 0.5)):
             one.train(factor)
             assert one.sync.push(version, one.clients) == {}
@@ -209,5 +241,4 @@ def check_log_probs(group: dist.ProcessGroup, folder: str, scratch: str, url: st
                     parameter.mul_(one.scale)
                 logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
             gap = (logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0] - found).abs().max().item()
-            print(f"{transport}, update {version}: largest gap {gap:.2e}")
             assert gap <= 1e-4, gap

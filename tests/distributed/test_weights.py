@@ -34,9 +34,17 @@ def doubles() -> Iterator[list[str]]:
         yield [one.url, other.url]
 
 
-@pytest.mark.parametrize(("model", "transport"), [*((m, "distributed") for m in MODELS), ("qwen3", "tensor")])
+@pytest.mark.parametrize(
+    ("model", "transport", "large"),
+    [
+        ("qwen3", "distributed", 2**20),
+        ("qwen3", "distributed", 1),
+        ("qwen3_moe", "distributed", 2**20),
+        ("qwen3", "tensor", 0),
+    ],
+)
 def test_a_server_has_other_weights_than_the_model(
-    ranks: Ranks, folders: dict[str, str], doubles: list[str], tmp_path: Path, model: str, transport: str
+    ranks: Ranks, folders: dict[str, str], doubles: list[str], tmp_path: Path, model: str, transport: str, large: int
 ) -> None:
     ranks.run(
         CHECKS,
@@ -44,6 +52,7 @@ def test_a_server_has_other_weights_than_the_model(
         folder=folders[model],
         layout=MODELS[model],
         transport=transport,
+        large=large,
         scratch=str(tmp_path),
         urls=doubles,
     )
@@ -56,6 +65,7 @@ def test_a_server_has_other_weights_than_the_model(
         "check_no_server_answers",
         "check_folder_is_written_once",
         "check_error_of_the_main_rank",
+        "check_checksums",
     ],
 )
 def test_one_server_stops_the_others_or_the_ranks(

@@ -38,9 +38,11 @@ def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         yield servers.all[0].url
 
 
-@pytest.mark.parametrize("transport", ["distributed", "tensor", "disk"])
+@pytest.mark.parametrize(
+    ("transport", "large"), [("distributed", 2**20), ("distributed", 1), ("tensor", 0), ("disk", 0)]
+)
 def test_a_real_server_has_other_weights_than_the_trainer(
-    ranks: Ranks, folder: Path, url: str, tmp_path: Path, transport: str
+    ranks: Ranks, folder: Path, url: str, tmp_path: Path, transport: str, large: int
 ) -> None:
     """Log-probs are transformers' after every update of TP2xPP2 ranks."""
     ranks.run(
@@ -51,4 +53,5 @@ def test_a_real_server_has_other_weights_than_the_trainer(
         url=url,
         key=KEY,
         transport=transport,
+        large=large,
     )

@@ -124,13 +124,22 @@ def test_a_run_without_servers_loses_its_state(doubles: Path, eaopd: Start, tmp_
 def test_a_signal_waits_for_responses_that_do_not_come(doubles: Path, eaopd: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = eaopd(*SERVED, "run.save_interval=0", f"run.folder={run}")
-    wait_for(lambda: (run / "rollouts" / "000001.jsonl").exists(), command.process)
-    for process in servers_of(command):
-        process.send_signal(signal.SIGSTOP)
+    log = run / "servers" / "server_0.log"
+
+    def stopped_while_it_generates() -> bool:
+        """The double's last word, once it says no more, is what it was doing."""
+        for process in servers_of(command):
+            process.suspend()
+            if (run / "rollouts").exists() and log.read_text().splitlines()[-1].startswith("generating"):
+                return True
+            process.resume()
+        return False
+
+    wait_for(stopped_while_it_generates, command.process)
     command.process.send_signal(signal.SIGTERM)
     code, out, _ = command.wait()
     assert code == 128 + signal.SIGTERM
-    assert "checkpoint saved; the same command continues" in out
+    assert "the run is saved after iteration" in out
     assert len(list((run / "checkpoints").glob("step_*"))) == 1
 
 

@@ -38,6 +38,7 @@ class Faults:
     mute: bool = False  # nothing is answered at all
     update: str = ""  # in the middle of an update of weights: "die", "hang" or "refuse"
     update_in: int = 0  # the update call at which that happens, counted from now; 0: at none
+    checksum: str = ""  # of the weights, as it says; none: it cannot compute any, as the real one on a CPU
 
     def take(self, kind: str) -> bool:
         left: int = getattr(self, kind)
@@ -79,9 +80,12 @@ class Controlled(PlainServer):
     def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """What an update brought. Called in a thread; raises ValueError for a tensor that the model cannot take."""
         for name, tensor in tensors.items():
-            if name in self.weights and self.weights[name].shape != tensor.shape:
+            if name not in self.weights:
+                self.weights[name] = tensor
+            elif self.weights[name].shape == tensor.shape:
+                self.weights[name].copy_(tensor)
+            else:
                 raise ValueError(f"{name} has the shape {list(tensor.shape)}")
-            self.weights[name] = tensor
 
     def _post_pause_generation(self, body: dict[str, Any]) -> dict[str, Any]:
         if body.get("mode", "abort") not in ("abort", "retract", "in_place"):
@@ -184,6 +188,11 @@ class Controlled(PlainServer):
         self.weight_version = str(body["new_version"])
         message = f"Weight version updated to {self.weight_version}"
         return {"success": True, "message": message, "new_version": self.weight_version}
+
+    def _post_weights_checker(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not self.faults.checksum:
+            raise _failed("Torch not compiled with CUDA enabled")
+        return {"success": True, "message": "Success.", "per_engine_checksum": self.faults.checksum}
 
     def _post_faults(self, body: dict[str, Any]) -> None:
         for name, value in body.items():

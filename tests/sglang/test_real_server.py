@@ -6,7 +6,9 @@ One server, started once, serves all tests here; the last test kills it. `tools/
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
+import pickle
 import queue
 import signal
 from collections.abc import Callable, Coroutine, Iterator
@@ -82,6 +84,7 @@ async def admit(client: Client) -> Limits:
 
 GENERATE = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}}
 LOGPROBS = {**GENERATE, "rid": "one", "return_logprob": True}
+NORM = base64.b64encode(pickle.dumps([("model.norm.weight", torch.ones(64))])).decode()
 EXCHANGES: list[tuple[str, str, Any]] = [
     ("GET", "/ready", None),
     ("GET", "/model_info", None),
@@ -111,7 +114,16 @@ EXCHANGES: list[tuple[str, str, Any]] = [
         "/update_weights_from_distributed",
         {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "g"},
     ),
+    ("POST", "/begin_weight_update", {}),
+    (
+        "POST",
+        "/update_weights_from_distributed",
+        {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "g"},
+    ),
+    ("POST", "/update_weights_from_tensor", {"serialized_named_tensors": [NORM], "weight_version": "2"}),
+    ("POST", "/end_weight_update", {}),
     ("POST", "/destroy_weights_update_group", {"group_name": "g"}),
+    ("POST", "/weights_checker", {"action": "checksum"}),
     ("POST", "/update_weights_from_disk", {"model_path": str(STUDENT), "weight_version": "3"}),
     ("GET", "/model_info", None),
     ("POST", "/update_weights_from_disk", {"model_path": str(STUDENT / "missing")}),

@@ -96,7 +96,8 @@ class Receiver:
                 dist.broadcast(tensor, group_src=0, group=joined)
             return found
         sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in placed]
-        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        # as the real server does it: new memory for the tensors, put together, is where the bucket arrives
+        flat = torch.cat([torch.empty(size, dtype=torch.uint8) for size in sizes])
         dist.broadcast(flat, group_src=0, group=joined)
         parts = flat.split(sizes)
         return {name: part.view(dtype).view(shape) for (name, dtype, shape), part in zip(placed, parts, strict=True)}

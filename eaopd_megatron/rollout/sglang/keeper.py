@@ -78,6 +78,7 @@ class Keeper:
             memory_fraction=chosen.memory_fraction,
             max_running=chosen.max_running,
             api_key=self._key,
+            colocated=chosen.placement == "colocated",
         )
         self._started = [
             Server(settings, self._logs / f"server_{i}.log", first_gpu=self._first_gpu + i * chosen.tensor_parallel)

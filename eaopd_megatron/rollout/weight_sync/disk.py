@@ -26,7 +26,7 @@ class Disk(Transport):
         """Raises UserError when the folder cannot be written."""
         folder = self.folder(version)
         write_hf(tensors, self._source, folder, self._dtype)
-        for other in self._scratch.iterdir():
+        for other in self._scratch.glob("version_*"):
             if other != folder:
                 shutil.rmtree(other)
         return self.load(version, clients)

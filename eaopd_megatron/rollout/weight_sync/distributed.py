@@ -20,8 +20,13 @@ import torch.distributed as dist
 from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.weight_sync.buckets import Bucket
 from eaopd_megatron.rollout.weight_sync.group import UpdateGroup, own_address
+from eaopd_megatron.rollout.weight_sync.session import say
 from eaopd_megatron.rollout.weight_sync.transport import BucketTransport, Calls, Push, Run
 
+LARGE = 2**20
+"""Bytes of a tensor, on average over a bucket, from which on each is broadcast by itself: to take a bucket in one piece
+SGLang puts as much new memory together first, which costs more than the broadcast. Small tensors cost more one by one.
+"""
 ARRIVAL_POLL = 0.005
 """Seconds between two looks for a server at the meeting place."""
 
@@ -31,7 +36,7 @@ class Broadcast:
     """A bucket on its way: what the servers were told, and what was begun on each group."""
 
     calls: Calls
-    works: dict[Client, dist.Work]
+    works: dict[Client, list[dist.Work]]
     bucket: Bucket
 
 
@@ -59,12 +64,16 @@ class Distributed(BucketTransport[Broadcast]):
         self._drop_failed(push)
 
     def start(self, push: Push, bucket: Bucket) -> Broadcast:
-        body = {
+        body: dict[str, Any] = {
             "names": [one.name for one in bucket.placed],
             "dtypes": [str(one.dtype).removeprefix("torch.") for one in bucket.placed],
             "shapes": [list(one.shape) for one in bucket.placed],
-            "load_format": "flattened_bucket",
         }
+        parts = [bucket.data]
+        if len(bucket.data) < LARGE * len(bucket.placed):
+            body["load_format"] = "flattened_bucket"
+        else:
+            parts = [tensor for _, tensor in bucket.tensors()]
         groups = self._groups
 
         async def announce(client: Client) -> Any:
@@ -74,14 +83,15 @@ class Distributed(BucketTransport[Broadcast]):
         sent = Broadcast(push.start(announce), {}, bucket)
         for client in list(push.left):
             with self._leaving(push, client):
-                sent.works[client] = groups[client].broadcast(bucket.data)
+                sent.works[client] = [groups[client].broadcast(part) for part in parts]
         return sent
 
     def finish(self, push: Push, sent: Broadcast) -> None:
         push.finish(sent.calls)
         for client in list(push.left):  # the server has everything, so this returns at once
             with self._leaving(push, client):
-                sent.works[client].wait(timedelta(seconds=self._seconds))
+                for work in sent.works[client]:
+                    work.wait(timedelta(seconds=self._seconds))
         self._drop_failed(push)
 
     def forget(self, client: Client) -> None:
@@ -89,14 +99,9 @@ class Distributed(BucketTransport[Broadcast]):
             self._groups.pop(client).leave()
 
     def close(self) -> None:
-        push = Push(self._run, self._groups)
-        calls = push.start(
-            lambda client: self._session.post(
-                client, "/destroy_weights_update_group", {"group_name": self._groups[client].name}
-            )
-        )
-        push.finish(calls)
-        for client in list(self._groups):
+        names = {client: {"group_name": group.name} for client, group in self._groups.items()}
+        Push(self._run, names).each(lambda client: say(client, "/destroy_weights_update_group", names[client]))
+        for client in names:
             self.forget(client)
 
     def _group(self, client: Client, ranks: int) -> UpdateGroup:

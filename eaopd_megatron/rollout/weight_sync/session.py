@@ -35,24 +35,24 @@ class Session:
         """From now on it generates nothing and takes weights."""
         await self._pause(client)
         try:
-            await _say(client, "/begin_weight_update", {})
+            await say(client, "/begin_weight_update", {})
         except UserError as refusal:
             if "already open" not in str(refusal):
                 raise
-            await _say(client, "/end_weight_update", {})  # of an update that broke off
-            await _say(client, "/begin_weight_update", {})
+            await say(client, "/end_weight_update", {})  # of an update that broke off
+            await say(client, "/begin_weight_update", {})
 
     async def end(self, client: Client, version: str) -> None:
         """It has all weights: they are `version`, and it generates again."""
-        await _say(client, "/end_weight_update", {})
-        await _say(client, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
+        await say(client, "/end_weight_update", {})
+        await say(client, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
         await self._resume(client, version)
 
     async def load(self, client: Client, folder: Path, version: str) -> None:
         """It reads weights from a folder, whatever it did before, and generates again."""
         await self._pause(client)
         try:
-            await _say(client, "/end_weight_update", {})  # of an update that broke off
+            await say(client, "/end_weight_update", {})  # of an update that broke off
         except UserError as refusal:
             if "no weight-update session is open" not in str(refusal):
                 raise
@@ -73,14 +73,15 @@ class Session:
 
     async def _pause(self, client: Client) -> None:
         # retracted, what may still run gives its cache back: the server ends itself if that is in use afterwards
-        await _say(client, "/pause_generation", {"mode": "retract"})
+        await say(client, "/pause_generation", {"mode": "retract"})
 
     async def _resume(self, client: Client, version: str) -> None:
-        await _say(client, "/continue_generation", {})
+        await say(client, "/continue_generation", {})
         found = (await client.model_info()).get("weight_version")
         if found != version:
             raise UserError(f"it has weights '{found}' after an update to '{version}'")
 
 
-async def _say(client: Client, path: str, body: Mapping[str, Any]) -> None:
+async def say(client: Client, path: str, body: Mapping[str, Any]) -> None:
+    """What does not take long. Raises as `Session` does."""
     await client.call("POST", path, body, retries=1)

@@ -63,7 +63,8 @@ class WeightSync:
         """
         failed = self._send(self._transport, version, clients)
         if self._transport is not self._disk:
-            there = [client for client in failed if self._run(client.there())]
+            answers = Push(self._run, failed).each(lambda client: client.there())
+            there = [client for client, found in answers.items() if found]
             for client in failed:
                 self._report(f"rollout server {client.url}: no weights {version}: {failed[client]}")
             if self._any(there):

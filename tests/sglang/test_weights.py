@@ -1,0 +1,179 @@
+"""Buckets, groups and sessions of weight updates, each by itself."""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import pickle
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import reductions
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.rollout.sglang.client import Busy, Client
+from eaopd_megatron.rollout.weight_sync import tensor as in_request
+from eaopd_megatron.rollout.weight_sync.buckets import GATHERED_COPIES, Bucket, Placed, buckets, capacity
+from eaopd_megatron.rollout.weight_sync.group import UpdateGroup, own_address
+from eaopd_megatron.rollout.weight_sync.session import Session
+from tests.sglang.double import Double
+from tests.sglang.processes import in_a_loop
+
+SESSION = Session(seconds=5.0)
+
+
+def some(*sizes: int, dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.Tensor]]:
+    """Tensors of so many numbers, each number another."""
+    return [(f"{dtype}{i}", (torch.arange(size) + 100 * i).to(dtype).reshape(1, size)) for i, size in enumerate(sizes)]
+
+
+def test_a_bucket_is_written_while_it_is_sent() -> None:
+    """One is still on its way when the next is filled; the third takes the memory of the first."""
+    given = some(3, 2, 4, 1, 1, 5)
+    taken: dict[str, torch.Tensor] = {}
+    memory = set()
+    before: tuple[Bucket, dict[str, torch.Tensor]] | None = None
+    for bucket in buckets(iter(given), 20):
+        assert bucket.data.nbytes <= 20 and bucket.data.dtype == torch.uint8
+        memory.add(bucket.data.data_ptr())
+        if before is not None:
+            assert all(torch.equal(view, before[1][name]) for name, view in before[0].tensors())
+        before = bucket, {name: view.clone() for name, view in bucket.tensors()}
+        taken |= before[1]
+    assert list(taken) == [name for name, _ in given], "the order"
+    assert all(torch.equal(taken[name], tensor) for name, tensor in given)
+    assert len(memory) == 2, "more than two buckets were held"
+
+
+def test_a_tensor_greater_than_a_bucket_is_cut_or_copied() -> None:
+    given = some(2, 9, 3)
+    found = list(buckets(iter(given), 20))
+    assert [[one.name for one in bucket.placed] for bucket in found] == [[name] for name, _ in given]
+    assert found[1].data.data_ptr() == given[1][1].data_ptr()
+    assert found[1].placed == [Placed(given[1][0], torch.float32, (1, 9))]
+
+
+def test_a_tensor_does_not_lie_where_its_dtype_can_be_read() -> None:
+    """A server reads a tensor where the one before it ends."""
+    given = [*some(3, dtype=torch.bfloat16), *some(2), *some(1, 1, dtype=torch.bfloat16)[1:]]
+    found = list(buckets(iter(given), 100))
+    assert [len(bucket.placed) for bucket in found] == [1, 2]
+    taken = {name: view for bucket in found for name, view in bucket.tensors()}
+    assert all(torch.equal(taken[name], tensor) for name, tensor in given)
+
+
+def test_gathering_is_left_out_of_the_memory_of_two_buckets() -> None:
+    room = capacity(1000, [10, 100, 5000])
+    assert 2 * room + GATHERED_COPIES * 100 == 2000
+    assert capacity(1000, [5000]) == 1000
+
+
+def test_torch_has_moved_what_update_groups_are_made_of() -> None:
+    """Private: `_new_process_group_helper`, `_world.pg_group_ranks`, `_abort_process_group`."""
+    for _ in range(2):  # a name is free again when its group was left
+        group = UpdateGroup("weights", 0, "127.0.0.1", seconds=5.0)
+        group.join("gloo")
+        data = torch.ones(4)
+        group.broadcast(data).wait()
+        assert torch.equal(data, torch.ones(4)) and not dist.is_initialized()
+        group.leave()
+
+
+def test_a_server_that_never_comes_is_waited_for_without_end() -> None:
+    group = UpdateGroup("weights", 1, "127.0.0.1", seconds=0.2)
+    assert not group.arrived()
+    with pytest.raises(RuntimeError):
+        group.join("gloo")
+
+
+def test_a_server_is_told_an_address_that_it_cannot_reach() -> None:
+    assert own_address("http://127.0.0.1:30000") == "127.0.0.1"
+
+
+def test_each_tensor_of_a_request_brings_its_bucket_along() -> None:
+    (bucket,) = buckets(iter(some(1000, 1000, 1000)), 12_000)
+    text = in_request.serialized(bucket)
+    assert len(text) < 1.4 * 12_000 + 3000
+    found = dict(pickle.loads(base64.b64decode(text)))
+    assert all(torch.equal(found[name], tensor) for name, tensor in some(1000, 1000, 1000))
+
+
+def test_torch_has_moved_the_device_of_a_cuda_tensor() -> None:
+    names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    assert names[in_request.DEVICE_INDEX] == "storage_device"
+
+
+Work = Callable[[Double, Client], Coroutine[Any, Any, Any]]
+
+
+@contextmanager
+def a_server() -> Iterator[Callable[[Work], Any]]:
+    """Work with a double and its client."""
+    with in_a_loop() as run:
+
+        async def one(work: Work) -> Any:
+            async with Double() as double:
+                client = Client(double.url)
+                try:
+                    return await work(double, client)
+                finally:
+                    await client.close()
+
+        yield lambda work: run(one(work))
+
+
+def test_an_update_that_broke_off_blocks_the_next() -> None:
+    async def work(double: Double, client: Client) -> None:
+        for version in ("1", "2"):
+            await SESSION.begin(client)
+            assert double.paused and double.session
+            await SESSION.begin(client)  # the other one broke off
+            await SESSION.end(client, version)
+            assert (double.weight_version, double.paused, double.session) == (version, False, False)
+
+    with a_server() as served:
+        served(work)
+
+
+def test_another_version_than_was_sent_passes() -> None:
+    async def work(double: Double, client: Client) -> None:
+        double._post_update_weight_version = lambda body: {}  # type: ignore[method-assign]
+        await SESSION.begin(client)
+        with pytest.raises(UserError, match="it has weights '0' after an update to '5'"):
+            await SESSION.end(client, "5")
+
+    with a_server() as served:
+        served(work)
+
+
+def test_a_bucket_is_sent_twice_to_a_busy_server() -> None:
+    async def work(double: Double, client: Client) -> None:
+        said: list[str] = []
+
+        def fail(body: dict[str, Any]) -> None:
+            said.append("once")
+            raise RuntimeError
+
+        double._post_begin_weight_update = fail  # type: ignore[method-assign, assignment]
+        with pytest.raises(Busy):
+            await SESSION.begin(client)
+        assert said == ["once"]
+
+    with a_server() as served:
+        served(work)
+
+
+def test_a_server_of_data_parallel_ranks_is_sent_tensors() -> None:
+    async def work(double: Double, client: Client) -> None:
+        assert await SESSION.ranks(client) == 1
+        info = double._server_info()
+        double._server_info = lambda: {**info, "dp_size": 2}  # type: ignore[method-assign]
+        with pytest.raises(UserError, match=r"has dp_size 2, which takes weight_sync\.transport=disk"):
+            await SESSION.ranks(client)
+
+    with a_server() as served:
+        served(work)
