@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import server as module
@@ -189,11 +190,11 @@ def test_sglang_is_missing_without_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_the_servers_of_one_host_share_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     settings = ServerSettings(Path("x"), context_length=64, tensor_parallel=2)
-    assert settings.environment(2, cuda=True) == {"CUDA_VISIBLE_DEVICES": "6,7"}
-    with pytest.raises(UserError, match="needs GPUs 4 to 5 of this host, which shows 4,5,6,7"):
-        settings.environment(4, cuda=True)
+    assert settings.placed(2) == ["--base-gpu-id", "2"]
+    with pytest.raises(UserError, match="needs GPUs 4 to 5 of this host, which shows 4 "):
+        settings.placed(4)
 
 
 def test_a_colocated_server_cannot_give_its_memory_back() -> None:

@@ -86,19 +86,27 @@ class ServerSettings:
             *(() if cuda else (*CPU_FLAGS, "--max-total-tokens", str(self.max_running * self.context_length))),
         ]
 
-    def environment(self, first_gpu: int, *, cuda: bool) -> dict[str, str]:
-        """Variables of a server. first_gpu: the first of its `tensor_parallel` GPUs, counted among the visible ones."""
+    def placed(self, first_gpu: int) -> list[str]:
+        """Flags for a server on `tensor_parallel` GPUs from this one on, counted among the visible ones.
+
+        It sees all of them: weights may come to it as handles of the trainer's memory. Raises UserError where there are
+        too few.
+        """
+        there = torch.cuda.device_count()
+        last = first_gpu + self.tensor_parallel - 1
+        if last >= there:
+            raise UserError(
+                f"a rollout server needs GPUs {first_gpu} to {last} of this host, which shows {there} "
+                "(counted from 0): lower servers.count or servers.tensor_parallel"
+            )
+        return ["--base-gpu-id", str(first_gpu)]
+
+    def environment(self, *, cuda: bool) -> dict[str, str]:
+        """Variables of a server."""
         if not cuda:
             threads = {"SGLANG_CPU_OMP_THREADS_BIND": _one_core_a_rank(self.tensor_parallel)}
             return {**CPU_ENVIRONMENT, **(threads if self.tensor_parallel > 1 else {})}
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        mine = visible.split(",")[first_gpu : first_gpu + self.tensor_parallel]
-        if len(mine) < self.tensor_parallel:
-            raise UserError(
-                f"a rollout server needs GPUs {first_gpu} to {first_gpu + self.tensor_parallel - 1} of this host, "
-                f"which shows {visible}: lower the number of servers or their tensor_parallel"
-            )
-        return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+        return {}
 
 
 class Server:
@@ -127,7 +135,8 @@ class Server:
         cuda = torch.cuda.is_available()
         self.port = self.port or _free_port()
         self._last.clear()
-        command = [*server_command(cuda), *self.settings.flags(self.port, cuda=cuda)]
+        placed = self.settings.placed(self.first_gpu) if cuda else []
+        command = [*server_command(cuda), *self.settings.flags(self.port, cuda=cuda), *placed]
         if self.settings.api_key is not None:
             descriptor, name = tempfile.mkstemp(prefix="eaopd-server-", suffix=".yaml")  # mode 0600
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
@@ -137,7 +146,7 @@ class Server:
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")},
             **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
-            **self.settings.environment(self.first_gpu, cuda=cuda),
+            **self.settings.environment(cuda=cuda),
             LAUNCHER_PID: str(os.getpid()),
         }
         for name in (*RANKS_VARIABLES, *(() if cuda else ("PYTHONPATH",))):  # another environment has its own path
