@@ -12,6 +12,7 @@ import typer
 
 from eaopd_megatron import __version__
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.guard import of_the_user
 
 app = typer.Typer(
     help="On-policy distillation for Megatron-Core with the entropy-aware objective.",
@@ -177,9 +178,12 @@ def _eaopd(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The console script. A `UserError` becomes one line on stderr and its exit code."""
+    """The console script. The user's errors become one line on stderr and their exit code."""
     try:
         app(arguments, prog_name="eaopd")
-    except UserError as error:
+    except Exception as raised:
+        error = of_the_user(raised)
+        if error is None:
+            raise
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

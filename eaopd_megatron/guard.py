@@ -30,7 +30,7 @@ def guarded(work: Callable[[], int | None]) -> int:
     except SystemExit as stop:  # asked to stop by a signal, the state is saved
         return stop.code if isinstance(stop.code, int) else 1
     except BaseException as raised:
-        error = _of_the_user(raised)
+        error = of_the_user(raised)
         if error is None:
             traceback.print_exc()
             _report(f"{type(raised).__name__}: {raised}", 1, user=False)
@@ -45,7 +45,8 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def _of_the_user(error: BaseException) -> UserError | None:
+def of_the_user(error: BaseException) -> UserError | None:
+    """The error as one line for the user, where it is the user's."""
     if isinstance(error, OSError) and error.filename:  # a full disk, a folder without permission
         return UserError(f"{error.filename}: {error.strerror}")
     return error if isinstance(error, UserError) else None

@@ -166,6 +166,6 @@ def test_servers_that_run_already_are_not_used_or_misused(
 
     code, _, err = eaopd(*given, "rollout.max_response_tokens=100", f"run.folder={tmp_path / 'long'}").wait()
     assert code != 0 and f"error: {url} takes 62 tokens a request" in err
-    key.write_text("wrong\n")
-    code, _, err = eaopd(*given, f"run.folder={tmp_path / 'key'}").wait()
-    assert code != 0 and f"error: {url} refuses the API key" in err and "wrong" not in err
+    key.write_text("not-this-one\n")
+    code, _, err = eaopd(*given, f"run.folder={tmp_path / 'third'}").wait()
+    assert code != 0 and f"error: {url} refuses the API key" in err and "not-this-one" not in err

@@ -94,6 +94,11 @@ def test_a_server_is_told_an_address_that_it_cannot_reach() -> None:
     assert own_address("http://127.0.0.1:30000") == "127.0.0.1"
 
 
+def test_an_address_of_another_host_is_a_traceback() -> None:
+    with pytest.raises(UserError, match=r"weight_sync\.address: no\.such\.invalid is no address of this host"):
+        UpdateGroup("weights", 1, "no.such.invalid", seconds=0.3)
+
+
 def test_each_tensor_of_a_request_brings_its_bucket_along() -> None:
     (bucket,) = buckets(iter(some(1000, 1000, 1000)), 12_000)
     text = in_request.serialized(bucket)

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.weight_sync.buckets import Bucket
 from eaopd_megatron.rollout.weight_sync.group import UpdateGroup, own_address
-from eaopd_megatron.rollout.weight_sync.session import say
 from eaopd_megatron.rollout.weight_sync.transport import BucketTransport, Calls, Push, Run
 
 LARGE = 2**20
@@ -29,6 +28,8 @@ SGLang puts as much new memory together first, which costs more than the broadca
 """
 ARRIVAL_POLL = 0.005
 """Seconds between two looks for a server at the meeting place."""
+FAREWELL_SECONDS = 3.0
+"""What a server has to leave its group at the end of a run, which may have been told to end soon."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,10 @@ class Distributed(BucketTransport[Broadcast]):
 
     def close(self) -> None:
         names = {client: {"group_name": group.name} for client, group in self._groups.items()}
-        Push(self._run, names).each(lambda client: say(client, "/destroy_weights_update_group", names[client]))
+        path = "/destroy_weights_update_group"
+        Push(self._run, names).each(
+            lambda client: client.call("POST", path, names[client], seconds=FAREWELL_SECONDS, retries=1)
+        )
         for client in names:
             self.forget(client)
 
@@ -132,7 +136,7 @@ class Distributed(BucketTransport[Broadcast]):
         try:
             yield
         except RuntimeError as error:
-            push.fail(client, f"its update group broke off: {str(error).splitlines()[0][:200]}")
+            push.fail(client, f"its update group broke off: {' '.join(str(error).split())[:200]}")
             self.forget(client)
 
     def _drop_failed(self, push: Push) -> None:

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from eaopd_megatron.errors import UserError
+
 
 def join(store: dist.Store, name: str, rank: int, world_size: int, backend: str, seconds: float) -> dist.ProcessGroup:
     """Join a group beside the default one, which the ranks of other programs join as well. Returns when all have.
@@ -45,12 +47,20 @@ class UpdateGroup:
     """Rank 0 of a group, and the meeting place for the others."""
 
     def __init__(self, name: str, ranks: int, address: str, *, seconds: float) -> None:
-        """ranks: of the server. address: of this host, as the server reaches it. seconds: for any one operation."""
+        """ranks: of the server. address: of this host, as the server reaches it. seconds: for any one operation.
+
+        Raises UserError for an address that is not this host's.
+        """
         self.name, self.world_size, self.address = name, 1 + ranks, address
         self._seconds = seconds
-        self._store = dist.TCPStore(
-            address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=seconds)
-        )
+        try:
+            self._store = dist.TCPStore(
+                address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=seconds)
+            )
+        except RuntimeError:
+            raise UserError(
+                f"weight_sync.address: {address} is no address of this host; give the one that the servers reach it by"
+            ) from None
         self._keys = self._store.num_keys()
         self._group: dist.ProcessGroup | None = None
 
