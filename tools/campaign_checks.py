@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ COMPARED = (
 """Means over the last iterations of a run that are compared with those of runs without faults."""
 LOGPROB_GAP = 1e-4
 """Nats between the log-probs of servers and trainer, fp32: more of it, and a server wrote with other weights."""
-DEVIATIONS = 4.0
-"""What lies further from the mean of the runs without faults, in standard deviations of those, is no noise."""
+T_99 = (63.7, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25)
+"""Student's t, two-sided 99 %, of 1 to 9 degrees of freedom: how far one more run lies from few others by chance."""
 
 
 def prompts_of(recipe: Recipe) -> list[str]:
@@ -89,6 +90,7 @@ def compare(mine: dict[str, float], references: Sequence[dict[str, float]]) -> t
             continue
         mean, spread = statistics.mean(others), statistics.stdev(others)
         rows.append([name, f"{value:.4g}", f"{mean:.4g} ± {spread:.2g}"])
-        if abs(value - mean) > DEVIATIONS * spread:
+        count = len(others)
+        if abs(value - mean) > T_99[min(count - 1, len(T_99)) - 1] * spread * math.sqrt(1 + 1 / count):
             problems.append(f"{name} is {value:.4g}; runs without faults have {mean:.4g} ± {spread:.2g}")
     return rows, problems
