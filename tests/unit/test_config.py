@@ -28,6 +28,9 @@ teacher: {model: owner/teacher}
 train: {iterations: 3}
 """
 
+SGLANG = "rollout.engine=sglang"
+COLOCATED = ("servers.placement=colocated", "weight_sync.transport=tensor")
+
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -153,6 +156,24 @@ def test_keys_that_contradict_each_other_start_a_run(recipe: Path) -> None:
     assert load_recipe(
         recipe, ["student.sequence_parallel=true", "student.tensor_parallel=2"]
     ).student.sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["servers.count=2"], "servers differs from its default, which needs rollout.engine=sglang"),
+        (["weight_sync.transport=disk"], "weight_sync differs from its default, which needs rollout.engine=sglang"),
+        (["rollout.max_lag=1"], "rollout.max_lag differs from its default, which needs rollout.engine=sglang"),
+        ([SGLANG, "servers.urls=[http://a:1]", "servers.router=http://b:1"], "a router knows its servers"),
+        ([SGLANG, "servers.api_key_file=key"], "for servers that run already; those started here get a key"),
+        ([SGLANG, "servers.placement=colocated"], "servers.placement=colocated needs weight_sync.transport=tensor"),
+        ([SGLANG, *COLOCATED, "servers.urls=[http://a:1]"], "for servers that the trainer starts: no URLs"),
+        ([SGLANG, *COLOCATED, "rollout.max_lag=1"], "servers.placement=colocated writes while the trainer waits"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_servers_that_nobody_would_use_are_started(recipe: Path, overrides: list[str], said: str) -> None:
+    assert said in refusal(recipe, *overrides)
 
 
 def test_a_layout_that_cannot_work_starts_its_ranks(recipe: Path) -> None:
