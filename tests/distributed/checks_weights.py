@@ -149,7 +149,8 @@ def check_update_breaks_off(
             one.train(2.0)
             assert one.sync.push(version, one.clients) == {}
             one.check(version)
-            assert Path(scratch, "version_1").exists(), "the folder was not needed"
+            if one.parallel.is_main:  # who removes it at the end
+                assert Path(scratch, "version_1").exists(), "the folder was not needed"
 
 
 def check_no_server_answers(group: dist.ProcessGroup, folder: str, scratch: str, urls: list[str]) -> None:
@@ -176,7 +177,8 @@ def check_folder_is_written_once(group: dist.ProcessGroup, folder: str, scratch:
             assert gathers.call_count == 2
             one.check(2)
         dist.barrier()
-        assert [path.name for path in Path(scratch).iterdir()] == ["version_2"]
+        if one.parallel.is_main:  # who removes it at the end, maybe before another rank has looked
+            assert [path.name for path in Path(scratch).iterdir()] == ["version_2"]
 
 
 def check_error_of_the_main_rank(group: dist.ProcessGroup, folder: str, scratch: str, urls: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -166,7 +167,9 @@ class Launcher:
         worker = folder / "worker.py"
         worker.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{HEAD}{body}")
         program = (
-            "import sys; from eaopd_megatron import launch as l\n"
+            "import signal, sys; from eaopd_megatron import launch as l\n"
+            # A shell's background job ignores SIGINT, and so would all that it starts.
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"l.STOP_SECONDS, l.FAILURE_SECONDS = {stop_seconds}, 1.0\n"
             f"sys.exit(l.launch([{str(folder)!r}], 2, command=[sys.executable, {str(worker)!r}]))"
         )
@@ -248,6 +251,7 @@ def test_a_second_interrupt_waits_too(launcher: Callable[..., Launcher]) -> None
     pids = started.ready()
     started.process.send_signal(signal.SIGINT)
     assert started.process.stderr
+    wait_until(lambda: bool(select.select([started.process.stderr], [], [], 0)[0]))
     assert started.process.stderr.readline().startswith("SIGINT: the ranks have 1000 s to save their state")
     started.process.send_signal(signal.SIGINT)
     assert started.result()[0] == 130
