@@ -250,9 +250,10 @@ def test_a_second_interrupt_waits_too(launcher: Callable[..., Launcher]) -> None
     started = launcher(DEAF, stop_seconds=1000.0)
     pids = started.ready()
     started.process.send_signal(signal.SIGINT)
-    assert started.process.stderr
-    wait_until(lambda: bool(select.select([started.process.stderr], [], [], 0)[0]))
-    assert started.process.stderr.readline().startswith("SIGINT: the ranks have 1000 s to save their state")
+    said = started.process.stderr
+    assert said
+    wait_until(lambda: bool(select.select([said], [], [], 0)[0]))
+    assert said.readline().startswith("SIGINT: the ranks have 1000 s to save their state")
     started.process.send_signal(signal.SIGINT)
     assert started.result()[0] == 130
     assert all(gone(pid) for pid in pids)
