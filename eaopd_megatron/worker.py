@@ -28,7 +28,7 @@ def _train(recipe: Recipe) -> None:
     import torch
 
     from eaopd_megatron.megatron import groups
-    from eaopd_megatron.rollout.interface import Asked, RolloutFailed
+    from eaopd_megatron.services.ending import Asked, ServiceFailed
     from eaopd_megatron.training import flight_recorder
     from eaopd_megatron.training.ending import finish
     from eaopd_megatron.training.folder import RunFolder, already_finished
@@ -51,7 +51,7 @@ def _train(recipe: Recipe) -> None:
         try:
             train(run)
             finish(run)
-        except (Asked, RolloutFailed) as reason:
+        except (Asked, ServiceFailed) as reason:
             run.stop_early(reason)
         finally:
             run.close()

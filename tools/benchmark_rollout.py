@@ -25,11 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eaopd_megatron.data.samples import Sampling  # noqa: E402
-from eaopd_megatron.rollout.sglang.client import Client, read_api_key  # noqa: E402
 from eaopd_megatron.rollout.sglang.identity import Expected, identify  # noqa: E402
-from eaopd_megatron.rollout.sglang.pool import Pool  # noqa: E402
 from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings  # noqa: E402
 from eaopd_megatron.rollout.sglang.wire import Limits, Request  # noqa: E402
+from eaopd_megatron.rollout.sglang.writing import Generation
+from eaopd_megatron.services.client import Client, read_api_key  # noqa: E402
+from eaopd_megatron.services.pool import Pool  # noqa: E402
 
 STUDENT = ROOT / "recipes/countdown/student"
 CONCURRENT = 64
@@ -71,7 +72,7 @@ async def pooled(url: str, key: str | None, requests: Sequence[Request]) -> floa
     pool = Pool([Client(url, api_key=key, connections=CONCURRENT)], admit, report=lambda _: None)
     await pool.open()
     started = time.perf_counter()
-    answered = {completion.id async for completion in pool.generate(requests)}
+    answered = {completion.id async for completion in pool.run([Generation(request) for request in requests])}
     seconds = time.perf_counter() - started
     await pool.close()
     assert len(answered) == len(requests)

@@ -37,10 +37,10 @@ from eaopd_megatron.checkpoint.conversion import one_process  # noqa: E402
 from eaopd_megatron.checkpoint.hf_folder import HfFolder  # noqa: E402
 from eaopd_megatron.config import tree  # noqa: E402
 from eaopd_megatron.megatron.model import build_model  # noqa: E402
-from eaopd_megatron.rollout.sglang.client import Client  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.group import UpdateGroup  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.session import Session  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.sync import WeightSync  # noqa: E402
+from eaopd_megatron.services.client import Client  # noqa: E402
 from tests.distributed.memory_of_conversion import growth  # noqa: E402
 from tests.sglang.double import Double  # noqa: E402
 from tests.sglang.processes import in_a_loop  # noqa: E402

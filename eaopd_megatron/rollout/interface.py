@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from eaopd_megatron.data.samples import Prompt, Sample, Sampling
-from eaopd_megatron.errors import UserError
 
 Key = tuple[int | str, ...]
 
@@ -48,7 +47,7 @@ class Rollout(Protocol):
     def responses(self, ticket: Ticket) -> Iterator[list[Sample]]:
         """This rank's responses to what was wanted, in parts, as they are finished; as many parts on every rank.
 
-        `index` is a prompt's place among `Wanted.prompts`; each comes once. Raises Asked or RolloutFailed on all ranks.
+        `index` is a prompt's place among `Wanted.prompts`; each comes once. Raises Asked or ServiceFailed on all ranks.
         """
 
     def rest(self) -> None:
@@ -56,11 +55,3 @@ class Rollout(Protocol):
 
     def close(self) -> None:
         """Ends what was started for it. A second call does nothing."""
-
-
-class Asked(Exception):
-    """A signal asked the run to stop while it waited for responses. Its argument is the signal's number."""
-
-
-class RolloutFailed(UserError):
-    """No more responses can be had. The trainer's own state is whole."""

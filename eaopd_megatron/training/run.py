@@ -25,7 +25,8 @@ from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.reporting.environment import environment
 from eaopd_megatron.reporting.metrics import MetricsWriter
 from eaopd_megatron.reporting.progress import Progress
-from eaopd_megatron.rollout.interface import Asked, RolloutFailed, Ticket, Wanted
+from eaopd_megatron.rollout.interface import Ticket, Wanted
+from eaopd_megatron.services.ending import Asked, ServiceFailed
 from eaopd_megatron.training.averages import Averages
 from eaopd_megatron.training.build import build, prompt_builder
 from eaopd_megatron.training.checkpoints import TrainingCheckpoints
@@ -170,7 +171,7 @@ class Run:
         if asked and not last:
             self._stopped(asked)
 
-    def stop_early(self, reason: Asked | RolloutFailed) -> NoReturn:
+    def stop_early(self, reason: Asked | ServiceFailed) -> NoReturn:
         """The iteration that was begun cannot be finished: save what is completed. Raises Interrupted or UserError."""
         self.parts.rollout.close()
         self.parts.rollout.rest()

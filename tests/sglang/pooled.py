@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from functools import partial
 
 from eaopd_megatron.data.samples import Prompt, Sampling
-from eaopd_megatron.rollout.sglang.client import Client
-from eaopd_megatron.rollout.sglang.loop import Loop
-from eaopd_megatron.rollout.sglang.pool import Pool
 from eaopd_megatron.rollout.sglang.wire import Limits
 from eaopd_megatron.rollout.sglang.writing import Writing
+from eaopd_megatron.services.client import Client
+from eaopd_megatron.services.loop import Loop
+from eaopd_megatron.services.pool import Pool
 
 
 @contextmanager

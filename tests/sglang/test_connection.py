@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang import connection
-from eaopd_megatron.rollout.sglang.client import Client, Patience
-from eaopd_megatron.rollout.sglang.connection import Address, ServerGone
+from eaopd_megatron.services import connection
+from eaopd_megatron.services.client import Client, Patience
+from eaopd_megatron.services.connection import Address, ServerGone
 
 pytestmark = pytest.mark.timeout(60)
 JSON = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"

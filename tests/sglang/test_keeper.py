@@ -8,8 +8,8 @@ import pytest
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
-from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.sglang.keeper import DEATHS, Keeper
+from eaopd_megatron.services.client import Client
 
 COUNTDOWN = Path(__file__).resolve().parents[2] / "recipes/countdown"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,10 +12,11 @@ import pytest
 
 from eaopd_megatron.data.samples import Sampling
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.client import Client, Patience
 from eaopd_megatron.rollout.sglang.identity import Expected, identify
-from eaopd_megatron.rollout.sglang.pool import Pool
 from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
+from eaopd_megatron.rollout.sglang.writing import Generation
+from eaopd_megatron.services.client import Client, Patience
+from eaopd_megatron.services.pool import Pool
 from tests.sglang.double import Double
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8, stop_ids=(109,))
@@ -44,7 +45,7 @@ async def pool_of(
     said: list[str] | None = None,
     all_down: float = 60.0,
     heartbeat: float = 60.0,
-) -> AsyncIterator[Pool]:
+) -> AsyncIterator[Pool[Client, Limits]]:
     clients = [Client(double.url, connections=connections, patience=patience) for double in doubles]
     report = (said if said is not None else []).append
     pool = Pool(clients, admit, all_down=all_down, heartbeat=heartbeat, return_wait=0.001, report=report)
@@ -55,8 +56,11 @@ async def pool_of(
         await pool.close()
 
 
-async def collect(pool: Pool, wanted: Sequence[Request]) -> list[Completion]:
-    return [completion async for completion in pool.generate(wanted)]
+async def collect(
+    pool: Pool[Client, Limits], wanted: Sequence[Request], versions: Collection[str] | None = None
+) -> list[Completion]:
+    calls = [Generation(request, lambda: versions) for request in wanted]
+    return [completion async for completion in pool.run(calls)]
 
 
 def each_once(completions: Sequence[Completion], wanted: Sequence[Request]) -> None:
@@ -87,7 +91,7 @@ def test_a_response_waits_for_the_slowest_one() -> None:
     async def work() -> None:
         async with Double() as slow, Double() as quick, pool_of(slow, quick, connections=1) as pool:
             slow.hold()
-            answers = pool.generate(requests(4))
+            answers = pool.run([Generation(request) for request in requests(4)])
             first = [await anext(answers) for _ in range(3)]
             assert len({c.id for c in first}) == 3
             slow.released.set()
@@ -224,7 +228,7 @@ def test_a_request_that_every_server_fails_on_is_sent_for_ever() -> None:
 def test_leaving_early_leaves_requests_on_the_servers() -> None:
     async def work() -> None:
         async with Double() as one, pool_of(one, connections=1) as pool:
-            answers = pool.generate(requests(8))
+            answers = pool.run([Generation(request) for request in requests(8)])
             await anext(answers)
             await answers.aclose()
             each_once(await collect(pool, requests(2)), requests(2))  # the places are free again
@@ -262,9 +266,8 @@ def test_another_model_behind_a_url_that_came_back_is_given_work() -> None:
 def test_a_server_that_restarted_unseen_answers_with_old_weights() -> None:
     async def work() -> None:
         async with Double(weight_version="3") as one, Double(weight_version="3") as two, pool_of(one, two) as pool:
-            pool.versions = frozenset({"3"})
             two.weight_version = "0"
-            completions = await collect(pool, requests(8))
+            completions = await collect(pool, requests(8), versions={"3"})
             each_once(completions, requests(8))
             assert {span.version for c in completions for span in c.versions} == {"3"}
 

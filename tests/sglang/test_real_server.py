@@ -26,11 +26,12 @@ from transformers import AutoModelForCausalLM
 from eaopd_megatron.data.samples import Prompt, Sampling
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity, server
-from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
-from eaopd_megatron.rollout.sglang.pool import Pool
 from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
 from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
+from eaopd_megatron.rollout.sglang.writing import Generation
+from eaopd_megatron.services.client import Client
+from eaopd_megatron.services.pool import Pool
 from tests.sglang.double import Double
 from tests.sglang.pooled import pooled
 from tests.sglang.student_double import StudentDouble
@@ -235,7 +236,9 @@ def test_the_double_of_a_student_holds_another_one(real: Server) -> None:
     async def respond(url: str) -> dict[str, Completion]:
         pool = Pool([Client(url, api_key=KEY)], admit)
         await pool.open()
-        found = {completion.id: completion async for completion in pool.generate(requests)}
+        found = {
+            completion.id: completion async for completion in pool.run([Generation(request) for request in requests])
+        }
         await pool.close()
         return found
 
@@ -331,7 +334,7 @@ def test_a_paused_server_counts_as_dead(real: Server) -> None:
         await pool.open()
         await client.call("POST", "/pause_generation", {"mode": "retract"})
         assert not await client.ready()
-        answers = asyncio.create_task(anext(pool.generate([Request("r", [1, 2, 3], SAMPLING)])))
+        answers = asyncio.create_task(anext(pool.run([Generation(Request("r", [1, 2, 3], SAMPLING))])))
         await asyncio.sleep(0.3)  # some heartbeats
         assert not answers.done() and said == []
         await client.call("POST", "/continue_generation", {})
@@ -353,7 +356,7 @@ def test_the_end_of_a_killed_server_goes_unnoticed(real: Server) -> None:
         pool = Pool([client], admit, all_down=0.2, report=said.append)
         await pool.open()
         long = replace(SAMPLING, max_new_tokens=100, stop_ids=())
-        answers = pool.generate([Request(f"r{i}", [1, 2, i], long) for i in range(32)])
+        answers = pool.run([Generation(Request(f"r{i}", [1, 2, i], long)) for i in range(32)])
         await anext(answers)
         assert real.pid is not None
         os.kill(real.pid, signal.SIGKILL)

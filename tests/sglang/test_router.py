@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.client import Client
-from eaopd_megatron.rollout.sglang.pool import Pool
 from eaopd_megatron.rollout.sglang.router import READY_PATH, admit_workers
 from eaopd_megatron.rollout.sglang.wire import Limits
+from eaopd_megatron.services.client import Client
+from eaopd_megatron.services.pool import Pool
 from tests.sglang.double import Double
 from tests.sglang.plain_http import PlainServer, Refused
 from tests.sglang.test_pool import QUICK, admit, collect, each_once, requests, run
@@ -46,7 +46,7 @@ class RouterDouble(PlainServer):
         return Refused(status, body, {"x-smg-error-code": code})
 
 
-async def pool_through(router: RouterDouble, said: list[str], all_down: float = 60.0) -> Pool:
+async def pool_through(router: RouterDouble, said: list[str], all_down: float = 60.0) -> Pool[Client, Limits]:
     async def admit_router(client: Client) -> Limits:
         return await admit_workers(client, admit, lambda url: Client(url, patience=QUICK))
 

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.data.samples import Sampling
 from eaopd_megatron.rollout.sglang import server as module
-from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.sglang.identity import Expected, identify
-from eaopd_megatron.rollout.sglang.pool import Pool
 from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
 from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
+from eaopd_megatron.rollout.sglang.writing import Generation
+from eaopd_megatron.services.client import Client
+from eaopd_megatron.services.pool import Pool
 from tests.sglang.student_double import stand_in
 
 STUDENT = Path(__file__).resolve().parents[2] / "recipes/countdown/student"
@@ -65,7 +66,7 @@ def test_a_double_of_a_student_goes_on_with_its_old_weights(student: Server, tmp
             await client.call(
                 "POST", "/update_weights_from_disk", {"model_path": str(folder), "weight_version": version}
             )
-            completions = [completion async for completion in pool.generate(requests)]
+            completions = [completion async for completion in pool.run([Generation(request) for request in requests])]
             assert len(completions) == len(requests)
             for completion in completions:
                 assert_greedy(model, prompts[int(completion.id[1:])], completion)

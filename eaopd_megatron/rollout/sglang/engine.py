@@ -23,13 +23,13 @@ from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.interface import Ticket, Wanted
-from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.sglang.identity import Probe
 from eaopd_megatron.rollout.sglang.keeper import Keeper
-from eaopd_megatron.rollout.sglang.relay import relay
 from eaopd_megatron.rollout.sglang.turns import Turns
 from eaopd_megatron.rollout.sglang.writing import Writing
 from eaopd_megatron.rollout.weight_sync.sync import WeightSync
+from eaopd_megatron.services.client import Client
+from eaopd_megatron.services.relay import relay
 
 POLL_SECONDS = 0.2
 REFRESH = "refresh"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Limits
+from eaopd_megatron.services.client import Client
 
 SGLANG_VERSION = "0.5.21"
 """The release whose interface this package speaks."""

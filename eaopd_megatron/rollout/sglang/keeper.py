@@ -17,14 +17,14 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.interface import Wanted
-from eaopd_megatron.rollout.sglang.client import Busy, Client, ServerGone, read_api_key
 from eaopd_megatron.rollout.sglang.identity import Expected, identify
-from eaopd_megatron.rollout.sglang.loop import Loop
-from eaopd_megatron.rollout.sglang.pool import Pool
 from eaopd_megatron.rollout.sglang.router import READY_PATH, admit_workers, worker_urls
 from eaopd_megatron.rollout.sglang.server import Server, ServerSettings, wait_ready
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Limits
 from eaopd_megatron.rollout.sglang.writing import Writing
+from eaopd_megatron.services.client import Busy, Client, ServerGone, read_api_key
+from eaopd_megatron.services.loop import Loop
+from eaopd_megatron.services.pool import Pool
 
 T = TypeVar("T")
 SLACK_TOKENS = 6
@@ -47,7 +47,7 @@ class Keeper:
         self.loop = Loop()
         self.expected: Expected
         self.clients: list[Client] = []  # one a server, also where a router is in front of them
-        self._pool: Pool | None = None
+        self._pool: Pool[Client, Limits] | None = None
         self._router: Client | None = None
         self._wanted: frozenset[str] = frozenset()  # versions of weights that may answer
         self._stale: dict[Client, None] = {}  # there, with weights of another version
@@ -114,14 +114,12 @@ class Keeper:
                 all_down=60 * self._recipe.servers.all_down_minutes,
                 report=self._report,
             )
-            self._pool.versions = self._wanted
             self.loop.run(self._pool.open())
-        self._pool.versions = self._wanted
 
     def begin(self, wanted: Wanted) -> Writing:
         """The servers begin to write the responses."""
         assert self._pool is not None, "serve comes first"
-        return Writing(self.loop, self._pool, wanted.prompts, wanted.sampling)
+        return Writing(self.loop, self._pool, wanted.prompts, wanted.sampling, lambda: self._wanted)
 
     def stale(self) -> list[Client]:
         """Servers that are there and wait for the student's weights."""

@@ -21,7 +21,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal
 
-from eaopd_megatron.rollout.sglang.client import Busy, Client, ServerGone
+from eaopd_megatron.services.client import Busy, Client, ServerGone
 
 Tag = Literal["weights", "kv_cache"]
 IDLE_SECONDS = 30.0

@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.client import Busy, Client, ServerGone
 from eaopd_megatron.rollout.sglang.wire import Limits
+from eaopd_megatron.services.client import Busy, Client, ServerGone
 
 READY_PATH = "/readiness"
 """The `ready_path` of a router's client."""

@@ -8,9 +8,9 @@ from typing import Any
 from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.offload import TrainerMemory
-from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.sglang.keeper import Keeper
 from eaopd_megatron.rollout.sglang.memory import Colocated
+from eaopd_megatron.services.client import Client
 
 
 class Turns:

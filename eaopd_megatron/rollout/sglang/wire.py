@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from eaopd_megatron.data.samples import Prompt, Sample, Sampling
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.services.client import Busy
 
 RESERVED_TOKENS = 2
 """Positions of the context length that a server keeps: it cuts responses at context_length - 2."""
@@ -128,7 +129,7 @@ class Completion:
         )
 
 
-class Aborted(Exception):
+class Aborted(Busy):
     """The server gave a request up before its response was finished."""
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.weight_sync.buckets import Bucket
 from eaopd_megatron.rollout.weight_sync.group import UpdateGroup, own_address
 from eaopd_megatron.rollout.weight_sync.transport import BucketTransport, Calls, Push, Run
+from eaopd_megatron.services.client import Client
 
 LARGE = 2**20
 """Bytes of a tensor, on average over a bucket, from which on each is broadcast by itself: to take a bucket in one piece

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.client import Client
+from eaopd_megatron.services.client import Client
 
 
 @dataclass(frozen=True)

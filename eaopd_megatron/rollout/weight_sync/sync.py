@@ -18,13 +18,13 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.guard import say
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.rollout.sglang.client import Client
 from eaopd_megatron.rollout.weight_sync.buckets import capacity
 from eaopd_megatron.rollout.weight_sync.disk import Disk
 from eaopd_megatron.rollout.weight_sync.distributed import Distributed
 from eaopd_megatron.rollout.weight_sync.session import Session
 from eaopd_megatron.rollout.weight_sync.tensor import InRequest
 from eaopd_megatron.rollout.weight_sync.transport import Push, Run, Transport
+from eaopd_megatron.services.client import Client
 
 
 class WeightSync:

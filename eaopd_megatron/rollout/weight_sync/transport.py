@@ -9,9 +9,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from eaopd_megatron.checkpoint.hf_export import Tensors
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.client import Busy, Client, ServerGone
 from eaopd_megatron.rollout.weight_sync.buckets import Bucket, buckets
 from eaopd_megatron.rollout.weight_sync.session import Session
+from eaopd_megatron.services.client import Busy, Client, ServerGone
 
 T = TypeVar("T")
 Sent = TypeVar("Sent")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.connection import Address, Connection, Response, ServerGone
+from eaopd_megatron.services.connection import Address, Connection, Response, ServerGone
 
 __all__ = ["Busy", "Client", "Patience", "ServerGone", "read_api_key"]
 

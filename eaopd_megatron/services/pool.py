@@ -1,8 +1,8 @@
 """Several servers as one: each request goes to the one with the least to do, and to another one when that dies.
 
-A request has one attempt at a time and ends with one completion, whatever happens to the servers meanwhile. A server
+A call has one attempt at a time and ends with one answer, whatever happens to the servers meanwhile. A server
 that dropped a connection and does not answer, or was reported dead by whoever watches its process, gets no more work;
-its unfinished requests go to the others. It is asked again and again, and gets work when `admit` lets it in.
+its unfinished calls go to the others. It is asked again and again, and gets work when `admit` lets it in.
 """
 
 from __future__ import annotations
@@ -12,66 +12,114 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.guard import say
-from eaopd_megatron.rollout.sglang.client import Busy, Client, ServerGone
-from eaopd_megatron.rollout.sglang.wire import Aborted, Completion, Limits, Request, completion
+from eaopd_megatron.services.client import Busy, ServerGone
 
 ATTEMPTS = 8
-"""After so many servers that died or gave up under one request, the request is the likelier cause."""
+"""After so many servers that died or gave up under one call, the call is the likelier cause."""
+
+
+class Serving(Protocol):
+    """A server's client, as far as the pool needs it."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def connections(self) -> int:
+        """Calls that run on it at the same time."""
+
+    async def there(self) -> bool:
+        """Whether anything answers."""
+
+    async def close(self) -> None: ...
+
+
+class Limits(Protocol):
+    """What a server can take."""
+
+    def both(self, other: Self) -> Self:
+        """What two servers can both take."""
+
+
+C = TypeVar("C", bound=Serving)
+L = TypeVar("L", bound=Limits)
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+C_contra = TypeVar("C_contra", bound=Serving, contravariant=True)
+L_contra = TypeVar("L_contra", bound=Limits, contravariant=True)
+
+
+class Unfit(Exception):
+    """The server answers, and must not work on: what it has is not what it was admitted with."""
+
+
+class Call(Protocol[C_contra, L_contra, T_co]):
+    """Work that any of the servers can do."""
+
+    @property
+    def id(self) -> str:
+        """Unique among the calls of one `Pool.run`."""
+
+    def check(self, limits: L_contra) -> None:
+        """Raises UserError for what would end a server with these limits."""
+
+    async def attempt(self, client: C_contra, number: int) -> T_co:
+        """The answer. Raises ServerGone, Busy (ask again), Unfit, UserError; cancelled when the server is lost."""
 
 
 @dataclass(eq=False)
-class _Member:
+class _Member(Generic[C]):
     """A server with what it is doing."""
 
-    client: Client
+    client: C
     alive: bool = False
     reason: str = "not asked yet"  # why it is not alive
     gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when it dies, for those who wait for that
     check: asyncio.Task[bool] | None = None  # whether it is still there, and still the same
-    running: int = 0  # requests
-    calls: set[asyncio.Task[dict[str, Any]]] = field(default_factory=set)
+    running: int = 0  # calls
+    calls: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
     def load(self) -> float:
         return self.running / self.client.connections
 
 
-class Pool:
-    """Runs requests on servers. Everything happens in one event loop; `open` comes first and `close` last.
+class Pool(Generic[C, L]):
+    """Runs calls on servers. Everything happens in one event loop; `open` comes first and `close` last.
 
     admit: asked of each server before it gets work, at first and when it has come back. It returns what the server can
-    take, or raises ServerGone or Busy (not yet) or UserError (never: the pool fails). `identity.identify` is the least
-    that it does; it is also the place where a server that came back is given the current weights.
+    take, or raises ServerGone or Busy (not yet) or UserError (never: the pool fails).
     """
 
     def __init__(
         self,
-        clients: Sequence[Client],
-        admit: Callable[[Client], Awaitable[Limits]],
+        clients: Sequence[C],
+        admit: Callable[[C], Awaitable[L]],
         *,
+        kind: str = "rollout server",
         all_down: float = 600.0,
         heartbeat: float = 10.0,
         return_wait: float = 0.2,
         report: Callable[[str], None] = say,
     ) -> None:
-        """all_down: seconds without any server before the pool gives up. heartbeat: seconds between two looks at a
-        server that works. return_wait: seconds before one that is gone is asked again; they grow."""
-        self.versions: frozenset[str] | None = None  # of weights that may answer; a server with others is lost
+        """kind: what messages call a server. all_down: seconds without any server before the pool gives up. heartbeat:
+        seconds between two looks at a server that works. return_wait: seconds before one that is gone is asked again;
+        they grow."""
         self._members = [_Member(client) for client in clients]
         self._admit, self._all_down, self._heartbeat = admit, all_down, heartbeat
-        self._return_wait, self._report = return_wait, report
-        self._waiting: deque[asyncio.Future[_Member]] = deque()  # requests without a server
+        self._return_wait, self._report, self._kind = return_wait, report, kind
+        self._waiting: deque[asyncio.Future[_Member[C]]] = deque()  # calls without a server
         self._watches: list[asyncio.Task[None]] = []
         self._giving_up: asyncio.TimerHandle | None = None  # runs while no server is there
         self._failure: Exception | None = None
-        self._limits: Limits | None = None
-        self._lost: set[Client] = set()
+        self._limits: L | None = None
+        self._lost: set[C] = set()
 
     async def open(self) -> None:
         """Admits the servers that are there; the others are waited for in the background. Raises UserError."""
@@ -79,20 +127,20 @@ class Pool:
         self._note_down()
         self._watches = [asyncio.create_task(self._watch(member)) for member in self._members]
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[Completion]:
-        """One completion a request, each as soon as it is finished.
+    async def run(self, calls: Sequence[Call[C, L, T]]) -> AsyncGenerator[T]:
+        """One answer a call, each as soon as it is there.
 
-        All requests are checked before the first is sent. Raises UserError for a bad one, for a server that answers
+        All calls are checked before the first attempt. Raises UserError for a bad one, for a server that answers
         nonsense, and when no server has been there for `all_down` seconds. Close the iterator to give the rest up.
         """
-        if len({request.id for request in requests}) != len(requests):
-            raise ValueError("two requests have the same id")
+        if len({call.id for call in calls}) != len(calls):
+            raise ValueError("two calls have the same id")
         if self._limits is None:  # no server has been there yet
             self._leave(await self._seat())
         assert self._limits is not None
-        for request in requests:
-            self._limits.check(request.body())
-        tasks = [asyncio.create_task(self._complete(request)) for request in requests]
+        for call in calls:
+            call.check(self._limits)
+        tasks = [asyncio.create_task(self._complete(call)) for call in calls]
         try:
             for finished in asyncio.as_completed(tasks):
                 yield await finished
@@ -101,16 +149,16 @@ class Pool:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def alive(self) -> list[Client]:
+    def alive(self) -> list[C]:
         """The servers that get work."""
         return [member.client for member in self._members if member.alive]
 
-    def take_lost(self) -> set[Client]:
+    def take_lost(self) -> set[C]:
         """The servers that were lost since this was last asked; from any thread."""
         taken, self._lost = self._lost, set()
         return taken
 
-    def lost(self, client: Client, reason: str) -> None:
+    def lost(self, client: C, reason: str) -> None:
         """Told by whoever knows that a server is dead, or must not work on; it has to be admitted anew."""
         for member in self._members:
             if member.client is client:
@@ -125,53 +173,46 @@ class Pool:
         for member in self._members:
             await member.client.close()
 
-    async def _complete(self, request: Request) -> Completion:
+    async def _complete(self, wanted: Call[C, L, T]) -> T:
         seen: list[str] = []
         for attempt in range(ATTEMPTS):
             member = await self._seat()
-            body = request.body(attempt)
-            call = asyncio.create_task(member.client.generate(body))
+            call = asyncio.ensure_future(wanted.attempt(member.client, attempt))
             member.calls.add(call)
             try:
-                done = completion(request, body["rid"], await call, member.client.url)
-                if not (old := self._unwanted(done)):
-                    return done
-                seen.append(f"it has weights of version '{old}'")
+                return await call
+            except Unfit as unfit:
+                seen.append(str(unfit))
                 self._lose(member, seen[-1])
-            except (Aborted, Busy) as error:
-                seen.append(str(error) or "given up")
+            except Busy as busy:
+                seen.append(str(busy) or "given up")
             except ServerGone as gone:
                 seen.append(str(gone))
                 if member.alive and not await self._still_there(member):
                     self._lose(member, str(gone))
             except asyncio.CancelledError:
                 task = asyncio.current_task()
-                if task is None or task.cancelling():  # it is this request that is no longer wanted
+                if task is None or task.cancelling():  # it is this call that is no longer wanted
                     raise
                 seen.append(member.reason)
             finally:
                 call.cancel()
                 member.calls.discard(call)
                 self._leave(member)
-        raise UserError(f"request {request.id} failed on {ATTEMPTS} attempts, the last time: {seen[-1]}")
+        raise UserError(f"request {wanted.id} failed on {ATTEMPTS} attempts, the last time: {seen[-1]}")
 
-    async def _still_there(self, member: _Member) -> bool:
-        """After a dropped connection: asked once for all requests that saw it. Admits the server anew, because what
+    async def _still_there(self, member: _Member[C]) -> bool:
+        """After a dropped connection: asked once for all calls that saw it. Admits the server anew, because what
         answers now may be another one."""
         if member.check is None or member.check.done():
             member.check = asyncio.create_task(self._try(member))
         return await asyncio.shield(member.check)
 
-    def _unwanted(self, done: Completion) -> str | None:
-        """A version that sampled some of the tokens and must not; a server that was restarted unseen has it."""
-        versions = (span.version for span in done.versions)
-        return None if self.versions is None else next((v for v in versions if v not in self.versions), None)
-
-    async def _seat(self) -> _Member:
+    async def _seat(self) -> _Member[C]:
         """A place on the live server with the least to do, as soon as there is one."""
         if self._failure is not None:
             raise self._failure
-        seat: asyncio.Future[_Member] = asyncio.get_running_loop().create_future()
+        seat: asyncio.Future[_Member[C]] = asyncio.get_running_loop().create_future()
         self._waiting.append(seat)
         self._assign()
         try:
@@ -181,7 +222,7 @@ class Pool:
                 self._leave(seat.result())
             raise
 
-    def _leave(self, member: _Member) -> None:
+    def _leave(self, member: _Member[C]) -> None:
         member.running -= 1
         self._assign()
 
@@ -205,7 +246,7 @@ class Pool:
                 seat.set_exception(error)
         self._waiting.clear()
 
-    async def _try(self, member: _Member) -> bool:
+    async def _try(self, member: _Member[C]) -> bool:
         """Whether the server is admitted. Raises UserError."""
         try:
             limits = await self._admit(member.client)
@@ -222,14 +263,14 @@ class Pool:
         self._assign()
         return True
 
-    async def _watch(self, member: _Member) -> None:
+    async def _watch(self, member: _Member[C]) -> None:
         """Looks at a server for as long as the pool lives."""
         while True:
             if member.alive:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(member.gone.wait(), self._heartbeat)
                 if member.alive and not await member.client.there():
-                    self._lose(member, f"no answer to {member.client.ready_path}")
+                    self._lose(member, "it does not answer any more")
                 continue
             wait = wait_random_exponential(multiplier=self._return_wait, max=5.0)
             try:
@@ -237,9 +278,9 @@ class Pool:
             except Exception as error:
                 self._fail(error)
                 return
-            self._report(f"rollout server {member.client.url} is back")
+            self._report(f"{self._kind} {member.client.url} is back")
 
-    def _lose(self, member: _Member, reason: str) -> None:
+    def _lose(self, member: _Member[C], reason: str) -> None:
         if not member.alive:
             return
         member.alive, member.reason = False, reason
@@ -248,15 +289,15 @@ class Pool:
         for call in member.calls:
             call.cancel()
         unfinished = f"; its {len(member.calls)} unfinished requests go elsewhere" if member.calls else ""
-        self._report(f"rollout server {member.client.url} is gone: {reason}{unfinished}")
+        self._report(f"{self._kind} {member.client.url} is gone: {reason}{unfinished}")
         self._note_down()
 
     def _note_down(self) -> None:
         if self._giving_up is not None or any(member.alive for member in self._members):
             return
-        self._report(f"all rollout servers are down: waiting for one of them, for {self._all_down:g} s at the most")
+        self._report(f"all {self._kind}s are down: waiting for one of them, for {self._all_down:g} s at the most")
         self._giving_up = asyncio.get_running_loop().call_later(self._all_down, self._give_up)
 
     def _give_up(self) -> None:
         reasons = "; ".join(f"{m.client.url}: {m.reason}" for m in self._members)
-        self._fail(UserError(f"no rollout server has been there for {self._all_down:g} s ({reasons})"))
+        self._fail(UserError(f"no {self._kind} has been there for {self._all_down:g} s ({reasons})"))

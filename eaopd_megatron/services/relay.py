@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.agreement import describe
 from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.rollout.interface import Asked, RolloutFailed
+from eaopd_megatron.services.ending import Asked, ServiceFailed
 
 T = TypeVar("T")
 BEAT_SECONDS = 10.0
@@ -21,7 +21,7 @@ def relay(parallel: Parallel, news: Iterator[T | None] | None, asked: Callable[[
     """Yields on every rank what `news` yields on the main rank (None there: nothing yet, ask again at once).
 
     Collective over all ranks. asked: the number of a signal that asks the run to stop, or 0. Raises on every rank what
-    the main rank's `news` raises: Asked, RolloutFailed for a UserError, RuntimeError for anything else.
+    the main rank's `news` raises: Asked, ServiceFailed for a UserError, RuntimeError for anything else.
     """
     while True:
         word = None if news is None else _word(news, asked)
@@ -37,7 +37,7 @@ def relay(parallel: Parallel, news: Iterator[T | None] | None, asked: Callable[[
             raise Asked(value)
         if kind == "failed":
             sort, _, text = value
-            raise RolloutFailed(text) if sort == "user" else RuntimeError(f"rank 0: {text}")
+            raise ServiceFailed(text) if sort == "user" else RuntimeError(f"rank 0: {text}")
         if kind == "news":
             yield value
 
