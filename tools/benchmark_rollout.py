@@ -28,7 +28,7 @@ from eaopd_megatron.data.samples import Sampling  # noqa: E402
 from eaopd_megatron.rollout.sglang.identity import Expected, identify  # noqa: E402
 from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings  # noqa: E402
 from eaopd_megatron.rollout.sglang.wire import Limits, Request  # noqa: E402
-from eaopd_megatron.rollout.sglang.writing import Generation
+from eaopd_megatron.rollout.sglang.writing import Generation  # noqa: E402
 from eaopd_megatron.services.client import Client, read_api_key  # noqa: E402
 from eaopd_megatron.services.pool import Pool  # noqa: E402
 

@@ -58,13 +58,21 @@ def fault(tree: Mapping[Any, Any]) -> str | None:
     for name, value in tree.items():
         if name not in sections()[""]:
             return unknown(str(name))
-        if name not in sections():
+        if name == "teachers":
+            if not isinstance(value, Mapping):
+                return f"'teachers' names teachers, each with keys of 'teacher'; it is no value such as {value!r}"
+            parts = {f"teachers.{teacher}": keys for teacher, keys in value.items()}
+            kind = "teacher"
+        elif name in sections():
+            parts, kind = {name: value}, name
+        else:
             continue
-        if not isinstance(value, Mapping):
-            return f"{name!r} is a section (keys: {', '.join(sections()[name])}), not a value such as {value!r}"
-        for key in value:
-            if key not in sections()[name]:
-                return unknown(f"{name}.{key}")
+        for section, keys in parts.items():
+            if not isinstance(keys, Mapping):
+                return f"{section!r} is a section (keys: {', '.join(sections()[kind])}), not a value such as {keys!r}"
+            for key in keys:
+                if key not in sections()[kind]:
+                    return unknown(f"{kind}.{key}")
     return None
 
 

@@ -63,20 +63,37 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     merged = _merge(layers, str(path))
     for key, value in list(keys.flatten(merged)):
-        if key in origins and (key in MODEL_KEYS or key in FILE_KEYS):
-            section, _, leaf = key.partition(".")
+        if key in origins and (_names_model(key) or key in FILE_KEYS):
+            *parents, leaf = key.split(".")
             folders = _folders(origins[key], recipe_path.parent)
-            merged[section][leaf] = (
+            section = merged
+            for parent in parents:
+                section = section[parent]
+            section[leaf] = (
                 [_located(key, item, folders) for item in value]
                 if isinstance(value, list)
                 else _located(key, value, folders)
             )
+    _complete_teachers(merged)
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise RecipeError(_explain(error.errors(), origin)) from None
     _check_objective(recipe, origin)
     return recipe
+
+
+def _names_model(key: str) -> bool:
+    return key in MODEL_KEYS or (key.startswith("teachers.") and key.endswith(".model"))
+
+
+def _complete_teachers(merged: dict[str, Any]) -> None:
+    """Each of several teachers has the keys of `teacher` that it does not say, which may leave its model to them."""
+    if named := merged["teachers"]:
+        common = merged["teacher"]
+        first = next(iter(named.values()))
+        common.setdefault("model", first.get("model"))
+        merged["teachers"] = {name: {**common, **own} for name, own in named.items()}
 
 
 def dump(recipe: Recipe) -> str:
@@ -190,7 +207,7 @@ def _located(key: str, value: Any, folders: Sequence[Path]) -> Any:
         return value
     for folder in folders:
         found = folder / Path(value).expanduser()
-        if found.is_dir() if key in MODEL_KEYS else found.is_file():
+        if found.is_dir() if _names_model(key) else found.is_file():
             return str(found.resolve())
     return value
 
@@ -203,8 +220,11 @@ def _check_objective(recipe: Recipe, origin: Callable[[str], str]) -> None:
             (key for key in type(recipe.objective).model_fields if re.search(rf"\b{key}\b", str(error))), "preset"
         )
         raise RecipeError(f"{origin(f'objective.{named}')}: objective: {_one_line(error)}") from None
-    if refusal := objective.refusal(recipe.signal()):
-        raise RecipeError(f"{origin('teacher.signal')}: objective and teacher.signal do not fit: {_one_line(refusal)}")
+    for name, teacher in recipe.named_teachers().items():
+        if refusal := objective.refusal(recipe.signal(teacher)):
+            key = f"teachers.{name}" if name else "teacher"
+            where = origin(f"{key}.signal")
+            raise RecipeError(f"{where}: objective and {key}.signal do not fit: {_one_line(refusal)}")
 
 
 _ALLOWED = {

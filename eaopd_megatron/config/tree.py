@@ -101,11 +101,52 @@ class Student(Section):
 class Teacher(Section):
     """The model whose distribution the student learns, and what is handed over of it."""
 
-    model: Name
-    placement: Literal["colocated"] = "colocated"  # on the student's ranks
+    model: Name  # a Hugging Face folder, or a hub id
+    placement: Literal["colocated", "separate", "served"] = (
+        "colocated"  # on the student's ranks; separate: on ranks of its own (eaopd teach); served: by SGLang
+    )
     signal: Literal["auto", "topk", "hidden", "logits"] = "auto"  # what is kept of a token: topk where it serves
-    precision: Precision = "bf16"
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"  # fp8: weights, on GPUs with Transformer Engine
     terminal_map: Literal["swap", "label", "none"] = "swap"  # how the teacher's and the student's end tokens meet
+    offload: Literal["none", "weights"] = "none"  # colocated: weights are in host memory while it does not score
+    tensor_parallel: Count | None = None  # none: colocated, the student's; elsewhere 1
+    pipeline_parallel: Count | None = None  # none: colocated, the student's; elsewhere 1
+    expert_parallel: Count | None = None  # none: colocated, the student's; elsewhere 1
+    replicas: Count = 1  # separate, served: that the trainer starts on its own host
+    urls: list[Name] = []  # of replicas that run already; none are started then
+    listen: Name = "127.0.0.1:0"  # HOST:PORT of eaopd teach; port 0: a free one
+    api_key_file: Name | None = None  # the replicas' key, mode 0600; none: those started here get one
+    max_running: Count = 8  # requests that a replica has at the same time
+    memory_fraction: Fraction = 0.8  # served: of a GPU's memory, for weights and cache
+    start_minutes: Positive = 30.0  # for the replicas to be there
+    all_down_minutes: Positive = 10.0  # without any replica before the run saves its state and stops
+
+    @property
+    def started(self) -> bool:
+        """Whether the trainer starts and ends the replicas."""
+        return self.placement != "colocated" and not self.urls
+
+    @property
+    def layout(self) -> Layout:
+        """Of a separate teacher's ranks, or of a served one's GPUs."""
+        tp, pp, ep = self.tensor_parallel or 1, self.pipeline_parallel or 1, self.expert_parallel or 1
+        return Layout(tensor_parallel=tp, pipeline_parallel=pp, expert_parallel=ep, sequence_parallel=tp > 1 < ep)
+
+    @model_validator(mode="after")
+    def _placement_has_its_own_keys(self) -> Self:
+        colocated = self.placement == "colocated"
+        layout = (self.tensor_parallel, self.pipeline_parallel, self.expert_parallel)
+        for wrong, why in (
+            (colocated and any(layout), "has the student's layout: no teacher.tensor_parallel, pipeline_, expert_"),
+            (colocated and (self.urls or self.replicas > 1), "is on the student's ranks: no teacher.urls, replicas"),
+            (not colocated and self.offload != "none", "is not on the student's GPUs: no teacher.offload"),
+            (not colocated and self.signal == "logits", "hands over topk or hidden: no teacher.signal=logits"),
+            (self.placement == "served" and self.signal == "hidden", "hands over topk: no teacher.signal=hidden"),
+            (self.placement == "served" and any(layout[1:]), "has tensor_parallel alone: no pipeline_, expert_"),
+        ):
+            if wrong:
+                raise ValueError(f"a teacher with teacher.placement={self.placement} {why}")
+        return self
 
 
 class ObjectiveChoice(Section):
@@ -144,6 +185,7 @@ class Data(Section):
     source: Name = "countdown"  # a built-in task, a .jsonl file, or hub:owner/name[:config]
     split: Name = "train"
     prompt_field: Name = "problem"
+    teacher_field: Name = "teacher"  # of a problem: which of several teachers it is for
     template: Literal["chat", "raw"] = "chat"
     suffix: str = ""  # appended to each problem
     max_prompt_tokens: Count = 1024
@@ -292,6 +334,7 @@ class Recipe(Section):
     run: Run
     student: Student
     teacher: Teacher
+    teachers: dict[Name, Teacher] = {}  # several: each has the keys of `teacher` that it does not say itself
     objective: ObjectiveChoice = ObjectiveChoice()
     data: Data = Data()
     rollout: Rollout = Rollout()
@@ -303,11 +346,16 @@ class Recipe(Section):
     reporting: Reporting = Reporting()
     distributed: Distributed = Distributed()
 
-    def signal(self) -> Literal["topk", "hidden", "logits"]:
+    def named_teachers(self) -> dict[str, Teacher]:
+        """Every teacher under the name by which prompts ask for it (`data.teacher_field`); a lone one is ''."""
+        return self.teachers or {"": self.teacher}
+
+    def signal(self, teacher: Teacher) -> Literal["topk", "hidden", "logits"]:
         """teacher.signal, with auto resolved: top-k where it serves the objective, else hidden states."""
-        if self.teacher.signal != "auto":
-            return self.teacher.signal
-        return "topk" if self.objective.build().refusal("topk") is None else "hidden"
+        if teacher.signal != "auto":
+            return teacher.signal
+        served = teacher.placement == "served"  # which can give nothing else
+        return "topk" if served or self.objective.build().refusal("topk") is None else "hidden"
 
     @model_validator(mode="after")
     def _an_update_fits_into_an_iteration(self) -> Self:

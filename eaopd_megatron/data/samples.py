@@ -16,6 +16,7 @@ class Prompt:
     id: str
     token_ids: tuple[int, ...]
     problem: dict[str, Any]
+    teacher: str = ""  # whose it is, where a recipe names several
 
 
 @dataclass
@@ -77,7 +78,7 @@ class MicroBatch:
     token_ids, positions [1, T]; cu_seqlens [b + 1] int32: 0 and the end of each whole sequence among the tokens of all
     context-parallel ranks, alignment included; longest: length of the longest. rows [n]: index into T of the position
     *before* each response token, where its logits are; tokens [n]: the response tokens, sample after sample. kept [n]:
-    which of the samples' response tokens these are; None: all.
+    which of the samples' response tokens these are; None: all. teacher: of all the samples.
     """
 
     samples: list[Sample]
@@ -88,6 +89,7 @@ class MicroBatch:
     rows: torch.Tensor
     tokens: torch.Tensor
     kept: torch.Tensor | None = None
+    teacher: str = ""
 
     @property
     def count(self) -> int:

@@ -42,7 +42,7 @@ class Workload:
             rollout_batch=recipe.rollout.batch_size,
             longest_prompt=recipe.data.max_prompt_tokens,
             longest_response=recipe.rollout.max_response_tokens,
-            signal=recipe.signal(),
+            signal=recipe.signal(recipe.teacher),
             top_k=recipe.objective.build().top_k,
             student_element=BYTES[recipe.student.precision],
             teacher_element=BYTES[recipe.teacher.precision],

@@ -12,9 +12,8 @@ from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import forward, micro_batches
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
+from eaopd_megatron.teacher.interface import TeacherSignal, require_whole
 from eaopd_megatron.teacher.terminal import TerminalMap
-
-TeacherSignal = TeacherTopK | TeacherHidden | TeacherLogits
 
 
 class ColocatedTeacher:
@@ -44,8 +43,11 @@ class ColocatedTeacher:
         ids = torch.empty(0, top_k, dtype=torch.long, device=parallel.device)
         self._of_no_token = dict(zip(_TOPK_FIELDS, (ids, ids.float(), nothing, nothing), strict=True))
 
-    def annotate(self, samples: Sequence[Sample]) -> None:
-        """Ask once for what can be kept; on the last stage every response token gets a signal or this raises."""
+    def open(self, longest: int) -> None:
+        """Nothing: the model is there."""
+
+    def ask(self, samples: Sequence[Sample]) -> None:
+        """Score now what can be kept."""
         if self.kind != "topk":
             return
         batches = micro_batches(samples, self.budget, self.parallel)
@@ -71,6 +73,14 @@ class ColocatedTeacher:
 
         forward(self.model, batches, last)
 
+    def wait(self, samples: Sequence[Sample]) -> None:
+        """Raises RuntimeError where a token was left out."""
+        if self.kind == "topk" and self.parallel.is_last_stage:
+            require_whole(samples)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
     def signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
         """What gives, on the last stage, the signal of every response token of micro-batch number i, in order.
 
@@ -85,13 +95,6 @@ class ColocatedTeacher:
         return lambda index: TeacherLogits(hidden[index] @ head_of(self.model).T)
 
     def _kept(self, batch: MicroBatch) -> TeacherTopK:
-        for sample in batch.samples:
-            scored = len(sample.teacher_signal.get("entropy", ()))
-            if scored != len(sample.response_ids):
-                # a gate made from missing entropies would be off in silence
-                raise RuntimeError(
-                    f"prompt {sample.prompt.id}: {scored} of {len(sample.response_ids)} tokens were scored"
-                )
         return TeacherTopK(
             *(
                 batch.gather([self._of_no_token[name], *(s.teacher_signal[name] for s in batch.samples)])

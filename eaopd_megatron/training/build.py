@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.prompts import PromptBuilder
@@ -14,14 +15,14 @@ from eaopd_megatron.data.samples import Sampling
 from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.architecture import check_config
-from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.interface import Rollout
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.rollout.sglang.engine import ServedRollout
-from eaopd_megatron.teacher.colocated import ColocatedTeacher
-from eaopd_megatron.teacher.terminal import TerminalMap
+from eaopd_megatron.teacher.build import build_teachers, layouts_of, open_folders
+from eaopd_megatron.teacher.several import Teachers
 from eaopd_megatron.training.folder import RunFolder
 from eaopd_megatron.training.step import Student
 
@@ -31,11 +32,10 @@ class Parts:
     """What a run is made of on this rank."""
 
     student_folder: HfFolder
-    teacher_folder: HfFolder
     tokenizer: Any
     model: ModelChunks
     student: Student
-    teacher: ColocatedTeacher
+    teacher: Teachers
     rollout: Rollout
     sampling: Sampling
     evaluator: Evaluator
@@ -46,25 +46,18 @@ def build(
 ) -> Parts:
     """Everything of the recipe but its prompts and its state. asked: the number of a signal that asks the run to stop,
     or 0. Raises UserError for a pair that does not fit."""
-    layout = parallel.layout
     student_folder = HfFolder.open(recipe.student.model, "student.model")
-    teacher_folder = HfFolder.open(recipe.teacher.model, "teacher.model")
-    student_layout, teacher_layout = layouts_of(student_folder, teacher_folder, layout)
+    teacher_folders = open_folders(recipe, student_folder)
+    colocated = [name for name, one in recipe.named_teachers().items() if one.placement == "colocated"]
+    student_layout, *others = layouts_of(parallel.layout, [student_folder, *(teacher_folders[n] for n in colocated)])
     check_config(student_folder.config, student_layout, recipe.student.model)
-    check_config(teacher_folder.config, teacher_layout, recipe.teacher.model)
-    check_same_tokenizer(teacher_folder, student_folder)
     vocab_size = student_folder.vocab_size
-    objective = recipe.objective.build()
-    terminal = TerminalMap.between(recipe.teacher.terminal_map, student_folder.eos_ids, teacher_folder.eos_ids)
-    row_map = terminal.row_map()
 
     precision, options = recipe.student.precision, recipe.optimizer
     model = build_model(student_folder.config, student_layout, DTYPES[precision], recompute=recipe.student.recompute)
     load_hf(model, student_folder, parallel)
-    teacher_model = build_model(
-        teacher_folder.config, teacher_layout, DTYPES[recipe.teacher.precision], untie=row_map is not None
-    )
-    load_hf(teacher_model, teacher_folder, parallel, row_map=row_map)
+    layouts = dict(zip(colocated, others, strict=True))
+    teacher = build_teachers(recipe, parallel, student_folder, teacher_folders, layouts)
 
     ddp = megatron_optimizer.wrap(model, parallel, distributed=options.distributed, overlap=options.overlap)
     optimizer = megatron_optimizer.build_optimizer(
@@ -78,23 +71,13 @@ def build(
         precision=precision,
         offload=options.offload,
     )
-    budget = recipe.train.micro_batch_tokens
     student = Student(
         ddp,
         optimizer,
         parallel,
         vocab_size=vocab_size,
-        budget=budget,
+        budget=recipe.train.micro_batch_tokens,
         failures=folder.failures,
-    )
-    teacher = ColocatedTeacher(
-        teacher_model,
-        parallel,
-        vocab_size=vocab_size,
-        signal=recipe.signal(),
-        top_k=min(objective.top_k, vocab_size),
-        terminal=terminal,
-        budget=budget,
     )
     rollout: Rollout
     if recipe.rollout.engine == "local":
@@ -112,11 +95,11 @@ def build(
             asked=asked,
             report=report,
         )
-    stop_ids = tuple(sorted({*student_folder.eos_ids, *teacher_folder.eos_ids, *recipe.rollout.stop_ids}))
+    ends = [folder.eos_ids for folder in (student_folder, *teacher_folders.values())]
+    stop_ids = tuple(sorted({*itertools.chain(*ends), *recipe.rollout.stop_ids}))
     tokenizer = student_folder.tokenizer()
     return Parts(
         student_folder,
-        teacher_folder,
         tokenizer,
         model,
         student,
@@ -125,15 +108,6 @@ def build(
         Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
         evaluator(recipe, parallel, rollout, tokenizer, stop_ids),
     )
-
-
-def layouts_of(student: HfFolder, teacher: HfFolder, layout: Layout) -> tuple[Layout, Layout]:
-    """The layout of each on the same ranks: expert parallelism is that of the one that has experts."""
-    dense = ["experts" not in folder.family.sizes(folder.config) for folder in (student, teacher)]
-    if all(dense):  # what cannot be used is refused, not ignored
-        return layout, layout
-    one, other = (layout.without_experts() if without else layout for without in dense)
-    return one, other
 
 
 def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str) -> PromptBuilder:

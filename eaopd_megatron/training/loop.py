@@ -19,8 +19,10 @@ def train(run: Run) -> None:
         samples: list[Sample] = []
         for part in run.generate():  # y ~ π_old( · | x), x from the prompts
             with run.clock("teacher"):
-                run.teacher.annotate(part)  # H_t, log p(y_t) and the top-k of p
+                run.teacher.ask(part)  # H_t, log p(y_t) and the top-k of p
             samples += part
+        with run.clock("teacher"):
+            run.teacher.wait(samples)
         with run.clock("student"):
             mini_batches = run.mini_batches(samples)
             if len(mini_batches) > 1 or run.recipe.rollout.max_lag:

@@ -50,7 +50,10 @@ class Run:
         self.recipe, self.parallel = recipe, parallel
         self.folder = RunFolder(Path(recipe.run.folder))
         self.progress = self._reporter()
-        models = f"student {_shown(recipe.student.model)}, teacher {_shown(recipe.teacher.model)}"
+        teachers = ", ".join(
+            f"teacher {f'{name} ' if name else ''}{_shown(one.model)}" for name, one in recipe.named_teachers().items()
+        )
+        models = f"student {_shown(recipe.student.model)}, {teachers}"
         self.say(f"{models}: loading on {parallel.world_size} ranks")
         self._signal: int | None = None
         self.parts = build(recipe, parallel, self.folder, asked=lambda: self._signal or 0, report=self.say)
@@ -58,6 +61,7 @@ class Run:
         problems = load_problems(recipe.data.source, recipe.data.split)
         builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix)
         self.prompts, dropped = builder.build(problems, recipe.data.source)
+        self._teacher_model = {name: one.model for name, one in recipe.named_teachers().items()}
         if dropped:
             self.say(
                 f"{dropped} prompts are longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}: left out"
@@ -91,6 +95,7 @@ class Run:
         self._open_records()
         longest = max(recipe.rollout.max_response_tokens, recipe.evaluation.max_response_tokens)
         self.parts.rollout.open([*self.prompts, *self.parts.evaluator.prompts()], longest)
+        self.teacher.open(max(len(p.token_ids) for p in self.prompts) + recipe.rollout.max_response_tokens)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
@@ -111,7 +116,7 @@ class Run:
             if part is None:
                 break
             for sample in part:
-                sample.teacher = self.recipe.teacher.model
+                sample.teacher = self._teacher_model[sample.prompt.teacher]
                 sample.stale = sample.weight_version != self.updates
             yield part
         self.parts.rollout.rest()
@@ -174,6 +179,7 @@ class Run:
     def stop_early(self, reason: Asked | ServiceFailed) -> NoReturn:
         """The iteration that was begun cannot be finished: save what is completed. Raises Interrupted or UserError."""
         self.parts.rollout.close()
+        self.teacher.close()
         self.parts.rollout.rest()
         self._save(wait=True)
         if isinstance(reason, Asked):
@@ -208,6 +214,7 @@ class Run:
             self.progress.__exit__(None, None, None)
         self._writer, self.progress = None, None
         self.parts.rollout.close()
+        self.teacher.close()
 
     # What an iteration leaves behind
 

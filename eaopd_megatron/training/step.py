@@ -27,7 +27,8 @@ from eaopd_megatron.objective import (
     linear_entropy_aware_loss,
     linear_token_statistics,
 )
-from eaopd_megatron.teacher.colocated import ColocatedTeacher, TeacherSignal
+from eaopd_megatron.teacher.interface import TeacherSignal
+from eaopd_megatron.teacher.several import Teachers
 from eaopd_megatron.training.averages import Averages
 from eaopd_megatron.training.importance import ImportanceWeights
 
@@ -77,7 +78,7 @@ class Student:
     def update(
         self,
         samples: Sequence[Sample],
-        teacher: ColocatedTeacher,
+        teacher: Teachers,
         *,
         objective: Objective,
         learning_rate: float,
@@ -93,7 +94,7 @@ class Student:
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batches = micro_batches(samples, self.budget, self.parallel)
+        batches = teacher.micro_batches(samples, self.budget, self.parallel)
         signal_of = teacher.signals(batches)
         tokens = torch.zeros(1, dtype=torch.int, device=self.parallel.device)
 

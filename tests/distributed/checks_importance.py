@@ -62,7 +62,7 @@ def reference(student: str, teacher: str) -> Reference:
 
 def updated(made: Built, mine: list[Sample]) -> Averages:
     averages = Averages()
-    made.scorer.annotate(mine)
+    made.scorer.ask(mine)
     made.learner.update(
         mine,
         made.scorer,

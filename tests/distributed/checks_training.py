@@ -23,10 +23,11 @@ from eaopd_megatron.megatron.overlap import gathered
 from eaopd_megatron.megatron.pipeline import forward_backward, packing_of
 from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss, linear_entropy_aware_loss
 from eaopd_megatron.rollout.local import LocalRollout
+from eaopd_megatron.teacher.build import layouts_of
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
+from eaopd_megatron.teacher.several import Teachers
 from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
-from eaopd_megatron.training.build import layouts_of
 from eaopd_megatron.training.step import Student
 from tests.distributed.arranged import arranged
 from tests.tiny_models import on_disk
@@ -136,7 +137,7 @@ class Built:
     folder: HfFolder
     model: ModelChunks
     learner: Student
-    scorer: ColocatedTeacher
+    scorer: Teachers
 
     def gradients(self, parallel: Parallel) -> dict[str, torch.Tensor]:
         """The last update's, clipped, under transformers' names on the first rank. Collective."""
@@ -146,7 +147,7 @@ class Built:
 
 def built(student: str, teacher: str, objective: Objective, parallel: Parallel, *, budget: int, signal: str) -> Built:
     folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
-    layout, teacher_layout = layouts_of(folder, teacher_folder, parallel.layout)
+    layout, teacher_layout = layouts_of(parallel.layout, [folder, teacher_folder])
     model = build_model(folder.config, layout, torch.float32)
     load_hf(model, folder, parallel)
     teacher_model = build_model(teacher_folder.config, teacher_layout, torch.float32)
@@ -161,7 +162,7 @@ def built(student: str, teacher: str, objective: Objective, parallel: Parallel, 
     scorer = ColocatedTeacher(
         teacher_model, parallel, signal=signal, top_k=objective.top_k, terminal=terminal, **common
     )
-    return Built(folder, model, learner, scorer)
+    return Built(folder, model, learner, Teachers({"": scorer}))
 
 
 def trained(
@@ -171,7 +172,7 @@ def trained(
     made = built(student, teacher, objective, parallel, budget=budget, signal=signal)
     learner, scorer = made.learner, made.scorer
     mine = [s for s in samples(made.folder.vocab_size) if s.index % MINI % parallel.dp_size == parallel.dp_rank]
-    scorer.annotate(mine)
+    scorer.ask(mine)
     learner.recompute_old_logprobs(mine)
     found: dict[str, float] = {}
     gradients: dict[str, torch.Tensor] = {}
@@ -236,14 +237,19 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
                 )
                 common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": 9}
                 learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
-                scorer = ColocatedTeacher(
-                    teacher_model, parallel, signal="topk", top_k=16, terminal=TerminalMap("none", -1, -1), **common
+                terminal = TerminalMap("none", -1, -1)
+                scorer = Teachers(
+                    {
+                        "": ColocatedTeacher(
+                            teacher_model, parallel, signal="topk", top_k=16, terminal=terminal, **common
+                        )
+                    }
                 )
                 here, last = parallel.dp_rank, parallel.dp_size - 1
                 mine = everything[here :: parallel.dp_size] if share else (everything if here == last else [])
                 for sample in mine:
                     sample.old_logprobs, sample.teacher_signal = None, {}
-                scorer.annotate(mine)
+                scorer.ask(mine)
                 learner.recompute_old_logprobs(mine)
                 averages = Averages()
                 options: dict[str, Any] = {"learning_rate": 1e-3, "importance_clip": 2.0, "update": 0}
@@ -365,7 +371,7 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
                     terminal=terminal,
                     budget=100,
                 )
-                scorer.annotate([sample])
+                scorer.ask([sample])
                 batch = collate([sample], torch.device("cpu"))
                 columns = 256 // parallel.tp_size
                 said = scorer.signals([batch])(0)

@@ -274,7 +274,7 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
 
     from eaopd_megatron.megatron.architecture import check_config
     from eaopd_megatron.megatron.groups import Layout as TrainerLayout
-    from eaopd_megatron.training.build import layouts_of
+    from eaopd_megatron.teacher.build import layouts_of
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # gloo's own limit is no limit of a plan
     dictionaries = [of_family(kind) | {"architectures": [ARCHITECTURES[kind]]} for kind in (student, teacher)]
@@ -292,7 +292,7 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
         refused = False
         try:
             trainer.check_world(layout.gpus)
-            for folder, cut in zip(folders, layouts_of(folders[0], folders[1], trainer), strict=True):
+            for folder, cut in zip(folders, layouts_of(trainer, folders), strict=True):
                 check_config(folder.config, cut, "")
         except UserError:
             refused = True

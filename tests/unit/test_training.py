@@ -17,9 +17,9 @@ from eaopd_megatron.megatron.generation import decoding
 from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.objective import Objective
 from eaopd_megatron.rollout.sampling import draw
+from eaopd_megatron.teacher.build import layouts_of
 from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
-from eaopd_megatron.training.build import layouts_of
 from eaopd_megatron.training.profiler import ProfilerWindow
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
 from eaopd_megatron.training.throughput import Throughput
@@ -81,10 +81,10 @@ def test_expert_parallelism_is_that_of_the_model_with_experts() -> None:
 
     layout = Layout(2, True, expert_parallel=2, expert_tensor_parallel=2)
     dense = Layout(2, True)
-    assert layouts_of(folder(), folder("experts"), layout) == (dense, layout)
-    assert layouts_of(folder("experts"), folder(), layout) == (layout, dense)
-    assert layouts_of(folder("experts"), folder("experts"), layout) == (layout, layout)
-    assert layouts_of(folder(), folder(), layout) == (layout, layout)  # and `check_config` refuses it
+    assert layouts_of(layout, [folder(), folder("experts")]) == [dense, layout]
+    assert layouts_of(layout, [folder("experts"), folder()]) == [layout, dense]
+    assert layouts_of(layout, [folder("experts"), folder("experts")]) == [layout, layout]
+    assert layouts_of(layout, [folder(), folder()]) == [layout, layout]  # and `check_config` refuses it
 
 
 class Engine(torch.nn.Module):

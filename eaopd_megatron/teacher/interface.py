@@ -1,0 +1,53 @@
+"""What a run asks of a teacher, wherever the teacher is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from eaopd_megatron.data.samples import MicroBatch, Sample
+from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
+
+TeacherSignal = TeacherTopK | TeacherHidden | TeacherLogits
+
+
+class Teacher(Protocol):
+    """All ranks make the same calls, each with its data-parallel rank's samples. What the teacher says is on the last
+    pipeline stage, where the objective is."""
+
+    def open(self, longest: int) -> None:
+        """Comes first. longest: tokens of a prompt and its response together, at the most."""
+
+    def ask(self, samples: Sequence[Sample]) -> None:
+        """The teacher may begin to score them; who waits for other processes does it in `wait`."""
+
+    def wait(self, samples: Sequence[Sample]) -> None:
+        """Returns once every response token of these, which were asked for, is scored, or will be by `signals`.
+
+        Collective over all ranks. Raises Asked or ServiceFailed on all of them, and RuntimeError where a token was left
+        out: a gate made from missing entropies would be off in silence.
+        """
+
+    def signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
+        """What gives, on the last stage, the signal of every response token of micro-batch number i, in order.
+
+        Called on all ranks; what it gives is called on all ranks of the last stage, in the order of the micro-batches.
+        """
+
+    def labels(self, batch: MicroBatch) -> torch.Tensor | None:
+        """[n] ids under which log p(y) is looked up; None: the tokens' own, or they have been looked up already."""
+
+    def close(self) -> None:
+        """Ends what was started for it. A second call does nothing."""
+
+
+def require_whole(samples: Sequence[Sample]) -> None:
+    """Raises RuntimeError where the teacher's top-k lacks a response token."""
+    for sample in samples:
+        scored = len(sample.teacher_signal.get("logprobs", ()))
+        if scored != len(sample.response_ids):
+            raise RuntimeError(
+                f"prompt {sample.prompt.id}: the teacher scored {scored} of {len(sample.response_ids)} tokens"
+            )
