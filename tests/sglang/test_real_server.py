@@ -27,7 +27,7 @@ from eaopd_megatron.data.samples import Prompt, Sampling
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity
 from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
-from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
+from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings, server_command
 from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
 from eaopd_megatron.rollout.sglang.writing import Generation
 from eaopd_megatron.services.client import Client
@@ -49,7 +49,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     try:
-        server.server_command(cuda=torch.cuda.is_available())
+        server_command(cuda=torch.cuda.is_available())
     except UserError as missing:
         pytest.skip(str(missing))
     settings = ServerSettings(STUDENT, CONTEXT, precision="fp32", memory_fraction=0.1, max_running=16, api_key=KEY)
