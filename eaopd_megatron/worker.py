@@ -15,7 +15,10 @@ from eaopd_megatron.launch import die_with_parent
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`train RECIPE [overrides]`, `teach RECIPE TEACHER [overrides]` or `evaluate FILE` (its options as JSON). The exit code; errors are reported."""
+    """`train RECIPE [overrides]`, `teach RECIPE TEACHER [overrides]` or `evaluate FILE` (its options as JSON).
+
+    The exit code; errors are reported.
+    """
     verb, target, *rest = arguments
     if verb == "train":
         return guarded(lambda: _train(load_recipe(target, rest)))

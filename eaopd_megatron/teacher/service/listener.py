@@ -66,11 +66,11 @@ class Listener(socketserver.ThreadingTCPServer):
     @property
     def url(self) -> str:
         """By which clients reach it."""
-        host, port = self.server_address[:2]
+        host, port = str(self.server_address[0]), self.server_address[1]
         with suppress(ValueError):
-            if ipaddress.ip_address(str(host)).is_unspecified:
+            if ipaddress.ip_address(host).is_unspecified:
                 host = socket.gethostname()
-        return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def begin(self, queue: Queue, info: Info) -> None:
         """Requests come into the queue from now on."""
@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.queue.answer(request) as rows:
                 self._head(200, "application/octet-stream", rows.numel())
                 if rows.numel():
-                    self.wfile.write(memoryview(rows.numpy()).cast("B"))
+                    self.wfile.write(rows.numpy().data.cast("B"))
         except ValueError as error:
             self._refuse(400, str(error))
         except Unavailable as error:

@@ -49,7 +49,7 @@ def teach(recipe: Recipe, name: str) -> None:
     started, needed = int(os.environ["WORLD_SIZE"]), options.layout.least_ranks
     if started != needed:
         raise UserError(
-            f"{key} has tensor_parallel x pipeline_parallel x expert_parallel for {needed} ranks, {started} were started"
+            f"{key}.tensor_parallel, pipeline_ and expert_parallel take {needed} ranks; {started} were started"
         )
     parallel, store = groups.start(layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes)
     with watched(store, parallel.rank, parallel.world_size):

@@ -79,26 +79,22 @@ class Scorer:
 
     def _collect(self, request: ScoreRequest, mine: torch.Tensor | None) -> torch.Tensor:
         """The rows of all samples, in their order, on the main rank; nothing elsewhere."""
-        size, rank = self.parallel.dp_size, self.parallel.rank
-        parts: list[list[torch.Tensor]] = []
+        if not self.parallel.is_main:
+            if mine is not None and mine.numel():
+                dist.send(mine, 0)
+            return torch.empty(0, self.rows.bytes, dtype=torch.uint8)
+        size = self.parallel.dp_size
+        parts: list[Sequence[torch.Tensor]] = []
         for dp_rank in range(size):
             lengths = [sample.response for sample in request.samples[dp_rank::size]]
-            source = self._speakers[dp_rank]
-            part = mine
-            if rank == 0 and source != 0:
+            source, part = self._speakers[dp_rank], mine
+            if source or part is None:
                 part = torch.empty(sum(lengths), self.rows.bytes, dtype=torch.uint8)
                 if part.numel():
                     dist.recv(part, source)
-            elif rank == source != 0 and sum(lengths):
-                assert mine is not None
-                dist.send(mine, 0)
-            if rank == 0:
-                assert part is not None
-                parts.append(list(part.split(lengths)) if size > 1 else [part])
-        if rank:
-            return torch.empty(0, self.rows.bytes, dtype=torch.uint8)
-        if size == 1:
-            return parts[0][0]
+            if size == 1:
+                return part
+            parts.append(part.split(lengths))
         return torch.cat([parts[i % size][i // size] for i in range(len(request.samples))])
 
 
