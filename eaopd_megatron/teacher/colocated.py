@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from eaopd_megatron.data.samples import MicroBatch, Sample
-from eaopd_megatron.megatron.forward import head_of, logits_by_parts, whole
+from eaopd_megatron.megatron.forward import head_of, whole
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import forward, micro_batches
-from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
+from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
 from eaopd_megatron.teacher.interface import TeacherSignal, require_whole
+from eaopd_megatron.teacher.summary import TOPK_FIELDS, summarise_rows
 from eaopd_megatron.teacher.terminal import TerminalMap
 
 
@@ -41,7 +42,7 @@ class ColocatedTeacher:
         self.terminal, self.budget = terminal, budget
         nothing = torch.empty(0, device=parallel.device)
         ids = torch.empty(0, top_k, dtype=torch.long, device=parallel.device)
-        self._of_no_token = dict(zip(_TOPK_FIELDS, (ids, ids.float(), nothing, nothing), strict=True))
+        self._of_no_token = dict(zip(TOPK_FIELDS, (ids, ids.float(), nothing, nothing), strict=True))
 
     def open(self, longest: int) -> None:
         """Nothing: the model is there."""
@@ -54,20 +55,17 @@ class ColocatedTeacher:
 
         def last(index: int, rows: torch.Tensor) -> None:
             batch = batches[index]
-            labels = self.terminal.labels(batch)
-            found = [
-                summarise_teacher(
-                    logits,
-                    batch.tokens[part],
-                    k=self.top_k,
-                    vocab_size=self.vocab_size,
-                    group=self.parallel.tp_group,
-                    teacher_tokens=None if labels is None else labels[part],
-                )
-                for part, logits in logits_by_parts(rows, head_of(self.model))
-            ]
-            for name in _TOPK_FIELDS:
-                values = whole(batch, torch.cat([getattr(part, name) for part in found]), self.parallel)
+            found = summarise_rows(
+                rows,
+                head_of(self.model),
+                batch.tokens,
+                self.terminal.labels(batch),
+                top_k=self.top_k,
+                vocab_size=self.vocab_size,
+                group=self.parallel.tp_group,
+            )
+            for name in TOPK_FIELDS:
+                values = whole(batch, getattr(found, name), self.parallel)
                 for sample, tensor in zip(batch.samples, batch.split(values), strict=True):
                     sample.teacher_signal[name] = tensor
 
@@ -98,13 +96,10 @@ class ColocatedTeacher:
         return TeacherTopK(
             *(
                 batch.gather([self._of_no_token[name], *(s.teacher_signal[name] for s in batch.samples)])
-                for name in _TOPK_FIELDS
+                for name in TOPK_FIELDS
             )
         )
 
     def labels(self, batch: MicroBatch) -> torch.Tensor | None:
         """[n] ids for log p(y) where the signal is the full distribution; top-k has looked them up already."""
         return None if self.kind == "topk" else self.terminal.labels(batch)
-
-
-_TOPK_FIELDS = ("ids", "logprobs", "token_logprob", "entropy")
