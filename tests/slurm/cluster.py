@@ -53,16 +53,23 @@ MinJobAge=3600
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1
 JobRequeue=1
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={grace} State=UP
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 """
 
 
 @dataclass
 class Cluster:
-    """Used as a context manager. `environment` is what Slurm's commands need."""
+    """Used as a context manager. `environment` is what Slurm's commands need.
+
+    A job in the partition `urgent` preempts those in `main`, which have `grace` seconds then.
+    """
 
     folder: Path
     nodes: int = 3
+    grace: int = 20
     gpus: int = 8
     cpus: int = 32
     environment: dict[str, str] = field(init=False)
@@ -156,7 +163,7 @@ class Cluster:
             time.sleep(0.1)
 
     def _idle(self) -> int:
-        return self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split().count("idle")
+        return self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split().count("idle")
 
     def _told(self) -> str:
         logs = [self.folder / "slurmctld.log", *(self.folder / f"slurmd-{name}.log" for name in self.names)]
@@ -172,7 +179,7 @@ class Cluster:
             for name, port in zip(self.names, ports[1:], strict=True)
         )
         host = socket.gethostname()
-        conf = CONF.format(folder=self.folder, host=host, port=ports[0], nodes=nodes)
+        conf = CONF.format(folder=self.folder, host=host, port=ports[0], nodes=nodes, grace=self.grace)
         (self.folder / "slurm.conf").write_text(conf)
         files = f"{self.folder}/gpus/gpu[0-{self.gpus - 1}]"
         (self.folder / "gres.conf").write_text(f"NodeName=n[0-{self.nodes - 1}] Name=gpu File={files}\n")
