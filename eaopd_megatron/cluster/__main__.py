@@ -62,8 +62,7 @@ def _wait(options: argparse.Namespace) -> None:
 def _look(options: argparse.Namespace) -> None:
     from eaopd_megatron.cluster.nodes import look
 
-    secret = sys.stdin.readline().strip()
-    print(look(options.token, secret, options.models, options.stage or None).line(), flush=True)
+    print(look(options.token, options.holds, options.models, options.stage or None).line(), flush=True)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -89,7 +88,7 @@ def _stage(options: argparse.Namespace) -> None:
     from eaopd_megatron.cluster.stage import stage_model
 
     for model in options.models:
-        print(stage_model(Path(model), options.stage), flush=True)
+        stage_model(Path(model), options.stage)
 
 
 def _verdict(options: argparse.Namespace) -> int:
@@ -135,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     look = verbs.add_parser("look")
     look.add_argument("--token", type=Path, required=True)
+    look.add_argument("--holds", required=True)
     look.add_argument("--stage", default="")
     look.add_argument("models", nargs="*")
 

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from eaopd_megatron.cluster.stage import staged
 from eaopd_megatron.config import Recipe, load_recipe
 from eaopd_megatron.config.tree import Teacher
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.training.folder import already_finished
 
 ROLES = ("student", "teacher", "servers")
-SHARED = "EAOPD_SHARED"
-MODELS = "EAOPD_MODELS"
+SHARED, MODELS, STAGE = "EAOPD_SHARED", "EAOPD_MODELS", "EAOPD_STAGE"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Arrangement:
     teacher_nodes: int  # that one replica takes
     servers: int
     server_gpus: int
-    models: tuple[str, ...]  # folders that every node must see
+    models: tuple[str, ...]  # folders, or hub ids, that every node must see
+    staged: tuple[str, ...]  # overrides that name the models' copies on the nodes' own disks
     overrides: tuple[str, ...]
     finished: str = ""
 
@@ -96,7 +97,8 @@ def arrange(recipe: str, overrides: Sequence[str], nodes: Nodes) -> Arrangement:
         teacher_nodes=each,
         servers=_servers(loaded, nodes),
         server_gpus=loaded.servers.tensor_parallel,
-        models=tuple(_models(loaded).values()),
+        models=tuple(dict.fromkeys(_models(loaded).values())),
+        staged=_staged(loaded),
         overrides=tuple([*overrides, f"run.folder={Path(loaded.run.folder).absolute()}"]),
         finished=already_finished(loaded) or "",
     )
@@ -123,6 +125,11 @@ def _found(key: str, model: str, environment: Mapping[str, str] = os.environ) ->
         if (place / "config.json").exists():
             return str(place)
     raise UserError(f"{key} is {model}, but {MODELS} has neither {places[0]} nor {places[1]} (with a config.json)")
+
+
+def _staged(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    stage = environment.get(STAGE)
+    return tuple(f"{key}={staged(Path(model), Path(stage))}" for key, model in _models(recipe).items()) if stage else ()
 
 
 def _student_tasks(recipe: Recipe, nodes: Nodes) -> int:

@@ -48,11 +48,11 @@ class Node:
         return [cls(**{**one, "problems": tuple(one["problems"])}) for one in found]
 
 
-def look(token: Path, secret: str, models: Sequence[str], stage: str | None) -> Node:
-    """This node. token: a file in the run's folder that holds `secret` where the folder is shared."""
+def look(token: Path, holds: str, models: Sequence[str], stage: str | None) -> Node:
+    """This node. token: a file in the run's folder that holds this where the folder is shared."""
     facts = doctor.gather()
     problems = [f"{f.subject}: {f.seen}: {f.remedy}" for f in doctor.findings(facts) if f.level == "problem"]
-    problems += _paths(token, secret, models, stage)
+    problems += _paths(token, holds, models, stage)
     address = "?"
     try:
         address = node_address()
@@ -72,12 +72,12 @@ def look(token: Path, secret: str, models: Sequence[str], stage: str | None) -> 
     )
 
 
-def _paths(token: Path, secret: str, models: Sequence[str], stage: str | None) -> list[str]:
+def _paths(token: Path, holds: str, models: Sequence[str], stage: str | None) -> list[str]:
     found = []
     there = ""
     with suppress(OSError):
         there = token.read_text().strip()
-    if there != secret:
+    if there != holds:
         run = token.parents[2]
         found.append(f"{run} is not the folder that the job's first node sees: set EAOPD_SHARED to a shared one")
     for model in models:
