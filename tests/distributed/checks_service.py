@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def _compare(rows: TopKRows, answer: torch.Tensor, logprobs: torch.Tensor, asked
     said, best = rows.decode(answer), logprobs.topk(TOP_K)
     assert torch.equal(said.ids, best.indices)
     assert said.entropy is not None
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(said.logprobs, best.values, **close)
-    torch.testing.assert_close(said.token_logprob, logprobs.gather(1, asked[:, None])[:, 0], **close)
-    torch.testing.assert_close(said.entropy, -(logprobs.exp() * logprobs).sum(1), **close)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    close(said.logprobs, best.values)
+    close(said.token_logprob, logprobs.gather(1, asked[:, None])[:, 0])
+    close(said.entropy, -(logprobs.exp() * logprobs).sum(1))
