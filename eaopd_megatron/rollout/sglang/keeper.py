@@ -17,7 +17,7 @@ from eaopd_megatron.rollout.interface import Wanted
 from eaopd_megatron.rollout.sglang.identity import Expected, identify
 from eaopd_megatron.rollout.sglang.router import READY_PATH, admit_workers, worker_urls
 from eaopd_megatron.rollout.sglang.server import Server, ServerSettings
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Limits
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, Limits
 from eaopd_megatron.rollout.sglang.writing import Writing
 from eaopd_megatron.services.arrival import Arrival
 from eaopd_megatron.services.client import Busy, Client, ServerGone, read_api_key
@@ -25,8 +25,6 @@ from eaopd_megatron.services.loop import Loop, until_done
 from eaopd_megatron.services.pool import Pool
 from eaopd_megatron.services.process import stop_all, wait_ready
 
-SLACK_TOKENS = 6
-"""By how much more than RESERVED_TOKENS a server wants a prompt to be shorter than its context."""
 DEATHS = 5
 """A server that dies so often in a row, without having served, is not started again."""
 
