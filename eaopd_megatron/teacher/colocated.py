@@ -8,14 +8,15 @@ from dataclasses import fields
 import torch
 
 from eaopd_megatron.data.samples import MicroBatch, Sample
-from eaopd_megatron.megatron.forward import head_of, logits_by_parts, whole
+from eaopd_megatron.megatron.forward import head_of, whole
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import forward, micro_batches
-from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
+from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
 from eaopd_megatron.teacher.interface import TeacherSignal, require_whole
 from eaopd_megatron.teacher.kept import keep, kept
 from eaopd_megatron.teacher.rows import TopKRows
+from eaopd_megatron.teacher.summary import summarise_rows
 from eaopd_megatron.teacher.terminal import TerminalMap
 
 
@@ -54,21 +55,17 @@ class ColocatedTeacher:
 
         def last(index: int, rows: torch.Tensor) -> None:
             batch = batches[index]
-            labels = self.terminal.labels(batch)
-            found = [
-                summarise_teacher(
-                    logits,
-                    batch.tokens[part],
-                    k=self.top_k,
-                    vocab_size=self.vocab_size,
-                    group=self.parallel.tp_group,
-                    teacher_tokens=None if labels is None else labels[part],
-                )
-                for part, logits in logits_by_parts(rows, head_of(self.model))
-            ]
+            found = summarise_rows(
+                rows,
+                head_of(self.model),
+                batch.tokens,
+                self.terminal.labels(batch),
+                top_k=self.top_k,
+                vocab_size=self.vocab_size,
+                group=self.parallel.tp_group,
+            )
             said = {
-                field.name: whole(batch, torch.cat([getattr(part, field.name) for part in found]), self.parallel)
-                for field in fields(TeacherTopK)
+                field.name: whole(batch, getattr(found, field.name), self.parallel) for field in fields(TeacherTopK)
             }
             keep(batch.samples, TeacherTopK(**said))
 
