@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 
@@ -13,7 +14,9 @@ from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import forward, micro_batches
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
 from eaopd_megatron.teacher.interface import TeacherSignal, require_whole
-from eaopd_megatron.teacher.summary import TOPK_FIELDS, summarise_rows
+from eaopd_megatron.teacher.kept import keep, kept
+from eaopd_megatron.teacher.rows import TopKRows
+from eaopd_megatron.teacher.summary import summarise_rows
 from eaopd_megatron.teacher.terminal import TerminalMap
 
 
@@ -40,9 +43,6 @@ class ColocatedTeacher:
         self.model = model.eval().requires_grad_(False)
         self.parallel, self.vocab_size, self.kind, self.top_k = parallel, vocab_size, signal, top_k
         self.terminal, self.budget = terminal, budget
-        nothing = torch.empty(0, device=parallel.device)
-        ids = torch.empty(0, top_k, dtype=torch.long, device=parallel.device)
-        self._of_no_token = dict(zip(TOPK_FIELDS, (ids, ids.float(), nothing, nothing), strict=True))
 
     def open(self, longest: int) -> None:
         """Nothing: the model is there."""
@@ -64,10 +64,10 @@ class ColocatedTeacher:
                 vocab_size=self.vocab_size,
                 group=self.parallel.tp_group,
             )
-            for name in TOPK_FIELDS:
-                values = whole(batch, getattr(found, name), self.parallel)
-                for sample, tensor in zip(batch.samples, batch.split(values), strict=True):
-                    sample.teacher_signal[name] = tensor
+            said = {
+                field.name: whole(batch, getattr(found, field.name), self.parallel) for field in fields(TeacherTopK)
+            }
+            keep(batch.samples, TeacherTopK(**said))
 
         forward(self.model, batches, last)
 
@@ -85,20 +85,12 @@ class ColocatedTeacher:
         The model runs now, except for "topk": collective over all ranks.
         """
         if self.kind == "topk":
-            return lambda index: self._kept(batches[index])
+            return lambda index: kept(batches[index], TopKRows(self.top_k))
         hidden: dict[int, torch.Tensor] = {}
         forward(self.model, batches, hidden.__setitem__)
         if self.kind == "hidden":
             return lambda index: TeacherHidden(hidden[index], head_of(self.model))
         return lambda index: TeacherLogits(hidden[index] @ head_of(self.model).T)
-
-    def _kept(self, batch: MicroBatch) -> TeacherTopK:
-        return TeacherTopK(
-            *(
-                batch.gather([self._of_no_token[name], *(s.teacher_signal[name] for s in batch.samples)])
-                for name in TOPK_FIELDS
-            )
-        )
 
     def labels(self, batch: MicroBatch) -> torch.Tensor | None:
         """[n] ids for log p(y) where the signal is the full distribution; top-k has looked them up already."""

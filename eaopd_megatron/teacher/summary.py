@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 import torch.distributed as dist
 
 from eaopd_megatron.megatron.forward import logits_by_parts
 from eaopd_megatron.objective import TeacherTopK, summarise_teacher
-
-TOPK_FIELDS = ("ids", "logprobs", "token_logprob", "entropy")
 
 
 def summarise_rows(
@@ -37,4 +37,5 @@ def summarise_rows(
         )
         for part, logits in logits_by_parts(rows, head)
     ]
-    return TeacherTopK(*(torch.cat([getattr(part, name) for part in found]) for name in TOPK_FIELDS))
+    joined = {field.name: torch.cat([getattr(part, field.name) for part in found]) for field in fields(TeacherTopK)}
+    return TeacherTopK(**joined)

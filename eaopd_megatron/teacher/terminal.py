@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eaopd_megatron.data.samples import MicroBatch
+from eaopd_megatron.data.samples import MicroBatch, Sample
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,8 @@ class TerminalMap:
             return None
         terminal = batch.last_tokens() & (batch.tokens == self.student_id)
         return torch.where(terminal, self.teacher_id, batch.tokens)
+
+    def label(self, sample: Sample) -> int | None:
+        """The id under which log p of the response's last token is looked up, where it is not that token itself."""
+        ended = sample.finish_reason == "stop" and sample.response_ids[-1:] == [self.student_id]
+        return self.teacher_id if self.kind == "label" and ended else None

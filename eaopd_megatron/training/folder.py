@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ _FREE_KEYS = (
     *(f"student.{kind}_parallel" for kind in ("tensor", "pipeline", "context", "expert", "expert_tensor", "data")),
     *("student.sequence_parallel", "student.virtual_pipeline", "student.recompute"),
     *(f"optimizer.{key}" for key in ("distributed", "overlap", "offload")),
+    *(f"teacher.{key}" for key in ("urls", "listen", "api_key_file", "replicas", "max_running", "memory_fraction")),
+    *(f"teacher.{key}" for key in ("start_minutes", "all_down_minutes")),
 )
 
 
@@ -98,7 +101,8 @@ class RunFolder:
         if not self.config.exists():
             return
         for key, there, here in differences(load_recipe(self.config), recipe):
-            if key not in _FREE_KEYS and not key.startswith(_FREE):
+            general = re.sub(r"^teachers\.[^.]+", "teacher", key)
+            if general not in _FREE_KEYS and not key.startswith(_FREE):
                 raise UserError(
                     f"{self.path} holds a run with {key}={there}, this recipe has {here}: "
                     "choose another run.folder, or remove that one"

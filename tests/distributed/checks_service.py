@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ TOP_K = 5
 
 
 def check_rows(
-    group: dist.ProcessGroup, folder: str, values: str, layout: dict[str, Any], swap: list[int], vocab_size: int
+    group: dist.ProcessGroup, folder: str, values: str, layout: dict[str, Any], swap: tuple[int, int], vocab_size: int
 ) -> None:
     """values: file of tokens [b, s], hidden [b, s, h] and logits [b, s, V], the latter without any map. Each sequence
     is a sample; the prompt's length differs. The last response token is looked up under id 1 in the first of them."""
@@ -34,7 +35,7 @@ def check_rows(
     prompt_only = ScoreRequest("prompt", [Scored(3, 0)], tokens[0, :3].int())
     with arranged(Layout(**layout)) as parallel:
         model = build_model(source.config, parallel.layout, torch.float32, untie=True)
-        load_hf(model, source, parallel, row_map=dict([swap]))
+        load_hf(model, source, parallel, row_map={swap[0]: swap[1]})
         for rows in (HiddenRows(source.config.hidden_size, torch.float32), TopKRows(TOP_K)):
             scorer = Scorer(model, parallel, rows, vocab_size=vocab_size)
             together = scorer.score([alone, prompt_only, whole])
@@ -50,7 +51,7 @@ def check_rows(
                     torch.testing.assert_close(rows.decode(answer), hidden, rtol=1e-4, atol=1e-5)
                     continue
                 logits = torch.cat([expected["logits"][i, place] for i, place in enumerate(places)])
-                logits[:, swap] = logits[:, swap[::-1]]
+                logits[:, list(swap)] = logits[:, list(swap[::-1])]
                 asked = torch.cat([tokens[i, s.prompt :] for i, s in enumerate(request.samples)])
                 asked[request.samples[0].response - 1] = 1
                 _compare(rows, answer, logits[:, :vocab_size].log_softmax(-1), asked)
@@ -60,7 +61,7 @@ def _compare(rows: TopKRows, answer: torch.Tensor, logprobs: torch.Tensor, asked
     said, best = rows.decode(answer), logprobs.topk(TOP_K)
     assert torch.equal(said.ids, best.indices)
     assert said.entropy is not None
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(said.logprobs, best.values, **close)
-    torch.testing.assert_close(said.token_logprob, logprobs.gather(1, asked[:, None])[:, 0], **close)
-    torch.testing.assert_close(said.entropy, -(logprobs.exp() * logprobs).sum(1), **close)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    close(said.logprobs, best.values)
+    close(said.token_logprob, logprobs.gather(1, asked[:, None])[:, 0])
+    close(said.entropy, -(logprobs.exp() * logprobs).sum(1))

@@ -46,5 +46,5 @@ def test_a_layout_changes_what_the_teacher_says(
         hidden, logits = model.model(tokens).last_hidden_state, model(tokens).logits
     save_file({"tokens": tokens, "hidden": hidden, "logits": logits}, tmp_path / "values")
     for layout in layouts:
-        options: dict[str, Any] = {"layout": layout, "swap": [3, 7], "vocab_size": vocab_size}
+        options: dict[str, Any] = {"layout": layout, "swap": (3, 7), "vocab_size": vocab_size}
         ranks.run(CHECKS, "check_rows", folder=str(tmp_path), values=str(tmp_path / "values"), **options)

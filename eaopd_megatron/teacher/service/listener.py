@@ -76,7 +76,7 @@ class Listener(socketserver.ThreadingTCPServer):
         """Requests come into the queue from now on."""
         self.queue, self.info = queue, info
         self.server_activate()
-        threading.Thread(target=self.serve_forever, name="listener", daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="listener", daemon=True).start()
 
     def end(self) -> None:
         """No connection is accepted any more."""

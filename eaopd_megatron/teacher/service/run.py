@@ -24,6 +24,7 @@ from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.services.client import read_api_key
 from eaopd_megatron.services.ending import Asked
 from eaopd_megatron.services.relay import relay
+from eaopd_megatron.teacher.identity import describe
 from eaopd_megatron.teacher.rows import Rows
 from eaopd_megatron.teacher.service.choice import chosen, key_of
 from eaopd_megatron.teacher.service.listener import Listener
@@ -67,29 +68,11 @@ def _listen(options: Options) -> Listener:
 def _build(recipe: Recipe, options: Options, folder: HfFolder, parallel: Parallel) -> tuple[Info, Rows, ModelChunks]:
     """The model, and what it is to clients."""
     student = HfFolder.open(recipe.student.model, "student.model")
-    terminal = TerminalMap.between(options.terminal_map, student.eos_ids, folder.eos_ids)
-    vocab_size = min(student.vocab_size, folder.vocab_size)
-    signal_kind = recipe.signal(options)
+    info = describe(recipe, options, student, folder, _shown(parallel.layout))
     # hidden states become logits at the student's ranks, whose copy of the output layer is the one that is mapped
-    row_map = terminal.row_map() if signal_kind == "topk" else None
+    row_map = TerminalMap(*info.terminal).row_map() if info.signal == "topk" else None
     model = build_model(folder.config, parallel.layout, DTYPES[options.precision], untie=row_map is not None)
     load_hf(model, folder, parallel, row_map=row_map)
-    top_k = min(recipe.objective.build().top_k, vocab_size)
-    width = int(folder.config.hidden_size)
-    info = Info(
-        model=options.model,
-        fingerprint=folder.fingerprint if parallel.is_main else "",
-        signal=signal_kind,
-        top_k=top_k,
-        width=width,
-        dtype={dtype: name for name, dtype in DTYPES.items()}[model.dtype],
-        vocab_size=vocab_size,
-        terminal=(terminal.kind, terminal.student_id, terminal.teacher_id),
-        max_tokens=max(
-            recipe.train.micro_batch_tokens, recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
-        ),
-        layout=_shown(parallel.layout),
-    )
     return info, info.row_format, model
 
 
