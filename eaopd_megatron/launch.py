@@ -307,7 +307,7 @@ def _as_asked(rank: _Rank, asked: bool) -> bool:
 
 
 def reports_of(folder: Path) -> list[dict[str, Any]]:
-    """The ranks' own reports of their errors, which `$EAOPD_ERROR_FILE=folder/error` made them write, earliest first."""
+    """The ranks' own reports of their errors, written as `$EAOPD_ERROR_FILE=folder/error` says, earliest first."""
     found = []
     for path in folder.glob("error.*"):
         with suppress(OSError, ValueError):

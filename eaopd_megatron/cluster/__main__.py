@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eaopd_megatron.errors import UserError
 from eaopd_megatron.guard import guarded
 
 

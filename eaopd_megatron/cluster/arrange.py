@@ -99,7 +99,7 @@ def arrange(recipe: str, overrides: Sequence[str], nodes: Nodes) -> Arrangement:
         server_gpus=loaded.servers.tensor_parallel,
         models=tuple(dict.fromkeys(_models(loaded).values())),
         staged=_staged(loaded),
-        overrides=tuple([*overrides, f"run.folder={Path(loaded.run.folder).absolute()}"]),
+        overrides=(*overrides, f"run.folder={Path(loaded.run.folder).absolute()}"),
         finished=already_finished(loaded) or "",
     )
 

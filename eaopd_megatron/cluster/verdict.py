@@ -30,7 +30,8 @@ ASKED = (TERMINATED, 128 + 10)
 
 @dataclass(frozen=True)
 class Verdict:
-    """code: of the failing rank; 0: none failed, the ranks were asked to stop. user: whether it is the user's fault, which another start would not mend."""
+    """code: of the failing rank; 0: none failed, the ranks were asked to stop. user: whether it is the user's fault,
+    which another start would not mend."""
 
     code: int
     text: str
