@@ -3,6 +3,7 @@ process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_los
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.build import layouts_of
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
+from eaopd_megatron.teacher.interface import Teacher, TeacherSignal
 from eaopd_megatron.teacher.several import Teachers
 from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
@@ -145,34 +147,68 @@ class Built:
         return {name: tensor.clone() for name, tensor in gather_hf(buffers, self.folder, parallel)}
 
 
-def built(student: str, teacher: str, objective: Objective, parallel: Parallel, *, budget: int, signal: str) -> Built:
+Elsewhere = Callable[[HfFolder, HfFolder, Parallel], Teacher]
+"""Student's and teacher's folder → the teacher, which is not on these ranks."""
+
+
+def built(
+    student: str,
+    teacher: str,
+    objective: Objective,
+    parallel: Parallel,
+    *,
+    budget: int,
+    signal: str,
+    elsewhere: Elsewhere | None = None,
+) -> Built:
     folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
     layout, teacher_layout = layouts_of(parallel.layout, [folder, teacher_folder])
     model = build_model(folder.config, layout, torch.float32)
     load_hf(model, folder, parallel)
-    teacher_model = build_model(teacher_folder.config, teacher_layout, torch.float32)
-    load_hf(teacher_model, teacher_folder, parallel)
     ddp = megatron_optimizer.wrap(model, parallel)
     optimizer = megatron_optimizer.build_optimizer(
         ddp, lr=1.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=EPS, clip_grad=1.0, precision="fp32"
     )
     common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": budget}
     learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
-    terminal = TerminalMap("none", -1, -1)
-    scorer = ColocatedTeacher(
-        teacher_model, parallel, signal=signal, top_k=objective.top_k, terminal=terminal, **common
-    )
+    scorer: Teacher
+    if elsewhere is not None:
+        scorer = elsewhere(folder, teacher_folder, parallel)
+    else:
+        teacher_model = build_model(teacher_folder.config, teacher_layout, torch.float32)
+        load_hf(teacher_model, teacher_folder, parallel)
+        terminal = TerminalMap("none", -1, -1)
+        scorer = ColocatedTeacher(
+            teacher_model, parallel, signal=signal, top_k=objective.top_k, terminal=terminal, **common
+        )
     return Built(folder, model, learner, Teachers({"": scorer}))
 
 
 def trained(
-    student: str, teacher: str, objective: Objective, parallel: Parallel, *, budget: int, signal: str
+    student: str,
+    teacher: str,
+    objective: Objective,
+    parallel: Parallel,
+    *,
+    budget: int,
+    signal: str,
+    elsewhere: Elsewhere | None = None,
+    share: bool = True,
 ) -> Trained:
-    """Three updates through the project's own path."""
-    made = built(student, teacher, objective, parallel, budget=budget, signal=signal)
+    """Three updates through the project's own path. share: of several data-parallel ranks each has some samples, or
+    else the last one has them all."""
+    made = built(student, teacher, objective, parallel, budget=budget, signal=signal, elsewhere=elsewhere)
     learner, scorer = made.learner, made.scorer
-    mine = [s for s in samples(made.folder.vocab_size) if s.index % MINI % parallel.dp_size == parallel.dp_rank]
-    scorer.ask(mine)
+    owner = parallel.dp_size - 1
+
+    def is_mine(index: int) -> bool:
+        return (index % MINI % parallel.dp_size if share else owner) == parallel.dp_rank
+
+    mine = [sample for sample in samples(made.folder.vocab_size) if is_mine(sample.index)]
+    scorer.open(max(len(sample.token_ids) for sample in samples(made.folder.vocab_size)))
+    for part in (mine[:2], mine[2:]):  # as they are written
+        scorer.ask(part)
+    scorer.wait(mine)
     learner.recompute_old_logprobs(mine)
     found: dict[str, float] = {}
     gradients: dict[str, torch.Tensor] = {}
@@ -186,6 +222,7 @@ def trained(
         found[f"clip/{update}"] = figures["objective/clip_fraction"]
         if update == 0:
             gradients = made.gradients(parallel)
+    scorer.close()
     return Trained(dict(gather_hf(dict(made.model.global_parameters()), made.folder, parallel)), gradients, found)
 
 
@@ -344,6 +381,25 @@ def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, studen
     assert {s.finish_reason for s in made} == {"stop", "length"}
 
 
+def teacher_logprobs(
+    scorer: Teacher, said: TeacherSignal, batch: MicroBatch, vocab_size: int, parallel: Parallel
+) -> torch.Tensor:
+    """log p(y) [n], as the objective makes it of what the teacher said, in a vocabulary padded to 256 columns."""
+    columns, n = 256 // parallel.tp_size, len(batch.tokens)
+    options: dict[str, Any] = {
+        "teacher_tokens": scorer.labels(batch),
+        "objective": Objective.preset("opd"),
+        "vocab_size": vocab_size,
+        "group": parallel.tp_group,
+    }
+    if isinstance(said, TeacherLogits):
+        out = entropy_aware_loss(torch.zeros(n, columns), said, batch.tokens, None, **options)
+    else:
+        hidden, head = torch.zeros(n, 8), torch.zeros(columns, 8)
+        out = linear_entropy_aware_loss(hidden, head, said, batch.tokens, None, **options)
+    return out.teacher_logprob
+
+
 def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
     group: dist.ProcessGroup, student: str, teacher: str
 ) -> None:
@@ -373,20 +429,8 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
                 )
                 scorer.ask([sample])
                 batch = collate([sample], torch.device("cpu"))
-                columns = 256 // parallel.tp_size
-                said = scorer.signals([batch])(0)
-                options: dict[str, Any] = {
-                    "teacher_tokens": scorer.labels(batch),
-                    "objective": Objective.preset("opd"),
-                    "vocab_size": teacher_folder.vocab_size,
-                    "group": parallel.tp_group,
-                }
-                if isinstance(said, TeacherLogits):
-                    out = entropy_aware_loss(torch.zeros(3, columns), said, batch.tokens, None, **options)
-                else:
-                    hidden, head = torch.zeros(3, 8), torch.zeros(columns, 8)
-                    out = linear_entropy_aware_loss(hidden, head, said, batch.tokens, None, **options)
+                found = teacher_logprobs(scorer, scorer.signals([batch])(0), batch, teacher_folder.vocab_size, parallel)
                 stop = mine if kind == "none" else theirs
                 expected = torch.stack([exact[0, 8], exact[1, 9], exact[2, stop]])
-                assert torch.allclose(out.teacher_logprob, expected, atol=1e-5), (kind, signal)
+                assert torch.allclose(found, expected, atol=1e-5), (kind, signal)
                 sample.teacher_signal = {}
