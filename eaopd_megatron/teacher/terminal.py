@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eaopd_megatron.data.samples import MicroBatch
+from eaopd_megatron.data.samples import MicroBatch, Sample
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,22 @@ class TerminalMap:
             return None
         terminal = batch.last_tokens() & (batch.tokens == self.student_id)
         return torch.where(terminal, self.teacher_id, batch.tokens)
+
+    def exchanged(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids of the teacher's as the student means them, and the other way round: of the same shape."""
+        if self.kind != "swap":
+            return ids
+        own, other = self.student_id, self.teacher_id
+        return torch.where(ids == own, other, torch.where(ids == other, own, ids))
+
+    def asked(self, sample: Sample) -> torch.Tensor:
+        """[response tokens] the teacher's ids under which their log p(y) stands."""
+        ids = self.exchanged(torch.tensor(sample.response_ids, dtype=torch.long))
+        if self.kind == "label" and sample.finish_reason == "stop" and ids[-1:].tolist() == [self.student_id]:
+            ids[-1] = self.teacher_id
+        return ids
+
+    def elsewhere(self, sample: Sample) -> list[int]:
+        """Those of `asked` that stand for another token of the response than themselves, each once."""
+        pairs = zip(self.asked(sample).tolist(), sample.response_ids, strict=True)
+        return sorted({asked for asked, token in pairs if asked != token})
