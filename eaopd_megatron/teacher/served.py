@@ -7,6 +7,7 @@ that line.
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,59 +98,67 @@ class Scoring:
         return self.rows.encode(self._said(body, await client.generate(body), client.url))
 
     def _said(self, body: Mapping[str, Any], answer: Mapping[str, Any], server: str) -> TeacherTopK:
-        rid, response = body["rid"], self.sample.response_ids
+        rid, tokens = body["rid"], torch.tensor(self.sample.response_ids)
+        shape = (len(tokens), self.asked)
         with reading(rid, server):
             meta = meta_of(rid, answer, server)
-            own, named, _ = zip(*meta["input_token_logprobs"], strict=True)
-            shape = tuple(meta["input_top_logprobs_shape"])
-            values = _array(meta, "val", torch.float32).view(shape)
-            ids = _array(meta, "idx", torch.int32).view(shape).long()
-            alone = meta["input_top_logprobs_null_prefix"], own[0]
-            found = torch.tensor(own[1:], dtype=torch.float32)
+            logprobs, named, _ = zip(*meta["input_token_logprobs"], strict=True)
+            # the first entry is of the prompt's last token, of which nothing is asked
+            if (
+                list(named) != body["input_ids"][body["logprob_start_len"] :]
+                or meta["input_top_logprobs_null_prefix"] != 1
+            ):
+                raise UserError(f"{server} answered request {rid} about other tokens than its response's")
+            if tuple(meta["input_top_logprobs_shape"]) != shape:
+                raise UserError(
+                    f"{server} answered request {rid} with log-probs of shape {meta['input_top_logprobs_shape']}; "
+                    f"{list(shape)} were asked for"
+                )
+            values = _array(meta, "val", torch.float32, shape)
+            ids = _array(meta, "idx", torch.int32, shape).long()
+            own = _numbers(logprobs[1:], len(tokens))
             elsewhere = {
-                token: torch.tensor([row[place][0] for row in meta["input_token_ids_logprobs"][1:]])
+                token: _numbers([row[place][0] for row in meta["input_token_ids_logprobs"][1:]], len(tokens))
                 for place, token in enumerate(body.get("token_ids_logprob", ()))
             }
-        # the first entry is of the prompt's last token, and has no log-probs
-        if list(named) != body["input_ids"][body["logprob_start_len"] :] or alone != (1, None):
-            raise UserError(f"{server} answered request {rid} about other tokens than its response's")
-        if shape != (len(response), self.asked) or any(len(row) != len(response) for row in elsewhere.values()):
-            raise UserError(
-                f"{server} answered request {rid} with log-probs of shape {list(shape)} for {len(response)} tokens; "
-                f"{self.asked} a token were asked for"
-            )
-        if not _sane(values, ids, found, torch.tensor(response)):
+        said = self._as_the_student_means(ids, values, own, elsewhere)
+        if not _sane(values, ids, own, tokens) or said.token_logprob.isnan().any():
             raise UserError(f"{server} answered request {rid} with log-probs that are none: its weights may hold NaN")
-        return self._as_the_student_means(ids, values, found, elsewhere, f"{server} answered request {rid} with")
+        if said.logprobs.isinf().any():
+            raise UserError(
+                f"{server} answered request {rid} with fewer than {self.rows.k} ids of the student's among the "
+                f"{self.asked} most probable ones: lower objective.top_k"
+            )
+        return said
 
     def _as_the_student_means(
-        self,
-        ids: torch.Tensor,
-        values: torch.Tensor,
-        own: torch.Tensor,
-        elsewhere: Mapping[int, torch.Tensor],
-        said: str,
+        self, ids: torch.Tensor, values: torch.Tensor, own: torch.Tensor, elsewhere: Mapping[int, torch.Tensor]
     ) -> TeacherTopK:
-        """Under the terminal map, over the student's ids. elsewhere: id → log-prob [n], where a token's own is not
-        meant."""
+        """Under the terminal map; ids that the student lacks come last, at -inf. elsewhere: teacher's id → its log-prob
+        [n], for tokens whose own is not the one that is meant."""
         ids = self.terminal.exchanged(ids)
         values = values.masked_fill(ids >= self.vocab_size, -torch.inf)
         best = first_k(values, ids, self.rows.k)
-        values = values.gather(1, best)
-        if values.isinf().any():
-            raise UserError(f"{said} fewer than {self.rows.k} ids of the student's: lower objective.top_k")
-        asked = self.terminal.asked(self.sample)
+        asked, tokens = self.terminal.asked(self.sample), torch.tensor(self.sample.response_ids)
         for token, logprobs in elsewhere.items():
-            own = torch.where((asked == token) & (asked != torch.tensor(self.sample.response_ids)), logprobs, own)
-        return TeacherTopK(ids.gather(1, best), values, own)
+            own = torch.where((asked == token) & (asked != tokens), logprobs, own)
+        return TeacherTopK(ids.gather(1, best), values.gather(1, best), own)
 
 
-def _array(meta: Mapping[str, Any], name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A flat array of the answer."""
+def _array(meta: Mapping[str, Any], name: str, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+    """A flat array of the answer. Raises ValueError for one of another type or size."""
     field = f"input_top_logprobs_{name}_flat_b64"
-    if meta[f"{field}_dtype"] != str(dtype).removeprefix("torch."):
-        raise ValueError(f"{dtype} in {field}")
-    return torch.frombuffer(bytearray(base64.b64decode(meta[field])), dtype=dtype)
+    array = torch.frombuffer(bytearray(base64.b64decode(meta[field])), dtype=dtype)
+    if meta[f"{field}_dtype"] != str(dtype).removeprefix("torch.") or array.numel() != math.prod(shape):
+        raise ValueError(f"{list(shape)} {dtype} in {field}")
+    return array.view(shape)
+
+
+def _numbers(logprobs: Sequence[float | None], count: int) -> torch.Tensor:
+    """[count]; what has no number, as JSON has no NaN, is NaN. Raises ValueError for more or fewer."""
+    if len(logprobs) != count:
+        raise ValueError(f"{count} log-probs")
+    return torch.tensor([math.nan if lp is None else lp for lp in logprobs], dtype=torch.float32)
 
 
 def _sane(values: torch.Tensor, ids: torch.Tensor, own: torch.Tensor, tokens: torch.Tensor) -> bool:
