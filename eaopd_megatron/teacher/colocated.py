@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 
@@ -13,6 +14,8 @@ from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import forward, micro_batches
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
 from eaopd_megatron.teacher.interface import TeacherSignal, require_whole
+from eaopd_megatron.teacher.kept import keep, kept
+from eaopd_megatron.teacher.rows import TopKRows
 from eaopd_megatron.teacher.terminal import TerminalMap
 
 
@@ -39,9 +42,6 @@ class ColocatedTeacher:
         self.model = model.eval().requires_grad_(False)
         self.parallel, self.vocab_size, self.kind, self.top_k = parallel, vocab_size, signal, top_k
         self.terminal, self.budget = terminal, budget
-        nothing = torch.empty(0, device=parallel.device)
-        ids = torch.empty(0, top_k, dtype=torch.long, device=parallel.device)
-        self._of_no_token = dict(zip(_TOPK_FIELDS, (ids, ids.float(), nothing, nothing), strict=True))
 
     def open(self, longest: int) -> None:
         """Nothing: the model is there."""
@@ -66,10 +66,11 @@ class ColocatedTeacher:
                 )
                 for part, logits in logits_by_parts(rows, head_of(self.model))
             ]
-            for name in _TOPK_FIELDS:
-                values = whole(batch, torch.cat([getattr(part, name) for part in found]), self.parallel)
-                for sample, tensor in zip(batch.samples, batch.split(values), strict=True):
-                    sample.teacher_signal[name] = tensor
+            said = {
+                field.name: whole(batch, torch.cat([getattr(part, field.name) for part in found]), self.parallel)
+                for field in fields(TeacherTopK)
+            }
+            keep(batch.samples, TeacherTopK(**said))
 
         forward(self.model, batches, last)
 
@@ -87,24 +88,13 @@ class ColocatedTeacher:
         The model runs now, except for "topk": collective over all ranks.
         """
         if self.kind == "topk":
-            return lambda index: self._kept(batches[index])
+            return lambda index: kept(batches[index], TopKRows(self.top_k))
         hidden: dict[int, torch.Tensor] = {}
         forward(self.model, batches, hidden.__setitem__)
         if self.kind == "hidden":
             return lambda index: TeacherHidden(hidden[index], head_of(self.model))
         return lambda index: TeacherLogits(hidden[index] @ head_of(self.model).T)
 
-    def _kept(self, batch: MicroBatch) -> TeacherTopK:
-        return TeacherTopK(
-            *(
-                batch.gather([self._of_no_token[name], *(s.teacher_signal[name] for s in batch.samples)])
-                for name in _TOPK_FIELDS
-            )
-        )
-
     def labels(self, batch: MicroBatch) -> torch.Tensor | None:
         """[n] ids for log p(y) where the signal is the full distribution; top-k has looked them up already."""
         return None if self.kind == "topk" else self.terminal.labels(batch)
-
-
-_TOPK_FIELDS = ("ids", "logprobs", "token_logprob", "entropy")

@@ -7,18 +7,34 @@ What came is bytes in host memory on the rank that pulled it; it is exchanged wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from typing import Generic, Protocol
+import asyncio
+import itertools
+import secrets
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, Protocol
 
 import torch
+import torch.distributed as dist
 
 from eaopd_megatron.config.tree import Teacher as Options
 from eaopd_megatron.data.samples import MicroBatch, Sample
 from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.services.pool import C, Call, L
-from eaopd_megatron.teacher.interface import TeacherSignal
-from eaopd_megatron.teacher.rows import Rows
+from eaopd_megatron.objective import TeacherHidden
+from eaopd_megatron.services.arrival import Arrival
+from eaopd_megatron.services.client import read_api_key
+from eaopd_megatron.services.loop import POLL_SECONDS, Loop, until_done
+from eaopd_megatron.services.pool import C, Call, L, Pool
+from eaopd_megatron.services.relay import relay, wait_together
+from eaopd_megatron.teacher.interface import TeacherSignal, require_count
+from eaopd_megatron.teacher.kept import keep, kept
+from eaopd_megatron.teacher.rows import Rows, TopKRows
 from eaopd_megatron.teacher.terminal import TerminalMap
+
+KIND = "teacher replica"
+"""What messages call one."""
 
 
 class Source(Protocol[C, L]):
@@ -79,25 +95,161 @@ class RemoteTeacher(Generic[C, L]):
         """rows: format of the answers. head: for hidden states, on the last pipeline stage, the teacher's output head
         in the student's layout [V_padded/tp, h_T]. replicas: on the main rank, where the trainer starts them. asked:
         the number of a signal that asks the run to stop, or 0."""
-        raise NotImplementedError
+        self.parallel, self.rows, self.head, self.terminal = parallel, rows, head, terminal
+        self._source, self._replicas, self._options = source, replicas, options
+        self._asked, self._report = asked, report if parallel.is_main else _in_silence
+        self._loop = Loop("teacher")
+        self._pool: Pool[C, L] | None = None
+        self._run = f"{secrets.token_hex(6)}-{parallel.rank}"
+        self._asks = itertools.count()
+        self._dealt = 0  # calls of this copy, over all its ranks
+        self._pulls: list[Future[None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._pulled: dict[int, torch.Tensor] = {}  # by Sample.index: rows that came and are not used yet
 
     def open(self, longest: int) -> None:
-        """As `Teacher.open`; returns once a replica is there. Collective. Raises Asked or ServiceFailed on all ranks,
-        and UserError for servers that are not the recipe's teacher."""
+        """As `Teacher.open`; returns once a replica is there. Collective. Raises Asked, ServiceFailed or RuntimeError
+        on all ranks."""
+        self._loop.__enter__()
+        news = self._arrival(longest) if self.parallel.is_main else None
+        ((urls, key),) = relay(self.parallel, news, self._asked)
+        opening = None
+        if self.parallel.is_last_stage or self.parallel.is_main:  # the main rank tells what becomes of the replicas
+            opening = self._loop.begin(self._open([self._source.client(url, key) for url in urls], longest))
+        wait_together(self.parallel, lambda: opening is None or _done([opening]), self._asked)
 
     def ask(self, samples: Sequence[Sample]) -> None:
         """As `Teacher.ask`: the requests run in the background."""
+        wanted = [sample for sample in samples if sample.response_ids]
+        if not self.parallel.is_last_stage or not wanted:
+            return
+        assert self._pool is not None, "open comes first"
+        calls = self._source.calls(wanted, f"{self._run}-{next(self._asks)}")
+        for call, of in calls:
+            if self._dealt % self.parallel.stage_size == self.parallel.stage_rank:
+                self._pulls.append(self._loop.begin(self._pull(self._pool, call, of)))
+            self._dealt += 1
 
     def wait(self, samples: Sequence[Sample]) -> None:
         """As `Teacher.wait`."""
+        wait_together(self.parallel, lambda: _done(self._pulls), self._asked)
+        self._pulls.clear()
+        if self.parallel.is_last_stage and isinstance(self.rows, TopKRows):
+            keep(samples, self.rows.decode(self._exchanged(samples)))
+        else:
+            self._require_each_once(samples)
 
     def signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
-        """As `Teacher.signals`."""
-        raise NotImplementedError
+        """As `Teacher.signals`. The rows of a micro-batch are exchanged, and leave the host's memory, when it is
+        asked for."""
+        if isinstance(self.rows, TopKRows):
+            top_k = self.rows
+            return lambda index: kept(batches[index], top_k)
+        hidden = self.rows
+
+        def of(index: int) -> TeacherHidden:
+            assert self.head is not None
+            batch = batches[index]
+            return TeacherHidden(hidden.decode(batch.gather([self._exchanged(batch.samples)])), self.head)
+
+        return of
 
     def labels(self, batch: MicroBatch) -> torch.Tensor | None:
         """As `Teacher.labels`."""
-        raise NotImplementedError
+        return None if isinstance(self.rows, TopKRows) else self.terminal.labels(batch)
 
     def close(self) -> None:
         """As `Teacher.close`: what is still asked for is given up, replicas that were started here end."""
+        if self._loop.running:
+            self._loop.run(self._shut())
+            self._loop.__exit__()
+        self._pulls.clear()
+        self._pulled.clear()
+        if self._replicas is not None:
+            self._replicas.close()
+
+    def _exchanged(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """The rows [response tokens, rows.bytes] uint8 of all samples, on every rank of the stage; the owners forget
+        theirs. Collective over the stage's tensor- and context-parallel ranks."""
+        self._require_each_once(samples)
+        lengths = [len(sample.response_ids) for sample in samples]
+        everything = torch.zeros(sum(lengths), self.rows.bytes, dtype=torch.uint8, device=self.parallel.device)
+        for sample, place in zip(samples, everything.split(lengths), strict=True):
+            mine = self._pulled.pop(sample.index, None)
+            if mine is not None:
+                place.copy_(mine)
+        if self.parallel.stage_size > 1 and len(everything):
+            dist.all_reduce(everything, group=self.parallel.stage_group)  # every byte is of one rank, 0 elsewhere
+        return everything
+
+    def _require_each_once(self, samples: Sequence[Sample]) -> None:
+        """Raises RuntimeError where not every response token has one row on one rank of the stage."""
+        if not self.parallel.is_last_stage or not samples:
+            return
+        found = torch.tensor([len(self._pulled.get(s.index, ())) for s in samples], device=self.parallel.device)
+        if self.parallel.stage_size > 1:
+            dist.all_reduce(found, group=self.parallel.stage_group)
+        for sample, count in zip(samples, found.tolist(), strict=True):
+            require_count(sample, count)
+
+    # On the main rank, before there is a pool
+
+    def _arrival(self, longest: int) -> Iterator[tuple[list[str], str | None] | None]:
+        """News for `relay`: at last, where the replicas are and the key that they want."""
+        options = self._options
+        if self._replicas is None:
+            urls, key = options.urls, None if options.api_key_file is None else read_api_key(Path(options.api_key_file))
+        else:
+            self._replicas.start(longest)
+            urls = yield from self._replicas.urls()
+            key = self._replicas.key
+        clients = [self._source.client(url, key) for url in urls]
+        admit = partial(self._source.admit, longest=longest)
+        yield from until_done(self._loop.begin(self._until_there(clients, admit)))
+        yield urls, key
+
+    # In the event loop
+
+    async def _until_there(self, clients: Sequence[C], admit: Callable[[C], Awaitable[L]]) -> None:
+        try:
+            await Arrival(KIND, self._options.start_minutes, self._report).of_all(clients, admit)
+        finally:
+            for client in clients:
+                await client.close()
+
+    async def _open(self, clients: Sequence[C], longest: int) -> None:
+        admit = partial(self._source.admit, longest=longest)
+        all_down = 60 * self._options.all_down_minutes
+        self._pool = Pool(clients, admit, kind=KIND, all_down=all_down, report=self._report)
+        await self._pool.open()
+
+    async def _pull(self, pool: Pool[C, L], call: Call[C, L, torch.Tensor], samples: Sequence[Sample]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        async for rows in pool.run([call]):
+            parts = rows.split([len(sample.response_ids) for sample in samples])
+            for sample, part in zip(samples, parts, strict=True):
+                if sample.index in self._pulled:
+                    raise RuntimeError(f"prompt {sample.prompt.id}: it was scored twice")
+                self._pulled[sample.index] = part
+
+    async def _shut(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._pool is not None:
+            await self._pool.close()
+
+
+def _done(work: Sequence[Future[None]]) -> bool:
+    """Whether all of it is, after POLL_SECONDS at the most. Raises what one of them raised."""
+    finished, running = wait(work, POLL_SECONDS, FIRST_EXCEPTION)
+    for one in finished:
+        one.result()
+    return not running
+
+
+def _in_silence(text: str) -> None:
+    """The main rank says it."""

@@ -32,10 +32,19 @@ SLACK = 1e-3
 class ServedSource:
     """What `RemoteTeacher` needs of SGLang servers that hold a teacher."""
 
-    def __init__(self, folder: HfFolder, student: HfFolder, *, k: int, terminal: TerminalMap, max_running: int) -> None:
+    def __init__(
+        self,
+        folder: HfFolder,
+        student: HfFolder,
+        *,
+        k: int,
+        terminal: TerminalMap,
+        max_running: int,
+        label: str = "teacher",
+    ) -> None:
         """folder: the teacher's. k: log-probs a token, no more than the student has tokens. max_running: requests on a
-        server at the same time."""
-        self.folder, self.terminal, self.max_running = folder, terminal, max_running
+        server at the same time. label: the recipe's key of the teacher."""
+        self.folder, self.terminal, self.max_running, self._label = folder, terminal, max_running, label
         self.rows, self.vocab_size = TopKRows(k, entropy=False), student.vocab_size
         self._spare = min(k, max(0, folder.vocab_size - student.vocab_size))  # ids that the student does not have
 
@@ -49,7 +58,7 @@ class ServedSource:
 
     def client(self, url: str, key: str | None) -> Client:
         """As `remote.Source.client`."""
-        return Client(url, api_key=key, connections=self.max_running, key_setting="teacher.api_key_file")
+        return Client(url, api_key=key, connections=self.max_running, key_setting=f"{self._label}.api_key_file")
 
     async def admit(self, client: Client, longest: int) -> Limits:
         """As `remote.Source.admit`."""

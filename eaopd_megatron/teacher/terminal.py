@@ -45,6 +45,11 @@ class TerminalMap:
         terminal = batch.last_tokens() & (batch.tokens == self.student_id)
         return torch.where(terminal, self.teacher_id, batch.tokens)
 
+    def label(self, sample: Sample) -> int | None:
+        """The id under which log p of the response's last token is looked up, where it is not that token itself."""
+        ended = sample.finish_reason == "stop" and sample.response_ids[-1:] == [self.student_id]
+        return self.teacher_id if self.kind == "label" and ended else None
+
     def exchanged(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of the teacher's as the student means them, and the other way round: of the same shape."""
         if self.kind != "swap":
@@ -55,8 +60,8 @@ class TerminalMap:
     def asked(self, sample: Sample) -> torch.Tensor:
         """[response tokens] the teacher's ids under which their log p(y) stands."""
         ids = self.exchanged(torch.tensor(sample.response_ids, dtype=torch.long))
-        if self.kind == "label" and sample.finish_reason == "stop" and ids[-1:].tolist() == [self.student_id]:
-            ids[-1] = self.teacher_id
+        if (label := self.label(sample)) is not None:
+            ids[-1] = label
         return ids
 
     def elsewhere(self, sample: Sample) -> list[int]:
