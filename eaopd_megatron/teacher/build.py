@@ -10,7 +10,7 @@ from eaopd_megatron.config import Recipe
 from eaopd_megatron.config.tree import Teacher as Options
 from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.groups import Layout, Parallel
-from eaopd_megatron.megatron.model import DTYPES, build_model
+from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.interface import Teacher
 from eaopd_megatron.teacher.several import Teachers
@@ -40,34 +40,37 @@ def build_teachers(
     student: HfFolder,
     folders: Mapping[str, HfFolder],
     layouts: Mapping[str, Layout],
+    vocab_size: int,
 ) -> Teachers:
-    """Every teacher of the recipe. layouts: of those that are colocated."""
+    """Every teacher of the recipe. layouts: of those that are colocated. vocab_size: the models' common one."""
     named: dict[str, Teacher] = {}
     for name, options in recipe.named_teachers().items():
         terminal = TerminalMap.between(options.terminal_map, student.eos_ids, folders[name].eos_ids)
-        named[name] = _colocated(recipe, options, parallel, student, folders[name], layouts[name], terminal)
+        model = _colocated_model(options, parallel, student, folders[name], layouts[name], terminal)
+        named[name] = ColocatedTeacher(
+            model,
+            parallel,
+            vocab_size=vocab_size,
+            signal=recipe.signal(options),
+            top_k=min(recipe.objective.build().top_k, vocab_size),
+            terminal=terminal,
+            budget=recipe.train.micro_batch_tokens,
+        )
     return Teachers(named)
 
 
-def _colocated(
-    recipe: Recipe,
+def _colocated_model(
     options: Options,
     parallel: Parallel,
     student: HfFolder,
     folder: HfFolder,
     layout: Layout,
     terminal: TerminalMap,
-) -> Teacher:
+) -> ModelChunks:
+    """Its output layer has the student's rows and shards: the objective takes both models' logits side by side."""
     check_config(folder.config, layout, options.model)
     row_map = terminal.row_map()
-    model = build_model(folder.config, layout, DTYPES[options.precision], untie=row_map is not None)
+    precision, output = DTYPES[options.precision], student.vocab_size
+    model = build_model(folder.config, layout, precision, untie=row_map is not None, output_vocab=output)
     load_hf(model, folder, parallel, row_map=row_map)
-    return ColocatedTeacher(
-        model,
-        parallel,
-        vocab_size=student.vocab_size,
-        signal=recipe.signal(options),
-        top_k=min(recipe.objective.build().top_k, student.vocab_size),
-        terminal=terminal,
-        budget=recipe.train.micro_batch_tokens,
-    )
+    return model

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.checkpoint.hf_folder import HfFolder, common_vocab_size
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.prompts import PromptBuilder
@@ -32,6 +32,7 @@ class Parts:
     """What a run is made of on this rank."""
 
     student_folder: HfFolder
+    vocab_size: int  # that student and teachers have
     tokenizer: Any
     model: ModelChunks
     student: Student
@@ -51,13 +52,13 @@ def build(
     colocated = [name for name, one in recipe.named_teachers().items() if one.placement == "colocated"]
     student_layout, *others = layouts_of(parallel.layout, [student_folder, *(teacher_folders[n] for n in colocated)])
     check_config(student_folder.config, student_layout, recipe.student.model)
-    vocab_size = student_folder.vocab_size
+    vocab_size = common_vocab_size([student_folder, *teacher_folders.values()])
 
     precision, options = recipe.student.precision, recipe.optimizer
     model = build_model(student_folder.config, student_layout, DTYPES[precision], recompute=recipe.student.recompute)
     load_hf(model, student_folder, parallel)
     layouts = dict(zip(colocated, others, strict=True))
-    teacher = build_teachers(recipe, parallel, student_folder, teacher_folders, layouts)
+    teacher = build_teachers(recipe, parallel, student_folder, teacher_folders, layouts, vocab_size)
 
     ddp = megatron_optimizer.wrap(model, parallel, distributed=options.distributed, overlap=options.overlap)
     optimizer = megatron_optimizer.build_optimizer(
@@ -88,6 +89,7 @@ def build(
             parallel,
             model,
             student_folder,
+            vocab_size=vocab_size,
             logs=folder.servers,
             scratch=folder.weights,
             logprobs=student.logprobs,
@@ -100,6 +102,7 @@ def build(
     tokenizer = student_folder.tokenizer()
     return Parts(
         student_folder,
+        vocab_size,
         tokenizer,
         model,
         student,

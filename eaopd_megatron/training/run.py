@@ -225,6 +225,8 @@ class Run:
         add("rollout/length", torch.tensor([len(s.response_ids) for s in samples]))
         add("rollout/stopped", torch.tensor([s.finish_reason == "stop" for s in samples]))
         add("rollout/truncated", torch.tensor([s.finish_reason == "length" for s in samples]))
+        if self.parts.vocab_size < self.parts.student_folder.vocab_size:
+            add("rollout/foreign_tokens", torch.tensor([s.foreign_tokens for s in samples]))
         start = self.updates - len(self.mini_batches(samples))
         add("rollout/version_lag", torch.tensor([start - s.weight_version for s in samples]))
         add(SAMPLE_FLOPS, self.throughput.sample_flops(samples))

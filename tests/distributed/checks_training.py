@@ -32,6 +32,7 @@ from eaopd_megatron.training.step import Student
 from tests.distributed.arranged import arranged
 from tests.tiny_models import on_disk
 
+TENSOR_LAYOUTS = (Layout(2), Layout(4))
 SIMPLE_LAYOUTS = (Layout(1), Layout(2), Layout(2, sequence_parallel=True), Layout(4))
 WIDE_LAYOUTS = (
     Layout(pipeline_parallel=2),
@@ -89,14 +90,14 @@ def reference(student: str, teacher: str, objective: Objective) -> Trained:
     """transformers, torch's AdamW, one process, no padding, full logits."""
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    size = model.config.vocab_size
+    size = min(model.config.vocab_size, frozen.config.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.999), eps=EPS, weight_decay=0.01)
     everything = samples(size)
     losses, norms = [], []
     gradients: dict[str, torch.Tensor] = {}
 
     def logits(of: torch.nn.Module, sample: Sample) -> torch.Tensor:
-        return of(torch.tensor([sample.token_ids])).logits[0, len(sample.prompt.token_ids) - 1 : -1]
+        return of(torch.tensor([sample.token_ids])).logits[0, len(sample.prompt.token_ids) - 1 : -1, :size]
 
     with torch.no_grad():
         old = [
@@ -132,9 +133,10 @@ def reference(student: str, teacher: str, objective: Objective) -> Trained:
 
 @dataclass
 class Built:
-    """A student with its optimiser, and its teacher, on this rank."""
+    """A student with its optimiser, and its teacher, on this rank. vocab_size: the common one."""
 
     folder: HfFolder
+    vocab_size: int
     model: ModelChunks
     learner: Student
     scorer: Teachers
@@ -150,19 +152,20 @@ def built(student: str, teacher: str, objective: Objective, parallel: Parallel, 
     layout, teacher_layout = layouts_of(parallel.layout, [folder, teacher_folder])
     model = build_model(folder.config, layout, torch.float32)
     load_hf(model, folder, parallel)
-    teacher_model = build_model(teacher_folder.config, teacher_layout, torch.float32)
+    teacher_model = build_model(teacher_folder.config, teacher_layout, torch.float32, output_vocab=folder.vocab_size)
     load_hf(teacher_model, teacher_folder, parallel)
     ddp = megatron_optimizer.wrap(model, parallel)
     optimizer = megatron_optimizer.build_optimizer(
         ddp, lr=1.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=EPS, clip_grad=1.0, precision="fp32"
     )
-    common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": budget}
+    vocab_size = min(folder.vocab_size, teacher_folder.vocab_size)
+    common: dict[str, Any] = {"vocab_size": vocab_size, "budget": budget}
     learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
     terminal = TerminalMap("none", -1, -1)
     scorer = ColocatedTeacher(
         teacher_model, parallel, signal=signal, top_k=objective.top_k, terminal=terminal, **common
     )
-    return Built(folder, model, learner, Teachers({"": scorer}))
+    return Built(folder, vocab_size, model, learner, Teachers({"": scorer}))
 
 
 def trained(
@@ -171,7 +174,7 @@ def trained(
     """Three updates through the project's own path."""
     made = built(student, teacher, objective, parallel, budget=budget, signal=signal)
     learner, scorer = made.learner, made.scorer
-    mine = [s for s in samples(made.folder.vocab_size) if s.index % MINI % parallel.dp_size == parallel.dp_rank]
+    mine = [s for s in samples(made.vocab_size) if s.index % MINI % parallel.dp_size == parallel.dp_rank]
     scorer.ask(mine)
     learner.recompute_old_logprobs(mine)
     found: dict[str, float] = {}
@@ -348,26 +351,28 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
     group: dist.ProcessGroup, student: str, teacher: str
 ) -> None:
     """Student and teacher end with different ids: under swap and label the stop gets the teacher's log-prob of its
-    own stop."""
+    own stop; also where the teacher's output layer has the student's rows."""
     mine, theirs = 7, 90
     teacher_folder = HfFolder.open(teacher)
+    size = HfFolder.open(student).vocab_size
     frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     sample = Sample(Prompt("p", (5, 6), {}), [8, 9, mine], "stop", [0.0] * 3, 0)
     with torch.no_grad():
-        exact = frozen(torch.tensor([sample.token_ids])).logits[0, 1:-1].log_softmax(-1)
+        exact = frozen(torch.tensor([sample.token_ids])).logits[0, 1:-1, :size].log_softmax(-1)
     for kind in ("swap", "label", "none"):
         terminal = TerminalMap.between(kind, [mine], [theirs])
         with arranged(Layout(2)) as parallel:
             row_map = terminal.row_map()
-            model = build_model(teacher_folder.config, parallel.layout, torch.float32, untie=row_map is not None)
+            untie = row_map is not None
+            model = build_model(teacher_folder.config, parallel.layout, torch.float32, untie=untie, output_vocab=size)
             load_hf(model, teacher_folder, parallel, row_map=row_map)
             for signal in ("topk", "hidden", "logits"):
                 scorer = ColocatedTeacher(
                     model,
                     parallel,
-                    vocab_size=teacher_folder.vocab_size,
+                    vocab_size=size,
                     signal=signal,
-                    top_k=teacher_folder.vocab_size,
+                    top_k=size,
                     terminal=terminal,
                     budget=100,
                 )
@@ -378,7 +383,7 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
                 options: dict[str, Any] = {
                     "teacher_tokens": scorer.labels(batch),
                     "objective": Objective.preset("opd"),
-                    "vocab_size": teacher_folder.vocab_size,
+                    "vocab_size": size,
                     "group": parallel.tp_group,
                 }
                 if isinstance(said, TeacherLogits):

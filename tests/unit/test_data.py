@@ -1,6 +1,7 @@
 """Prompts, cursor, packing: what decides which token is trained with whose logits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,17 @@ def test_the_context_parts_hold_each_token_once_with_the_row_before_it(context: 
         tokens[batch.kept] = batch.tokens
         assert torch.equal(batch.positions[0], place - ends[torch.searchsorted(ends, place, right=True) - 1])
     assert tokens.tolist() == [token for one in samples for token in one.response_ids]
+
+
+def test_a_response_ends_before_an_id_that_a_teacher_lacks() -> None:
+    one = replace(sample([5], [7, 250, 249]), weight_versions=[(3, 0, 1), (4, 1, 3)])
+    assert one.within(251) is one
+    found = one.within(250)
+    assert (found.response_ids, found.rollout_logprobs, found.finish_reason) == ([7], [-1.0], "length")
+    assert (found.weight_versions, found.foreign_tokens) == ([(3, 0, 1)], 2)
+    empty = one.within(7)
+    assert (empty.response_ids, empty.weight_versions, empty.foreign_tokens) == ([], [], 3)
+    assert collate([empty], torch.device("cpu")).count == 0
 
 
 def test_a_micro_batch_without_samples_has_tokens_to_run_and_none_to_train() -> None:
