@@ -12,13 +12,15 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from eaopd_megatron.megatron import cpu
 from eaopd_megatron.megatron.architecture import Recompute, padded_vocab_size, transformer_config
+from eaopd_megatron.megatron.fp8 import take_any_length
 from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.megatron.layers import layer_spec
 from eaopd_megatron.megatron.names import global_name
 from eaopd_megatron.megatron.overlap import gathered
 from eaopd_megatron.megatron.rotary import rotary_base, set_attention_factor, set_frequencies
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of what is computed, and of weights but fp8's (`build_model(..., fp8=True)`)."""
 
 
 class ModelChunks(torch.nn.ModuleList):
@@ -70,6 +72,7 @@ def build_model(
     *,
     untie: bool = False,
     output_vocab: int | None = None,
+    fp8: bool = False,
     recompute: Recompute = "none",
 ) -> ModelChunks:
     """This rank's uninitialised part of a model, on its device; weights come from `checkpoint.hf_import`.
@@ -77,12 +80,13 @@ def build_model(
     untie: give a model with tied embeddings an output layer of its own (a teacher whose output rows are mapped).
     output_vocab: the vocabulary size whose padding and shards the output layer has (a teacher's: the student's), which
     makes a difference where the embedding's are others; none: the model's own. GPTModel cannot run such a layer.
+    fp8: the layers' weights, which are frozen then (`megatron.fp8`); dtype is the others'.
     recompute: activations that backward makes again instead of keeping them.
     """
     rows = padded_vocab_size(hf.vocab_size, layout.tensor_parallel)
     output_rows = padded_vocab_size(output_vocab or hf.vocab_size, layout.tensor_parallel)
     shared = hf.tie_word_embeddings and not untie and output_rows == rows
-    config = transformer_config(hf, layout, dtype, recompute)
+    config = transformer_config(hf, layout, dtype, recompute, fp8=fp8)
     set_attention_factor(config, hf)
     stages = [None] if layout.virtual_pipeline == 1 else range(layout.virtual_pipeline)
     with cpu.cuda_literals():
@@ -106,6 +110,8 @@ def build_model(
     for gpt in chunks:
         set_frequencies(gpt, hf)
         _mark_experts(gpt)
+        if fp8:
+            take_any_length(gpt)
         if gpt.post_process and output_rows != rows:
             weight = gpt.output_layer.weight
             resized = weight.new_empty(output_rows // layout.tensor_parallel, weight.shape[1])

@@ -9,6 +9,7 @@ from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.config.tree import Teacher as Options
 from eaopd_megatron.megatron.architecture import check_config
+from eaopd_megatron.megatron.fp8 import check_fp8
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
@@ -21,7 +22,10 @@ def open_folders(recipe: Recipe, student: HfFolder) -> dict[str, HfFolder]:
     """Each teacher's folder by its name. Raises UserError for one that is not there or has another tokenizer."""
     folders = {}
     for name, options in recipe.named_teachers().items():
-        folders[name] = HfFolder.open(options.model, f"teachers.{name}.model" if name else "teacher.model")
+        key = f"teachers.{name}" if name else "teacher"
+        if options.precision == "fp8" and options.placement == "colocated":
+            check_fp8(f"{key}.precision")
+        folders[name] = HfFolder.open(options.model, f"{key}.model")
         check_same_tokenizer(folders[name], student)
     return folders
 
@@ -55,6 +59,7 @@ def build_teachers(
             top_k=min(recipe.objective.build().top_k, vocab_size),
             terminal=terminal,
             budget=recipe.train.micro_batch_tokens,
+            offload=options.offload == "weights",
         )
     return Teachers(named)
 
@@ -70,7 +75,13 @@ def _colocated_model(
     """Its output layer has the student's rows and shards: the objective takes both models' logits side by side."""
     check_config(folder.config, layout, options.model)
     row_map = terminal.row_map()
-    precision, output = DTYPES[options.precision], student.vocab_size
-    model = build_model(folder.config, layout, precision, untie=row_map is not None, output_vocab=output)
+    model = build_model(
+        folder.config,
+        layout,
+        DTYPES[options.precision],
+        untie=row_map is not None,
+        output_vocab=student.vocab_size,
+        fp8=options.precision == "fp8",
+    )
     load_hf(model, folder, parallel, row_map=row_map)
     return model

@@ -141,13 +141,25 @@ class Built:
     learner: Student
     scorer: Teachers
 
+    def teacher_models(self) -> list[ModelChunks]:
+        return [one.model for one in self.scorer.named.values() if isinstance(one, ColocatedTeacher)]
+
     def gradients(self, parallel: Parallel) -> dict[str, torch.Tensor]:
         """The last update's, clipped, under transformers' names on the first rank. Collective."""
         buffers = {name: getattr(p, "main_grad") for name, p in self.model.global_parameters().items()}  # noqa: B009
         return {name: tensor.clone() for name, tensor in gather_hf(buffers, self.folder, parallel)}
 
 
-def built(student: str, teacher: str, objective: Objective, parallel: Parallel, *, budget: int, signal: str) -> Built:
+def built(
+    student: str,
+    teacher: str,
+    objective: Objective,
+    parallel: Parallel,
+    *,
+    budget: int,
+    signal: str,
+    offload: bool = False,
+) -> Built:
     folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
     layout, teacher_layout = layouts_of(parallel.layout, [folder, teacher_folder])
     model = build_model(folder.config, layout, torch.float32)
@@ -163,19 +175,26 @@ def built(student: str, teacher: str, objective: Objective, parallel: Parallel, 
     learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
     terminal = TerminalMap("none", -1, -1)
     scorer = ColocatedTeacher(
-        teacher_model, parallel, signal=signal, top_k=objective.top_k, terminal=terminal, **common
+        teacher_model,
+        parallel,
+        signal=signal,
+        top_k=objective.top_k,
+        terminal=terminal,
+        offload=offload,
+        **common,
     )
     return Built(folder, vocab_size, model, learner, Teachers({"": scorer}))
 
 
 def trained(
-    student: str, teacher: str, objective: Objective, parallel: Parallel, *, budget: int, signal: str
+    student: str, teacher: str, objective: Objective, parallel: Parallel, *, offload: bool = False, **cut: Any
 ) -> Trained:
-    """Three updates through the project's own path."""
-    made = built(student, teacher, objective, parallel, budget=budget, signal=signal)
+    """Three updates through the project's own path. cut: budget and signal."""
+    made = built(student, teacher, objective, parallel, offload=offload, **cut)
     learner, scorer = made.learner, made.scorer
     mine = [s for s in samples(made.vocab_size) if s.index % MINI % parallel.dp_size == parallel.dp_rank]
     scorer.ask(mine)
+    scorer.wait(mine)
     learner.recompute_old_logprobs(mine)
     found: dict[str, float] = {}
     gradients: dict[str, torch.Tensor] = {}
@@ -189,6 +208,9 @@ def trained(
         found[f"clip/{update}"] = figures["objective/clip_fraction"]
         if update == 0:
             gradients = made.gradients(parallel)
+        for teacher_model in made.teacher_models():
+            away = [parameter.untyped_storage().nbytes() == 0 for parameter in teacher_model.parameters()]
+            assert all(away) if offload else not any(away)
     return Trained(dict(gather_hf(dict(made.model.global_parameters()), made.folder, parallel)), gradients, found)
 
 
@@ -204,7 +226,12 @@ def compare(found: Trained, expected: Trained, what: str) -> None:
 
 
 def check_an_update_is_the_same_at_every_layout(
-    group: dist.ProcessGroup, student: str, teacher: str, preset: str, signal: str, layouts: str, budget: int
+    group: dist.ProcessGroup,
+    student: str,
+    teacher: str,
+    preset: str,
+    layouts: str,
+    **options: Any,
 ) -> None:
     """The loss is divided by the tokens of the whole mini-batch: however ranks and micro-batches cut it."""
     objective = Objective.preset(preset)
@@ -212,9 +239,9 @@ def check_an_update_is_the_same_at_every_layout(
     clipped = 0.0
     for layout in globals()[layouts]:
         with arranged(layout) as parallel:
-            found = trained(student, teacher, objective, parallel, budget=budget, signal=signal)
+            found = trained(student, teacher, objective, parallel, **options)
             clipped += sum(value for name, value in found.metrics.items() if name.startswith("clip"))
-            compare(found, expected, f"{preset} {layout} budget {budget}")
+            compare(found, expected, f"{preset} {layout} {options}")
     if objective.reverse_kl == "sampled":
         assert clipped > 0  # or the second update's ratio would be untested
 
