@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,14 +113,16 @@ def build(
     )
 
 
-def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str) -> PromptBuilder:
-    """The recipe's template with the training's or the evaluation's suffix."""
+def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequence[str] = ("",)) -> PromptBuilder:
+    """The recipe's template with the training's or the evaluation's suffix; teachers: whom the prompts are for."""
     return PromptBuilder(
         tokenizer,
         template=recipe.data.template,
         suffix=suffix,
         field=recipe.data.prompt_field,
         max_tokens=recipe.data.max_prompt_tokens,
+        teachers=teachers,
+        teacher_field=recipe.data.teacher_field,
     )
 
 

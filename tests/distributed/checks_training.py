@@ -3,6 +3,7 @@ process."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_los
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.build import layouts_of
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
+from eaopd_megatron.teacher.interface import Teacher
 from eaopd_megatron.teacher.several import Teachers
 from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
@@ -33,6 +35,7 @@ from tests.distributed.arranged import arranged
 from tests.tiny_models import on_disk
 
 TENSOR_LAYOUTS = (Layout(2), Layout(4))
+ROUTED_LAYOUTS = (Layout(1), Layout(2), Layout(pipeline_parallel=2, virtual_pipeline=2))
 SIMPLE_LAYOUTS = (Layout(1), Layout(2), Layout(2, sequence_parallel=True), Layout(4))
 WIDE_LAYOUTS = (
     Layout(pipeline_parallel=2),
@@ -66,8 +69,9 @@ class Trained:
     metrics: dict[str, float]
 
 
-def samples(vocab_size: int) -> list[Sample]:
-    """Prompts and responses of unequal lengths, the same on every rank; one response is a single token."""
+def samples(vocab_size: int, teachers: Sequence[str] = ("",)) -> list[Sample]:
+    """Prompts and responses of unequal lengths, the same on every rank; one response is a single token. teachers: of
+    whom the prompts are, in turns."""
     random = torch.Generator().manual_seed(5)
 
     def ids(count: int) -> list[int]:
@@ -75,7 +79,7 @@ def samples(vocab_size: int) -> list[Sample]:
 
     made = []
     for index in range(COUNT):
-        prompt = Prompt(str(index), tuple(ids(2 + index % 3)), {})
+        prompt = Prompt(str(index), tuple(ids(2 + index % 3)), {}, teachers[index % len(teachers)])
         response = ids(1 + (index * 5) % 8)
         made.append(Sample(prompt, response, "stop", [0.0] * len(response), 0, index))
     return made
@@ -86,14 +90,14 @@ def grad(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.grad
 
 
-def reference(student: str, teacher: str, objective: Objective) -> Trained:
+def reference(student: str, teachers: dict[str, str], objective: Objective) -> Trained:
     """transformers, torch's AdamW, one process, no padding, full logits."""
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    size = min(model.config.vocab_size, frozen.config.vocab_size)
+    frozen = {name: AutoModelForCausalLM.from_pretrained(at, dtype=torch.float32) for name, at in teachers.items()}
+    size = min(one.config.vocab_size for one in (model, *frozen.values()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.999), eps=EPS, weight_decay=0.01)
-    everything = samples(size)
-    losses, norms = [], []
+    everything = samples(size, list(teachers))
+    metrics: dict[str, float] = {}
     gradients: dict[str, torch.Tensor] = {}
 
     def logits(of: torch.nn.Module, sample: Sample) -> torch.Tensor:
@@ -103,10 +107,11 @@ def reference(student: str, teacher: str, objective: Objective) -> Trained:
         old = [
             logits(model, s).log_softmax(-1).gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0] for s in everything
         ]
-        scores = [logits(frozen, s) for s in everything]
+        scores = [logits(frozen[s.prompt.teacher], s) for s in everything]
     for update, rate in enumerate(RATES):
         optimizer.zero_grad()
         total, tokens = torch.zeros(()), 0
+        of_each = {name: [torch.zeros(0)] for name in teachers}
         for i in range(update * MINI, (update + 1) * MINI):
             sample = everything[i]
             out = entropy_aware_loss(
@@ -119,15 +124,18 @@ def reference(student: str, teacher: str, objective: Objective) -> Trained:
             )
             total = total + out.loss.sum()
             tokens += len(sample.response_ids)
+            of_each[sample.prompt.teacher].append(out.loss.detach())
         (total / tokens).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
-        losses.append(float(total.detach()) / tokens)
+        metrics[f"norm/{update}"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        metrics[f"loss/{update}"] = float(total.detach()) / tokens
+        for name, losses in of_each.items() if len(teachers) > 1 else ():
+            metrics[f"loss/{update}/{name}"] = float(torch.cat(losses).mean())
+            metrics[f"tokens/{update}/{name}"] = float(torch.cat(losses).numel())
         gradients = gradients or on_disk((name, grad(p).clone()) for name, p in model.named_parameters())
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
     weights = on_disk((name, p.detach()) for name, p in model.named_parameters())
-    metrics = {f"loss/{i}": x for i, x in enumerate(losses)} | {f"norm/{i}": x for i, x in enumerate(norms)}
     return Trained(weights, gradients, metrics)
 
 
@@ -152,7 +160,7 @@ class Built:
 
 def built(
     student: str,
-    teacher: str,
+    teachers: dict[str, str],
     objective: Objective,
     parallel: Parallel,
     *,
@@ -160,39 +168,40 @@ def built(
     signal: str,
     offload: bool = False,
 ) -> Built:
-    folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
-    layout, teacher_layout = layouts_of(parallel.layout, [folder, teacher_folder])
+    folder, *teacher_folders = (HfFolder.open(path) for path in (student, *teachers.values()))
+    layout, *layouts = layouts_of(parallel.layout, [folder, *teacher_folders])
     model = build_model(folder.config, layout, torch.float32)
     load_hf(model, folder, parallel)
-    teacher_model = build_model(teacher_folder.config, teacher_layout, torch.float32, output_vocab=folder.vocab_size)
-    load_hf(teacher_model, teacher_folder, parallel)
     ddp = megatron_optimizer.wrap(model, parallel)
     optimizer = megatron_optimizer.build_optimizer(
         ddp, lr=1.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=EPS, clip_grad=1.0, precision="fp32"
     )
-    vocab_size = min(folder.vocab_size, teacher_folder.vocab_size)
+    vocab_size = min(one.vocab_size for one in (folder, *teacher_folders))
     common: dict[str, Any] = {"vocab_size": vocab_size, "budget": budget}
     learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
-    terminal = TerminalMap("none", -1, -1)
-    scorer = ColocatedTeacher(
-        teacher_model,
-        parallel,
-        signal=signal,
-        top_k=objective.top_k,
-        terminal=terminal,
-        offload=offload,
-        **common,
-    )
-    return Built(folder, vocab_size, model, learner, Teachers({"": scorer}))
+    common |= {"signal": signal, "top_k": objective.top_k, "terminal": TerminalMap("none", -1, -1), "offload": offload}
+    scorers: dict[str, Teacher] = {}
+    for name, teacher_folder, teacher_layout in zip(teachers, teacher_folders, layouts, strict=True):
+        frozen = build_model(teacher_folder.config, teacher_layout, torch.float32, output_vocab=folder.vocab_size)
+        load_hf(frozen, teacher_folder, parallel)
+        scorers[name] = ColocatedTeacher(frozen, parallel, **common)
+    return Built(folder, vocab_size, model, learner, Teachers(scorers))
 
 
 def trained(
-    student: str, teacher: str, objective: Objective, parallel: Parallel, *, offload: bool = False, **cut: Any
+    student: str,
+    teachers: dict[str, str],
+    objective: Objective,
+    parallel: Parallel,
+    *,
+    offload: bool = False,
+    **cut: Any,
 ) -> Trained:
     """Three updates through the project's own path. cut: budget and signal."""
-    made = built(student, teacher, objective, parallel, offload=offload, **cut)
+    made = built(student, teachers, objective, parallel, offload=offload, **cut)
     learner, scorer = made.learner, made.scorer
-    mine = [s for s in samples(made.vocab_size) if s.index % MINI % parallel.dp_size == parallel.dp_rank]
+    everything = samples(made.vocab_size, list(teachers))
+    mine = [s for s in everything if s.index % MINI % parallel.dp_size == parallel.dp_rank]
     scorer.ask(mine)
     scorer.wait(mine)
     learner.recompute_old_logprobs(mine)
@@ -206,6 +215,9 @@ def trained(
         figures = averages.reduce(dist.group.WORLD)
         found |= {f"loss/{update}": figures["objective/loss"], f"norm/{update}": figures["optimizer/grad_norm"]}
         found[f"clip/{update}"] = figures["objective/clip_fraction"]
+        for name in teachers if len(teachers) > 1 else ():
+            found[f"loss/{update}/{name}"] = figures[f"teachers/{name}/loss"]
+            found[f"tokens/{update}/{name}"] = figures[f"teachers/{name}/tokens"]
         if update == 0:
             gradients = made.gradients(parallel)
         for teacher_model in made.teacher_models():
@@ -228,18 +240,22 @@ def compare(found: Trained, expected: Trained, what: str) -> None:
 def check_an_update_is_the_same_at_every_layout(
     group: dist.ProcessGroup,
     student: str,
-    teacher: str,
+    teacher: str | dict[str, str],
     preset: str,
     layouts: str,
     **options: Any,
 ) -> None:
-    """The loss is divided by the tokens of the whole mini-batch: however ranks and micro-batches cut it."""
+    """The loss is divided by the tokens of the whole mini-batch: however ranks and micro-batches cut it.
+
+    teacher: one, or several by name, whose samples take turns.
+    """
     objective = Objective.preset(preset)
-    expected = reference(student, teacher, objective)
+    teachers = {"": teacher} if isinstance(teacher, str) else teacher
+    expected = reference(student, teachers, objective)
     clipped = 0.0
     for layout in globals()[layouts]:
         with arranged(layout) as parallel:
-            found = trained(student, teacher, objective, parallel, **options)
+            found = trained(student, teachers, objective, parallel, **options)
             clipped += sum(value for name, value in found.metrics.items() if name.startswith("clip"))
             compare(found, expected, f"{preset} {layout} {options}")
     if objective.reverse_kl == "sampled":

@@ -104,6 +104,17 @@ def test_an_update_is_the_same_at_every_layout(
     ranks.run(CHECKS, check, **pair, **options)
 
 
+@pytest.mark.parametrize("signal", ["topk", "hidden"])
+def test_two_teachers_give_the_sum_of_what_each_gives_to_its_samples(
+    ranks: Ranks, pairs: Callable[[int, int], dict[str, str]], signal: str
+) -> None:
+    """One denominator: the tokens of all. A data-parallel rank has no sample of one teacher, or of both."""
+    check, teachers = "check_an_update_is_the_same_at_every_layout", [pairs(112, 112), pairs(300, 250)]
+    two = {"math": teachers[0]["teacher"], "code": teachers[1]["teacher"]}
+    options = {"preset": "eopd", "layouts": "ROUTED_LAYOUTS", "budget": 16, "offload": False}
+    ranks.run(CHECKS, check, student=teachers[1]["student"], teacher=two, signal=signal, **options)
+
+
 def test_experts_over_ranks_change_no_update(ranks: Ranks, pair: dict[str, str], experts: str) -> None:
     """A dense teacher on the same ranks."""
     check, options = "check_an_update_is_the_same_at_every_layout", {"preset": "eopd", "signal": "hidden", "budget": 16}

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,39 @@ class Words:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
         return [len(word) for word in text.split()]
+
+
+TWO: dict[str, Any] = {
+    "template": "raw",
+    "suffix": "",
+    "field": "problem",
+    "max_tokens": 4,
+    "teachers": ["math", "code"],
+}
+
+
+def test_each_prompt_goes_to_the_teacher_that_its_problem_names() -> None:
+    problems = [{"problem": "a", "for": "code"}, {"problem": "b", "for": "math"}]
+    prompts, _ = PromptBuilder(Words(), **TWO, teacher_field="for").build(problems, "x.jsonl")
+    assert [prompt.teacher for prompt in prompts] == ["code", "math"]
+    lone = PromptBuilder(Words(), **{**TWO, "teachers": ["math"]})
+    assert [prompt.teacher for prompt in lone.build(problems, "x.jsonl")[0]] == ["math", "math"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "fault"),
+    [
+        ({"problem": "a", "teacher": "art"}, "'teacher' is 'art'"),
+        ({"problem": "a", "teacher": ["math"]}, "'teacher' is ['math']"),
+        ({"problem": "a", "teacher": None}, "'teacher' is None"),
+        ({"problem": "a"}, "there is no 'teacher' (data.teacher_field)"),
+    ],
+)
+def test_a_prompt_for_nobody_is_named_before_the_run_begins(problem: dict[str, Any], fault: str) -> None:
+    builder = PromptBuilder(Words(), **TWO)
+    with pytest.raises(UserError) as caught:
+        builder.build([{"problem": "a", "teacher": "math"}, problem], "x.jsonl")
+    assert str(caught.value) == f"x.jsonl, record 2: {fault}; the recipe's teachers are math, code"
 
 
 def test_a_missing_prompt_field_and_prompts_that_are_too_long_are_told() -> None:
