@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ class HfFolder:
 
 
 def check_same_tokenizer(teacher: HfFolder, student: HfFolder) -> None:
-    """Refuse (UserError) a teacher whose ids mean other texts than the student's, or that has more or fewer of them."""
+    """Refuse (UserError) a teacher whose ids mean other texts than the student's."""
     texts = [
         {token_id: text for text, token_id in folder.tokenizer().get_vocab().items()} for folder in (teacher, student)
     ]
@@ -204,11 +205,21 @@ def check_same_tokenizer(teacher: HfFolder, student: HfFolder) -> None:
             f"{teacher.name} and {student.name} have different tokenizers: token {first} is {theirs} in {teacher.path} "
             f"and {ours} in {student.path}"
         )
-    if teacher.vocab_size != student.vocab_size:
+
+
+def common_vocab_size(folders: Sequence[HfFolder]) -> int:
+    """The vocabulary size that models of one tokenizer all have: the smallest.
+
+    Raises UserError where it has no row for a token of the tokenizer or for an end-of-sequence id.
+    """
+    smallest = min(folders, key=lambda folder: folder.vocab_size)
+    highest = max([*smallest.tokenizer().get_vocab().values(), *(i for folder in folders for i in folder.eos_ids)])
+    if highest >= smallest.vocab_size:
         raise UserError(
-            f"{teacher.name} and {student.name} have different vocabulary sizes: "
-            f"{teacher.vocab_size} in {teacher.path}, {student.vocab_size} in {student.path}"
+            f"{smallest.label}: its vocabulary size is {smallest.vocab_size}, "
+            f"too small for token {highest} of the tokenizer"
         )
+    return smallest.vocab_size
 
 
 def _find(path: str, name: str) -> Path:

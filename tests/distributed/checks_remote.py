@@ -70,13 +70,13 @@ def check_a_separate_teacher_changes_no_update(
 ) -> None:
     """Three updates of one iteration: its requests are dealt over the ranks of a stage, its rows exchanged."""
     objective = Objective.preset(preset)
-    expected = reference(student, teacher, objective)
+    expected = reference(student, {"": teacher}, objective)
     for layout in LAYOUTS[where]:
         for share in (True, False) if layout == Layout(2) else (True,):
             with arranged(layout) as parallel:
                 elsewhere = partial(remote, info=info, urls=urls)
                 options: dict[str, Any] = {"budget": BUDGET, "signal": info["signal"], "share": share}
-                found = trained(student, teacher, objective, parallel, elsewhere=elsewhere, **options)
+                found = trained(student, {"": teacher}, objective, parallel, elsewhere=elsewhere, **options)
                 compare(found, expected, f"{preset} {layout} {share}")
 
 

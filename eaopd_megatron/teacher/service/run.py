@@ -20,12 +20,11 @@ from eaopd_megatron.guard import say
 from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.groups import Layout, Parallel
-from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
+from eaopd_megatron.megatron.model import DTYPES, build_model
 from eaopd_megatron.services.client import read_api_key
 from eaopd_megatron.services.ending import Asked
 from eaopd_megatron.services.relay import relay
-from eaopd_megatron.teacher.identity import describe
-from eaopd_megatron.teacher.rows import Rows
+from eaopd_megatron.teacher.identity import identity
 from eaopd_megatron.teacher.service.choice import chosen, key_of
 from eaopd_megatron.teacher.service.listener import Listener
 from eaopd_megatron.teacher.service.queue import Queue
@@ -55,8 +54,7 @@ def teach(recipe: Recipe, name: str) -> None:
     parallel, store = groups.start(layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes)
     with watched(store, parallel.rank, parallel.world_size):
         listener = agree(parallel, lambda: _listen(options) if parallel.is_main else None)
-        info, rows, model = _build(recipe, options, folder, parallel)
-        scorer = Scorer(model, parallel, rows, vocab_size=info.vocab_size)
+        info, scorer = _build(recipe, options, folder, parallel)
         _serve(scorer, info, listener, options.max_running)
     groups.stop()
 
@@ -65,15 +63,15 @@ def _listen(options: Options) -> Listener:
     return Listener(options.listen, None if options.api_key_file is None else read_api_key(Path(options.api_key_file)))
 
 
-def _build(recipe: Recipe, options: Options, folder: HfFolder, parallel: Parallel) -> tuple[Info, Rows, ModelChunks]:
-    """The model, and what it is to clients."""
+def _build(recipe: Recipe, options: Options, folder: HfFolder, parallel: Parallel) -> tuple[Info, Scorer]:
+    """What this teacher is to clients, and its model."""
     student = HfFolder.open(recipe.student.model, "student.model")
-    info = describe(recipe, options, student, folder, _shown(parallel.layout))
+    info = identity(recipe, options, student, folder, layout=_shown(parallel.layout))
     # hidden states become logits at the student's ranks, whose copy of the output layer is the one that is mapped
     row_map = TerminalMap(*info.terminal).row_map() if info.signal == "topk" else None
     model = build_model(folder.config, parallel.layout, DTYPES[options.precision], untie=row_map is not None)
     load_hf(model, folder, parallel, row_map=row_map)
-    return info, info.row_format, model
+    return info, Scorer(model, parallel, info.row_format, vocab_size=info.vocab_size)
 
 
 def _serve(scorer: Scorer, info: Info, listener: Listener | None, places: int) -> None:
