@@ -15,10 +15,13 @@ from eaopd_megatron.launch import die_with_parent
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`train RECIPE [overrides]` or `evaluate FILE` (its options as JSON). The exit code; errors are reported."""
+    """`train RECIPE [overrides]`, `agreement RECIPE [overrides]` or `evaluate FILE` (its options as JSON). The exit
+    code; errors are reported."""
     verb, target, *rest = arguments
     if verb == "train":
         return guarded(lambda: _train(load_recipe(target, rest)))
+    if verb == "agreement":
+        return guarded(lambda: _agreement(load_recipe(target, rest)))
     if verb == "evaluate":
         return guarded(lambda: _evaluate(Path(target)))
     raise ValueError(f"unknown verb {verb!r}")
@@ -56,6 +59,12 @@ def _train(recipe: Recipe) -> None:
         finally:
             run.close()
     groups.stop()
+
+
+def _agreement(recipe: Recipe) -> None:
+    from eaopd_megatron.teacher.trial import agreement_on_rank
+
+    agreement_on_rank(recipe)
 
 
 def _evaluate(options: Path) -> None:
