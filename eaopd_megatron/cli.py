@@ -171,7 +171,7 @@ def doctor(
     harmful = examine()
     if recipe is None:
         raise typer.Exit(harmful)
-    from eaopd_megatron.teacher.trial import check_agreement
+    from eaopd_megatron.teacher.agreement import check_agreement
 
     raise typer.Exit(check_agreement(recipe, overrides or []) or harmful)
 

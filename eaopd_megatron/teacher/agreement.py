@@ -1,17 +1,43 @@
-"""Whether a student and its teacher end a response in the same way: what a handful of responses shows of it."""
+"""`eaopd doctor RECIPE`: whether a student and its teacher end a response in the same way.
+
+What a handful of responses shows of it (`trial`), in words and as a verdict.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config import load_recipe
+from eaopd_megatron.launch import launch, local_world_size
 from eaopd_megatron.reporting.signs import TERMINAL_LOGPROB_FLOOR
 
+FOUND = "agreement.json"
+"""What the ranks write into their temporary folder."""
 Ends = tuple[int, float, float]
 """Of a response that stopped: its last token, the teacher's log-prob of it under the recipe's terminal map, and under
 none (nan: it is not among the top-k). Nats."""
+
+
+def check_agreement(recipe: str, overrides: Sequence[str]) -> int:
+    """Starts the recipe's ranks on this host and prints what they find. 1 where a pair does not agree, or they fail."""
+    with tempfile.TemporaryDirectory(prefix="eaopd-doctor-") as scratch:
+        changed = [*overrides, f"run.folder={scratch}", "evaluation.benchmarks=[]"]
+        loaded = load_recipe(recipe, changed)
+        if code := launch(["agreement", recipe, *changed], local_world_size(loaded.student)):
+            return code
+        found = [Agreement(**one) for one in json.loads((Path(scratch) / FOUND).read_text())]
+    student = HfFolder.open(loaded.student.model, "student.model")
+    texts = student.tokenizer().convert_ids_to_tokens(list(range(student.vocab_size)))
+    for agreement in found:
+        print("\n".join(agreement.lines(texts)))
+    return int(any(agreement.disagrees for agreement in found))
 
 
 @dataclass(frozen=True)

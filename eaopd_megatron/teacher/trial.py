@@ -1,4 +1,4 @@
-"""`eaopd doctor RECIPE`: a handful of responses by the recipe's student, scored by its teachers, on the recipe's ranks.
+"""One rank of `eaopd doctor RECIPE`: a handful of responses by the recipe's student, scored by its teachers.
 
 It goes the way that training goes, rollout and teachers of any kind included, up to the objective. No run's folder is
 touched: what a run would write goes to a temporary one.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
@@ -19,17 +18,16 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.config import Recipe, load_recipe
+from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.prompts import load_problems
 from eaopd_megatron.data.samples import MicroBatch, Prompt, Sample
 from eaopd_megatron.guard import say
-from eaopd_megatron.launch import launch, local_world_size
 from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.forward import whole
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.objective import TeacherHidden, TeacherTopK, linear_token_statistics, token_statistics
 from eaopd_megatron.rollout.interface import Wanted
-from eaopd_megatron.teacher.agreement import Agreement, Ends
+from eaopd_megatron.teacher.agreement import FOUND, Agreement, Ends
 from eaopd_megatron.teacher.build import open_folders
 from eaopd_megatron.teacher.interface import TeacherSignal
 from eaopd_megatron.teacher.terminal import TerminalMap
@@ -41,27 +39,10 @@ PROMPTS = 16
 """Of each teacher."""
 TOKENS = 512
 """The longest response, where the recipe's are not shorter."""
-FOUND = "agreement.json"
-
-
-def check_agreement(recipe: str, overrides: Sequence[str]) -> int:
-    """Starts the recipe's ranks on this host and prints what they find. 1 where a pair does not agree, or they fail."""
-    with tempfile.TemporaryDirectory(prefix="eaopd-doctor-") as scratch:
-        changed = [*overrides, f"run.folder={scratch}", "evaluation.benchmarks=[]"]
-        loaded = load_recipe(recipe, changed)
-        if code := launch(["agreement", recipe, *changed], local_world_size(loaded.student)):
-            return code
-        found = [Agreement(**one) for one in json.loads((Path(scratch) / FOUND).read_text())]
-    student = HfFolder.open(loaded.student.model, "student.model")
-    texts = student.tokenizer().convert_ids_to_tokens(list(range(student.vocab_size)))
-    for agreement in found:
-        print("\n".join(agreement.lines(texts)))
-    return int(any(agreement.disagrees for agreement in found))
 
 
 def agreement_on_rank(recipe: Recipe) -> None:
-    """One rank of `check_agreement`; the main one writes run.folder/FOUND."""
-
+    """The main rank writes run.folder/FOUND."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     minutes = recipe.distributed.timeout_minutes
     parallel, store = groups.start(recipe.student.layout, seed=recipe.seed, timeout_minutes=minutes)
@@ -69,18 +50,34 @@ def agreement_on_rank(recipe: Recipe) -> None:
         folder = RunFolder(Path(recipe.run.folder))
         parts = build(recipe, parallel, folder, asked=lambda: 0, report=say)
         try:
-            prompts = _prompts(recipe, parts)
-            maps = _maps(recipe, parts.student_folder)
-            mine = _ends(recipe, parts, parallel, prompts, maps)
+            found = agreements(recipe, parts, parallel)
         finally:
             parts.rollout.close()
             parts.teacher.close()
-        everything: list[dict[str, list[Ends]]] = [mine] * parallel.world_size
-        dist.all_gather_object(everything, mine)
     if parallel.is_main:
-        found = _agreements(recipe, maps, prompts, everything)
         (folder.path / FOUND).write_text(json.dumps([asdict(agreement) for agreement in found]))
     groups.stop()
+
+
+def agreements(recipe: Recipe, parts: Parts, parallel: Parallel) -> list[Agreement]:
+    """Of each teacher, on every rank. Collective."""
+    prompts, maps = _prompts(recipe, parts), _maps(recipe, parts.student_folder)
+    mine = _ends(recipe, parts, parallel, prompts, maps)
+    everything = [mine] * parallel.world_size
+    dist.all_gather_object(everything, mine)
+    return [
+        Agreement(
+            name,
+            options.model,
+            maps[name].kind,
+            maps[name].student_id,
+            maps[name].teacher_id,
+            sum(prompt.teacher == name for prompt in prompts),
+            _limit(recipe),
+            [end for ends in everything for end in ends[name]],
+        )
+        for name, options in recipe.named_teachers().items()
+    ]
 
 
 def _prompts(recipe: Recipe, parts: Parts) -> list[Prompt]:
@@ -159,24 +156,3 @@ def _logprob(signal: TeacherSignal, ids: torch.Tensor, shard: dict[str, Any]) ->
     if isinstance(signal, TeacherHidden):
         return linear_token_statistics(signal.hidden, signal.head_weight, ids, **shard).logprob
     return token_statistics(signal.logits, ids, **shard).logprob
-
-
-def _agreements(
-    recipe: Recipe,
-    maps: Mapping[str, TerminalMap],
-    prompts: Sequence[Prompt],
-    everything: Sequence[Mapping[str, Sequence[Ends]]],
-) -> list[Agreement]:
-    return [
-        Agreement(
-            name,
-            options.model,
-            maps[name].kind,
-            maps[name].student_id,
-            maps[name].teacher_id,
-            sum(prompt.teacher == name for prompt in prompts),
-            _limit(recipe),
-            [end for ends in everything for end in ends[name]],
-        )
-        for name, options in recipe.named_teachers().items()
-    ]
