@@ -86,14 +86,14 @@ def check_a_service_changes_no_update(
     """services: layout of a teacher's own ranks → where it is. key: the file of their key."""
     for preset in ("eopd", "eopd_exact"):
         objective = Objective.preset(preset)
-        expected = reference(student, teacher, objective)
+        expected = reference(student, {"": teacher}, objective)
         for place, layout in (("colocated", Layout(2)), ("1 x 2", Layout(2)), ("2 x 1", Layout(1))):
             elsewhere = None
             if place != "colocated":
                 elsewhere = partial(remote, info=info, urls=[services[place]], api_key_file=key)
             with arranged(layout) as parallel:
                 options: dict[str, Any] = {"budget": BUDGET, "signal": "hidden", "elsewhere": elsewhere}
-                found = trained(student, teacher, objective, parallel, **options)
+                found = trained(student, {"": teacher}, objective, parallel, **options)
                 compare(found, expected, f"{preset} {place}")
 
 
