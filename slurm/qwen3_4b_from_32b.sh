@@ -13,4 +13,4 @@
 # shellcheck source=slurm/lib/job.sh
 source "${EAOPD_ROOT:-$SLURM_SUBMIT_DIR}/slurm/lib/job.sh" || exit
 
-distil recipes/qwen3/4b_from_32b.yaml student=1 teacher=1 servers=1 -- "$@"
+distil recipes/qwen3/4b_from_32b.yaml student=1 teacher=1 servers=1 -- teacher.tensor_parallel=2 "$@"

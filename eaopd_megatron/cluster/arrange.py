@@ -10,7 +10,6 @@ from pathlib import Path
 
 from eaopd_megatron.cluster.stage import staged
 from eaopd_megatron.config import Recipe, load_recipe
-from eaopd_megatron.config.tree import Teacher
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.training.folder import already_finished
 
@@ -75,22 +74,20 @@ def _quoted(value: object) -> str:
 def arrange(recipe: str, overrides: Sequence[str], nodes: Nodes) -> Arrangement:
     """How the job's nodes carry the recipe. Raises UserError where they cannot.
 
-    The overrides that follow from the nodes come first: the site's shared folder for the run, the site's folder of
-    models, a teacher and servers of their own; what the user says wins.
+    The user's overrides win over the roles' (a teacher and servers of their own); what they name is then found at the
+    site: the run in the shared folder, models in the folder of models.
     """
     nodes.check()
-    before = load_recipe(recipe, overrides)
-    own = [f"run.folder={_shared(before.run.folder)}"]
-    own += [f"{key}={_found(key, model)}" for key, model in _models(before).items() if _found(key, model) != model]
-    if nodes.teacher:
-        own.append("teacher.placement=separate")
-    if nodes.servers:
-        own.append("rollout.engine=sglang")
-    overrides = [*own, *overrides]
+    roles = (nodes.teacher, "teacher.placement=separate"), (nodes.servers, "rollout.engine=sglang")
+    overrides = [*(override for count, override in roles if count), *overrides]
+    named = load_recipe(recipe, overrides)
+    found = {key: _found(key, model) for key, model in _models(named).items()}
+    found["run.folder"] = str(Path(os.environ.get(SHARED) or ".").absolute() / named.run.folder)
+    overrides += [f"{key}={value}" for key, value in found.items()]
     loaded = load_recipe(recipe, overrides)
     replicas, tasks, each = _teachers(loaded, nodes)
     return Arrangement(
-        folder=Path(loaded.run.folder).absolute(),
+        folder=Path(loaded.run.folder),
         student_tasks=_student_tasks(loaded, nodes),
         teacher_replicas=replicas,
         teacher_tasks=tasks,
@@ -99,13 +96,9 @@ def arrange(recipe: str, overrides: Sequence[str], nodes: Nodes) -> Arrangement:
         server_gpus=loaded.servers.tensor_parallel,
         models=tuple(dict.fromkeys(_models(loaded).values())),
         staged=_staged(loaded),
-        overrides=(*overrides, f"run.folder={Path(loaded.run.folder).absolute()}"),
+        overrides=tuple(overrides),
         finished=already_finished(loaded) or "",
     )
-
-
-def _shared(folder: str, environment: Mapping[str, str] = os.environ) -> str:
-    return str(Path(environment.get(SHARED) or ".").absolute() / folder)
 
 
 def _models(recipe: Recipe) -> dict[str, str]:
@@ -160,7 +153,7 @@ def _teachers(recipe: Recipe, nodes: Nodes) -> tuple[int, int, int]:
         return 0, 0, 0
     if recipe.teachers:
         raise UserError("the recipe has several teachers; nodes of its own are for a recipe with one: use teacher=0")
-    ranks = _teacher_ranks(recipe.teacher)
+    ranks = recipe.teacher.layout.least_ranks
     if "teacher" in nodes.per_node:
         return nodes.teacher * nodes.per_node["teacher"], ranks, 1
     each = -(-ranks // nodes.gpus)
@@ -171,10 +164,6 @@ def _teachers(recipe: Recipe, nodes: Nodes) -> tuple[int, int, int]:
         )
     replicas = nodes.teacher // each if each > 1 else nodes.teacher * (nodes.gpus // ranks)
     return replicas, ranks // each, each
-
-
-def _teacher_ranks(teacher: Teacher) -> int:
-    return teacher.layout.least_ranks
 
 
 def _servers(recipe: Recipe, nodes: Nodes) -> int:

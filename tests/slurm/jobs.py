@@ -1,0 +1,103 @@
+"""The repository's own scripts, submitted with a short Countdown run on CPUs through a site's file."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.slurm.cluster import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = (
+    "student.tensor_parallel=1 train.iterations=60 train.prompts_per_iteration=16 train.mini_batch=8 "
+    "optimizer.warmup_updates=2 run.save_interval=2 evaluation.benchmarks=[] run.log_rollouts=1 "
+    "reporting.tensorboard=false"
+)
+
+
+@dataclass
+class Site:
+    """folder: shared by the nodes; runs are below it. more: lines of the site's file."""
+
+    cluster: Cluster
+    folder: Path
+    more: dict[str, str] = field(default_factory=dict)
+
+    def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **changes: str) -> Job:
+        """sbatch slurm/SCRIPT ARGUMENTS. changes: variables of the site's file; '' leaves one out."""
+        variables = {
+            "EAOPD_SHARED": str(self.folder),
+            "EAOPD_VENV": sys.prefix,
+            "EAOPD_RECIPE": "recipes/countdown/eopd.yaml",
+            "EAOPD_OVERRIDES": SHORT,
+            "EAOPD_RANKS_PER_NODE": "1",
+            "EAOPD_PREFLIGHT": "no",
+            **self.more,
+            **changes,
+        }
+        number = len(list(self.folder.glob("site-*.env")))
+        file = self.folder / f"site-{number}.env"
+        file.write_text("".join(f'{name}="{value}"\n' for name, value in variables.items() if value))
+        out = self.folder / f"job-{number}.txt"
+        said = self.cluster.run(
+            *("sbatch", "--parsable", "--output", str(out), *options, f"slurm/{script}", *arguments),
+            cwd=ROOT,
+            EAOPD_SITE=str(file),
+        )
+        return Job(self.cluster, int(said), out, self.folder / "runs/countdown-eopd")
+
+
+@dataclass
+class Job:
+    """A submitted one. folder: the run's, unless an override names another."""
+
+    cluster: Cluster
+    number: int
+    out: Path
+    folder: Path
+
+    @property
+    def output(self) -> str:
+        return self.out.read_text() if self.out.exists() else ""
+
+    @property
+    def own_folder(self) -> Path:
+        """The job's part of the run's."""
+        return self.folder / "cluster" / f"job_{self.number}"
+
+    def finish(self, seconds: float = 300) -> str:
+        """How it ended, such as COMPLETED 0:0."""
+        state = self.cluster.finish(self.number, seconds)
+        return f"{state} {self.cluster.job(self.number)['ExitCode']}"
+
+    def wait_for(self, pattern: str, seconds: float = 200) -> re.Match[str]:
+        """Until its output says so. Raises AssertionError, with the output, where it ends without."""
+
+        def said() -> bool:
+            assert found() or self.cluster.state(self.number) in ("PENDING", "RUNNING"), self.output
+            return found()
+
+        def found() -> bool:
+            return re.search(pattern, self.output) is not None
+
+        self.cluster.wait(said, seconds, f"job {self.number} to say {pattern}: {self.output[-2000:]}")
+        match = re.search(pattern, self.output)
+        assert match
+        return match
+
+    def wait_for_iteration(self, least: int = 3) -> None:
+        """Until the run has recorded so many."""
+        metrics = self.folder / "metrics.jsonl"
+
+        def there() -> bool:
+            assert self.cluster.state(self.number) in ("PENDING", "RUNNING"), self.output
+            return metrics.exists() and len(metrics.read_text().splitlines()) >= least
+
+        self.cluster.wait(there, 200, f"iteration {least} of job {self.number}")
+
+    def release(self) -> None:
+        """A job that was requeued starts again at once, not after the two minutes that Slurm lets it wait."""
+        self.cluster.wait(lambda: self.cluster.state(self.number) == "PENDING", 60, "the job to be requeued")
+        self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")

@@ -1,0 +1,78 @@
+"""What is wrong with a site is one line, before anything has started."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.jobs import Site
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
+
+
+def errors(site: Site, script: str = "qwen3_0.6b.sh", *arguments: str, **changes: str) -> list[str]:
+    """The lines of a job that failed but for the job's own progress."""
+    job = site.submit(script, *arguments, **changes)
+    assert job.finish(120).startswith("FAILED"), job.output
+    return [line for line in job.output.splitlines() if not line.startswith("[job]")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"EAOPD_SHARED": "/nowhere"}, r"error: EAOPD_SHARED is /nowhere, which is no folder on n\d"),
+        ({"EAOPD_VENV": "/nowhere"}, r"error: /nowhere/bin/python is not there: make the environment"),
+        ({"EAOPD_CONTAINER": "docker"}, r"error: EAOPD_CONTAINER is docker; allowed: none, pyxis, apptainer"),
+        ({"EAOPD_CONTAINER": "pyxis"}, r"error: EAOPD_CONTAINER is pyxis and EAOPD_IMAGE is not set"),
+        (
+            {"EAOPD_CONTAINER": "apptainer", "EAOPD_IMAGE": "/nowhere.sif"},
+            r"error: EAOPD_IMAGE is /nowhere.sif, which is not there: build it",
+        ),
+        ({"EAOPD_STAGE": "$SCRATCH_OF_NOBODY/me"}, r"site-\d+.env: line \d+: SCRATCH_OF_NOBODY: unbound variable"),
+        (
+            {"EAOPD_MODELS": "/nowhere", "EAOPD_RECIPE": "recipes/qwen3/4b_from_8b.yaml", "EAOPD_OVERRIDES": ""},
+            r"error: student.model is Qwen/Qwen3-4B-Base, but EAOPD_MODELS has neither /nowhere/Qwen/Qwen3-4B-Base nor",
+        ),
+        (
+            {"EAOPD_RANKS_PER_NODE": "3", "EAOPD_OVERRIDES": ""},
+            r"error: the student's layout takes a multiple of 2 ranks",
+        ),
+    ],
+    ids=["folder", "environment", "container", "unset image", "image", "unset variable", "model", "layout"],
+)
+def test_a_fault_of_the_site_is_told_in_a_page(site: Site, changes: dict[str, str], said: str) -> None:
+    lines = errors(site, **changes)
+    assert len(lines) == 1 and re.search(said, lines[0]), lines
+
+
+@contextmanager
+def listening() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        listener.listen()
+        yield int(listener.getsockname()[1])
+
+
+def test_nodes_are_not_looked_at(site: Site, tmp_path: Path) -> None:
+    """One table, and a line for each fault: every port taken, a disk that is none."""
+    with listening() as port:
+        lines = errors(
+            site,
+            EAOPD_PREFLIGHT="",
+            EAOPD_PORTS=f"{port}-{port}",
+            EAOPD_STAGE=str(tmp_path / "none"),
+        )
+    table, faults = (
+        [line for line in lines if not line.startswith("error: ")],
+        [line for line in lines if line[:5] == "error"],
+    )
+    assert table[0].split()[:3] == ["node", "address", "python"] and len(table) == 2
+    assert re.match(r"n\d .*0\.16\.1.*2 wrong", table[1])
+    assert re.match(rf"error: n\d: EAOPD_STAGE is {tmp_path}/none, which is no folder that can be written", faults[0])
+    assert re.match(rf"error: n\d: every port of EAOPD_PORTS={port}-{port} is taken on 127.0.0.1", faults[1])
+    assert len(faults) == 2
