@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -24,8 +25,10 @@ def serve(recipe: Recipe, listen: str, key_file: Path, log: Path) -> None:
     host, _, port = listen.rpartition(":")
     student = HfFolder.open(recipe.student.model, "student.model")
     longest = max(recipe.rollout.max_response_tokens, recipe.evaluation.max_response_tokens)
-    total = recipe.data.max_prompt_tokens + longest
-    server = Server(server_settings(recipe, student, total, read_api_key(key_file)), log, host=host)
+    settings = server_settings(recipe, student, recipe.data.max_prompt_tokens + longest, read_api_key(key_file))
+    # the prompts may be shorter than the recipe lets them be, and SGLang refuses more than the model has positions for
+    context = min(settings.context_length, student.config.max_position_embeddings)
+    server = Server(replace(settings, context_length=context), log, host=host)
     server.port = int(port)
     asked, ended = threading.Event(), threading.Event()
 

@@ -35,6 +35,7 @@ source "$root/slurm/lib/preflight.sh"
 source "$root/slurm/lib/services.sh"
 
 distil() {
+    begin
     local recipe="${EAOPD_RECIPE:-$1}" roles=() overrides
     shift
     while (($#)) && [[ $1 != -- ]]; do
@@ -44,7 +45,6 @@ distil() {
     read -ra overrides <<<"${EAOPD_OVERRIDES:-}"
     overrides+=("${@:2}")
 
-    begin
     arrange "$recipe" "${overrides[@]}"
     [[ -z $arranged_finished ]] || finish 0 "$arranged_finished"
     open_folder

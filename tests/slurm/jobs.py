@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -41,11 +42,10 @@ class Site:
         file = self.folder / f"site-{number}.env"
         file.write_text("".join(f'{name}="{value}"\n' for name, value in variables.items() if value))
         out = self.folder / f"job-{number}.txt"
-        said = self.cluster.run(
-            *("sbatch", "--parsable", "--output", str(out), *options, f"slurm/{script}", *arguments),
-            cwd=ROOT,
-            EAOPD_SITE=str(file),
-        )
+        # the file alone is to say what the site is like
+        others = [part for name in os.environ if name.startswith("EAOPD_") for part in ("-u", name)]
+        submit = ("env", *others, f"EAOPD_SITE={file}", "sbatch", "--parsable", "--output", str(out))
+        said = self.cluster.run(*submit, *options, f"slurm/{script}", *arguments, cwd=ROOT)
         return Job(self.cluster, int(said), out, self.folder / "runs/countdown-eopd")
 
 
@@ -72,7 +72,7 @@ class Job:
         state = self.cluster.finish(self.number, seconds)
         return f"{state} {self.cluster.job(self.number)['ExitCode']}"
 
-    def wait_for(self, pattern: str, seconds: float = 200) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = 300) -> re.Match[str]:
         """Until its output says so. Raises AssertionError, with the output, where it ends without."""
 
         def said() -> bool:
@@ -95,7 +95,7 @@ class Job:
             assert self.cluster.state(self.number) in ("PENDING", "RUNNING"), self.output
             return metrics.exists() and len(metrics.read_text().splitlines()) >= least
 
-        self.cluster.wait(there, 200, f"iteration {least} of job {self.number}")
+        self.cluster.wait(there, 300, f"iteration {least} of job {self.number}")
 
     def release(self) -> None:
         """A job that was requeued starts again at once, not after the two minutes that Slurm lets it wait."""

@@ -36,7 +36,7 @@ def errors(site: Site, script: str = "qwen3_0.6b.sh", *arguments: str, **changes
         ({"EAOPD_STAGE": "$SCRATCH_OF_NOBODY/me"}, r"site-\d+.env: line \d+: SCRATCH_OF_NOBODY: unbound variable"),
         (
             {"EAOPD_MODELS": "/nowhere", "EAOPD_RECIPE": "recipes/qwen3/4b_from_8b.yaml", "EAOPD_OVERRIDES": ""},
-            r"error: student.model is Qwen/Qwen3-4B-Base, but EAOPD_MODELS has neither /nowhere/Qwen/Qwen3-4B-Base nor",
+            r"error: student.model is Qwen/Qwen3-4B-Base, but EAOPD_MODELS has neither /nowhere/Qwen/Qwen3-4B-B",
         ),
         (
             {"EAOPD_RANKS_PER_NODE": "3", "EAOPD_OVERRIDES": ""},
