@@ -39,9 +39,10 @@ await() {
 # Where a signal came before the trainer was started.
 ended_by_signal() { [[ -z $asked ]] || stopped; }
 
+# As a word of a sentence, too.
 newest_checkpoint() {
     local found=("$arranged_folder"/checkpoints/step_*)
-    [[ -e ${found[-1]} ]] && echo "${found[-1]##*/}"
+    if [[ -e ${found[-1]} ]]; then echo "${found[-1]##*/}"; else echo "no checkpoint"; fi
 }
 
 # Starts the trainer until the run is finished, or it is asked to stop, or it fails: for the user to mend, or again and
@@ -61,7 +62,7 @@ train() {
         ((code != 0)) || stopped
         [[ ! -e $folder/errors/user ]] || finish "$code"
         ((restarts > 0)) || finish "$code"
-        say "the trainer is started again from ${before:-the beginning}"
+        say "the trainer is started again; $before is there"
     done
 }
 
@@ -70,10 +71,10 @@ count_start() {
     local file="$folder/starts" checkpoint count=0 last=""
     checkpoint="$(newest_checkpoint)"
     [[ ! -e $file ]] || read -r count last <"$file"
-    [[ $last == "${checkpoint:-none}" ]] || count=0
-    ((count <= $1)) || finish "${code:-1}" "error: $count starts without a new checkpoint after ${checkpoint:-none}: \
+    [[ $last == "$checkpoint" ]] || count=0
+    ((count <= $1)) || finish "${code:-1}" "error: $count starts without a new checkpoint ($checkpoint is there): \
 not started again; look at $arranged_folder/logs"
-    echo "$((count + 1)) ${checkpoint:-none}" >"$file"
+    echo "$((count + 1)) $checkpoint" >"$file"
 }
 
 # The student's step. Rank 0's words come into the job's output too.
@@ -107,11 +108,11 @@ job_state() { scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' 
 stopped() {
     touch "$folder/ending"
     if [[ "$(job_state)" != RUNNING ]]; then
-        finish 143 "ended by Slurm; submitted again, the run goes on after $(newest_checkpoint)"
+        finish 143 "ended by Slurm; submitted again, the run goes on; $(newest_checkpoint) is there"
     fi
-    [[ ${EAOPD_REQUEUE:-yes} != no ]] || finish 0 "stopped after $(newest_checkpoint); the next job goes on"
+    [[ ${EAOPD_REQUEUE:-yes} != no ]] || finish 0 "stopped; $(newest_checkpoint) is there, the next job goes on"
     end_services
-    say "stopped after $(newest_checkpoint); back into the queue"
+    say "stopped; $(newest_checkpoint) is there, back into the queue"
     scontrol requeue "$SLURM_JOB_ID" || finish 1 "error: the job cannot be requeued: set EAOPD_REQUEUE=no and submit a chain"
     trap '' TERM USR1
     sleep 60 # Slurm ends this process

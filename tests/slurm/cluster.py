@@ -148,8 +148,9 @@ class Cluster:
         """As a node dies: its slurmd and all that runs under it, at once."""
         doomed = [self._processes.pop(f"slurmd {name}")]
         pids = [pid for process in doomed for pid in [process.pid, *_below(process.pid)]]
-        # slurmstepd leaves slurmd's process tree: it is known by the node's name in its title
-        pids += [pid for step in _titled("slurmstepd: [") for pid in [step, *_below(step)] if _on_node(step, name)]
+        # slurmstepd leaves slurmd's process tree, and its title covers its environment: its node's log is open, though
+        log = str(self.folder / f"slurmd-{name}.log")
+        pids += [pid for step in _titled("slurmstepd: [") if log in _open_files(step) for pid in [step, *_below(step)]]
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -160,7 +161,7 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}\n{self._told()}"
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def _idle(self) -> int:
         return self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split().count("idle")
@@ -236,8 +237,7 @@ def _titled(title: str) -> Iterator[int]:
                 yield int(entry.name)
 
 
-def _on_node(pid: int, name: str) -> bool:
+def _open_files(pid: int) -> list[str]:
     with suppress(OSError):
-        variables = (Path(f"/proc/{pid}/environ").read_bytes()).decode(errors="replace")
-        return f"SLURMD_NODENAME={name}" in variables
-    return False
+        return [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    return []

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
+NONE: Mapping[str, str] = MappingProxyType({})
 SHORT = (
     "student.tensor_parallel=1 train.iterations=60 train.prompts_per_iteration=16 train.mini_batch=8 "
     "optimizer.warmup_updates=2 run.save_interval=2 evaluation.benchmarks=[] run.log_rollouts=1 "
@@ -26,7 +30,9 @@ class Site:
     folder: Path
     more: dict[str, str] = field(default_factory=dict)
 
-    def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **changes: str) -> Job:
+    def submit(
+        self, script: str, *arguments: str, changes: Mapping[str, str] = NONE, options: Sequence[str] = ()
+    ) -> Job:
         """sbatch slurm/SCRIPT ARGUMENTS. changes: variables of the site's file; '' leaves one out."""
         variables = {
             "EAOPD_SHARED": str(self.folder),
@@ -75,27 +81,28 @@ class Job:
     def wait_for(self, pattern: str, seconds: float = 300) -> re.Match[str]:
         """Until its output says so. Raises AssertionError, with the output, where it ends without."""
 
-        def said() -> bool:
-            assert found() or self.cluster.state(self.number) in ("PENDING", "RUNNING"), self.output
-            return found()
-
-        def found() -> bool:
-            return re.search(pattern, self.output) is not None
-
-        self.cluster.wait(said, seconds, f"job {self.number} to say {pattern}: {self.output[-2000:]}")
-        match = re.search(pattern, self.output)
-        assert match
-        return match
+        self._await(lambda: re.search(pattern, self.output) is not None, seconds, f"say {pattern}")
+        found = re.search(pattern, self.output)
+        assert found
+        return found
 
     def wait_for_iteration(self, least: int = 3) -> None:
         """Until the run has recorded so many."""
-        metrics = self.folder / "metrics.jsonl"
+        rollouts = self.folder / "rollouts" / f"{least:06d}.jsonl"
+        self._await(rollouts.exists, 300, f"be at iteration {least}")
 
-        def there() -> bool:
-            assert self.cluster.state(self.number) in ("PENDING", "RUNNING"), self.output
-            return metrics.exists() and len(metrics.read_text().splitlines()) >= least
-
-        self.cluster.wait(there, 300, f"iteration {least} of job {self.number}")
+    def _await(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        """Asks Slurm, which is slow, now and then only."""
+        deadline = asked = time.monotonic()
+        deadline += seconds
+        while not condition():
+            now = time.monotonic()
+            assert now < deadline, f"waited {seconds:g} s for job {self.number} to {what}: {self.output[-2000:]}"
+            if now - asked > 2:
+                asked = now
+                alive = self.cluster.state(self.number) in ("PENDING", "RUNNING")
+                assert alive or condition(), f"job {self.number} ended and did not {what}: {self.output[-2000:]}"
+            time.sleep(0.05)
 
     def release(self) -> None:
         """A job that was requeued starts again at once, not after the two minutes that Slurm lets it wait."""

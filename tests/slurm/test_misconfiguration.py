@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from tests.slurm.jobs import Site
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 
 
-def errors(site: Site, script: str = "qwen3_0.6b.sh", *arguments: str, **changes: str) -> list[str]:
+def errors(site: Site, changes: Mapping[str, str]) -> list[str]:
     """The lines of a job that failed but for the job's own progress."""
-    job = site.submit(script, *arguments, **changes)
+    job = site.submit("qwen3_0.6b.sh", changes=changes)
     assert job.finish(120).startswith("FAILED"), job.output
     return [line for line in job.output.splitlines() if not line.startswith("[job]")]
 
@@ -46,7 +46,7 @@ def errors(site: Site, script: str = "qwen3_0.6b.sh", *arguments: str, **changes
     ids=["folder", "environment", "container", "unset image", "image", "unset variable", "model", "layout"],
 )
 def test_a_fault_of_the_site_is_told_in_a_page(site: Site, changes: dict[str, str], said: str) -> None:
-    lines = errors(site, **changes)
+    lines = errors(site, changes)
     assert len(lines) == 1 and re.search(said, lines[0]), lines
 
 
@@ -61,12 +61,8 @@ def listening() -> Iterator[int]:
 def test_nodes_are_not_looked_at(site: Site, tmp_path: Path) -> None:
     """One table, and a line for each fault: every port taken, a disk that is none."""
     with listening() as port:
-        lines = errors(
-            site,
-            EAOPD_PREFLIGHT="",
-            EAOPD_PORTS=f"{port}-{port}",
-            EAOPD_STAGE=str(tmp_path / "none"),
-        )
+        stage = str(tmp_path / "none")
+        lines = errors(site, {"EAOPD_PREFLIGHT": "", "EAOPD_PORTS": f"{port}-{port}", "EAOPD_STAGE": stage})
     table, faults = (
         [line for line in lines if not line.startswith("error: ")],
         [line for line in lines if line[:5] == "error"],
