@@ -48,10 +48,11 @@ newest_checkpoint() {
 # Starts the trainer until the run is finished, or it is asked to stop, or it fails: for the user to mend, or again and
 # again without a new checkpoint.
 train() {
-    local code before restarts="${EAOPD_RESTARTS:-3}"
+    local code failed="" restarts="${EAOPD_RESTARTS:-3}"
     while :; do
+        ended_by_signal
         count_start "$restarts"
-        before="$(newest_checkpoint)"
+        [[ -z $failed ]] || say "the trainer is started again; $(newest_checkpoint) is there"
         run_trainer
         code=$?
         ((code != 0)) || finish 0
@@ -62,7 +63,7 @@ train() {
         ((code != 0)) || stopped
         [[ ! -e $folder/errors/user ]] || finish "$code"
         ((restarts > 0)) || finish "$code"
-        say "the trainer is started again; $before is there"
+        failed=yes
     done
 }
 

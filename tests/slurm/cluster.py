@@ -7,6 +7,7 @@ and takes the nodes' names out of /etc/hosts again.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -95,7 +96,6 @@ class Cluster:
             self._start("slurmctld", ["slurmctld", "-D"])
             for name in self.names:
                 self.start_node(name)
-            self.wait(lambda: self._idle() == self.nodes, 30, "the nodes to be idle")
         except BaseException:
             self.__exit__()
             raise
@@ -140,9 +140,17 @@ class Cluster:
         self.wait(lambda: all(s in FINISHED for s in self.states(number)), seconds, f"job {number} to end")
         return self.state(number)
 
-    def start_node(self, name: str) -> None:
-        """A node's slurmd, also after `kill_node`."""
-        self._start(f"slurmd {name}", ["slurmd", "-D", "-N", name])
+    def start_node(self, name: str, hidden: Path | None = None) -> None:
+        """A node's slurmd, also after `kill_node`. hidden: a folder in whose place it sees an empty one of its own."""
+        slurmd = ["slurmd", "-D", "-N", name]
+        if hidden is not None:
+            mount = f"mount -t tmpfs none {shlex.quote(str(hidden))} && exec {shlex.join(slurmd)}"
+            slurmd = ["unshare", "--mount", "sh", "-c", mount]
+        self._start(f"slurmd {name}", slurmd)
+        self.wait(lambda: self.node_is_idle(name), 30, f"{name} to be idle")
+
+    def node_is_idle(self, name: str) -> bool:
+        return self.run("sinfo", "-h", "-n", name, "-p", "main", "-o", "%T", check=False).strip() == "idle"
 
     def kill_node(self, name: str) -> None:
         """As a node dies: its slurmd and all that runs under it, at once."""
@@ -162,9 +170,6 @@ class Cluster:
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}\n{self._told()}"
             time.sleep(0.2)
-
-    def _idle(self) -> int:
-        return self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split().count("idle")
 
     def _told(self) -> str:
         logs = [self.folder / "slurmctld.log", *(self.folder / f"slurmd-{name}.log" for name in self.names)]

@@ -72,3 +72,24 @@ def test_nodes_are_not_looked_at(site: Site, tmp_path: Path) -> None:
     assert re.match(rf"error: n\d: EAOPD_STAGE is {tmp_path}/none, which is no folder that can be written", faults[0])
     assert re.match(rf"error: n\d: every port of EAOPD_PORTS={port}-{port} is taken on 127.0.0.1", faults[1])
     assert len(faults) == 2
+
+
+def test_a_run_is_written_where_one_node_sees_it(site: Site) -> None:
+    """The second node has another folder by the name of EAOPD_SHARED."""
+    local = site.folder / "local"
+    local.mkdir()
+    site.cluster.kill_node("n1")
+    site.cluster.start_node("n1", hidden=local)
+    try:
+        changes = {"EAOPD_PREFLIGHT": "", "EAOPD_SHARED": str(local), "EAOPD_SERVERS_PER_NODE": "1"}
+        job = site.submit("qwen3_1.7b.sh", changes=changes, options=("--nodelist=n0,n1",))
+        assert job.finish(120).startswith("FAILED"), job.output
+        faults = [line for line in job.output.splitlines() if line.startswith("error: ")]
+        run = local / "runs/countdown-eopd"
+        assert len(faults) == 1
+        assert faults[0].startswith(
+            f"error: n1: {run} is not the folder that the job's first node sees: set EAOPD_SHARED"
+        )
+    finally:
+        site.cluster.kill_node("n1")
+        site.cluster.start_node("n1")
