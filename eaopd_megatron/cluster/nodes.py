@@ -89,26 +89,27 @@ def _paths(token: Path, holds: str, models: Sequence[str], stage: str | None) ->
 
 
 def _gpus(facts: doctor.Facts, problems: list[str]) -> int:
-    """How many the step has; those of Slurm without a driver behind them are reckoned by nobody else."""
+    """How many Slurm gives the step."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     slurm = len(given.split(",")) if given else 0
     seen = len(facts.probe.get("gpus", []))
     if facts.driver_gpus and seen < slurm:
         problems.append(f"Slurm gives {slurm} GPUs, torch sees {seen}: look at the driver and at gres.conf")
-    for index, used in _memory_in_use():
-        if used > BUSY_MIB:
-            problems.append(f"GPU {index} has {used} MiB in use by another process: find it with nvidia-smi")
+    problems += busy_gpus()
     return slurm
 
 
-def _memory_in_use() -> list[tuple[int, int]]:
-    """(index, MiB) of each GPU, by nvidia-smi; none where there is no driver."""
+def busy_gpus() -> list[str]:
+    """A line for each GPU that another process works on, by nvidia-smi; none where there is no driver."""
     query = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    found = []
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
-        rows = [line.split(",") for line in listed.splitlines() if line.strip()]
-        return [(int(index), int(used)) for index, used in rows]
-    return []
+        for line in listed.splitlines():
+            index, used = map(int, line.split(","))
+            if used > BUSY_MIB:
+                found.append(f"GPU {index} has {used} MiB in use by another process: find it with nvidia-smi")
+    return found
 
 
 def versions() -> dict[str, str]:

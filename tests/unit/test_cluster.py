@@ -16,7 +16,7 @@ import pytest
 from eaopd_megatron.cluster import arrange as arranging
 from eaopd_megatron.cluster import places
 from eaopd_megatron.cluster.arrange import Arrangement, Nodes
-from eaopd_megatron.cluster.nodes import Node
+from eaopd_megatron.cluster.nodes import Node, busy_gpus
 from eaopd_megatron.cluster.places import hold_port, node_address
 from eaopd_megatron.cluster.stage import stage_model, staged
 from eaopd_megatron.cluster.step import Step
@@ -254,6 +254,17 @@ def test_what_is_wrong_on_all_nodes_takes_a_line_each() -> None:
     lines = table(ill)
     assert [line.split()[0] for line in lines] == ["node", "n0", "n1"]
     assert lines[1].endswith("1 wrong") and "2.29.7" in lines[1] and "1024" in lines[1]
+
+
+def test_a_gpu_that_another_works_on_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi is a stand-in."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '0, 4'\necho '1, 61440'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert busy_gpus() == ["GPU 1 has 61440 MiB in use by another process: find it with nvidia-smi"]
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert busy_gpus() == []
 
 
 # Models on the nodes' own disks
