@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from eaopd_megatron.cluster import ROLES
 from eaopd_megatron.guard import guarded
 
 
@@ -17,15 +18,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _arrange(options: argparse.Namespace) -> None:
-    from eaopd_megatron.cluster.arrange import ROLES, Nodes, arrange
+    from eaopd_megatron.cluster.arrange import Nodes, arrange
 
-    per_node = {role: getattr(options, f"{role}_per_node") for role in ROLES}
-    nodes = Nodes(
-        *(getattr(options, role) for role in ROLES),
-        gpus=options.gpus,
-        allocated=options.nodes,
-        per_node={role: count for role, count in per_node.items() if count},
-    )
+    said = {role: getattr(options, f"{role}_per_node") for role in ROLES}
+    per_node = {role: count for role, count in said.items() if count}
+    nodes = Nodes(options.student, options.teacher, options.servers, options.gpus, options.nodes, per_node)
     print(arrange(options.recipe, options.overrides, nodes).assignments())
 
 
@@ -105,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     arrange = verbs.add_parser("arrange")
-    for role in ("student", "teacher", "servers"):
+    for role in ROLES:
         arrange.add_argument(f"--{role}", type=int, default=0)
         arrange.add_argument(f"--{role}-per-node", type=int, default=0)
     arrange.add_argument("--gpus", type=int, required=True)

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from eaopd_megatron.cluster import ROLES
 from eaopd_megatron.cluster.stage import staged
 from eaopd_megatron.config import Recipe, load_recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.training.folder import already_finished
 
-ROLES = ("student", "teacher", "servers")
 SHARED, MODELS, STAGE = "EAOPD_SHARED", "EAOPD_MODELS", "EAOPD_STAGE"
 
 

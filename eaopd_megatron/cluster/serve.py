@@ -28,7 +28,7 @@ def serve(recipe: Recipe, listen: str, key_file: Path, log: Path) -> None:
     settings = server_settings(recipe, student, recipe.data.max_prompt_tokens + longest, read_api_key(key_file))
     # the prompts may be shorter than the recipe lets them be, and SGLang refuses more than the model has positions for
     context = min(settings.context_length, student.config.max_position_embeddings)
-    server = Server(replace(settings, context_length=context), log, host=host)
+    server = Server(replace(settings, context_length=context, host=host), log)
     server.port = int(port)
     asked, ended = threading.Event(), threading.Event()
 

@@ -11,6 +11,7 @@ begin() {
     trap 'on_signal USR1' USR1
     trap 'on_signal TERM' TERM
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    ((${#nodes[@]})) || finish 1 "error: scontrol does not name the job's nodes (SLURM_JOB_NODELIST)"
     gpus="${SLURM_GPUS_ON_NODE:-0}"
     prepare_site
     say "job $SLURM_JOB_ID on ${nodes[*]}${SLURM_RESTART_COUNT:+, start $((SLURM_RESTART_COUNT + 1))}"

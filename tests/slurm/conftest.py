@@ -22,7 +22,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if missing or os.geteuid() != 0:
         lacks = f"{', '.join(missing)} not installed" if missing else "the tests are not run by root"
         pytest.skip(f"no one-machine Slurm cluster: {lacks}")
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=4) as cluster:
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=5) as cluster:
         yield cluster
 
 

@@ -104,10 +104,7 @@ class Job:
                 assert alive or condition(), f"job {self.number} ended and did not {what}: {self.output[-2000:]}"
             time.sleep(0.05)
 
-    def wait_until_requeued(self) -> None:
-        self.cluster.wait(lambda: self.cluster.state(self.number) == "PENDING", 60, "the job to be requeued")
-
     def release(self) -> None:
-        """A job that was requeued starts again at once, not after the two minutes that Slurm lets it wait."""
-        self.wait_until_requeued()
+        """Once it is requeued, it starts at once, not after the two minutes that Slurm lets it wait."""
+        self.cluster.wait(lambda: self.cluster.state(self.number) == "PENDING", 60, "the job to be requeued")
         self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")

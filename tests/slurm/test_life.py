@@ -89,21 +89,20 @@ def _preempted(site: Site) -> list[Job]:
 
 
 def _orphan(site: Site) -> list[Job]:
-    """Its node dies and comes back."""
+    """Its node dies; it goes on at another one."""
     job = site.submit(ONE_NODE)
     job.wait_for_iteration()
     node = site.cluster.job(job.number)["NodeList"]
     site.cluster.kill_node(node)
-    job.wait_until_requeued()
-    site.cluster.start_node(node)
     job.release()
     job.finish()
+    site.cluster.start_node(node)
     return [job]
 
 
 def _chain(site: Site) -> list[Job]:
     """The first job's time is cut, and its trainer held up until Slurm says that the time is nearly over."""
-    options = ("--time=60", "--signal=B:USR1@60", "--job-name=chain", "--dependency=singleton")
+    options = ("--time=60", "--signal=B:USR1@120", "--job-name=chain", "--dependency=singleton")
     jobs = [site.submit(ONE_NODE, options=options, changes={"EAOPD_REQUEUE": "no"}) for _ in range(3)]
     jobs[0].wait_for_iteration()
     trainers = [one for one in running("eaopd_megatron train") if str(site.folder) in " ".join(one.cmdline())]
@@ -112,7 +111,7 @@ def _chain(site: Site) -> list[Job]:
             os.kill(trainer.pid, signal.SIGSTOP)
     try:
         minutes = sum(60**i * int(part) for i, part in enumerate(reversed(_run_time(jobs[0]).split(":")))) // 60
-        site.cluster.run("scontrol", "update", f"JobId={jobs[0].number}", f"TimeLimit={minutes + 1}")
+        site.cluster.run("scontrol", "update", f"JobId={jobs[0].number}", f"TimeLimit={minutes + 2}")
         jobs[0].wait_for("SIGUSR1: the trainer saves")
     finally:
         for trainer in trainers:

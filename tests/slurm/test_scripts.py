@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from eaopd_megatron.cluster.arrange import ROLES, Nodes, arrange
+from eaopd_megatron.cluster import ROLES
+from eaopd_megatron.cluster.arrange import Nodes, arrange
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import ROOT
 
@@ -57,6 +58,6 @@ def test_the_nodes_of_a_script_do_not_carry_its_recipe(
     recipe, given, overrides = roles(script)
     asked = re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(), re.MULTILINE)
     assert asked
-    counts = (given.get(role, 0) for role in ROLES)
-    nodes = Nodes(*counts, gpus=8, allocated=int(asked[1]), per_node={})
+    student, teacher, servers = (given.get(role, 0) for role in ROLES)
+    nodes = Nodes(student, teacher, servers, gpus=8, allocated=int(asked[1]), per_node={})
     arrange(str(ROOT / recipe), overrides, nodes)
