@@ -26,13 +26,18 @@ def finished(job: Job) -> bool:
     return (job.folder / "finished.json").exists()
 
 
-def running(what: str) -> list[psutil.Process]:
+def running(*words: str) -> list[psutil.Process]:
     """Processes whose command line has these words."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if what in " ".join(process.info["cmdline"] or []):
-            found.append(process)
-    return found
+    found = psutil.process_iter(["cmdline"])
+    return [one for one in found if all(word in " ".join(one.info["cmdline"] or []) for word in words)]
+
+
+def variable(process: psutil.Process, name: str) -> str | None:
+    """Of its environment; None also where it has ended."""
+    with contextlib.suppress(psutil.Error):
+        value: str | None = process.environ().get(name)
+        return value
+    return None
 
 
 def test_student_teacher_and_servers_do_not_find_each_other(site: Site, doubles: Path) -> None:
@@ -42,7 +47,8 @@ def test_student_teacher_and_servers_do_not_find_each_other(site: Site, doubles:
     job.wait_for_iteration(2)
     key = (job.own_folder / "key").read_text().strip()
     assert oct((job.own_folder / "key").stat().st_mode & 0o777) == "0o600" and len(key) > 20
-    (server,) = [one for one in running("tests.sglang.student_double") if str(site.folder) in str(one.environ())]
+    servers = running("tests.sglang.student_double")
+    (server,) = [one for one in servers if variable(one, "EAOPD_SHARED") == str(site.folder)]
     commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if key in command]
     server.kill()
@@ -105,9 +111,9 @@ def _chain(site: Site) -> list[Job]:
     options = ("--time=60", "--signal=B:USR1@120", "--job-name=chain", "--dependency=singleton")
     jobs = [site.submit(ONE_NODE, options=options, changes={"EAOPD_REQUEUE": "no"}) for _ in range(3)]
     jobs[0].wait_for_iteration()
-    trainers = [one for one in running("eaopd_megatron train") if str(site.folder) in " ".join(one.cmdline())]
+    trainers = running("eaopd_megatron train", str(site.folder))
     for trainer in trainers:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(trainer.pid, signal.SIGSTOP)
     try:
         minutes = sum(60**i * int(part) for i, part in enumerate(reversed(_run_time(jobs[0]).split(":")))) // 60
@@ -167,8 +173,8 @@ def test_a_crash_is_repeated_for_ever(site: Site) -> None:
     job = site.submit(ONE_NODE, "student.tensor_parallel=2", changes=two)
     killed: list[int] = []
     while len(killed) < 2:
-        trainers = [one for one in running("eaopd_megatron train") if str(site.folder) in " ".join(one.cmdline())]
-        for rank in [one for one in trainers if one.environ().get("RANK") == "1" and one.pid not in killed]:
+        trainers = running("eaopd_megatron train", str(site.folder))
+        for rank in [one for one in trainers if variable(one, "RANK") == "1" and one.pid not in killed]:
             rank.kill()
             killed.append(rank.pid)
         assert site.cluster.state(job.number) in ("PENDING", "RUNNING"), job.output

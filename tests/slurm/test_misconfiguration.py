@@ -6,7 +6,6 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -15,9 +14,9 @@ from tests.slurm.jobs import Site
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 
 
-def errors(site: Site, changes: Mapping[str, str]) -> list[str]:
+def errors(site: Site, changes: Mapping[str, str], script: str = "qwen3_0.6b.sh", *options: str) -> list[str]:
     """The lines of a job that failed but for the job's own progress."""
-    job = site.submit("qwen3_0.6b.sh", changes=changes)
+    job = site.submit(script, changes=changes, options=options)
     assert job.finish(120).startswith("FAILED"), job.output
     return [line for line in job.output.splitlines() if not line.startswith("[job]")]
 
@@ -58,38 +57,29 @@ def listening() -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
-def test_nodes_are_not_looked_at(site: Site, tmp_path: Path) -> None:
-    """One table, and a line for each fault: every port taken, a disk that is none."""
-    with listening() as port:
-        stage = str(tmp_path / "none")
-        lines = errors(site, {"EAOPD_PREFLIGHT": "", "EAOPD_PORTS": f"{port}-{port}", "EAOPD_STAGE": stage})
-    table, faults = (
-        [line for line in lines if not line.startswith("error: ")],
-        [line for line in lines if line[:5] == "error"],
-    )
-    assert table[0].split()[:3] == ["node", "address", "python"] and len(table) == 2
-    assert re.match(r"n\d .*0\.16\.1.*2 wrong", table[1])
-    assert re.match(rf"error: n\d: EAOPD_STAGE is {tmp_path}/none, which is no folder that can be written", faults[0])
-    assert re.match(rf"error: n\d: every port of EAOPD_PORTS={port}-{port} is taken on 127.0.0.1", faults[1])
-    assert len(faults) == 2
-
-
-def test_a_run_is_written_where_one_node_sees_it(site: Site) -> None:
-    """The second node has another folder by the name of EAOPD_SHARED."""
+def test_nodes_are_not_looked_at(site: Site) -> None:
+    """One table, and a line for each fault: on the second node another folder has the run folder's name, every port is
+    taken, and the nodes' own disks have no such folder."""
     local = site.folder / "local"
     local.mkdir()
     site.cluster.kill_node("n1")
     site.cluster.start_node("n1", hidden=local)
     try:
-        changes = {"EAOPD_PREFLIGHT": "", "EAOPD_SHARED": str(local), "EAOPD_SERVERS_PER_NODE": "1"}
-        job = site.submit("qwen3_1.7b.sh", changes=changes, options=("--nodelist=n0,n1",))
-        assert job.finish(120).startswith("FAILED"), job.output
-        faults = [line for line in job.output.splitlines() if line.startswith("error: ")]
-        run = local / "runs/countdown-eopd"
-        assert len(faults) == 1
-        assert faults[0].startswith(
-            f"error: n1: {run} is not the folder that the job's first node sees: set EAOPD_SHARED"
-        )
+        with listening() as port:
+            changes = {
+                **{"EAOPD_PREFLIGHT": "", "EAOPD_SHARED": str(local), "EAOPD_SERVERS_PER_NODE": "1"},
+                **{"EAOPD_PORTS": f"{port}-{port}", "EAOPD_STAGE": str(local / "none")},
+            }
+            lines = errors(site, changes, "qwen3_1.7b.sh", "--nodelist=n0,n1")
     finally:
         site.cluster.kill_node("n1")
         site.cluster.start_node("n1")
+    table, faults = lines[:3], lines[3:]
+    assert table[0].split()[:3] == ["node", "address", "python"]
+    assert re.match(r"n0 .*0\.16\.1.*2 wrong", table[1]) and re.match(r"n1 .*0\.16\.1.*3 wrong", table[2])
+    run = local / "runs/countdown-eopd"
+    assert sorted(faults) == [
+        f"error: n0, n1: EAOPD_STAGE is {local}/none, which is no folder that can be written",
+        f"error: n0, n1: every port of EAOPD_PORTS={port}-{port} is taken on 127.0.0.1: name others",
+        f"error: n1: {run} is not the folder that the job's first node sees: set EAOPD_SHARED to a shared one",
+    ]
