@@ -122,7 +122,12 @@ def _found(key: str, model: str, environment: Mapping[str, str] = os.environ) ->
 
 def _staged(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     stage = environment.get(STAGE)
-    return tuple(f"{key}={staged(Path(model), Path(stage))}" for key, model in _models(recipe).items()) if stage else ()
+    if not stage:
+        return ()
+    for key, model in _models(recipe).items():
+        if not Path(model).is_absolute():
+            raise UserError(f"{key} is {model}: {STAGE} copies folders, so set {MODELS} to where it lies")
+    return tuple(f"{key}={staged(Path(model), Path(stage))}" for key, model in _models(recipe).items())
 
 
 def _student_tasks(recipe: Recipe, nodes: Nodes) -> int:

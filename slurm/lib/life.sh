@@ -114,6 +114,7 @@ stopped() {
     fi
     [[ ${EAOPD_REQUEUE:-yes} != no ]] || finish 0 "stopped; $(newest_checkpoint) is there, the next job goes on"
     end_services
+    rm -f "$folder/key"
     say "stopped; $(newest_checkpoint) is there, back into the queue"
     scontrol requeue "$SLURM_JOB_ID" || finish 1 "error: the job cannot be requeued: set EAOPD_REQUEUE=no and submit a chain"
     trap '' TERM USR1

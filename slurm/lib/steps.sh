@@ -11,8 +11,8 @@ on() {
     local count="$1" tasks="$2" list="$3" per_node=()
     shift 3
     ((gpus == 0)) || per_node=("--gpus-per-node=$gpus")
-    exec "${session[@]}" srun --overlap --nodes="$count" --nodelist="$list" --ntasks=$((count * tasks)) --ntasks-per-node="$tasks" \
-        --cpus-per-task=$((SLURM_CPUS_ON_NODE / tasks > 0 ? SLURM_CPUS_ON_NODE / tasks : 1)) "${per_node[@]}" \
+    exec "${session[@]}" srun --overlap --nodes="$count" --nodelist="$list" --ntasks=$((count * tasks)) \
+        --ntasks-per-node="$tasks" --cpus-per-task=$((SLURM_CPUS_ON_NODE / tasks > 0 ? SLURM_CPUS_ON_NODE / tasks : 1)) "${per_node[@]}" \
         --kill-on-bad-exit=1 "${step_options[@]}" "${container[@]}" "${in_container[@]}" "$@"
 }
 

@@ -42,7 +42,7 @@ def variable(process: psutil.Process, name: str) -> str | None:
 
 def test_student_teacher_and_servers_do_not_find_each_other(site: Site, doubles: Path) -> None:
     """Three nodes, every node looked at; a server that is killed is started again, and the job ends well."""
-    site.more = {**ROLES, "EAOPD_SGLANG_VENV": str(doubles), "EAOPD_PREFLIGHT": ""}
+    site.more = {**ROLES, "EAOPD_SGLANG_VENV": str(doubles), "EAOPD_PREFLIGHT": "", "EAOPD_PROBE": "yes"}
     job = site.submit("qwen3_4b.sh", "train.iterations=12")
     job.wait_for_iteration(2)
     key = (job.own_folder / "key").read_text().strip()
@@ -57,6 +57,7 @@ def test_student_teacher_and_servers_do_not_find_each_other(site: Site, doubles:
     assert finished(job)
     assert len([record for record in records(job.folder) if "objective/loss" in record]) == 12
     assert "server_0 died and is started again: error: the rollout server at http://127.0.0.1" in job.output
+    assert "gloo: 1 ranks reach each other" in job.output
     table = [line.split() for line in job.output.splitlines() if line.startswith("n")]
     assert [(row[0], row[-1]) for row in table[1:]] == [(f"n{i}", "ok") for i in range(3)]
     assert not [log for log in job.folder.rglob("*") if log.is_file() and key in log.read_text(errors="replace")]

@@ -56,4 +56,4 @@ def test_a_conversion_does_not_end(site: Site, tmp_path: Path) -> None:
     assert forth.finish() == "COMPLETED 0:0", forth.output
     assert (there / "hf/config.json").exists()
     assert back.finish() == "FAILED 1:0", back.output
-    assert f"error: --checkpoint: {tmp_path}/none" in back.output
+    assert f"error: --checkpoint: there is no folder {tmp_path}/none" in back.output

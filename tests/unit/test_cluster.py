@@ -100,6 +100,17 @@ def test_a_missing_model_is_found_after_the_servers_have_started(
     assert found.models == (str(tmp_path / "models/Qwen3-4B-Base"), str(tmp_path / "models/Qwen/Qwen3-8B"))
 
 
+def test_a_hub_id_is_copied_to_the_nodes_as_if_it_were_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EAOPD_STAGE", str(tmp_path / "stage"))
+    with pytest.raises(UserError, match=r"student.model is Qwen/Qwen3-4B-Base: EAOPD_STAGE copies folders"):
+        arranging.arrange(str(ROOT / "recipes/qwen3/4b_from_8b.yaml"), [], THREE)
+    student, teacher = arranged(THREE).staged
+    assert student.startswith(f"student.model={tmp_path}/stage/student-")
+    assert teacher.startswith(f"teacher.model={tmp_path}/stage/teacher-")
+
+
 def test_bash_reads_other_words_than_were_said() -> None:
     found = arranged(THREE, "data.suffix=a 'b' $c")
     echo = 'printf "%s\\n" "${arranged_overrides[@]}"'
