@@ -5,6 +5,8 @@ All functions work on many problems at once: `c[i]` of problem i's `n` independe
 
 import functools
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +38,16 @@ def pass_at_k(n: int, c: ArrayLike, k: int) -> FloatArray:
 def pass_ks(n: int) -> list[int]:
     """The k at which pass@k is reported for n samples: 1, 2, 4, ... and n itself."""
     return sorted({2**i for i in range(n.bit_length())} | {n}) if n > 0 else []
+
+
+def majority(keys: Sequence[str | None], correct: Sequence[bool]) -> float:
+    """Whether the answer that most samples give is right; of several such answers, the share that is. A sample that
+    gives none (key None) has no vote; 0 where none has."""
+    votes = Counter(key for key in keys if key is not None)
+    most = max(votes.values(), default=0)
+    leaders = [key for key, count in votes.items() if count == most]
+    right = {key for key, is_right in zip(keys, correct, strict=True) if is_right}
+    return sum(key in right for key in leaders) / len(leaders) if leaders else 0.0
 
 
 def bootstrap_interval(

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from eaopd_megatron.data.prompts import PromptBuilder, load_problems
 from eaopd_megatron.data.samples import Prompt, Sample, Sampling
-from eaopd_megatron.evaluation.grading import Grader, benchmark_name, grade_all, grader_for
+from eaopd_megatron.evaluation.grade import Grader
+from eaopd_megatron.evaluation.grading import benchmark_name, grade_all, grader_for
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, ProblemResult, summarise
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.rollout.interface import Rollout, Wanted
@@ -65,7 +66,8 @@ class Evaluator:
             for number, i in enumerate(mine):
                 part = slice(number * self.samples, (number + 1) * self.samples)
                 truncated = [s.finish_reason == "length" for s in responses[part]]
-                results[i] = ProblemResult.from_grades(benchmark.prompts[i].id, grades[part], truncated)
+                lengths = [len(s.response_ids) for s in responses[part]]
+                results[i] = ProblemResult.from_grades(benchmark.prompts[i].id, grades[part], truncated, lengths)
             gathered = [results] * self.parallel.dp_size
             if self.parallel.dp_size > 1:
                 dist.all_gather_object(gathered, results, group=self.parallel.dp_group)

@@ -39,7 +39,9 @@ def make_evaluation(
             correct = tuple(bool(x) for x in rng.random(8) < ease)
             keys = tuple(f"k{rng.integers(3)}" if right else None for right in correct)
             results.append(
-                ProblemResult(f"{name}-{index}", correct, keys, tuple(bool(x) for x in rng.random(8) < 0.01))
+                ProblemResult(
+                    f"{name}-{index}", correct, correct, keys, tuple(bool(x) for x in rng.random(8) < 0.01), (9,) * 8
+                )
             )
         benchmarks[name] = summarise(name, 8, results)
     return EvaluationResult(iteration, benchmarks)
@@ -435,7 +437,7 @@ def test_a_gate_that_never_opens_is_warned_of_unless_the_objective_has_none(make
 
 def test_grader_errors_are_warned_of(make_run: Callable[..., Path]) -> None:
     run = make_run(done=20, total=20)
-    rows = [ProblemResult("a", (False, False), (None, None), (True, True), errors=2)]
+    rows = [ProblemResult("a", (False, False), (False, False), (None, None), (True, True), (8, 8), errors=2)]
     EvaluationResult(20, {"math": summarise("math", 2, rows)}).write(run / "evaluation")
     lines = find_warnings(RunData.read(run))
     assert len(lines) == 2 and "2 of 2 answers of math" in lines[0] and "100%" in lines[1]
