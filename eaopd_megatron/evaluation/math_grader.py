@@ -21,8 +21,8 @@ from eaopd_megatron.evaluation.grade import Grade, Problem
 from eaopd_megatron.evaluation.notation import exact_number, leniently_equal, misread
 
 MAX_KEY_LENGTH = 200  # characters; a run-on answer must not swell the results file
-MAX_ANSWER_LENGTH = 2000
-"""Characters; longer ones are wrong unasked. The longest gold of the six benchmarks has 269."""
+MAX_ANSWER_LENGTH = 1000
+"""Characters; longer ones are wrong unasked. The longest gold of the six benchmarks has 210."""
 _Question = tuple[str, str, str]  # gold, the last box, and, where the gold has several answers, the last boxes
 
 

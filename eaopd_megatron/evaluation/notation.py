@@ -36,18 +36,24 @@ _POWER = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d+\s*\}))?"
 _JOIN = r"(?:\s|~|\\[,;: ]|/|\\cdot|\\times|\*|\\quad)*"
 _MARKED_UNITS = re.compile(rf"(?:{_JOIN}(?:{_MACRO}{_POWER}|\^\s*\{{?\s*\\circ\s*\}}?|\\degree|\\?%))+{_JOIN}\Z")
 _BARE_UNITS = re.compile(rf"(?<=[\d}}])(?:\s|~|\\[,;: ])+{_WORD}{_POWER}(?:{_JOIN}{_WORD}{_POWER})*\s*\Z")
+_RELATION = re.compile(r"[<>]|\\[lg]e|\\in(?![a-z])")
 _PRIME = re.compile(r"([A-Za-z])(?:\^\{\\prime\}|\^\\prime|')")
 
 
 def leniently_equal(gold: str, answer: str, equal: Equal) -> bool | None:
     """Whether an answer that the strict pass refused is right in another notation; None where a comparison failed."""
+
+    def compare(one: str, other: str) -> bool | None:
+        asked = (normalise(one), normalise(other)) == (normalise(gold), normalise(answer))
+        return False if asked and not _RELATION.search(gold + answer) else equal(one, other)
+
     golds, answers = answers_of(gold), answers_of(answer)
     if not 0 < len(golds) == len(answers) <= MOST_ANSWERS:
         return False
     failed = False
     for one in golds:
         for other in answers:
-            verdict = _same(one, other, equal)
+            verdict = _same(one, other, compare)
             failed |= verdict is None
             if verdict:
                 answers.remove(other)
