@@ -25,8 +25,8 @@ from eaopd_megatron.errors import RecipeError
 
 MODEL_KEYS = ("student.model", "teacher.model")
 """Keys that may hold a folder."""
-FILE_KEYS = ("data.source", "evaluation.benchmarks")
-"""Keys that may hold the name of a .jsonl file."""
+FILE_KEYS = ("data.source", "data.decontaminate", "evaluation.benchmarks")
+"""Keys that may hold the name of a .jsonl or .parquet file."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _folders(layer: _Layer, recipe_folder: Path) -> list[Path]:
 
 def _located(key: str, value: Any, folders: Sequence[Path]) -> Any:
     """The absolute path of what the value names, or the value itself where it names no folder or file."""
-    if not isinstance(value, str) or not value or (key in FILE_KEYS and not value.endswith(".jsonl")):
+    if not isinstance(value, str) or not value or (key in FILE_KEYS and not value.endswith((".jsonl", ".parquet"))):
         return value
     for folder in folders:
         found = folder / Path(value).expanduser()

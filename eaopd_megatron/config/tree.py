@@ -182,11 +182,13 @@ class ObjectiveChoice(Section):
 class Data(Section):
     """The prompts."""
 
-    source: Name = "countdown"  # a built-in task, a .jsonl file, or hub:owner/name[:config]
+    source: Name = "countdown"  # or a .jsonl or .parquet file, or hub:owner/name[:config][@revision]
     split: Name = "train"
     prompt_field: Name = "problem"
     teacher_field: Name = "teacher"  # of a problem: which of several teachers it is for
-    template: Literal["chat", "raw"] = "chat"
+    decontaminate: list[Name] = []  # benchmarks whose problems are left out
+    decontaminate_ngram: Count = 13  # so are problems that share as many words in a row with one
+    template: Literal["chat", "base", "raw"] = "chat"  # chat: thinking off; base: question and answer as plain text
     suffix: str = ""  # appended to each problem
     max_prompt_tokens: Count = 1024
     shuffle: bool = True
@@ -299,7 +301,7 @@ class Evaluation(Section):
     """Benchmarks before, during and after training."""
 
     interval: CountOrZero = 0  # iterations; 0: before and after training only
-    benchmarks: list[Name] = []  # names or .jsonl files
+    benchmarks: list[Name] = []  # names, .jsonl or .parquet files
     samples: Count = 8  # responses a problem
     problems: Count | None = None  # the first so many; none: all
     temperature: NotNegative = 1.0  # 0: the most probable token

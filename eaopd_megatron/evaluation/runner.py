@@ -9,8 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from eaopd_megatron.data.prompts import PromptBuilder, load_problems
+from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.samples import Prompt, Sample, Sampling
+from eaopd_megatron.evaluation.benchmarks import load_benchmark
 from eaopd_megatron.evaluation.grade import Grader
 from eaopd_megatron.evaluation.grading import benchmark_name, grade_all, grader_for
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, ProblemResult, summarise
@@ -28,9 +29,8 @@ class Benchmark:
 
     @classmethod
     def load(cls, source: str, builder: PromptBuilder, first: int | None) -> Benchmark:
-        """`countdown` (its held-out problems), a .jsonl file or a hub data set; `first`: only so many problems."""
-        problems = load_problems(source, "heldout" if source == "countdown" else "test")[:first]
-        prompts, _ = builder.build(problems, source)
+        """What `load_benchmark` knows; `first`: only so many problems."""
+        prompts, _ = builder.build(load_benchmark(source)[:first], source)
         return cls(benchmark_name(source), prompts, grader_for(source))
 
 

@@ -110,13 +110,13 @@ def build(
     )
 
 
-def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str) -> PromptBuilder:
-    """The recipe's template with the training's or the evaluation's suffix."""
+def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, field: str) -> PromptBuilder:
+    """The recipe's template with the training's or the evaluation's suffix and field."""
     return PromptBuilder(
         tokenizer,
         template=recipe.data.template,
         suffix=suffix,
-        field=recipe.data.prompt_field,
+        field=field,
         max_tokens=recipe.data.max_prompt_tokens,
     )
 
@@ -126,7 +126,7 @@ def evaluator(
 ) -> Evaluator:
     """The recipe's benchmarks, ready to be run on the model that the rollout generates with."""
     chosen = recipe.evaluation
-    builder = prompt_builder(recipe, tokenizer, chosen.suffix)
+    builder = prompt_builder(recipe, tokenizer, chosen.suffix, "problem")
     return Evaluator(
         rollout,
         parallel,

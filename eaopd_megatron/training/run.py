@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.cursor import PromptCursor
-from eaopd_megatron.data.prompts import load_problems
 from eaopd_megatron.data.samples import Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.results import write_atomically
@@ -31,6 +30,7 @@ from eaopd_megatron.training.averages import Averages
 from eaopd_megatron.training.build import build, prompt_builder
 from eaopd_megatron.training.checkpoints import TrainingCheckpoints
 from eaopd_megatron.training.folder import RunFolder
+from eaopd_megatron.training.problems import training_problems
 from eaopd_megatron.training.profiler import ProfilerWindow
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
 from eaopd_megatron.training.throughput import Throughput
@@ -58,8 +58,9 @@ class Run:
         self._signal: int | None = None
         self.parts = build(recipe, parallel, self.folder, asked=lambda: self._signal or 0, report=self.say)
         self.student, self.teacher = self.parts.student, self.parts.teacher
-        problems = load_problems(recipe.data.source, recipe.data.split)
-        builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix)
+        report = self.folder.path / "decontamination.json" if parallel.is_main else None
+        problems = training_problems(recipe, report, self.say)
+        builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix, recipe.data.prompt_field)
         self.prompts, dropped = builder.build(problems, recipe.data.source)
         self._teacher_model = {name: one.model for name, one in recipe.named_teachers().items()}
         if dropped:
