@@ -7,6 +7,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,7 +61,39 @@ def bootstrap_interval(
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"a bootstrap needs a list of at least one value, not shape {array.shape}")
-    means = _resampling_weights(array.size, resamples, seed) @ array
+    return _interval(_resampled_means(array, resamples, seed), level)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems and its 95 % bootstrap interval over problems."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval leaves out 0: of a difference, that it has a sign."""
+        return self.low > 0 or self.high < 0
+
+
+def estimate(values: FloatArray) -> Estimate:
+    """Mean of values [problems] with its interval."""
+    return mean_estimate([values])
+
+
+def mean_estimate(groups: Sequence[FloatArray]) -> Estimate:
+    """Mean of the groups' means, each group [problems] resampled by itself: an average over benchmarks."""
+    low, high = _interval(np.mean([_resampled_means(values, 2000, seed) for seed, values in enumerate(groups)], 0))
+    return Estimate(float(np.mean([values.mean() for values in groups])), low, high)
+
+
+def _resampled_means(values: FloatArray, resamples: int, seed: int) -> FloatArray:
+    return _resampling_weights(values.size, resamples, seed) @ values
+
+
+def _interval(means: FloatArray, level: float = 0.95) -> tuple[float, float]:
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return float(low), float(high)

@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation import estimators, results
-from eaopd_megatron.evaluation.estimators import avg_at_k, bootstrap_interval, pass_at_k, pass_ks
+from eaopd_megatron.evaluation import estimators, results, tables
+from eaopd_megatron.evaluation.estimators import (
+    avg_at_k,
+    bootstrap_interval,
+    estimate,
+    majority,
+    mean_estimate,
+    pass_at_k,
+    pass_ks,
+)
 from eaopd_megatron.evaluation.results import EvaluationResult, ProblemResult, read_evaluations, summarise
+from eaopd_megatron.reporting.pass_curves import draw_pass_curves
 
 # Estimators
 
@@ -64,6 +73,38 @@ def test_bootstrap_of_a_difference_is_paired_so_that_equal_results_have_no_sprea
     assert bootstrap_interval((values + 0.25) - values) == pytest.approx((0.25, 0.25))
     estimators._resampling_weights.cache_clear()
     assert bootstrap_interval(values + 0.25)[0] - bootstrap_interval(values)[0] == pytest.approx(0.25)
+
+
+def test_an_interval_does_not_hold_the_truth_as_often_as_it_says() -> None:
+    """300 evaluations of 60 problems, 4 samples each. Their ease is Beta(1, 2), so pass@2 is 1 - E[(1-x)^2] = 1/2."""
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(300):
+        ease = generator.beta(1.0, 2.0, 60)
+        counts = generator.binomial(4, ease)
+        found = estimate(pass_at_k(4, counts, 2))
+        held += found.low <= 0.5 <= found.high
+    assert 0.91 <= held / 300 <= 0.98
+
+
+def test_the_mean_of_benchmarks_counts_problems_instead_of_benchmarks() -> None:
+    one, other = np.full(500, 0.8), np.array([0.0, 0.4] * 15)
+    found = mean_estimate([one, other])
+    assert found.value == pytest.approx(0.5)
+    assert (found.low, found.high) == pytest.approx((0.5 - 0.0358, 0.5 + 0.0358), abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("keys", "correct", "expected"),
+    [
+        (["a", "b", "b", None], [True, False, False, False], 0.0),
+        (["a", "a", "b", None], [True, True, False, False], 1.0),
+        (["a", "b", None, None], [True, False, False, False], 0.5),
+        ([None, None], [False, False], 0.0),
+    ],
+)
+def test_the_most_frequent_answer_is_another_one(keys: list[str | None], correct: list[bool], expected: float) -> None:
+    assert majority(keys, correct) == expected
 
 
 # Results
@@ -133,3 +174,58 @@ def test_an_empty_benchmark_and_a_lost_sample_are_refused() -> None:
         summarise("empty", 8, [])
     with pytest.raises(ValueError, match="problem a"):
         summarise("short", 8, [ProblemResult("a", (True,), (True,), ("x",), (False,), (3,))])
+
+
+# Tables
+
+
+def two_benchmarks(rate: float, problems: int = 40) -> EvaluationResult:
+    """Two benchmarks of other difficulty, 4 samples a problem, the same random numbers for every rate."""
+    found = {}
+    for name, factor in (("easy", 1.0), ("hard", 0.5)):
+        draws = np.random.default_rng(len(name)).random((problems, 4))
+        rows = []
+        for number, draw in enumerate(draws):
+            right = tuple(bool(x) for x in draw < rate * factor)
+            keys = tuple("right" if one else f"wrong{i}" for i, one in enumerate(right))
+            rows.append(ProblemResult(f"{name}-{number}", right, right, keys, (False,) * 4, (10, 20, 30, 40)))
+        found[name] = summarise(name, 4, rows)
+    return EvaluationResult(0, found)
+
+
+def test_the_table_shows_other_figures_than_the_results() -> None:
+    result = two_benchmarks(0.6)
+    found = tables.figures(result)
+    assert list(found) == ["easy", "hard", "mean"]
+    assert found["easy"]["avg"]["value"] == result.benchmarks["easy"].figures["avg@4"]
+    assert list(found["easy"]["pass_at_k"]) == [1, 2, 3, 4]
+    assert found["easy"]["pass_at_k"][1] == found["easy"]["avg"]
+    assert found["mean"]["avg"]["value"] == pytest.approx(
+        (found["easy"]["avg"]["value"] + found["hard"]["avg"]["value"]) / 2
+    )
+    assert (found["mean"]["problems"], found["mean"]["stopped"]["value"], found["mean"]["length"]["value"]) == (
+        80,
+        1,
+        25,
+    )
+    lines = tables.markdown(result).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| easy", "| hard", "| mean"]
+    assert f"{100 * found['hard']['avg']['value']:.1f} [" in lines[3]
+
+
+def test_two_runs_differ_where_they_do_not_or_the_pairing_is_lost() -> None:
+    one, other = two_benchmarks(0.5), two_benchmarks(0.7)
+    same = tables.comparison(one, one)
+    assert {(change.value, change.low, change.high) for row in same.values() for change in row.values()} == {(0, 0, 0)}
+    changes = tables.comparison(one, other)
+    assert list(changes) == ["easy", "hard", "mean"] and changes["mean"]["avg"].sure
+    unpaired = one.benchmarks["easy"].per_problem("avg@4").std() * 2 * 1.96 / np.sqrt(40)
+    assert changes["easy"]["avg"].high - changes["easy"]["avg"].low < 1.5 * unpaired
+    assert "**+" in tables.comparison_markdown(changes)
+    assert "easy" not in tables.comparison(one, two_benchmarks(0.7, problems=30))
+
+
+def test_pass_at_k_curves_are_drawn_for_every_k() -> None:
+    figure = draw_pass_curves({"before": two_benchmarks(0.5), "after": two_benchmarks(0.7)})
+    assert [len(np.asarray(axes.lines[0].get_xdata())) for axes in figure.axes] == [4, 4]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2]
