@@ -59,9 +59,9 @@ def _train(recipe: Recipe) -> None:
 
 
 def _evaluate(options: Path) -> None:
-    from eaopd_megatron.evaluation.command import evaluate_on_rank
+    from eaopd_megatron.evaluation.local_generation import on_rank
 
-    evaluate_on_rank(json.loads(options.read_text()))
+    on_rank(json.loads(options.read_text()))
 
 
 if __name__ == "__main__":

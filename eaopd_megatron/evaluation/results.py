@@ -130,8 +130,8 @@ class EvaluationResult:
             for figure, value in benchmark.figures.items()
         }
 
-    def write(self, folder: Path) -> Path:
-        """Writes folder/XXXXXX.json (the iteration), whole or not at all, and returns its path."""
+    def to_json(self) -> dict[str, Any]:
+        """JSON values of it all, each sample's grade with them."""
         benchmarks = {
             name: {
                 "samples": benchmark.samples,
@@ -141,8 +141,12 @@ class EvaluationResult:
             }
             for name, benchmark in self.benchmarks.items()
         }
+        return {"iteration": self.iteration, "benchmarks": benchmarks}
+
+    def write(self, folder: Path) -> Path:
+        """Writes folder/XXXXXX.json (the iteration), whole or not at all, and returns its path."""
         path = folder / f"{self.iteration:06d}.json"
-        write_atomically(path, json.dumps({"iteration": self.iteration, "benchmarks": benchmarks}) + "\n")
+        write_atomically(path, json.dumps(self.to_json()) + "\n")
         return path
 
     @classmethod
