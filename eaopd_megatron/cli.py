@@ -142,7 +142,7 @@ def evaluate(
         engine=_one_of("--engine", engine, "local", "sglang"),
         tensor_parallel=tensor_parallel,
         batch_size=batch_size,
-        servers=ServerChoice(server_url or [], servers, tensor_parallel, max_running, api_key_file=api_key_file),
+        servers=ServerChoice(tuple(server_url or ()), servers, tensor_parallel, max_running, api_key_file=api_key_file),
         out=out,
     )
     raise typer.Exit(run(request, regrade=regrade, compare=compare))
