@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import weakref
@@ -31,7 +32,7 @@ class MathGrader:
 
     `Grade.correct` is math-verify's verdict (strict, but for its faults that `math_worker` names), `Grade.lenient` that
     of `notation` where the strict one is no. seconds: CPU time that one comparison may take; then its process is ended
-    by the kernel, the response is wrong and an error, and the next comparison gets a new process. Safe to call from any
+    by the kernel, the response is wrong and an error, and the next comparison gets a new one. Safe to call from any
     thread; the processes start when first needed and end with this object or with this process, however it dies.
 
     All right answers carry the reference answer as their key, since they are one answer in different notations.
@@ -153,6 +154,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,  # it is ended with its forks
             env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy's order, hence its verdicts and times, repeat
         )
         self._read(self.process)
@@ -177,7 +179,8 @@ class Worker:
         process, self.process = self.process, None
         if process is None:
             return
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:

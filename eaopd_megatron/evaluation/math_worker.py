@@ -1,7 +1,8 @@
 r"""A child process that compares mathematical answers, one JSON line in, one out.
 
 In: {"gold", "answer", "relations": whether a set may equal a relation}, or {"gold"} alone: whether it is read as
-mathematics rather than as text. Out: {"equal": bool} or {"error": name of the exception}; first of all {"ready": true}.
+mathematics rather than as text. Out: {"equal": bool} or {"error": why there is no verdict}; first of all
+{"ready": true}.
 
 The verdict is math-verify's, but for two of its faults. It rounds decimals to six places, so that 2.88e-19 equals
 2.89e-19: six significant digits must agree as well. And it takes the last letter of `6m` for a unit: units are left
@@ -9,8 +10,9 @@ out only where that takes no symbol from the gold.
 
 Run as a script by `math_grader.Worker`; it imports only math-verify. A symbolic comparison can run for ever inside one
 big multiplication (`10^{10^{10}}`), where a Python signal handler, and so math-verify's own time limit, never gets its
-turn. Here the kernel's timers keep their default action, which ends this process whatever it is doing. So no answer
-costs more than its limit, from any thread of the parent, and a child whose parent was killed does not run on.
+turn. Here comparisons run in a fork of this process, where the kernel's timers keep their default action, which ends
+it whatever it is doing; the next one is forked at once. So no answer costs more than its limit, from any thread of the
+caller, and none runs on when the caller was killed.
 """
 
 import contextlib
@@ -48,11 +50,22 @@ def main(cpu_seconds: float) -> None:
     equal = _comparison()
     _answer(replies, {"ready": True})
     _set_limits(0.0, 0.0)
+    while True:
+        child = os.fork()  # the import is paid once, however many comparisons end their process
+        if child == 0:
+            _serve(equal, replies, cpu_seconds)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0:
+            return
+        _answer(replies, {"error": f"ended with {code}"})
+
+
+def _serve(equal: Callable[..., bool], replies: TextIO, cpu_seconds: float) -> None:
     for line in sys.stdin:
-        request = json.loads(line)
         _set_limits(cpu_seconds, cpu_seconds * WALL_FACTOR)
         try:
-            reply: dict[str, object] = {"equal": equal(**request)}
+            reply: dict[str, object] = {"equal": equal(**json.loads(line))}
         except Exception as error:
             reply = {"error": type(error).__name__}
         _set_limits(0.0, 0.0)

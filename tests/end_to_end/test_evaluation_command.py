@@ -6,10 +6,13 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation.command import Request, evaluate
 from eaopd_megatron.rollout.sglang.server import SGLANG_VENV
 from tests.end_to_end.runs import ROOT, Command, wait_for
 from tests.sglang.student_double import stand_in
@@ -29,31 +32,37 @@ def done(command: Command) -> str:
     return out
 
 
-def test_an_evaluation_that_was_killed_comes_to_other_results(eaopd: Start, tmp_path: Path) -> None:
+def test_an_evaluation_that_was_killed_comes_to_other_results(
+    eaopd: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    table = done(eaopd("evaluate", STUDENT, *SMALL, "--batch-size", "8", "--out", str(whole)))
-    assert "| countdown | 12 × 4 |" in table
+    request = Request(STUDENT, ["countdown"], 4, 12, max_response_tokens=16, batch_size=8, out=whole)
+    assert evaluate(request) == 0
+    assert "| countdown | 12 × 4 |" in capsys.readouterr().out
     command = eaopd("evaluate", STUDENT, *SMALL, "--batch-size", "8", "--out", str(broken))
     kept = broken / "generations/countdown.jsonl"
     wait_for(lambda: kept.exists() and kept.stat().st_size > 0, command.process)
     os.kill(command.process.pid, signal.SIGKILL)
     command.process.wait()
-    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:11]) + b'{"problem": 2, "samp')
-    before = kept.read_bytes().splitlines()[:11]
-    said = done(eaopd("evaluate", STUDENT, *SMALL, "--batch-size", "8", "--out", str(broken), "--compare", str(whole)))
-    assert "37 of 48 responses are to be generated" in said
+    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:5]) + b'{"problem": 2, "samp')
+    before = kept.read_bytes().splitlines()[:5]
+    assert evaluate(replace(request, out=broken), compare=whole) == 0
+    said = capsys.readouterr().out
+    assert "43 of 48 responses are to be generated" in said
     assert "+0.0 [+0.0, +0.0]" in said
-    assert kept.read_bytes().splitlines()[:11] == before
+    assert kept.read_bytes().splitlines()[:5] == before
     assert responses(broken) == responses(whole)
     assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     assert {"table.md", "pass_at_k.png"} <= {path.name for path in broken.iterdir()}
 
     # graded again without the model, and not mixed with responses to something else
     (broken / "results.json").unlink()
-    done(eaopd("evaluate", "gone", "--regrade", "--out", str(broken)))
+    assert evaluate(Request("gone", [], out=broken), regrade=True) == 0
     assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
-    code, _, err = eaopd("evaluate", STUDENT, *SMALL, "--seed", "7", "--out", str(broken)).wait()
-    assert code == 1 and err.startswith(f"error: {broken} holds an evaluation with seed=1234, here it is 7: choose")
+    with pytest.raises(UserError, match=r"holds an evaluation with seed=1234, here it is 7: choose another --out"):
+        evaluate(replace(request, out=broken, seed=7))
+    with pytest.raises(UserError, match=r"--max-response-tokens 128: the model has 128 positions"):
+        evaluate(replace(request, max_response_tokens=128))
 
 
 @pytest.mark.server

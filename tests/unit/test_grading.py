@@ -136,7 +136,7 @@ def test_a_hanging_comparison_is_ended_counted_and_leaves_the_next_ones_alone() 
         grader.close()
 
 
-def test_a_hanging_worker_ends_without_its_parent() -> None:
+def test_a_comparison_that_hangs_ends_its_worker_or_outlives_its_caller() -> None:
     script = Path(math_grader.__file__).with_name("math_worker.py")
     with subprocess.Popen(
         [sys.executable, "-P", str(script), "0.3"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -145,7 +145,13 @@ def test_a_hanging_worker_ends_without_its_parent() -> None:
         assert json.loads(worker.stdout.readline()) == {"ready": True}
         worker.stdin.write(json.dumps({"gold": "5", "answer": HANGS}) + "\n")
         worker.stdin.flush()
-        assert worker.wait() == -signal.SIGPROF
+        assert json.loads(worker.stdout.readline()) == {"error": f"ended with {-signal.SIGPROF}"}
+        worker.stdin.write(json.dumps({"gold": "5", "answer": "x=5"}) + "\n")
+        worker.stdin.flush()
+        assert json.loads(worker.stdout.readline()) == {"equal": True}
+        worker.stdin.write(json.dumps({"gold": "5", "answer": HANGS}) + "\n")
+        worker.stdin.close()
+        assert worker.wait() == 0
 
 
 def test_a_worker_that_was_killed_is_replaced() -> None:
