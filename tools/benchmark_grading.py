@@ -85,8 +85,14 @@ def run(options: argparse.Namespace) -> int:
     grades = grader.grade_many(items)
     seconds = time.monotonic() - start
     after = memory()
+    cpu = psutil.Process().cpu_times()
+    used = [process.cpu_times() for process in psutil.Process().children(True)]
+    seconds_of_cpu = sum(t.user + t.system + t.children_user + t.children_system for t in (cpu, *used))
     counts = Counter("right" if g.correct else "right, leniently" if g.lenient else "wrong" for g in grades)
-    print(f"{len(items)} answers in {seconds:.1f} s ({len(items) / seconds:.0f} a second), {options.workers} workers")
+    print(
+        f"{len(items)} answers in {seconds:.1f} s ({len(items) / seconds:.0f} a second), {options.workers} workers; "
+        f"{seconds_of_cpu:.0f} s of CPU time, start included"
+    )
     print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())), end="; ")
     print(f"errors (time-outs, exceptions, deaths) {sum(grade.error for grade in grades)}")
     print(f"MiB of this process and of the graders: {before[0]:.0f}, {before[1]:.0f} -> {after[0]:.0f}, {after[1]:.0f}")

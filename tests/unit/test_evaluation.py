@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation import estimators, results, tables
+from eaopd_megatron.evaluation import distributions, estimators, results, tables
 from eaopd_megatron.evaluation.estimators import (
     avg_at_k,
     bootstrap_interval,
@@ -229,3 +230,28 @@ def test_pass_at_k_curves_are_drawn_for_every_k() -> None:
     figure = draw_pass_curves({"before": two_benchmarks(0.5), "after": two_benchmarks(0.7)})
     assert [len(np.asarray(axes.lines[0].get_xdata())) for axes in figure.axes] == [4, 4]
     assert [len(axes.lines) for axes in figure.axes] == [2, 2]
+
+
+# Distributions
+
+
+def test_gated_figures_are_taken_over_other_tokens_or_the_kl_is_turned_round() -> None:
+    sure, unsure = torch.tensor([8.0, 0.0, 0.0]), torch.zeros(3)
+    teacher = torch.stack([sure, unsure, unsure])
+    student = torch.stack([unsure, torch.tensor([0.0, 1.0, 0.0]), sure])
+    before = torch.stack([sure, sure, sure])
+    parts = [distributions.compare(student[i : i + 1], teacher[i : i + 1], before[i : i + 1], 0.8) for i in range(3)]
+    found = distributions.means(parts)
+    q = [student[i].double().softmax(-1) for i in (1, 2)]
+    forward = [float((torch.full((3,), 1 / 3, dtype=torch.float64) * (-np.log(3) - p.log())).sum()) for p in q]
+    assert found == pytest.approx(
+        {
+            "high_entropy_student": 2 / 3,
+            "high_entropy_teacher": 2 / 3,
+            "top1_teacher": 1 / 3,
+            "top1_changed": 1 / 3,
+            "forward_kl_gated": sum(forward) / 2,
+        },
+        rel=1e-5,
+    )
+    assert np.isnan(distributions.means([distributions.compare(sure[None], sure[None], None, 0.8)])["forward_kl_gated"])
