@@ -38,7 +38,7 @@ class MathGrader:
     All right answers carry the reference answer as their key, since they are one answer in different notations.
     """
 
-    def __init__(self, *, workers: int = 2, seconds: float = 3.0) -> None:
+    def __init__(self, *, workers: int = 2, seconds: float = 2.0) -> None:
         self._workers = workers
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         owned = [Worker(seconds) for _ in range(workers)]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.samples import Prompt, Sample, Sampling
-from eaopd_megatron.evaluation.benchmarks import load_benchmark
+from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
 from eaopd_megatron.evaluation.grade import Grader
 from eaopd_megatron.evaluation.grading import benchmark_name, grade_all, grader_for
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, ProblemResult, summarise
@@ -28,9 +28,15 @@ class Benchmark:
     grader: Grader
 
     @classmethod
-    def load(cls, source: str, builder: PromptBuilder, first: int | None) -> Benchmark:
-        """What `load_benchmark` knows; `first`: only so many problems."""
-        prompts, _ = builder.build(load_benchmark(source)[:first], source)
+    def load(
+        cls, source: str, builder: PromptBuilder, first: int | None, report: Callable[[str], None] | None
+    ) -> Benchmark:
+        """What `load_benchmark` knows; `first`: only so many problems. report: of `check_golds`; None: another rank
+        checks them."""
+        problems = load_benchmark(source)[:first]
+        if report is not None:
+            check_golds(source, problems, report)
+        prompts, _ = builder.build(problems, source)
         return cls(benchmark_name(source), prompts, grader_for(source))
 
 

@@ -106,7 +106,7 @@ def build(
         teacher,
         rollout,
         Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
-        evaluator(recipe, parallel, rollout, tokenizer, stop_ids),
+        evaluator(recipe, parallel, rollout, tokenizer, stop_ids, report),
     )
 
 
@@ -122,7 +122,12 @@ def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, field: str) -> P
 
 
 def evaluator(
-    recipe: Recipe, parallel: Parallel, rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...]
+    recipe: Recipe,
+    parallel: Parallel,
+    rollout: Rollout,
+    tokenizer: Any,
+    stop_ids: tuple[int, ...],
+    report: Callable[[str], None],
 ) -> Evaluator:
     """The recipe's benchmarks, ready to be run on the model that the rollout generates with."""
     chosen = recipe.evaluation
@@ -131,7 +136,10 @@ def evaluator(
         rollout,
         parallel,
         tokenizer,
-        [Benchmark.load(source, builder, chosen.problems) for source in chosen.benchmarks],
+        [
+            Benchmark.load(source, builder, chosen.problems, report if parallel.is_main else None)
+            for source in chosen.benchmarks
+        ],
         chosen.samples,
         Sampling(chosen.temperature, chosen.top_p, chosen.max_response_tokens, stop_ids),
         chosen.seed,
