@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -140,8 +138,8 @@ def ask(url: str, method: str, path: str, key: str | None, body: bytes | None = 
     return answer.read()
 
 
-def test_a_killed_teacher_answers_otherwise_than_before(replicas: Replicas, tmp_path: Path) -> None:
-    """The service as it is, started by the trainer: its model, its answers, its key and its end."""
+def test_a_teacher_that_the_trainer_started_is_another_tells_its_key_or_stays(replicas: Replicas) -> None:
+    """The service as it is. How it comes back is tested by the campaign."""
     replicas.start(64)
     arriving = replicas.urls()
     while True:
@@ -155,18 +153,12 @@ def test_a_killed_teacher_answers_otherwise_than_before(replicas: Replicas, tmp_
     assert info.fingerprint == HfFolder.open(recipe.teacher.model).fingerprint
     assert isinstance(info.row_format, TopKRows)
     request = ScoreRequest("a", [Scored(3, 4)], torch.arange(7, dtype=torch.int32))
-    before = ask(url, "POST", "/score", replicas.key, request.encode())
-    assert len(before) == 4 * info.row_format.bytes
+    assert len(ask(url, "POST", "/score", replicas.key, request.encode())) == 4 * info.row_format.bytes
 
     (server,) = replicas._servers
     family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
     assert len(family) == 2 and replicas.key is not None
     assert not any(replicas.key in argument for process in family for argument in process.cmdline())
-    os.kill(family[0].pid, signal.SIGKILL)  # its rank goes with it
-    psutil.wait_procs(family, 30)
-    until(lambda: server.alive() and server.ready())
-    assert ask(url, "POST", "/score", replicas.key, request.encode()) == before
-    family = psutil.Process(server.pid).children(recursive=True)
     replicas.close()
     assert not psutil.wait_procs(family, 5)[1]
     assert replicas.key not in server.log.read_text()
