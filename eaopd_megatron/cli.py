@@ -175,11 +175,25 @@ def plan(
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine: versions, devices, backends, and what is missing or harmful. Exit code 1: something is."""
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Also try its student and teachers.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine: versions, devices, backends, and what is missing or harmful. Exit code 1: something is.
+
+    With a recipe its student writes a few responses, on ranks of their own, and its teachers score how they stop: exit
+    code 1 as well where the two do not agree.
+    """
     from eaopd_megatron.doctor import main as examine
 
-    raise typer.Exit(examine())
+    harmful = examine()
+    if recipe is None:
+        raise typer.Exit(harmful)
+    from eaopd_megatron.teacher.agreement import check_agreement
+
+    raise typer.Exit(check_agreement(recipe, overrides or []) or harmful)
 
 
 def _join(arguments: list[str]) -> None:

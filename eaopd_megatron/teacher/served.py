@@ -46,15 +46,11 @@ class ServedSource:
         server at the same time. label: the recipe's key of the teacher."""
         self.folder, self.terminal, self.max_running, self._label = folder, terminal, max_running, label
         self.rows, self.vocab_size = TopKRows(k, entropy=False), student.vocab_size
-        self._spare = min(k, max(0, folder.vocab_size - student.vocab_size))  # ids that the student does not have
+        self.asked = k + min(k, max(0, folder.vocab_size - student.vocab_size))  # some are ids that the student lacks
 
     def calls(self, samples: Sequence[Sample], number: str) -> list[tuple[Scoring, list[Sample]]]:
         """As `remote.Source.calls`: one a sample."""
-        asked = self.rows.k + self._spare
-        return [
-            (Scoring(f"{number}-{i}", sample, asked, self.rows, self.terminal, self.vocab_size), [sample])
-            for i, sample in enumerate(samples)
-        ]
+        return [(Scoring(f"{number}-{i}", sample, self), [sample]) for i, sample in enumerate(samples)]
 
     def client(self, url: str, key: str | None) -> Client:
         """As `remote.Source.client`."""
@@ -69,27 +65,23 @@ class ServedSource:
 
 @dataclass(frozen=True, eq=False)
 class Scoring:
-    """One sample as a pool's call. Its answer is [response tokens, rows.bytes] uint8. asked: log-probs a token, of
-    which those of the student's `vocab_size` ids count."""
+    """One sample as a pool's call. Its answer is [response tokens, rows.bytes] uint8."""
 
     id: str
     sample: Sample
-    asked: int
-    rows: TopKRows
-    terminal: TerminalMap
-    vocab_size: int
+    source: ServedSource
 
     def body(self, attempt: int = 0) -> dict[str, Any]:
         """The body of POST /generate. Distributions come from the prompt's last token on, which predicts the first of
         the response; what is before it the server may have in its cache."""
-        lacking = self.terminal.elsewhere(self.sample)
+        lacking = self.source.terminal.elsewhere(self.sample)
         return {
             "rid": f"{self.id}.{attempt}",
             "input_ids": self.sample.token_ids,
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0, "top_p": 1.0},
             "return_logprob": True,
             "logprob_start_len": len(self.sample.prompt.token_ids) - 1,
-            "top_logprobs_num": self.asked,
+            "top_logprobs_num": self.source.asked,
             "return_flat_raw_top_logprobs": True,
             "return_flat_raw_top_logprobs_b64": True,
             **({"token_ids_logprob": lacking} if lacking else {}),
@@ -104,19 +96,16 @@ class Scoring:
     async def attempt(self, client: Client, number: int) -> torch.Tensor:
         """Raises UserError for an answer that is not one to this request, or that no healthy model gives."""
         body = self.body(number)
-        return self.rows.encode(self._said(body, await client.generate(body), client.url))
+        return self.source.rows.encode(self._said(body, await client.generate(body), client.url))
 
     def _said(self, body: Mapping[str, Any], answer: Mapping[str, Any], server: str) -> TeacherTopK:
         rid, tokens = body["rid"], torch.tensor(self.sample.response_ids)
-        shape = (len(tokens), self.asked)
+        shape = (len(tokens), self.source.asked)
         with reading(rid, server):
             meta = meta_of(rid, answer, server)
             logprobs, named, _ = zip(*meta["input_token_logprobs"], strict=True)
             # the first entry is of the prompt's last token, of which nothing is asked
-            if (
-                list(named) != body["input_ids"][body["logprob_start_len"] :]
-                or meta["input_top_logprobs_null_prefix"] != 1
-            ):
+            if list(named) != self._named() or meta["input_top_logprobs_null_prefix"] != 1:
                 raise UserError(f"{server} answered request {rid} about other tokens than its response's")
             if tuple(meta["input_top_logprobs_shape"]) != shape:
                 raise UserError(
@@ -135,20 +124,26 @@ class Scoring:
             raise UserError(f"{server} answered request {rid} with log-probs that are none: its weights may hold NaN")
         if said.logprobs.isinf().any():
             raise UserError(
-                f"{server} answered request {rid} with fewer than {self.rows.k} ids of the student's among the "
-                f"{self.asked} most probable ones: lower objective.top_k"
+                f"{server} answered request {rid} with fewer than {self.source.rows.k} ids of the student's among the "
+                f"{self.source.asked} most probable ones: lower objective.top_k"
             )
         return said
+
+    def _named(self) -> list[int]:
+        """The prompt's last token and the response's, as the server names them: 0 for the last of its vocabulary."""
+        last = self.source.folder.vocab_size - 1
+        tokens = [self.sample.prompt.token_ids[-1], *self.sample.response_ids]
+        return [0 if token == last else token for token in tokens]
 
     def _as_the_student_means(
         self, ids: torch.Tensor, values: torch.Tensor, own: torch.Tensor, elsewhere: Mapping[int, torch.Tensor]
     ) -> TeacherTopK:
         """Under the terminal map; ids that the student lacks come last, at -inf. elsewhere: teacher's id → its log-prob
         [n], for tokens whose own is not the one that is meant."""
-        ids = self.terminal.exchanged(ids)
-        values = values.masked_fill(ids >= self.vocab_size, -torch.inf)
-        best = first_k(values, ids, self.rows.k)
-        asked, tokens = self.terminal.asked(self.sample), torch.tensor(self.sample.response_ids)
+        ids = self.source.terminal.exchanged(ids)
+        values = values.masked_fill(ids >= self.source.vocab_size, -torch.inf)
+        best = first_k(values, ids, self.source.rows.k)
+        asked, tokens = self.source.terminal.asked(self.sample), torch.tensor(self.sample.response_ids)
         for token, logprobs in elsewhere.items():
             own = torch.where((asked == token) & (asked != tokens), logprobs, own)
         return TeacherTopK(ids.gather(1, best), values.gather(1, best), own)

@@ -80,6 +80,23 @@ def check_a_separate_teacher_changes_no_update(
                 compare(found, expected, f"{preset} {layout} {share}")
 
 
+def check_a_service_changes_no_update(
+    group: dist.ProcessGroup, student: str, teacher: str, info: dict[str, Any], services: dict[str, str], key: str
+) -> None:
+    """services: layout of a teacher's own ranks → where it is. key: the file of their key."""
+    for preset in ("eopd", "eopd_exact"):
+        objective = Objective.preset(preset)
+        expected = reference(student, {"": teacher}, objective)
+        for place, layout in (("colocated", Layout(2)), ("1 x 2", Layout(2)), ("2 x 1", Layout(1))):
+            elsewhere = None
+            if place != "colocated":
+                elsewhere = partial(remote, info=info, urls=[services[place]], api_key_file=key)
+            with arranged(layout) as parallel:
+                options: dict[str, Any] = {"budget": BUDGET, "signal": "hidden", "elsewhere": elsewhere}
+                found = trained(student, {"": teacher}, objective, parallel, **options)
+                compare(found, expected, f"{preset} {place}")
+
+
 def check_terminal_maps(
     group: dist.ProcessGroup, student: str, teacher: str, info: dict[str, Any], urls: list[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config import load_recipe
+from eaopd_megatron.teacher.replicas import Replicas
 from eaopd_megatron.teacher.wire import Info
 from tests.distributed.test_training import pair  # noqa: F401
 from tests.ranks import Ranks
@@ -19,6 +23,7 @@ CHECKS = Path(__file__).with_name("checks_remote.py")
 HIDDEN = replace(INFO, dtype="fp32")
 TOPK = replace(HIDDEN, signal="topk", top_k=16)
 MINE, THEIRS = 7, 90
+RECIPE = str(Path(__file__).resolve().parents[2] / "recipes/countdown/eopd.yaml")
 
 
 class Elsewhere:
@@ -61,6 +66,45 @@ def test_rows_are_exchanged_wrongly_at_a_layout(
             where=where,
         )
     assert one.faults.deaths == 0, "no replica died while it scored"
+
+
+@pytest.mark.server
+def test_a_teachers_own_layout_changes_an_update(ranks: Ranks, pair: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+    """Real services: teacher TP1 x PP2 for a student at TP2, teacher TP2 for a student at TP1 x DP4."""
+    changes = [f"{role}.model={pair[role]}" for role in pair]
+    changes += [
+        "teacher.placement=separate",
+        "teacher.signal=hidden",
+        "teacher.precision=fp32",
+        "student.precision=fp32",
+    ]
+    key = tmp_path / "key"
+    key.touch(0o600)
+    key.write_text("a-key")
+    services = {}
+    with ExitStack() as ending:
+        for tensor, pipeline in ((1, 2), (2, 1)):
+            layout = (f"teacher.tensor_parallel={tensor}", f"teacher.pipeline_parallel={pipeline}")
+            recipe = load_recipe(RECIPE, [*changes, *layout, f"teacher.api_key_file={key}"])
+            logs = tmp_path / f"{tensor}x{pipeline}"
+            replicas = Replicas(recipe, "", logs, first_gpu=0, report=lambda _: None)
+            ending.callback(replicas.close)
+            replicas.start(64)
+            services[f"{tensor} x {pipeline}"] = replicas
+        folder = HfFolder.open(pair["teacher"])
+        info = replace(HIDDEN, fingerprint=folder.fingerprint, width=folder.config.hidden_size)
+        urls = {name: url for name, replicas in services.items() for url in there(replicas)}
+        check, options = "check_a_service_changes_no_update", {"services": urls, "key": str(key)}
+        ranks.run(CHECKS, check, **pair, info=info.to_json(), **options)
+
+
+def there(replicas: Replicas) -> list[str]:
+    arriving = replicas.urls()
+    while True:
+        try:
+            next(arriving)
+        except StopIteration as arrived:
+            return arrived.value
 
 
 @pytest.mark.parametrize("kind", ["swap", "label"])

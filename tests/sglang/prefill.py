@@ -24,9 +24,14 @@ def logprob_fields(
     the response's tokens with their log-probs. following: the distribution of the token after the prompt, known where
     none is written.
     """
-    known = zip(rows, tokens[1:], strict=True)
+    # the server says 0 for the last id of its vocabulary, though the log-prob is that one.s
+    names = [0 if token == len(row) - 1 else token for row, token in zip(rows, tokens[1:], strict=True)]
+    known = zip(rows, tokens[1:], names, strict=True)
     found: dict[str, Any] = {
-        "input_token_logprobs": [*([None, token, None] for token in tokens[:1]), *([r[t], t, None] for r, t in known)],
+        "input_token_logprobs": [
+            *([None, token, None] for token in tokens[:1]),
+            *([row[token], name, None] for row, token, name in known),
+        ],
         "output_token_logprobs": written,
         "output_token_logprobs_length": len(written),
     }

@@ -100,7 +100,7 @@ GENERATE = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4, "te
 LOGPROBS = {**GENERATE, "return_logprob": True}
 SCORED = {
     **LOGPROBS,
-    "input_ids": [3, 2, 1, 20, 109, 40],
+    "input_ids": [3, 2, 1, 20, 109, 111, 40],
     "sampling_params": {"max_new_tokens": 0},
     "logprob_start_len": 2,
     "top_logprobs_num": 3,
@@ -117,7 +117,7 @@ EXCHANGES: list[tuple[str, str, Any]] = [
     ("POST", "/generate", SCORED),
     ("POST", "/generate", {**SCORED, "token_ids_logprob": [109, 3]}),
     ("POST", "/generate", FLAT),
-    ("POST", "/generate", {**FLAT, "logprob_start_len": 5}),
+    ("POST", "/generate", {**FLAT, "logprob_start_len": 6}),
     ("POST", "/generate", {**FLAT, "return_flat_raw_top_logprobs_b64": True, "token_ids_logprob": [3]}),
     ("POST", "/generate", {**FLAT, "return_flat_raw_top_logprobs_b64": True, "top_logprobs_num": 112}),
     ("POST", "/generate", {**LOGPROBS, "sampling_params": {"max_new_tokens": 9, "stop_token_ids": list(range(112))}}),
@@ -317,7 +317,10 @@ def test_a_teacher_scores_other_tokens(real: Server, logits: Callable[[list[int]
     source = ServedSource(folder, folder, k=8, terminal=terminal, max_running=16)
     long = [(7 * i) % 112 for i in range(4 * InPieces.PIECE - 10)]
     samples = [
-        *(Sample(prompt, [20, 109, 41 + i, 3], "stop", [], 0) for i, prompt in enumerate([*PROMPTS[:4], *PROMPTS[:2]])),
+        *(
+            Sample(prompt, [20, 109, 111 - i, 3], "stop", [], 0)
+            for i, prompt in enumerate([*PROMPTS[:4], *PROMPTS[:2]])
+        ),
         Sample(Prompt("alone", (5,), {}), [3], "stop", [], 0),
         *(Sample(Prompt("long", tuple(long[:cut]), {}), long[cut:], "length", [], 0) for cut in (1, 32, 33, 110)),
     ]

@@ -22,7 +22,7 @@ from eaopd_megatron.teacher.terminal import TerminalMap
 from tests.sglang.double import Double, toy_policy
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = Sample(Prompt("p", (5, 6, 7), {}), [20, 9, 41, 3], "stop", [], 0)
+SAMPLE = Sample(Prompt("p", (5, 6, 7), {}), [20, 9, 111, 3], "stop", [], 0)
 NONE, SWAP = TerminalMap("none", -1, -1), TerminalMap("swap", student_id=3, teacher_id=9)
 
 
