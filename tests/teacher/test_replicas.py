@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -90,6 +92,34 @@ def test_a_dead_replica_is_not_started_again_or_for_ever(tmp_path: Path) -> None
     assert f"died {DEATHS} times in a row and is not started again: it ended with exit code 1: Error: no" in said[-1]
     supervisor.end()
     supervisor.end()
+
+
+def test_another_process_takes_the_port_of_a_replica_that_is_started_again(tmp_path: Path) -> None:
+    server = Program(tmp_path, lives=2)
+    server.start()
+    until(server.ready)
+    server.die()
+    until(lambda: not server.alive())
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", server.port))
+    server.start()
+    until(server.ready)
+    server.stop()
+
+
+def test_gpus_are_shared_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    layout = ("teacher.placement=separate", "teacher.replicas=2", "teacher.tensor_parallel=2")
+    options: dict[str, Any] = {"first_gpu": 0, "report": print}
+    fitting = Replicas(load_recipe(RECIPE, layout), "", tmp_path, **options)
+    made = [fitting._separate(i, gpus, 64).environment() for i, gpus in enumerate(fitting._gpus())]
+    assert made == [{"CUDA_VISIBLE_DEVICES": "3,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}]
+    with pytest.raises(
+        UserError, match=r"teacher\.replicas=2 of 2 GPUs each take GPUs 2 to 5 of this host, which shows 4"
+    ):
+        Replicas(load_recipe(RECIPE, layout), "", tmp_path, **{**options, "first_gpu": 2}).start(64)
 
 
 def test_a_replica_that_never_came_is_started_without_end(tmp_path: Path) -> None:
