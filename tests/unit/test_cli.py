@@ -48,8 +48,30 @@ def test_help_waits_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert done.stderr == "[]\n"
-    for verb in ("train", "evaluate", "report", "show", "plan", "doctor"):
+    for verb in ("train", "teach", "evaluate", "report", "show", "plan", "doctor"):
         assert f"\n  {verb} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "teacher.placement is colocated: eaopd teach serves a teacher with teacher.placement=separate"),
+        (["--teacher", "math"], "the recipe has no teacher math; leave --teacher out"),
+        (
+            ["teachers.a.model=m", "teachers.b.model=m"],
+            "the recipe has teachers a, b: say which with --teacher",
+        ),
+        (["teachers.a.model=m", "--teacher", "c"], "the recipe has no teacher c; it has a"),
+        (
+            ["teachers.a.model=m", "--teacher", "a"],
+            "teachers.a.placement is colocated: eaopd teach serves a teacher with teachers.a.placement=separate",
+        ),
+    ],
+)
+def test_ranks_are_started_for_a_teacher_that_is_not_served(
+    eaopd: Callable[..., Any], arguments: list[str], said: str
+) -> None:
+    assert eaopd("teach", "r.yaml", *arguments) == (2, "", f"error: {said}\n")
 
 
 def test_user_error_is_a_traceback_or_exits_with_0() -> None:
