@@ -3,27 +3,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.ranks import Ranks
 
 HERE = Path(__file__).parent
 FOUR_RANKS = Ranks(4, limit=120)  # they start with the first check
-
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 112,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-    "initializer_range": 0.2,
-}
 
 
 @pytest.fixture(scope="session")
@@ -35,17 +21,13 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], dict[str, str]]:
-    """(vocabulary sizes) → a random student, and a random teacher with tied embeddings."""
+    """(vocabulary sizes) → a random student and a random teacher."""
 
     @functools.cache
-    def made(*sizes: int) -> dict[str, str]:
-        folder = tmp_path_factory.mktemp("pair")
-        torch.manual_seed(0)
-        for name, size, hidden, tied in zip(("student", "teacher"), sizes, (32, 48), (False, True), strict=True):
-            shape = SHAPE | {"vocab_size": size, "hidden_size": hidden, "tie_word_embeddings": tied}
-            config = Qwen3Config(**shape, num_hidden_layers=4, num_key_value_heads=4)
-            Qwen3ForCausalLM(config).save_pretrained(folder / name)
-        return {"student": str(folder / "student"), "teacher": str(folder / "teacher")}
+    def made(student: int, teacher: int) -> dict[str, str]:
+        from tests.distributed.random_pairs import write_pair  # transformers takes its time
+
+        return write_pair(tmp_path_factory.mktemp("pair"), (student, teacher))
 
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,16 @@ def test_rows_are_exchanged_wrongly_at_a_layout(
             where=where,
         )
     assert one.faults.deaths == 0, "no replica died while it scored"
+
+
+def test_a_teacher_of_more_rows_gives_students_probability_away(
+    ranks: Ranks, pairs: Callable[[int, int], dict[str, str]]
+) -> None:
+    """The same tokenizer in another padding: rows beyond the smaller vocabulary are nobody's."""
+    elsewhere = Elsewhere(pairs(112, 300))
+    with running(double := elsewhere.replica(HIDDEN)):
+        check, options = "check_a_separate_teacher_changes_no_update", {"preset": "eopd_exact", "where": "narrow"}
+        ranks.run(CHECKS, check, **elsewhere.arguments(double), **options, urls=[double.url])
 
 
 @pytest.mark.server

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.distributed.conftest import SHAPE
+from tests.distributed.random_pairs import SHAPE
 from tests.ranks import Ranks
 
 CHECKS = Path(__file__).with_name("checks_training.py")
