@@ -153,6 +153,7 @@ def _facts(run: RunData) -> str:
         ("reverse KL (nats / token)", "objective/reverse_kl", "{:.3f}"),
         ("forward KL on gated tokens (nats / token)", "objective/forward_kl_gated", "{:.3f}"),
         ("gate fraction", "objective/gate_fraction", "{:.1%}"),
+        ("tokens whose gate is uncertain", "objective/gate_ambiguous", "{:.1%}"),
         ("student entropy on gated tokens (nats)", "student/entropy_gated", "{:.3f}"),
         ("teacher entropy on gated tokens (nats)", "teacher/entropy_gated", "{:.3f}"),
         ("response length (tokens)", "rollout/length", "{:.1f}"),

@@ -13,6 +13,7 @@ from eaopd_megatron.config.tree import Rollout
 from eaopd_megatron.evaluation.estimators import FloatArray
 
 TERMINAL_LOGPROB_FLOOR = -10.0  # nats; below it the teacher takes the student's stop for a mistake
+AMBIGUOUS_CEILING = 0.05  # share of tokens; each may lose its forward KL
 KL_FLOOR = -1e-3  # nats; rounding alone gives about -1e-5
 
 Values = TypeVar("Values", float, FloatArray)
@@ -56,6 +57,13 @@ def signs(rollout: Rollout, updates: int, teachers: Collection[str] = ()) -> lis
             f"the smallest KL of a token is below {KL_FLOOR:g} nats, more than rounding explains",
             "teacher and student may be normalised over different vocabularies",
             floor=True,
+        ),
+        Sign(
+            "objective/gate_ambiguous",
+            AMBIGUOUS_CEILING,
+            f"more than {AMBIGUOUS_CEILING:.0%} of the tokens have a teacher entropy that its top-k leaves on either "
+            "side of the threshold; their gate stays shut",
+            "raise objective.top_k, or use a teacher.placement that knows the entropy (colocated, separate)",
         ),
         Sign(
             "rollout/version_lag",

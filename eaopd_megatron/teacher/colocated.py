@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 
 import torch
 
 from eaopd_megatron.data.samples import MicroBatch, Sample
-from eaopd_megatron.megatron.forward import head_of, logits_by_parts, whole
+from eaopd_megatron.megatron.forward import head_of, whole
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import FrozenWeights
 from eaopd_megatron.megatron.pipeline import forward, micro_batches
-from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
+from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
 from eaopd_megatron.teacher.interface import TeacherSignal, require_whole
+from eaopd_megatron.teacher.kept import keep, kept
+from eaopd_megatron.teacher.rows import TopKRows
+from eaopd_megatron.teacher.summary import summarise_rows
 from eaopd_megatron.teacher.terminal import TerminalMap
 
 
@@ -46,9 +50,6 @@ class ColocatedTeacher:
         self.parallel, self.vocab_size, self.kind, self.top_k = parallel, vocab_size, signal, top_k
         self.terminal, self.budget = terminal, budget
         self._weights = FrozenWeights(model) if offload else None
-        nothing = torch.empty(0, device=parallel.device)
-        ids = torch.empty(0, top_k, dtype=torch.long, device=parallel.device)
-        self._of_no_token = dict(zip(_TOPK_FIELDS, (ids, ids.float(), nothing, nothing), strict=True))
 
     def open(self, longest: int) -> None:
         """Nothing: the model is there."""
@@ -63,22 +64,19 @@ class ColocatedTeacher:
 
         def last(index: int, rows: torch.Tensor) -> None:
             batch = batches[index]
-            labels = self.terminal.labels(batch)
-            found = [
-                summarise_teacher(
-                    logits,
-                    batch.tokens[part],
-                    k=self.top_k,
-                    vocab_size=self.vocab_size,
-                    group=self.parallel.tp_group,
-                    teacher_tokens=None if labels is None else labels[part],
-                )
-                for part, logits in logits_by_parts(rows, head_of(self.model))
-            ]
-            for name in _TOPK_FIELDS:
-                values = whole(batch, torch.cat([getattr(part, name) for part in found]), self.parallel)
-                for sample, tensor in zip(batch.samples, batch.split(values), strict=True):
-                    sample.teacher_signal[name] = tensor
+            found = summarise_rows(
+                rows,
+                head_of(self.model),
+                batch.tokens,
+                self.terminal.labels(batch),
+                top_k=self.top_k,
+                vocab_size=self.vocab_size,
+                group=self.parallel.tp_group,
+            )
+            said = {
+                field.name: whole(batch, getattr(found, field.name), self.parallel) for field in fields(TeacherTopK)
+            }
+            keep(batch.samples, TeacherTopK(**said))
 
         forward(self.model, batches, last)
 
@@ -99,7 +97,7 @@ class ColocatedTeacher:
         The model runs now, except for "topk": collective over all ranks.
         """
         if self.kind == "topk":
-            return lambda index: self._kept(batches[index])
+            return lambda index: kept(batches[index], TopKRows(self.top_k))
         hidden: dict[int, torch.Tensor] = {}
         with nullcontext() if self._weights is None else self._weights.present():
             forward(self.model, batches, hidden.__setitem__)
@@ -115,17 +113,6 @@ class ColocatedTeacher:
         head = head_of(self.model)
         return head if self._weights is None else self._weights.copy_of(head)
 
-    def _kept(self, batch: MicroBatch) -> TeacherTopK:
-        return TeacherTopK(
-            *(
-                batch.gather([self._of_no_token[name], *(s.teacher_signal[name] for s in batch.samples)])
-                for name in _TOPK_FIELDS
-            )
-        )
-
     def labels(self, batch: MicroBatch) -> torch.Tensor | None:
         """[n] ids for log p(y) where the signal is the full distribution; top-k has looked them up already."""
         return None if self.kind == "topk" else self.terminal.labels(batch)
-
-
-_TOPK_FIELDS = ("ids", "logprobs", "token_logprob", "entropy")

@@ -46,8 +46,12 @@ class Teacher(Protocol):
 def require_whole(samples: Sequence[Sample]) -> None:
     """Raises RuntimeError where the teacher's top-k lacks a response token."""
     for sample in samples:
-        scored = len(sample.teacher_signal.get("logprobs", ()))
-        if scored != len(sample.response_ids):
-            raise RuntimeError(
-                f"prompt {sample.prompt.id}: the teacher scored {scored} of {len(sample.response_ids)} tokens"
-            )
+        require_count(sample, len(sample.teacher_signal.get("logprobs", ())))
+
+
+def require_count(sample: Sample, scored: int) -> None:
+    """Raises RuntimeError where so many rows are not one for each of its response tokens."""
+    if scored != len(sample.response_ids):
+        raise RuntimeError(
+            f"prompt {sample.prompt.id}: the teacher scored {scored} of {len(sample.response_ids)} tokens"
+        )

@@ -21,7 +21,7 @@ from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.interface import Rollout
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.rollout.sglang.engine import ServedRollout
-from eaopd_megatron.teacher.build import build_teachers, layouts_of, open_folders
+from eaopd_megatron.teacher.build import Surroundings, build_teachers, layouts_of, open_folders
 from eaopd_megatron.teacher.several import Teachers
 from eaopd_megatron.training.folder import RunFolder
 from eaopd_megatron.training.step import Student
@@ -58,7 +58,19 @@ def build(
     model = build_model(student_folder.config, student_layout, DTYPES[precision], recompute=recipe.student.recompute)
     load_hf(model, student_folder, parallel)
     layouts = dict(zip(colocated, others, strict=True))
-    teacher = build_teachers(recipe, parallel, student_folder, teacher_folders, layouts, vocab_size)
+    teacher = build_teachers(
+        Surroundings(
+            recipe,
+            parallel,
+            student_folder,
+            teacher_folders,
+            layouts,
+            vocab_size,
+            logs=folder.teachers,
+            asked=asked,
+            report=report,
+        )
+    )
 
     ddp = megatron_optimizer.wrap(model, parallel, distributed=options.distributed, overlap=options.overlap)
     optimizer = megatron_optimizer.build_optimizer(

@@ -3,7 +3,7 @@ process."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_los
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.build import layouts_of
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
-from eaopd_megatron.teacher.interface import Teacher
+from eaopd_megatron.teacher.interface import Teacher, TeacherSignal
 from eaopd_megatron.teacher.several import Teachers
 from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
@@ -158,6 +158,10 @@ class Built:
         return {name: tensor.clone() for name, tensor in gather_hf(buffers, self.folder, parallel)}
 
 
+Elsewhere = Callable[[HfFolder, HfFolder, Parallel], Teacher]
+"""Student's and teacher's folder → the teacher, which is not on these ranks."""
+
+
 def built(
     student: str,
     teachers: dict[str, str],
@@ -167,6 +171,7 @@ def built(
     budget: int,
     signal: str,
     offload: bool = False,
+    elsewhere: Elsewhere | None = None,
 ) -> Built:
     folder, *teacher_folders = (HfFolder.open(path) for path in (student, *teachers.values()))
     layout, *layouts = layouts_of(parallel.layout, [folder, *teacher_folders])
@@ -182,6 +187,9 @@ def built(
     common |= {"signal": signal, "top_k": objective.top_k, "terminal": TerminalMap("none", -1, -1), "offload": offload}
     scorers: dict[str, Teacher] = {}
     for name, teacher_folder, teacher_layout in zip(teachers, teacher_folders, layouts, strict=True):
+        if elsewhere is not None:
+            scorers[name] = elsewhere(folder, teacher_folder, parallel)
+            continue
         frozen = build_model(teacher_folder.config, teacher_layout, torch.float32, output_vocab=folder.vocab_size)
         load_hf(frozen, teacher_folder, parallel)
         scorers[name] = ColocatedTeacher(frozen, parallel, **common)
@@ -195,14 +203,23 @@ def trained(
     parallel: Parallel,
     *,
     offload: bool = False,
+    share: bool = True,
     **cut: Any,
 ) -> Trained:
-    """Three updates through the project's own path. cut: budget and signal."""
+    """Three updates through the project's own path. share: of several data-parallel ranks each has some samples, or
+    else the last one has them all. cut: budget, signal and, where the teacher is not on these ranks, `elsewhere`."""
     made = built(student, teachers, objective, parallel, offload=offload, **cut)
     learner, scorer = made.learner, made.scorer
+    owner = parallel.dp_size - 1
+
+    def is_mine(index: int) -> bool:
+        return (index % MINI % parallel.dp_size if share else owner) == parallel.dp_rank
+
     everything = samples(made.vocab_size, list(teachers))
-    mine = [s for s in everything if s.index % MINI % parallel.dp_size == parallel.dp_rank]
-    scorer.ask(mine)
+    mine = [sample for sample in everything if is_mine(sample.index)]
+    scorer.open(max(len(sample.token_ids) for sample in everything))
+    for part in (mine[:2], mine[2:]):  # as they are written
+        scorer.ask(part)
     scorer.wait(mine)
     learner.recompute_old_logprobs(mine)
     found: dict[str, float] = {}
@@ -223,6 +240,7 @@ def trained(
         for teacher_model in made.teacher_models():
             away = [parameter.untyped_storage().nbytes() == 0 for parameter in teacher_model.parameters()]
             assert all(away) if offload else not any(away)
+    scorer.close()
     return Trained(dict(gather_hf(dict(made.model.global_parameters()), made.folder, parallel)), gradients, found)
 
 
@@ -390,6 +408,25 @@ def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, studen
     assert {s.finish_reason for s in made} == {"stop", "length"}
 
 
+def teacher_logprobs(
+    scorer: Teacher, said: TeacherSignal, batch: MicroBatch, vocab_size: int, parallel: Parallel
+) -> torch.Tensor:
+    """log p(y) [n], as the objective makes it of what the teacher said, in a vocabulary padded to 256 columns."""
+    columns, n = 256 // parallel.tp_size, len(batch.tokens)
+    options: dict[str, Any] = {
+        "teacher_tokens": scorer.labels(batch),
+        "objective": Objective.preset("opd"),
+        "vocab_size": vocab_size,
+        "group": parallel.tp_group,
+    }
+    if isinstance(said, TeacherLogits):
+        out = entropy_aware_loss(torch.zeros(n, columns), said, batch.tokens, None, **options)
+    else:
+        hidden, head = torch.zeros(n, 8), torch.zeros(columns, 8)
+        out = linear_entropy_aware_loss(hidden, head, said, batch.tokens, None, **options)
+    return out.teacher_logprob
+
+
 def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
     group: dist.ProcessGroup, student: str, teacher: str
 ) -> None:
@@ -421,20 +458,8 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
                 )
                 scorer.ask([sample])
                 batch = collate([sample], torch.device("cpu"))
-                columns = 256 // parallel.tp_size
-                said = scorer.signals([batch])(0)
-                options: dict[str, Any] = {
-                    "teacher_tokens": scorer.labels(batch),
-                    "objective": Objective.preset("opd"),
-                    "vocab_size": size,
-                    "group": parallel.tp_group,
-                }
-                if isinstance(said, TeacherLogits):
-                    out = entropy_aware_loss(torch.zeros(3, columns), said, batch.tokens, None, **options)
-                else:
-                    hidden, head = torch.zeros(3, 8), torch.zeros(columns, 8)
-                    out = linear_entropy_aware_loss(hidden, head, said, batch.tokens, None, **options)
+                found = teacher_logprobs(scorer, scorer.signals([batch])(0), batch, size, parallel)
                 stop = mine if kind == "none" else theirs
                 expected = torch.stack([exact[0, 8], exact[1, 9], exact[2, stop]])
-                assert torch.allclose(out.teacher_logprob, expected, atol=1e-5), (kind, signal)
+                assert torch.allclose(found, expected, atol=1e-5), (kind, signal)
                 sample.teacher_signal = {}

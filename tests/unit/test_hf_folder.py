@@ -132,6 +132,33 @@ def test_a_file_cut_short_while_it_is_read_is_named(folder: Path) -> None:
     assert refusal(lambda: lazy[:]) == f"student.model: {folder}: model.safetensors ends inside a tensor"
 
 
+def test_a_copy_of_a_model_is_taken_for_another(tmp_path: Path) -> None:
+    weights = tensors()
+    for name in ("one", "copy"):
+        (tmp_path / name).mkdir()
+        write_config(tmp_path / name)
+    save_file(weights, tmp_path / "one" / "model.safetensors")
+    write_sharded(tmp_path / "copy", weights)
+    path = tmp_path / "copy" / "config.json"
+    config = dict(reversed(json.loads(path.read_text()).items()))
+    path.write_text(json.dumps(config | {"_name_or_path": "elsewhere", "transformers_version": "0"}))
+    one, copy = (HfFolder.open(str(tmp_path / name)).fingerprint for name in ("one", "copy"))
+    assert one == copy
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype", "config"])
+def test_another_checkpoint_of_the_same_shape_is_taken_for_the_model(folder: Path, change: str) -> None:
+    before, weights = HfFolder.open(str(folder)).fingerprint, load_file(folder / "model.safetensors")
+    if change == "config":
+        write_config(folder, rms_norm_eps=1e-3)
+    elif change == "dtype":
+        save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, folder / "model.safetensors")
+    else:
+        last = LAYER + "mlp.down_proj.weight"
+        save_file(weights | {last: weights[last] + 1e-3}, folder / "model.safetensors")
+    assert HfFolder.open(str(folder)).fingerprint != before
+
+
 def test_every_end_of_sequence_id_is_found_the_generation_config_first(folder: Path) -> None:
     """A model that stops at two ids would run on past the second."""
     assert HfFolder.open(str(folder)).eos_ids == [3]

@@ -391,6 +391,7 @@ def spoiled(name: str, value: float, after: int = 5) -> Callable[[dict[str, Any]
         ("teacher/terminal_logprob", -21.0, "below -10 nats: 15 of 20 iterations, worst -21 at iteration 6"),
         ("rollout/truncated", 0.9, "more than 50% of the rollouts"),
         ("objective/kl_min", -0.2, "more than rounding explains"),
+        ("objective/gate_ambiguous", 0.06, "more than 5% of the tokens have a teacher entropy that its top-k leaves"),
         ("rollout/logprob_gap", 0.3, "more than 0.1 nats from the trainer's"),
         ("rollout/version_lag", 0.5, "more than 0 updates old"),
     ],
