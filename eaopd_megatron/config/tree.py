@@ -149,6 +149,14 @@ class Teacher(Section):
                 raise ValueError(f"a teacher with teacher.placement={self.placement} {why}")
         return self
 
+    @model_validator(mode="after")
+    def _weights_in_fp8_stay(self) -> Self:
+        if self.precision == "fp8" and self.offload == "weights":
+            raise ValueError(
+                "teacher.offload=weights moves weights in fp32 or bf16, not those of teacher.precision=fp8"
+            )
+        return self
+
 
 class ObjectiveChoice(Section):
     """A preset of the objective and what differs from it (none: as the preset says)."""

@@ -92,8 +92,9 @@ def _state(run: RunData) -> str:
     done = f"iteration {run.last_iteration}" + (f" of {total}" if total is not None else "")
     state = "finished" if run.finished else "not finished (going on, or stopped)"
     objective = run.setting("objective", "preset")
-    student, teacher = run.setting("student", "model"), run.setting("teacher", "model")
-    pair = f"; {teacher} into {student}" if student and teacher else ""
+    student, named = run.setting("student", "model"), run.setting("teachers")
+    models = [run.setting("teachers", name, "model") for name in named] if named else [run.setting("teacher", "model")]
+    pair = f"; {', '.join(map(str, models))} into {student}" if student and all(models) else ""
     return f"{state}: {done}" + (f"; objective {objective}" if objective else "") + pair
 
 

@@ -35,7 +35,7 @@ from tests.distributed.arranged import arranged
 from tests.tiny_models import on_disk
 
 TENSOR_LAYOUTS = (Layout(2), Layout(4))
-ROUTED_LAYOUTS = (Layout(1), Layout(2), Layout(pipeline_parallel=2, virtual_pipeline=2))
+ROUTED_LAYOUTS = (Layout(2), Layout(pipeline_parallel=2, virtual_pipeline=2))
 SIMPLE_LAYOUTS = (Layout(1), Layout(2), Layout(2, sequence_parallel=True), Layout(4))
 WIDE_LAYOUTS = (
     Layout(pipeline_parallel=2),

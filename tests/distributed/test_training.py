@@ -73,7 +73,7 @@ def test_an_update_is_the_same_at_every_layout(
 def test_two_teachers_give_the_sum_of_what_each_gives_to_its_samples(
     ranks: Ranks, pairs: Callable[[int, int], dict[str, str]], signal: str
 ) -> None:
-    """One denominator: the tokens of all. A data-parallel rank has no sample of one teacher, or of both."""
+    """One denominator: the tokens of all. Each data-parallel rank has samples of one teacher alone."""
     check, teachers = "check_an_update_is_the_same_at_every_layout", [pairs(112, 112), pairs(300, 250)]
     two = {"math": teachers[0]["teacher"], "code": teachers[1]["teacher"]}
     options = {"preset": "eopd", "layouts": "ROUTED_LAYOUTS", "budget": 16, "offload": False}

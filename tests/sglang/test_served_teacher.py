@@ -33,9 +33,11 @@ class Sized:
         self.vocab_size = vocab_size
 
 
-def source(k: int, terminal: TerminalMap = NONE, *, teacher: int = 112, student: int = 112) -> ServedSource:
+def source(
+    k: int, terminal: TerminalMap = NONE, *, teacher: int = 112, student: int = 112, common: int | None = None
+) -> ServedSource:
     folders = cast(HfFolder, Sized(teacher)), cast(HfFolder, Sized(student))
-    return ServedSource(*folders, k=k, terminal=terminal, max_running=4)
+    return ServedSource(*folders, k=k, terminal=terminal, max_running=4, vocab_size=common)
 
 
 def scored(asked: ServedSource, double: Double, spoil: Callable[[dict[str, Any]], Any] | None = None) -> TeacherTopK:
@@ -94,10 +96,12 @@ def test_equal_log_probs_stand_in_the_order_of_the_teachers_ids() -> None:
     assert said.ids.tolist() == [[3, 20, 5, 9]] * 4
 
 
-def test_a_larger_teacher_names_ids_that_the_student_lacks() -> None:
+@pytest.mark.parametrize("sizes", [{"student": 112}, {"student": 120, "common": 112}])
+def test_a_larger_teacher_names_ids_that_the_student_lacks(sizes: Any) -> None:
+    """... or that another teacher of the run lacks."""
     expected = rows(toy_policy(120))
     assert (expected.topk(8).indices >= 112).any()
-    said = scored(source(8, teacher=120), Double(vocab_size=120))
+    said = scored(source(8, teacher=120, **sizes), Double(vocab_size=120))
     best, ids = expected[:, :112].topk(8)
     assert torch.equal(said.ids, ids)
     torch.testing.assert_close(said.logprobs, best)

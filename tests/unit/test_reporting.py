@@ -414,12 +414,14 @@ def test_each_of_several_teachers_is_shown_and_warned_of(make_run: Callable[...,
 
     run = make_run(done=20, total=20, change=two)
     recipe = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump(recipe | {"teachers": {"math": {}, "code": {}}}))
+    (run / "config.yaml").write_text(
+        yaml.safe_dump(recipe | {"teachers": {"math": {"model": "m"}, "code": {"model": "c"}}})
+    )
     (line,) = find_warnings(RunData.read(run))
     assert line.startswith("teacher code's log-probability of the stopping token is below -10 nats: 20 of 20")
     assert line.endswith("see teachers.code.terminal_map")
     page = write_report(run).read_text()
-    assert "4,321 → 4,321" in page and "<td>&lt;code&gt;</td>" in page
+    assert "c, m into s" in page and "4,321 → 4,321" in page and "<td>&lt;code&gt;</td>" in page
 
 
 def test_the_report_warns_where_the_recipe_allows_it(make_run: Callable[..., Path]) -> None:
