@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def shard_shape(entry: Entry, placement: Placement) -> torch.Size:
 def load_hf(model: ModelChunks, folder: HfFolder, parallel: Parallel, *, row_map: dict[int, int] | None = None) -> None:
     """Fill what this rank holds in place, in the model's dtype, one tensor's part after another.
 
-    A tied embedding's copy on the last pipeline stage is filled from the embedding.
+    A tied embedding's copy on the last pipeline stage is filled from the embedding. An output layer of another
+    vocabulary's size (`build_model(…, output_vocab=…)`) gets the folder's rows as far as it has them, and zeros.
     row_map: token ids whose rows are exchanged in the output layer, and in it alone: row i becomes the folder's row
     `row_map[i]` (one direction of an exchange is enough). Tied embeddings need a `build_model(…, untie=True)` for it.
     Raises UserError where a tensor is missing, unknown or of another shape than config.json says; ValueError where a
@@ -49,7 +51,10 @@ def load_hf(model: ModelChunks, folder: HfFolder, parallel: Parallel, *, row_map
         if parameter is None:
             raise ValueError(f"the mapping of {folder.family.architecture} has {entry.megatron}, the model has not")
         number = parallel.tp_rank if entry.expert is None else parallel.etp_rank
-        shard = entry.cut.shard(_sources(entry, folder, swaps), placement.shard(entry, number))
+        place = placement.shard(entry, number)
+        if entry.megatron == OUTPUT:
+            place = replace(place, padded_vocab=parameter.shape[0] * place.tp_size)
+        shard = entry.cut.shard(_sources(entry, folder, swaps), place)
         if shard.shape != parameter.shape:
             raise ValueError(f"{entry.megatron}: the mapping gives {tuple(shard.shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(shard)

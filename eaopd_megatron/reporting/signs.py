@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,17 +34,23 @@ class Sign:
         return self.limit - values if self.floor else values - self.limit
 
 
-def signs(rollout: Rollout, updates: int) -> list[Sign]:
-    """Those that the recipe's limits leave on. updates: of one iteration."""
+def signs(rollout: Rollout, updates: int, teachers: Collection[str] = ()) -> list[Sign]:
+    """Those that the recipe's limits leave on. updates: of one iteration. teachers: names, where they are several."""
     gap, truncated, lag = rollout.warn_logprob_gap, rollout.warn_truncated, rollout.max_lag * updates
-    found = [
+    terminal = [
         Sign(
-            "teacher/terminal_logprob",
+            f"{f'teachers/{name}' if name else 'teacher'}/terminal_logprob",
             TERMINAL_LOGPROB_FLOOR,
-            f"the teacher's log-probability of the stopping token is below {TERMINAL_LOGPROB_FLOOR:g} nats",
-            "teacher and student may end with different ids: see teacher.terminal_map",
+            f"{f'teacher {name}' if name else 'the teacher'}'s log-probability of the stopping token is below "
+            f"{TERMINAL_LOGPROB_FLOOR:g} nats",
+            "teacher and student may end with different ids: see "
+            f"{f'teachers.{name}' if name else 'teacher'}.terminal_map",
             floor=True,
-        ),
+        )
+        for name in teachers or [""]
+    ]
+    found = [
+        *terminal,
         Sign(
             "objective/kl_min",
             KL_FLOOR,

@@ -48,7 +48,8 @@ def wait_together(parallel: Parallel, done: Callable[[], bool], asked: Callable[
     """Returns on every rank once `done` is true on all of them.
 
     Collective over all ranks. done: may take a few tenths of a second, and is asked again and again until it is true.
-    Raises on every rank what it raises on one: ServiceFailed for a UserError; Asked where a rank was asked to stop.
+    Raises on every rank Asked where one was asked to stop, or else what `done` raises on one: ServiceFailed for a
+    UserError, RuntimeError for anything else.
     """
     waits = True
     while True:
@@ -63,10 +64,10 @@ def wait_together(parallel: Parallel, done: Callable[[], bool], asked: Callable[
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
             state = shared.tolist()
         number, failed, waiting = state
-        if failed:
-            _fail_together(parallel, error)
         if number:
             raise Asked(number)
+        if failed:
+            _fail_together(parallel, error)
         if not waiting:
             return
 

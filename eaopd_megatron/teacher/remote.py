@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from pathlib import Path
@@ -115,7 +115,7 @@ class RemoteTeacher(Generic[C, L]):
         ((urls, key),) = relay(self.parallel, news, self._asked)
         opening = None
         if self.parallel.is_last_stage or self.parallel.is_main:  # the main rank tells what becomes of the replicas
-            opening = self._loop.begin(self._open([self._source.client(url, key) for url in urls], longest))
+            opening = self._begin(self._open([self._source.client(url, key) for url in urls], longest))
         wait_together(self.parallel, lambda: opening is None or _done([opening]), self._asked)
 
     def ask(self, samples: Sequence[Sample]) -> None:
@@ -127,7 +127,7 @@ class RemoteTeacher(Generic[C, L]):
         calls = self._source.calls(wanted, f"{self._run}-{next(self._asks)}")
         for call, of in calls:
             if self._dealt % self.parallel.stage_size == self.parallel.stage_rank:
-                self._pulls.append(self._loop.begin(self._pull(self._pool, call, of)))
+                self._pulls.append(self._begin(self._pull(self._pool, call, of)))
             self._dealt += 1
 
     def wait(self, samples: Sequence[Sample]) -> None:
@@ -192,6 +192,18 @@ class RemoteTeacher(Generic[C, L]):
         for sample, count in zip(samples, found.tolist(), strict=True):
             require_count(sample, count)
 
+    def _begin(self, work: Coroutine[Any, Any, None]) -> Future[None]:
+        """It runs in the event loop, until `close` at the latest."""
+
+        async def known() -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await work
+
+        return self._loop.begin(known())
+
     # On the main rank, before there is a pool
 
     def _arrival(self, longest: int) -> Iterator[tuple[list[str], str | None] | None]:
@@ -205,7 +217,7 @@ class RemoteTeacher(Generic[C, L]):
             key = self._replicas.key
         clients = [self._source.client(url, key) for url in urls]
         admit = partial(self._source.admit, longest=longest)
-        yield from until_done(self._loop.begin(self._until_there(clients, admit)))
+        yield from until_done(self._begin(self._until_there(clients, admit)))
         yield urls, key
 
     # In the event loop
@@ -224,10 +236,6 @@ class RemoteTeacher(Generic[C, L]):
         await self._pool.open()
 
     async def _pull(self, pool: Pool[C, L], call: Call[C, L, torch.Tensor], samples: Sequence[Sample]) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
         async for rows in pool.run([call]):
             parts = rows.split([len(sample.response_ids) for sample in samples])
             for sample, part in zip(samples, parts, strict=True):

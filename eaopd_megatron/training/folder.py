@@ -59,6 +59,11 @@ class RunFolder:
         return self.path / "servers"
 
     @property
+    def teachers(self) -> Path:
+        """Logs of the teachers' replicas that were started for the run."""
+        return self.path / "teachers"
+
+    @property
     def weights(self) -> Path:
         """The student as it was last exported for rollout servers."""
         return self.path / "weights"

@@ -59,9 +59,9 @@ class Run:
         self.parts = build(recipe, parallel, self.folder, asked=lambda: self._signal or 0, report=self.say)
         self.student, self.teacher = self.parts.student, self.parts.teacher
         problems = load_problems(recipe.data.source, recipe.data.split)
-        builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix)
-        self.prompts, dropped = builder.build(problems, recipe.data.source)
         self._teacher_model = {name: one.model for name, one in recipe.named_teachers().items()}
+        builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix, list(self._teacher_model))
+        self.prompts, dropped = builder.build(problems, recipe.data.source)
         if dropped:
             self.say(
                 f"{dropped} prompts are longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}: left out"
@@ -225,6 +225,8 @@ class Run:
         add("rollout/length", torch.tensor([len(s.response_ids) for s in samples]))
         add("rollout/stopped", torch.tensor([s.finish_reason == "stop" for s in samples]))
         add("rollout/truncated", torch.tensor([s.finish_reason == "length" for s in samples]))
+        if self.parts.vocab_size < self.parts.student_folder.vocab_size:
+            add("rollout/foreign_tokens", torch.tensor([s.foreign_tokens for s in samples]))
         start = self.updates - len(self.mini_batches(samples))
         add("rollout/version_lag", torch.tensor([start - s.weight_version for s in samples]))
         add(SAMPLE_FLOPS, self.throughput.sample_flops(samples))

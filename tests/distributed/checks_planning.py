@@ -90,7 +90,7 @@ def check_activations(
 ) -> None:
     """Bytes of the storages that autograd saves in a forward pass over packed sequences of some lengths."""
     with arranged(layout) as (parallel, where):
-        for (config, lengths), precision in itertools.product(cases, DTYPES):
+        for (config, lengths), precision in itertools.product(cases, ("fp32", "bf16")):
             model = built(config, parallel, precision, recompute).train()
             samples = [Sample(Prompt("", (1,), {}), [2] * (length - 1), "stop", [], 0) for length in lengths]
             saved = saved_bytes(model, collate(samples, parallel.device, packing_of(parallel.layout)))

@@ -26,13 +26,14 @@ from transformers import AutoModelForCausalLM
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.data.samples import Prompt, Sample, Sampling
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang import identity, server
+from eaopd_megatron.rollout.sglang import identity
 from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
-from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
+from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings, server_command
 from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
 from eaopd_megatron.rollout.sglang.writing import Generation
 from eaopd_megatron.services.client import Client
 from eaopd_megatron.services.pool import Pool
+from eaopd_megatron.services.process import HIDDEN
 from eaopd_megatron.teacher.served import ServedSource
 from eaopd_megatron.teacher.terminal import TerminalMap
 from tests.sglang.double import Double
@@ -60,7 +61,7 @@ class InPieces(ServerSettings):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     try:
-        server.server_command(cuda=torch.cuda.is_available())
+        server_command(cuda=torch.cuda.is_available())
     except UserError as missing:
         pytest.skip(str(missing))
     settings = InPieces(STUDENT, CONTEXT, precision="fp32", memory_fraction=0.1, max_running=16, api_key=KEY)
@@ -415,7 +416,7 @@ def test_the_key_is_seen_by_others(real: Server) -> None:
     family = [psutil.Process(real.pid), *psutil.Process(real.pid).children(recursive=True)]
     assert len(family) > 1
     assert not any(KEY in argument for process in family for argument in process.cmdline())
-    assert KEY not in real.log.read_text() and server.HIDDEN in real.log.read_text()
+    assert KEY not in real.log.read_text() and HIDDEN in real.log.read_text()
 
 
 def test_a_paused_server_counts_as_dead(real: Server) -> None:

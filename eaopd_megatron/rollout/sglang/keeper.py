@@ -16,16 +16,15 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.interface import Wanted
 from eaopd_megatron.rollout.sglang.identity import Expected, identify
 from eaopd_megatron.rollout.sglang.router import READY_PATH, admit_workers, worker_urls
-from eaopd_megatron.rollout.sglang.server import Server, ServerSettings, wait_ready
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Limits
+from eaopd_megatron.rollout.sglang.server import Server, ServerSettings
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, Limits
 from eaopd_megatron.rollout.sglang.writing import Writing
 from eaopd_megatron.services.arrival import Arrival
 from eaopd_megatron.services.client import Busy, Client, ServerGone, read_api_key
 from eaopd_megatron.services.loop import Loop, until_done
 from eaopd_megatron.services.pool import Pool
+from eaopd_megatron.services.process import stop_all, wait_ready
 
-SLACK_TOKENS = 6
-"""By how much more than RESERVED_TOKENS a server wants a prompt to be shorter than its context."""
 DEATHS = 5
 """A server that dies so often in a row, without having served, is not started again."""
 
@@ -176,9 +175,7 @@ class Keeper:
         if self.loop.running:
             self.loop.run(self._close())
             self.loop.__exit__()
-        if self._started:
-            with ThreadPoolExecutor(len(self._started)) as stopping:
-                list(stopping.map(Server.stop, self._started))
+        stop_all(self._started)
         self._started, self._server_of, self.clients, self._pool = [], {}, [], None
         self._starter.shutdown(cancel_futures=True)
 

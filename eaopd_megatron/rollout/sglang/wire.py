@@ -18,6 +18,8 @@ from eaopd_megatron.services.client import Busy
 
 RESERVED_TOKENS = 2
 """Positions of the context length that a server keeps: it cuts responses at context_length - 2."""
+SLACK_TOKENS = 6
+"""By how much more than RESERVED_TOKENS a server wants a prompt to be shorter than its context."""
 
 
 class Span(NamedTuple):
