@@ -146,7 +146,7 @@ def _separate(around: Surroundings, name: str, options: Options, terminal: Termi
 def _served(around: Surroundings, name: str, options: Options, terminal: TerminalMap, first_gpu: int) -> Teacher:
     source = ServedSource(
         around.folders[name],
-        around.student,
+        vocab_size=around.vocab_size,
         k=_top_k(around),
         terminal=terminal,
         max_running=options.max_running,
