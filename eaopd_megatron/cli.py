@@ -177,7 +177,7 @@ def plan(
 @app.command()
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="Also try its student and teachers.", show_default=False)
+        str | None, typer.Argument(metavar="RECIPE", help="Also try its student and teachers.", show_default=False)
     ] = None,
     overrides: Overrides = None,
 ) -> None:

@@ -152,12 +152,11 @@ def _separate(around: Surroundings, name: str, options: Options, terminal: Termi
 def _served(around: Surroundings, name: str, options: Options, terminal: TerminalMap, first_gpu: int) -> Teacher:
     source = ServedSource(
         around.folders[name],
-        around.student,
+        vocab_size=around.vocab_size,
         k=_top_k(around),
         terminal=terminal,
         max_running=options.max_running,
         label=key_of(name),
-        vocab_size=around.vocab_size,
     )
     return RemoteTeacher(
         around.parallel,

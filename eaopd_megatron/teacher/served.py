@@ -35,20 +35,18 @@ class ServedSource:
     def __init__(
         self,
         folder: HfFolder,
-        student: HfFolder,
         *,
+        vocab_size: int,
         k: int,
         terminal: TerminalMap,
         max_running: int,
         label: str = "teacher",
-        vocab_size: int | None = None,
     ) -> None:
-        """folder: the teacher's. k: log-probs a token, no more than vocab_size. max_running: requests on a server at
-        the same time. label: the recipe's key of the teacher. vocab_size: that all models of the run have; none: the
-        student's."""
+        """folder: the teacher's. vocab_size: ids that all models of the run have. k: log-probs a token, no more than
+        that. max_running: requests on a server at the same time. label: the recipe's key of the teacher."""
         self.folder, self.terminal, self.max_running, self._label = folder, terminal, max_running, label
-        self.rows, self.vocab_size = TopKRows(k, entropy=False), vocab_size or student.vocab_size
-        self.asked = k + min(k, max(0, folder.vocab_size - self.vocab_size))  # some are ids that the others lack
+        self.rows, self.vocab_size = TopKRows(k, entropy=False), vocab_size
+        self.asked = k + min(k, max(0, folder.vocab_size - vocab_size))  # some are ids that the others lack
 
     def calls(self, samples: Sequence[Sample], number: str) -> list[tuple[Scoring, list[Sample]]]:
         """As `remote.Source.calls`: one a sample."""

@@ -136,7 +136,7 @@ def _ends_of(
 ) -> list[Ends]:
     """Of the samples of a micro-batch. Collective over the ranks of the stage."""
     labels = parts.teacher.labels(batch)
-    shard = {"vocab_size": parts.student_folder.vocab_size, "group": parallel.tp_group}
+    shard = {"vocab_size": parts.vocab_size, "group": parallel.tp_group}
     plain = _logprob(signal, terminal.exchanged(batch.tokens), shard)
     mapped = (
         signal.token_logprob

@@ -94,7 +94,7 @@ def check_a_served_teacher_says_another_loss(group: dist.ProcessGroup, student: 
                 colocated = ColocatedTeacher(
                     model, parallel, vocab_size=112, signal="topk", top_k=k, terminal=terminal, budget=100
                 )
-                source = ServedSource(teacher_folder, folder, k=k, terminal=terminal, max_running=4)
+                source = ServedSource(teacher_folder, vocab_size=112, k=k, terminal=terminal, max_running=4)
                 served = RemoteTeacher(
                     parallel,
                     source,

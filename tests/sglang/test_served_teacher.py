@@ -33,11 +33,8 @@ class Sized:
         self.vocab_size = vocab_size
 
 
-def source(
-    k: int, terminal: TerminalMap = NONE, *, teacher: int = 112, student: int = 112, common: int | None = None
-) -> ServedSource:
-    folders = cast(HfFolder, Sized(teacher)), cast(HfFolder, Sized(student))
-    return ServedSource(*folders, k=k, terminal=terminal, max_running=4, vocab_size=common)
+def source(k: int, terminal: TerminalMap = NONE, *, teacher: int = 112, student: int = 112) -> ServedSource:
+    return ServedSource(cast(HfFolder, Sized(teacher)), vocab_size=student, k=k, terminal=terminal, max_running=4)
 
 
 def scored(asked: ServedSource, double: Double, spoil: Callable[[dict[str, Any]], Any] | None = None) -> TeacherTopK:
@@ -174,7 +171,7 @@ def test_log_probs_of_broken_weights_are_believed() -> None:
 )
 def test_a_request_that_ends_the_server_is_sent(sample: Sample, message: str) -> None:
     folder = HfFolder.open(str(ROOT / "recipes/countdown/teacher"))
-    asked = ServedSource(folder, folder, k=16, terminal=NONE, max_running=4)
+    asked = ServedSource(folder, vocab_size=112, k=16, terminal=NONE, max_running=4)
 
     async def admitted() -> None:
         async with Double() as double:
@@ -192,7 +189,7 @@ def test_a_request_that_ends_the_server_is_sent(sample: Sample, message: str) ->
 
 def test_another_server_is_taken_for_the_teachers() -> None:
     folder = HfFolder.open(str(ROOT / "recipes/countdown/teacher"))
-    asked = ServedSource(folder, folder, k=16, terminal=NONE, max_running=4)
+    asked = ServedSource(folder, vocab_size=112, k=16, terminal=NONE, max_running=4)
 
     async def refused(double: Double, message: str, key: str | None = None) -> None:
         async with double:

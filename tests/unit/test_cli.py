@@ -144,6 +144,23 @@ def test_train_under_srun_starts_ranks_of_its_own(eaopd: Callable[..., Any], mon
     assert called == [(["train", "r.yaml", "seed=1"], "1", "n4")]
 
 
+@pytest.mark.parametrize(("machine", "pair", "code"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (0, 2, 2)])
+def test_doctor_forgets_the_machine_or_the_pair(
+    eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, machine: int, pair: int, code: int
+) -> None:
+    called: list[tuple[str, list[str]]] = []
+
+    def check(recipe: str, overrides: list[str]) -> int:
+        called.append((recipe, overrides))
+        return pair
+
+    monkeypatch.setattr("eaopd_megatron.doctor.main", lambda: machine)
+    monkeypatch.setattr("eaopd_megatron.teacher.agreement.check_agreement", check)
+    assert eaopd("doctor")[0] == machine and not called
+    assert eaopd("doctor", "r.yaml", "seed=1")[0] == code
+    assert called == [("r.yaml", ["seed=1"])]
+
+
 def test_evaluate_loses_an_option(eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[dict[str, Any]] = []
     command = ModuleType("eaopd_megatron.evaluation.command")
