@@ -271,7 +271,8 @@ def overlap(iterations: int) -> None:
             asked=lambda: 0,
             report=print,
         )
-        teacher.open(PROMPT + RESPONSE)
+        teacher.start(PROMPT + RESPONSE)
+        teacher.open()
         run = Waits(Teachers({"": teacher}), parallel, iterations)
         train(cast(Any, run))
         teacher.close()

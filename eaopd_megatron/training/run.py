@@ -93,11 +93,15 @@ class Run:
         self.iteration, self.updates = self.checkpoints.resume(self.say)
         self._saved = self.iteration
         self._open_records()
-        longest = max(recipe.rollout.max_response_tokens, recipe.evaluation.max_response_tokens)
-        self.parts.rollout.open([*self.prompts, *self.parts.evaluator.prompts()], longest)
-        self.teacher.open(max(len(p.token_ids) for p in self.prompts) + recipe.rollout.max_response_tokens)
+
+    def open(self) -> None:
+        """Comes first: the other roles are started, or found. From here on a signal asks the run to stop."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
+        rollout = self.recipe.rollout
+        longest = max(rollout.max_response_tokens, self.recipe.evaluation.max_response_tokens)
+        self.parts.rollout.open([*self.prompts, *self.parts.evaluator.prompts()], longest)
+        self.teacher.open(max(len(p.token_ids) for p in self.prompts) + rollout.max_response_tokens)
 
     # One iteration
 

@@ -106,7 +106,8 @@ def check_a_served_teacher_says_another_loss(group: dist.ProcessGroup, student: 
                     asked=lambda: 0,
                     report=print,
                 )
-                served.open(64)
+                served.start(64)
+                served.open()
                 objective = Objective.preset("eopd", top_k=k)
                 try:
                     compare(
