@@ -36,17 +36,11 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Starts its own ranks on this host; under torchrun or srun it joins theirs.
     """
-    from eaopd_megatron.launch import joined, joined_environment, launch, local_world_size
+    from eaopd_megatron.launch import joined, launch, local_world_size
 
     arguments = ["train", recipe, *(overrides or [])]
     if joined():
-        from eaopd_megatron import worker
-
-        os.environ.update(joined_environment())
-        if code := worker.main(arguments):
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # a failed rank must not wait for the others in the destructors of its process groups
+        _join(arguments)
         return
 
     from eaopd_megatron.config import load_recipe
@@ -58,6 +52,32 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
         return
     logs = Path(loaded.run.folder) / "logs"
     raise typer.Exit(launch(arguments, local_world_size(loaded.student), log_folder=logs))
+
+
+@app.command()
+def teach(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    teacher: Annotated[
+        str, typer.Option(metavar="NAME", help="Which of the recipe's teachers, where it has several.")
+    ] = "",
+) -> None:
+    """Serve the recipe's separate teacher over HTTP, until SIGTERM.
+
+    Starts its own ranks on this host; under torchrun or srun it joins theirs.
+    """
+    from eaopd_megatron.launch import joined, launch, teacher_world_size
+
+    arguments = ["teach", recipe, teacher, *(overrides or [])]
+    if joined():
+        _join(arguments)
+        return
+
+    from eaopd_megatron.config import load_recipe
+    from eaopd_megatron.teacher.service.choice import chosen
+
+    layout = chosen(load_recipe(recipe, overrides or []), teacher).layout
+    raise typer.Exit(launch(arguments, teacher_world_size(layout)))
 
 
 @app.command()
@@ -206,11 +226,37 @@ def plan(
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine: versions, devices, backends, and what is missing or harmful. Exit code 1: something is."""
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Also try its student and teachers.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine: versions, devices, backends, and what is missing or harmful. Exit code 1: something is.
+
+    With a recipe its student writes a few responses, on ranks of their own, and its teachers score how they stop: exit
+    code 1 as well where the two do not agree.
+    """
     from eaopd_megatron.doctor import main as examine
 
-    raise typer.Exit(examine())
+    harmful = examine()
+    if recipe is None:
+        raise typer.Exit(harmful)
+    from eaopd_megatron.teacher.agreement import check_agreement
+
+    raise typer.Exit(check_agreement(recipe, overrides or []) or harmful)
+
+
+def _join(arguments: list[str]) -> None:
+    """This process is the rank that torchrun or srun started."""
+    from eaopd_megatron import worker
+    from eaopd_megatron.launch import joined_environment
+
+    os.environ.update(joined_environment())
+    if code := worker.main(arguments):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a failed rank must not wait for the others in the destructors of its process groups
 
 
 def _version(wanted: bool) -> None:

@@ -30,6 +30,7 @@ from eaopd_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import Student
+    from eaopd_megatron.megatron.layout import Layout
 
 WORKER = (sys.executable, "-m", "eaopd_megatron.worker")
 ERROR_FILE = "EAOPD_ERROR_FILE"
@@ -104,9 +105,7 @@ def local_world_size(student: Student) -> int:
     Without data_parallel in the recipe: as few as hold all experts on a CPU (1 without experts), as many as the devices
     hold with GPUs.
     """
-    import torch
-
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else None
+    devices = _devices()
     layout, copies = student.layout, student.data_parallel
     if copies is None:
         least = layout.smallest_copies
@@ -119,6 +118,24 @@ def local_world_size(student: Student) -> int:
             "torchrun"
         )
     return ranks
+
+
+def teacher_world_size(layout: Layout) -> int:
+    """How many ranks this host starts for a teacher in a role of its own: data-parallel ones only where the experts
+    need them."""
+    devices = _devices()
+    if devices is not None and layout.least_ranks > devices:
+        raise UserError(
+            f"the teacher needs {layout.least_ranks} ranks (tensor x pipeline x expert_parallel), more than the "
+            f"{devices} GPUs of this host; lower them, or start the ranks of several hosts with srun or torchrun"
+        )
+    return layout.least_ranks
+
+
+def _devices() -> int | None:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else None
 
 
 def die_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""One rank: what `eaopd train` and `eaopd evaluate` start N times, or what torchrun or srun started."""
+"""One rank: what `eaopd train`, `eaopd teach` and `eaopd evaluate` start N times, or what torchrun or srun started."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from eaopd_megatron.launch import die_with_parent
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`train RECIPE [overrides]` or `evaluate FILE` (its options as JSON). The exit code; errors are reported."""
+    """`train RECIPE [overrides]`, `teach RECIPE TEACHER [overrides]`, `agreement RECIPE [overrides]` or `evaluate FILE`
+    (its options as JSON). The exit code; errors are reported."""
     verb, target, *rest = arguments
     if verb == "train":
         return guarded(lambda: _train(load_recipe(target, rest)))
+    if verb == "teach":
+        return guarded(lambda: _teach(load_recipe(target, rest[1:]), rest[0]))
+    if verb == "agreement":
+        return guarded(lambda: _agreement(load_recipe(target, rest)))
     if verb == "evaluate":
         return guarded(lambda: _evaluate(Path(target)))
     raise ValueError(f"unknown verb {verb!r}")
@@ -49,6 +54,7 @@ def _train(recipe: Recipe) -> None:
     with watched(store, parallel.rank, parallel.world_size, on_failure=record):
         run = Run(recipe, parallel)
         try:
+            run.open()
             train(run)
             finish(run)
         except (Asked, ServiceFailed) as reason:
@@ -56,6 +62,21 @@ def _train(recipe: Recipe) -> None:
         finally:
             run.close()
     groups.stop()
+
+
+def _teach(recipe: Recipe, teacher: str) -> None:
+    import torch
+
+    from eaopd_megatron.teacher.service.run import teach
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    teach(recipe, teacher)
+
+
+def _agreement(recipe: Recipe) -> None:
+    from eaopd_megatron.training.trial import agreement_on_rank
+
+    agreement_on_rank(recipe)
 
 
 def _evaluate(options: Path) -> None:

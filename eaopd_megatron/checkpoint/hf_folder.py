@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ COMPANIONS = (
     "chat_template.json",
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+NOTES = ("_name_or_path", "transformers_version")
+"""Keys of config.json that say nothing of the model."""
 _HUB_FILES = ["*.json", "*.safetensors", *(name for name in COMPANIONS if not name.endswith(".json"))]
 
 
@@ -111,6 +116,27 @@ class HfFolder:
         return torch.bfloat16 if stored == {"BF16"} else torch.float32
 
     @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of config.json and the weights, the same for a copy in another folder or in other files.
+
+        Of each tensor it takes name, dtype, shape and three rows (of a vector three pieces), so it costs next to
+        nothing for a model of any size: other weights of the same shape have another one, an edit of a few elements may
+        not. UserError as `check_tensors`.
+        """
+        self.check_tensors()
+        raw = read_json(self.path / "config.json", self.label)
+        meaning = {key: value for key, value in raw.items() if key not in NOTES}
+        digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
+        for name in sorted(self.family.hf_shapes(self.config)):
+            shape, place, tensor = self.shape(name), self.files.places[name], self.slice(name)
+            digest.update(f"{name} {place.dtype} {shape}".encode())
+            rows = shape[0] if shape else 1
+            count = 1 if len(shape) > 1 else min(rows, 64)
+            for start in (0, (rows - count) // 2, rows - count):
+                digest.update(tensor[start : start + count].contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @functools.cached_property
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
@@ -168,7 +194,7 @@ class HfFolder:
 
 
 def check_same_tokenizer(teacher: HfFolder, student: HfFolder) -> None:
-    """Refuse (UserError) a teacher whose ids mean other texts than the student's, or that has more or fewer of them."""
+    """Refuse (UserError) a teacher whose ids mean other texts than the student's."""
     texts = [
         {token_id: text for text, token_id in folder.tokenizer().get_vocab().items()} for folder in (teacher, student)
     ]
@@ -179,11 +205,21 @@ def check_same_tokenizer(teacher: HfFolder, student: HfFolder) -> None:
             f"{teacher.name} and {student.name} have different tokenizers: token {first} is {theirs} in {teacher.path} "
             f"and {ours} in {student.path}"
         )
-    if teacher.vocab_size != student.vocab_size:
+
+
+def common_vocab_size(folders: Sequence[HfFolder]) -> int:
+    """The vocabulary size that models of one tokenizer all have: the smallest.
+
+    Raises UserError where it has no row for a token of the tokenizer or for an end-of-sequence id.
+    """
+    smallest = min(folders, key=lambda folder: folder.vocab_size)
+    highest = max([*smallest.tokenizer().get_vocab().values(), *(i for folder in folders for i in folder.eos_ids)])
+    if highest >= smallest.vocab_size:
         raise UserError(
-            f"{teacher.name} and {student.name} have different vocabulary sizes: "
-            f"{teacher.vocab_size} in {teacher.path}, {student.vocab_size} in {student.path}"
+            f"{smallest.label}: its vocabulary size is {smallest.vocab_size}, "
+            f"too small for token {highest} of the tokenizer"
         )
+    return smallest.vocab_size
 
 
 def _find(path: str, name: str) -> Path:

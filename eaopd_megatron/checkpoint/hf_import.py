@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.checkpoint.mapping import OUTPUT, Entry, SwappedRows
+from eaopd_megatron.checkpoint.mapping import OUTPUT, Entry, Place, SwappedRows
 from eaopd_megatron.checkpoint.placement import Placement
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks
+from eaopd_megatron.megatron.vocabulary import padded_vocab_size
 
 
 def placement_of(folder: HfFolder, layout: Layout) -> Placement:
@@ -29,7 +31,8 @@ def shard_shape(entry: Entry, placement: Placement) -> torch.Size:
 def load_hf(model: ModelChunks, folder: HfFolder, parallel: Parallel, *, row_map: dict[int, int] | None = None) -> None:
     """Fill what this rank holds in place, in the model's dtype, one tensor's part after another.
 
-    A tied embedding's copy on the last pipeline stage is filled from the embedding.
+    A tied embedding's copy on the last pipeline stage is filled from the embedding. An output layer of another
+    vocabulary's size (`build_model(…, output_vocab=…)`) gets the folder's rows as far as it has them, and zeros.
     row_map: token ids whose rows are exchanged in the output layer, and in it alone: row i becomes the folder's row
     `row_map[i]` (one direction of an exchange is enough). Tied embeddings need a `build_model(…, untie=True)` for it.
     Raises UserError where a tensor is missing, unknown or of another shape than config.json says; ValueError where a
@@ -44,20 +47,43 @@ def load_hf(model: ModelChunks, folder: HfFolder, parallel: Parallel, *, row_map
     for entry in folder.family.entries(folder.config, own_output=OUTPUT in parameters):
         if not placement.holds(parallel, entry):
             continue
-        sources: list[Any] = [folder.slice(name) for name, _ in entry.sources]
-        if entry.megatron == OUTPUT and swaps:
-            sources = [SwappedRows(source, swaps) for source in sources]
         parameter = parameters.pop(entry.megatron, None)
         if parameter is None:
             raise ValueError(f"the mapping of {folder.family.architecture} has {entry.megatron}, the model has not")
         number = parallel.tp_rank if entry.expert is None else parallel.etp_rank
-        shard = entry.cut.shard(sources, placement.shard(entry, number))
+        place = placement.shard(entry, number)
+        if entry.megatron == OUTPUT:
+            place = replace(place, padded_vocab=parameter.shape[0] * place.tp_size)
+        shard = entry.cut.shard(_sources(entry, folder, swaps), place)
         if shard.shape != parameter.shape:
             raise ValueError(f"{entry.megatron}: the mapping gives {tuple(shard.shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(shard)
         del shard  # before the next one is read
     if parameters:
         raise ValueError(f"the mapping of {folder.family.architecture} leaves {', '.join(sorted(parameters))} unfilled")
+
+
+@torch.no_grad()
+def load_output_head(
+    folder: HfFolder, *, tp_rank: int, tp_size: int, rows: int, vocab_size: int, row_map: dict[int, int] | None = None
+) -> torch.Tensor:
+    """A model's output layer alone, or the embedding that it is tied to, cut and padded as another model's is:
+    [rows of a rank, hidden size], in the dtype of the folder.
+
+    rows: vocabulary of the other model, whose padding and share of a rank it has. vocab_size: of both, the first rows
+    that are filled; those beyond are zero. row_map: as for `load_hf`. Nothing but these rows is read. Raises UserError
+    as `load_hf` does.
+    """
+    folder.check_tensors()
+    entry = next(e for e in folder.family.entries(folder.config, own_output=True) if e.megatron == OUTPUT)
+    place = Place(tp_rank, tp_size, {"vocab": vocab_size}, padded_vocab_size(rows, tp_size))
+    return entry.cut.shard(_sources(entry, folder, _permutation(row_map or {}, vocab_size)), place)
+
+
+def _sources(entry: Entry, folder: HfFolder, swaps: Mapping[int, int]) -> list[Any]:
+    """What the parameter is cut from, the output layer's rows exchanged."""
+    sources: list[Any] = [folder.slice(name) for name, _ in entry.sources]
+    return [SwappedRows(source, swaps) for source in sources] if entry.megatron == OUTPUT and swaps else sources
 
 
 def _permutation(rows: Mapping[int, int], vocab_size: int) -> dict[int, int]:

@@ -143,9 +143,18 @@ class Teacher(Section):
             (not colocated and self.signal == "logits", "hands over topk or hidden: no teacher.signal=logits"),
             (self.placement == "served" and self.signal == "hidden", "hands over topk: no teacher.signal=hidden"),
             (self.placement == "served" and any(layout[1:]), "has tensor_parallel alone: no pipeline_, expert_"),
+            (self.placement == "served" and self.precision == "fp8", "is started in bf16 or fp32: no precision=fp8"),
         ):
             if wrong:
                 raise ValueError(f"a teacher with teacher.placement={self.placement} {why}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_in_fp8_stay(self) -> Self:
+        if self.precision == "fp8" and self.offload == "weights":
+            raise ValueError(
+                "teacher.offload=weights moves weights in fp32 or bf16, not those of teacher.precision=fp8"
+            )
         return self
 
 

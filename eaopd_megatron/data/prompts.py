@@ -15,15 +15,28 @@ class PromptBuilder:
     template: `chat`, the tokenizer's own with thinking off (Qwen3: the assistant's turn begins with an empty think
     block); `base`, question and answer as plain text, for models that know no chat; `raw`, the problem alone. suffix: a
     line after the problem.
+
+    teachers: names of which each problem has one under teacher_field; of a single one all problems are.
     """
 
-    def __init__(self, tokenizer: Any, *, template: str, suffix: str, field: str, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        template: str,
+        suffix: str,
+        field: str,
+        max_tokens: int,
+        teachers: Sequence[str] = ("",),
+        teacher_field: str = "teacher",
+    ) -> None:
         if template == "chat" and not getattr(tokenizer, "chat_template", None):
             raise RecipeError(
                 "data.template=chat, but the student's tokenizer has no chat template; use data.template=base or raw"
             )
         self.tokenizer, self.template, self.suffix = tokenizer, template, suffix
         self.field, self.max_tokens = field, max_tokens
+        self.teachers, self.teacher_field = teachers, teacher_field
 
     def token_ids(self, text: str) -> list[int]:
         if self.suffix:
@@ -49,7 +62,21 @@ class PromptBuilder:
             if len(ids) > self.max_tokens:
                 dropped += 1
                 continue
-            prompts.append(Prompt(str(problem.get("id", number - 1)), tuple(ids), problem))
+            teacher = self._teacher(problem, f"{source}, record {number}")
+            prompts.append(Prompt(str(problem.get("id", number - 1)), tuple(ids), problem, teacher))
         if not prompts:
             raise UserError(f"{source}: every prompt is longer than data.max_prompt_tokens={self.max_tokens}")
         return prompts, dropped
+
+    def _teacher(self, problem: dict[str, Any], where: str) -> str:
+        if len(self.teachers) == 1:
+            return self.teachers[0]
+        named = problem.get(self.teacher_field)
+        if named not in self.teachers:
+            found = (
+                f"{self.teacher_field!r} is {named!r}"
+                if self.teacher_field in problem
+                else (f"there is no {self.teacher_field!r} (data.teacher_field)")
+            )
+            raise UserError(f"{where}: {found}; the recipe's teachers are {', '.join(self.teachers)}")
+        return str(named)

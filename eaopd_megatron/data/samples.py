@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,10 +39,29 @@ class Sample:
     teacher_signal: dict[str, torch.Tensor] = field(default_factory=dict)
     weight_versions: Sequence[tuple[int, int, int]] = ()  # (version, start, end) over response tokens; (): one for all
     stale: bool = False  # sampled by older weights than π_old's
+    foreign_tokens: int = 0  # cut away from the response's end: `within`
 
     @property
     def token_ids(self) -> list[int]:
         return [*self.prompt.token_ids, *self.response_ids]
+
+    def within(self, vocab_size: int) -> Sample:
+        """The response up to the first id that is not below vocab_size; "length" ends it there.
+
+        Servers sample from all of the student's rows. Those that a teacher lacks belong to no token of the tokenizer,
+        and their probability is negligible.
+        """
+        kept = next((i for i, token in enumerate(self.response_ids) if token >= vocab_size), None)
+        if kept is None:
+            return self
+        return replace(
+            self,
+            response_ids=self.response_ids[:kept],
+            rollout_logprobs=self.rollout_logprobs[:kept],
+            finish_reason="length",
+            weight_versions=[(v, start, min(end, kept)) for v, start, end in self.weight_versions if start < kept],
+            foreign_tokens=len(self.response_ids) - kept,
+        )
 
     def record(self, text: str) -> dict[str, Any]:
         """The sample as it is kept in the run's rollouts folder and beside an error."""

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from eaopd_megatron.checkpoint.families import family_of
 from eaopd_megatron.checkpoint.mapping import head_dim
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.megatron.fp8 import SETTINGS as FP8
 from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.megatron.layers import uses_transformer_engine
 from eaopd_megatron.megatron.rotary import check_rotary
@@ -77,10 +78,12 @@ def _check_divides(layout: Layout, divisors: tuple[str, ...], hf: Any, name: str
         raise UserError(f"{folder}: {product} does not divide {name}={getattr(hf, name)}")
 
 
-def transformer_config(hf: Any, layout: Layout, dtype: torch.dtype, recompute: Recompute = "none") -> TransformerConfig:
+def transformer_config(
+    hf: Any, layout: Layout, dtype: torch.dtype, recompute: Recompute = "none", *, fp8: bool = False
+) -> TransformerConfig:
     """Megatron-Core's configuration of a model at this layout; no dropout, losses summed per token.
 
-    What differs from family to family is in `Family.settings`.
+    fp8: the layers' weights, frozen. What differs from family to family is in `Family.settings`.
     """
     settings = family_of(hf.architectures, "model").settings(hf)
     return TransformerConfig(
@@ -124,4 +127,5 @@ def transformer_config(hf: Any, layout: Layout, dtype: torch.dtype, recompute: R
         masked_softmax_fusion=False,
         moe_grouped_gemm="num_moe_experts" in settings and uses_transformer_engine(),
         **settings,
+        **(FP8 if fp8 else {}),
     )

@@ -34,6 +34,8 @@ class Parallel:
     pp_group: dist.ProcessGroup | None = None
     cp_rank: int = 0
     cp_group: dist.ProcessGroup | None = None
+    stage_rank: int = 0  # among the tensor- and context-parallel ranks: one copy's share of a pipeline stage
+    stage_group: dist.ProcessGroup | None = None
     ep_rank: int = 0
     ep_group: dist.ProcessGroup | None = None
     etp_rank: int = 0
@@ -65,6 +67,10 @@ class Parallel:
     @property
     def ep_size(self) -> int:
         return self.layout.expert_parallel
+
+    @property
+    def stage_size(self) -> int:
+        return self.tp_size * self.cp_size
 
     @property
     def is_first_stage(self) -> bool:
@@ -134,6 +140,8 @@ def arrange(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> 
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_group=parallel_state.get_context_parallel_group(),
+        stage_rank=parallel_state.get_tensor_and_context_parallel_rank(),
+        stage_group=parallel_state.get_tensor_and_context_parallel_group(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_group=parallel_state.get_expert_model_parallel_group(),
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(),

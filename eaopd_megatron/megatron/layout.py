@@ -39,6 +39,11 @@ class Layout:
         """The smallest data-parallel size whose ranks hold all experts."""
         return math.lcm(self.model_ranks, self.expert_ranks) // self.model_ranks
 
+    @property
+    def least_ranks(self) -> int:
+        """Ranks of the smallest world that holds the model."""
+        return self.model_ranks * self.smallest_copies
+
     def without_experts(self) -> Self:
         """The same ranks for a model that has none: a dense teacher of a mixture of experts, or the other way round."""
         return replace(self, expert_parallel=1, expert_tensor_parallel=1)

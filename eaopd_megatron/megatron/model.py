@@ -12,13 +12,15 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from eaopd_megatron.megatron import cpu
 from eaopd_megatron.megatron.architecture import Recompute, padded_vocab_size, transformer_config
+from eaopd_megatron.megatron.fp8 import take_any_length
 from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.megatron.layers import layer_spec
 from eaopd_megatron.megatron.names import global_name
 from eaopd_megatron.megatron.overlap import gathered
 from eaopd_megatron.megatron.rotary import rotary_base, set_attention_factor, set_frequencies
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of what is computed, and of weights but fp8's (`build_model(..., fp8=True)`)."""
 
 
 class ModelChunks(torch.nn.ModuleList):
@@ -64,27 +66,41 @@ class ModelChunks(torch.nn.ModuleList):
 
 
 def build_model(
-    hf: Any, layout: Layout, dtype: torch.dtype, *, untie: bool = False, recompute: Recompute = "none"
+    hf: Any,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    untie: bool = False,
+    output_vocab: int | None = None,
+    fp8: bool = False,
+    recompute: Recompute = "none",
 ) -> ModelChunks:
     """This rank's uninitialised part of a model, on its device; weights come from `checkpoint.hf_import`.
 
     untie: give a model with tied embeddings an output layer of its own (a teacher whose output rows are mapped).
+    output_vocab: the vocabulary size whose padding and shards the output layer has (a teacher's: the student's), which
+    makes a difference where the embedding's are others; none: the model's own. GPTModel cannot run such a layer.
+    fp8: the layers' weights, which are frozen then (`megatron.fp8`); dtype is the others'.
     recompute: activations that backward makes again instead of keeping them.
     """
-    config = transformer_config(hf, layout, dtype, recompute)
+    rows = padded_vocab_size(hf.vocab_size, layout.tensor_parallel)
+    output_rows = padded_vocab_size(output_vocab or hf.vocab_size, layout.tensor_parallel)
+    shared = hf.tie_word_embeddings and not untie and output_rows == rows
+    config = transformer_config(hf, layout, dtype, recompute, fp8=fp8)
     set_attention_factor(config, hf)
     stages = [None] if layout.virtual_pipeline == 1 else range(layout.virtual_pipeline)
-    with cpu.cuda_literals():
+    # with gradients Transformer Engine keeps a second, transposed copy of weights in fp8
+    with cpu.cuda_literals(), torch.set_grad_enabled(torch.is_grad_enabled() and not fp8):
         chunks = [
             GPTModel(
                 config=config,
                 transformer_layer_spec=layer_spec(config, stage),
-                vocab_size=padded_vocab_size(hf.vocab_size, layout.tensor_parallel),
+                vocab_size=rows,
                 max_sequence_length=hf.max_position_embeddings,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 parallel_output=True,
-                share_embeddings_and_output_weights=hf.tie_word_embeddings and not untie,
+                share_embeddings_and_output_weights=shared,
                 position_embedding_type="rope",
                 rotary_base=rotary_base(hf),
                 vp_stage=stage,
@@ -95,6 +111,12 @@ def build_model(
     for gpt in chunks:
         set_frequencies(gpt, hf)
         _mark_experts(gpt)
+        if fp8:
+            take_any_length(gpt)
+        if gpt.post_process and output_rows != rows:
+            weight = gpt.output_layer.weight
+            resized = weight.new_empty(output_rows // layout.tensor_parallel, weight.shape[1])
+            gpt.output_layer.weight = torch.nn.Parameter(resized)
     if torch.cuda.is_available():
         model = model.cuda()
     return model.to(dtype)

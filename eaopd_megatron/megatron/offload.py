@@ -1,14 +1,15 @@
-"""Optimiser states and gradients away from the device while it has other work.
+"""Optimiser states, gradients and frozen weights away from the device while it has other work.
 
 Adam's moments can be in host memory between updates (`keep_moments_on_host`): activations are gone when the optimiser
-steps, so the peak of a step is the larger of the two, not their sum. And all of it can leave while servers on the same
-device generate (`TrainerMemory`). Tested on a CPU, where host and device are the same memory; the transfers from and to
-CUDA have not been run.
+steps, so the peak of a step is the larger of the two, not their sum. All of it can leave while servers on the same
+device generate (`TrainerMemory`), and a teacher's weights while it does not score (`FrozenWeights`). Tested on a CPU,
+where host and device are the same memory; the transfers from and to CUDA have not been run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,6 +50,62 @@ def keep_moments_on_host(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(to_host)
 
 
+class HostCopies:
+    """Storages on the device and their bytes in pinned host memory: they can be emptied, and filled again.
+
+    Tensors keep their identity. While the storages are empty nothing may read them.
+    """
+
+    def __init__(self, storages: Iterable[torch.UntypedStorage]) -> None:
+        """The bytes are copied now."""
+        pinned = torch.cuda.is_available()
+        self._pairs: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
+        for storage in storages:
+            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
+            self._pairs.append((storage, host.copy_(_bytes_of(storage), non_blocking=True)))
+        if pinned:
+            torch.cuda.synchronize()
+
+    @property
+    def hosts(self) -> list[torch.Tensor]:
+        """The bytes of each storage, uint8."""
+        return [host for _, host in self._pairs]
+
+    def empty(self) -> None:
+        for storage, _ in self._pairs:
+            storage.resize_(0)
+
+    def fill(self) -> None:
+        for storage, host in self._pairs:
+            storage.resize_(host.nbytes)
+            _bytes_of(storage).copy_(host, non_blocking=True)
+
+
+class FrozenWeights:
+    """Weights that no update changes: in host memory but while they are `present`. Leaving copies nothing."""
+
+    def __init__(self, model: ModelChunks) -> None:
+        """model: its weights are loaded, and each is a tensor of its own. They leave now."""
+        self._parameters = list(model.parameters())  # tied ones once
+        self._copies = HostCopies(parameter.untyped_storage() for parameter in self._parameters)
+        self._copies.empty()
+
+    @contextlib.contextmanager
+    def present(self) -> Iterator[None]:
+        """The model can run inside."""
+        self._copies.fill()
+        try:
+            yield
+        finally:
+            self._copies.empty()
+
+    def copy_of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """One weight on the device, for as long as the caller keeps it, whether the others are there or not."""
+        place = next(i for i, one in enumerate(self._parameters) if one is parameter)
+        host = self._copies.hosts[place].view(parameter.dtype).view(parameter.shape)
+        return host.to(parameter.device, non_blocking=True)
+
+
 class TrainerMemory:
     """The device memory that an update needs and a generating server can have meanwhile.
 
@@ -60,34 +117,26 @@ class TrainerMemory:
     def __init__(self, ddp: ModelChunks, optimizer: ChainedOptimizer) -> None:
         """ddp: chunks that `optimizer.wrap` made."""
         self._ddp, self._optimizer = ddp, optimizer
-        self._hosts: list[tuple[torch.UntypedStorage, torch.Tensor]] | None = None  # while released
+        self._copies: HostCopies | None = None  # while released
 
     def release(self) -> None:
         """States to pinned host memory, gradients away; a second call does nothing."""
-        if self._hosts is not None:
+        if self._copies is not None:
             return
-        cuda = torch.cuda.is_available()
         wait_for_gathers(self._ddp)
-        self._hosts = []
-        for storage in self._own_storages():
-            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=cuda)
-            self._hosts.append((storage, host.copy_(_bytes_of(storage), non_blocking=True)))
-        if cuda:
-            torch.cuda.synchronize()
-        for storage, _ in self._hosts:
-            storage.resize_(0)
+        self._copies = HostCopies(self._own_storages())
+        self._copies.empty()
         for chunk in self._ddp:
-            chunk.offload_grad_buffers(synchronize=False, empty_cache=cuda)  # type: ignore[operator]
+            chunk.offload_grad_buffers(synchronize=False, empty_cache=torch.cuda.is_available())  # type: ignore[operator]
 
     def resume(self) -> None:
         """Everything where it was; a second call does nothing."""
-        for storage, host in self._hosts or ():
-            storage.resize_(host.nbytes)
-            _bytes_of(storage).copy_(host, non_blocking=True)
-        if self._hosts is not None:
-            for chunk in self._ddp:
-                chunk.restore_grad_buffers(synchronize=torch.cuda.is_available())  # type: ignore[operator]
-        self._hosts = None
+        if self._copies is None:
+            return
+        self._copies.fill()
+        for chunk in self._ddp:
+            chunk.restore_grad_buffers(synchronize=torch.cuda.is_available())  # type: ignore[operator]
+        self._copies = None
 
     def _own_storages(self) -> list[torch.UntypedStorage]:
         """What the optimiser has of its own on the device: in fp32 its main parameters are the weights themselves."""

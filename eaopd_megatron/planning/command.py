@@ -13,6 +13,7 @@ from eaopd_megatron.planning.export import as_json
 from eaopd_megatron.planning.hardware import gpu_named
 from eaopd_megatron.planning.layouts import Layout
 from eaopd_megatron.planning.planner import Plan, Planner
+from eaopd_megatron.planning.scorer import Scorer
 from eaopd_megatron.planning.show import show
 from eaopd_megatron.planning.workload import Workload
 
@@ -31,9 +32,11 @@ def plan(
     chosen = gpu_named(gpu)
     replaced = [] if teacher is None else [f"teacher.model={json.dumps(teacher)}"]
     loaded = load_recipe(recipe, [*overrides, *replaced])
+    if teacher is not None and loaded.teachers:
+        raise UserError("--teacher is for one teacher; with several give teachers.NAME.model=MODEL as an override")
     planner = Planner(
         student=find_model(loaded.student.model, "student.model"),
-        teacher=find_model(loaded.teacher.model, "teacher.model"),
+        teachers=Scorer.all_of(loaded),
         work=Workload.of(loaded),
         gpu=chosen,
         limit=gpu_memory or chosen.memory,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from eaopd_megatron.planning.planner import Option, Plan
+from eaopd_megatron.planning.planner import Option, Plan, Separate
 from eaopd_megatron.planning.show import short
 
 
@@ -25,21 +25,27 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "parameters": model.shape.whole().total,
                 "active_parameters": model.shape.active(),
             }
-            for key, model in (("student", planner.student), ("teacher", planner.teacher))
+            for key, model in (("student", planner.student), *((one.key, one.model) for one in planner.teachers))
         },
+        "elsewhere": [_elsewhere_json(one) for one in plan.elsewhere],
         "recipe": plan.own and _option_json(plan.own, plan),
         "layouts": [_option_json(option, plan) for option in plan.together.options],
         "cannot_be_cut": {short(layout): reason for layout, reason in plan.together.refused.items()},
         "student_alone": [_option_json(option, plan) for option in alone],
-        "separate_teacher": separate
-        and {
-            "gpus": separate.layout.gpus,
-            "layout": short(separate.layout),
-            "peak_bytes": separate.memory.peak,
-            "hidden_state_bytes": separate.answer.bytes * separate.layout.gpus,
-            "estimated_seconds": separate.seconds,
-        },
+        "separate_teacher": separate and _elsewhere_json(separate),
         "assumptions": list(planner.assumed.lines(planner.gpu)),
+    }
+
+
+def _elsewhere_json(one: Separate) -> dict[str, Any]:
+    return {
+        "teacher": one.scorer.key,
+        "gpus": one.gpus,
+        "layout": short(one.scorer.layout),
+        "peak_bytes": one.memory.peak,
+        "bytes_a_token": one.scorer.row_bytes,
+        "bytes_an_iteration": one.sent,
+        "estimated_seconds": one.seconds,
     }
 
 

@@ -69,14 +69,17 @@ class Layout(ModelLayout):
         return (self.pipeline_parallel - 1) / (micro_batches * self.virtual_pipeline)
 
 
-def faults(shape: ModelShape, layout: Layout, role: str = "student") -> list[str]:
-    """Why a model cannot be cut so, each with the number that must divide another; empty where it can."""
+def faults(shape: ModelShape, layout: Layout, role: str = "student", section: str = "student") -> list[str]:
+    """Why a model cannot be cut so, each with the number that must divide another; empty where it can.
+
+    section: of the recipe, which has the layout's keys.
+    """
     tp, pp = layout.tensor_parallel, layout.pipeline_parallel
     found = []
 
     def must_divide(divisor: int, divisor_name: str, number: int, name: str) -> None:
         if number % divisor:
-            found.append(f"student.{divisor_name}={divisor} does not divide the {role}'s {name}={number}")
+            found.append(f"{section}.{divisor_name}={divisor} does not divide the {role}'s {name}={number}")
 
     must_divide(tp, "tensor_parallel", shape.heads, "num_attention_heads")
     must_divide(tp, "tensor_parallel", shape.kv_heads, "num_key_value_heads")
@@ -85,7 +88,9 @@ def faults(shape: ModelShape, layout: Layout, role: str = "student") -> list[str
     must_divide(pp, "pipeline_parallel", shape.layers, "num_hidden_layers")
     if layout.virtual_pipeline > 1:
         if pp == 1:
-            found.append(f"student.virtual_pipeline={layout.virtual_pipeline} needs student.pipeline_parallel of 2 up")
+            found.append(
+                f"{section}.virtual_pipeline={layout.virtual_pipeline} needs {section}.pipeline_parallel of 2 up"
+            )
         must_divide(
             pp * layout.virtual_pipeline, "pipeline_parallel x virtual_pipeline", shape.layers, "num_hidden_layers"
         )
@@ -94,13 +99,13 @@ def faults(shape: ModelShape, layout: Layout, role: str = "student") -> list[str
         width = shape.expert_intermediate
         must_divide(layout.expert_tensor_parallel, "expert_tensor_parallel", width, "moe_intermediate_size")
         if tp > 1 and not layout.sequence_parallel:
-            found.append("experts at student.tensor_parallel above 1 need student.sequence_parallel=true")
+            found.append(f"experts at {section}.tensor_parallel above 1 need {section}.sequence_parallel=true")
     for name in ("expert_parallel", "expert_tensor_parallel"):
         if getattr(layout, name) > 1 and not shape.experts:
-            found.append(f"student.{name}={getattr(layout, name)} needs experts, which the {role} does not have")
+            found.append(f"{section}.{name}={getattr(layout, name)} needs experts, which the {role} does not have")
     if layout.gpus % layout.expert_ranks:
         found.append(
-            f"student.expert_parallel x expert_tensor_parallel x pipeline_parallel={layout.expert_ranks} does not "
+            f"{section}.expert_parallel x expert_tensor_parallel x pipeline_parallel={layout.expert_ranks} does not "
             f"divide the {layout.gpus} GPUs"
         )
     return list(dict.fromkeys(found))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from eaopd_megatron.megatron.vocabulary import padded_vocab_size
 from eaopd_megatron.planning.activations import FP32, Activations, MicroBatch, Path
 from eaopd_megatron.planning.layouts import Layout
+from eaopd_megatron.planning.scorer import Scorer
 from eaopd_megatron.planning.shapes import ModelShape, Parameters
 from eaopd_megatron.planning.workload import Workload
 
@@ -89,10 +90,10 @@ def kv_cache(shape: ModelShape, layers: int, layout: Layout, element: int) -> fl
 
 @dataclass(frozen=True)
 class Colocated:
-    """Student, its rollouts and (none: somewhere else) its teacher on the same GPUs in the same layout."""
+    """Student and its rollouts on the same GPUs in the same layout, and what of its teachers is there."""
 
     student: ModelShape
-    teacher: ModelShape | None
+    teachers: Sequence[Scorer]
     layout: Layout
     work: Workload
     reserve: float
@@ -104,7 +105,7 @@ class Colocated:
         return max(stages, key=lambda memory: memory.peak)
 
     def stage(self, stage: int) -> Memory:
-        parts = [*self._student(stage), *self._rollout(stage), *self._teacher(stage)]
+        parts = [*self._student(stage), *self._rollout(stage), *self._teachers(stage)]
         return Memory(stage, tuple(part for part in parts if part.bytes), self.reserve)
 
     def activations(self, shape: ModelShape, element: int) -> Activations:
@@ -132,11 +133,14 @@ class Colocated:
         rows = work.response_rows(batch, self.layout)
         columns = padded_vocab_size(shape.vocab, self.layout.tensor_parallel) / self.layout.tensor_parallel
         hidden = rows * shape.hidden * element
-        if work.signal == "logits":
-            return hidden + rows * columns * (2 * element + 2.5)
-        tiles = min(TILE, rows * columns) * (2 if work.signal == "hidden" else 1) * element
+        signals = {scorer.signal for scorer in self.teachers}
+        logits = hidden + rows * columns * (2 * element + 2.5) if "logits" in signals else 0.0
+        if signals == {"logits"}:
+            return logits
+        tiles = min(TILE, rows * columns) * (2 if "hidden" in signals else 1) * element
         head = columns * shape.hidden * (FP32 + element)
-        return 2 * hidden + rows * shape.hidden * FP32 + tiles + head + rows * EXCHANGED * self.layout.tensor_parallel
+        linear = 2 * hidden + rows * shape.hidden * FP32 + tiles + head
+        return max(logits, linear + rows * EXCHANGED * self.layout.tensor_parallel)
 
     def _rollout(self, stage: int) -> Iterator[Part]:
         work, layout, element, shape = self.work, self.layout, self.work.student_element, self.student
@@ -149,46 +153,76 @@ class Colocated:
         yield Part("rollout", "prompts' workspace", self.activations(shape, element).workspace(prompts), "generation")
         yield Part("rollout", "logits", sequences * shape.vocab * (element + 3 * FP32), "generation")
 
-    def _teacher(self, stage: int) -> Iterator[Part]:
-        if self.teacher is None:
-            return
-        work, layout = self.work, self.layout
-        shape = replace(self.teacher, tied=False) if work.swapped_rows else self.teacher
-        held = shape.on_rank(layout, stage)
-        yield Part("teacher", "weights", weights(held, work.teacher_element), "always")
-        yield from scoring(self.teacher, layout, work, self.path)
-        if work.signal == "topk":
-            kept = -(-work.prompts // layout.data_parallel) * work.longest_response * (12 * work.top_k + 8)
-            yield Part("teacher", "top-k of the iteration", kept, "update")
+    def _teachers(self, stage: int) -> Iterator[Part]:
+        """They score one after the other, and a response is for one of them: of what that needs the largest counts."""
+        last = stage == self.layout.pipeline_parallel - 1
+        for scorer in self.teachers:
+            yield from self._held(scorer, stage, last)
+        yield from _largest(list(self._scoring(scorer, stage)) for scorer in self.teachers if scorer.colocated)
+        yield from _largest([self._said(scorer, last)] for scorer in self.teachers)
+
+    def _held(self, scorer: Scorer, stage: int, last: bool) -> Iterator[Part]:
+        """What stays of a teacher, and what its output layer needs while an update uses it."""
+        columns = padded_vocab_size(self.student.vocab, self.layout.tensor_parallel) / self.layout.tensor_parallel
+        head = columns * scorer.shape.hidden * scorer.element if last and scorer.signal != "topk" else 0.0
+        if not scorer.colocated:
+            yield Part("teacher", "output layer", head, "always")
+        elif scorer.offloaded:
+            yield Part("teacher", "output layer", head, "update")
         else:
+            weights = scorer.weights(self.layout, stage, self.student.vocab)
+            yield Part("teacher", "weights", weights, "always")
+
+    def _scoring(self, scorer: Scorer, stage: int) -> Iterator[Part]:
+        if scorer.offloaded:
+            weights = scorer.weights(self.layout, stage, self.student.vocab)
+            yield Part("teacher", "weights, else in host memory", weights, "scoring")
+        yield from scoring(scorer, self.layout, self.work, self.path)
+
+    def _said(self, scorer: Scorer, last: bool) -> Part:
+        """What is kept of the responses on the GPU: of all, of an update's, or, from elsewhere, of a micro-batch's."""
+        work, layout = self.work, self.layout
+        if scorer.signal == "topk":
+            kept = -(-work.prompts // layout.data_parallel) * work.longest_response * (12 * scorer.top_k + 8)
+            return Part("teacher", "top-k of the iteration", kept, "update")
+        if scorer.colocated:
             rows = work.samples(layout) * work.longest_response / layout.context_parallel
-            states = rows * self.teacher.hidden * work.teacher_element
-            yield Part("teacher", "hidden states of an update", states, "update")
+            return Part("teacher", "hidden states of an update", rows * scorer.row_bytes, "update")
+        rows = work.response_rows(work.micro_batch(layout), layout) if last else 0.0
+        return Part("teacher", "hidden states of a micro-batch", rows * scorer.row_bytes, "update")
 
 
-def scoring(shape: ModelShape, layout: Layout, work: Workload, path: Path) -> Iterator[Part]:
+def _largest(choices: Iterable[list[Part]]) -> list[Part]:
+    return max(choices, key=lambda parts: sum(part.bytes for part in parts), default=[])
+
+
+def scoring(scorer: Scorer, layout: Layout, work: Workload, path: Path) -> Iterator[Part]:
     """What a teacher's forward pass over a micro-batch needs beside its weights."""
-    batch, element = work.micro_batch(layout), work.teacher_element
-    model = Activations(shape, layout, element, path)
+    shape, batch = scorer.shape, work.micro_batch(layout)
+    model = Activations(shape, layout, scorer.element, path)
     yield Part("teacher", "workspace", model.workspace(batch), "scoring")
-    if work.signal == "topk":
+    if scorer.signal == "topk":
         columns = padded_vocab_size(shape.vocab, layout.tensor_parallel) / layout.tensor_parallel
         logits = min(TEACHER_LOGITS, work.response_rows(batch, layout) * columns)
-        yield Part("teacher", "logits, a part at a time", logits * (element + FP32), "scoring")
+        yield Part("teacher", "logits, a part at a time", logits * (scorer.element + FP32), "scoring")
 
 
-def separate_teacher(shape: ModelShape, layout: Layout, work: Workload, reserve: float, path: Path = "fused") -> Memory:
-    """A GPU of a teacher that has its own: weights, and a forward pass that gives hidden states."""
+def separate_teacher(scorer: Scorer, layout: Layout, work: Workload, reserve: float, path: Path = "fused") -> Memory:
+    """A GPU of a teacher that has its own: weights, and a forward pass."""
     memories = []
     for stage in range(layout.pipeline_parallel):
-        held = Part("teacher", "weights", weights(shape.on_rank(layout, stage), work.teacher_element), "always")
-        batch = work.micro_batch(layout)
-        model = Activations(shape, layout, work.teacher_element, path)
-        states = batch.tokens / layout.context_parallel * shape.hidden * work.teacher_element
-        parts = (
-            held,
-            Part("teacher", "workspace", model.workspace(batch), "scoring"),
-            Part("teacher", "hidden states", states, "scoring"),
-        )
-        memories.append(Memory(stage, parts, reserve))
+        parts = [Part("teacher", "weights", scorer.weights(layout, stage), "always")]
+        parts += scoring(scorer, layout, work, path)
+        if scorer.signal == "hidden":
+            rows = work.micro_batch(layout).tokens / layout.context_parallel
+            parts.append(Part("teacher", "hidden states", rows * scorer.row_bytes, "scoring"))
+        memories.append(Memory(stage, tuple(parts), reserve))
     return max(memories, key=lambda memory: memory.peak)
+
+
+def served_teacher(scorer: Scorer, limit: float) -> Memory:
+    """A GPU of an SGLang teacher: weights, and what its share of the GPU's bytes (limit) leaves for the cache."""
+    held = scorer.weights(scorer.layout, 0)
+    cache = max(0.0, scorer.memory_fraction * limit - held)
+    parts = Part("teacher", "weights", held, "always"), Part("teacher", "key-value cache", cache, "always")
+    return Memory(0, parts, (1 - scorer.memory_fraction) * limit)

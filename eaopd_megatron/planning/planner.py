@@ -10,7 +10,8 @@ from eaopd_megatron.planning import traffic
 from eaopd_megatron.planning.configs import Model
 from eaopd_megatron.planning.hardware import Assumptions, GiB, Gpu
 from eaopd_megatron.planning.layouts import Layout, faults, layouts
-from eaopd_megatron.planning.memory import Colocated, Memory, separate_teacher
+from eaopd_megatron.planning.memory import Colocated, Memory, separate_teacher, served_teacher
+from eaopd_megatron.planning.scorer import Scorer
 from eaopd_megatron.planning.shapes import ModelShape
 from eaopd_megatron.planning.times import Clock
 from eaopd_megatron.planning.workload import Workload
@@ -66,10 +67,10 @@ class Search:
 
 @dataclass(frozen=True)
 class Planner:
-    """One pair of models on one kind of GPU."""
+    """A student and its teachers on one kind of GPU."""
 
     student: Model
-    teacher: Model
+    teachers: tuple[Scorer, ...]
     work: Workload
     gpu: Gpu
     limit: float  # GiB of a GPU
@@ -85,48 +86,66 @@ class Planner:
     def clock(self, work: Workload) -> Clock:
         return Clock(self.gpu, self.assumed, work)
 
-    def option(self, layout: Layout, work: Workload, *, teacher: bool = True) -> Option:
-        """Memory and time of one choice. teacher: on the same GPUs; else it takes no memory and no time here."""
-        shape = self.teacher.shape if teacher else None
-        memory = Colocated(self.student.shape, shape, layout, work, self.reserve).memory()
+    def scorers(self, apart: bool) -> tuple[Scorer, ...]:
+        """The teachers as the recipe places them, or (apart) all on GPUs of their own."""
+        return tuple(scorer.elsewhere() for scorer in self.teachers) if apart else self.teachers
+
+    def memory(self, layout: Layout, work: Workload, *, apart: bool = False) -> Memory:
+        """Of the student's GPUs."""
+        return Colocated(self.student.shape, self.scorers(apart), layout, work, self.reserve).memory()
+
+    def option(self, layout: Layout, work: Workload, *, apart: bool = False) -> Option:
+        """Memory and time of one choice. Teachers elsewhere take no time here: they score during generation."""
+        memory = self.memory(layout, work, apart=apart)
         clock = self.clock(work)
         share = work.updates
         seconds = {"generation": clock.generation(self.student.shape, layout)}
-        if shape is not None:
-            seconds["teacher"] = share * clock.scoring(shape, layout, clock.tokens(layout))
+        if here := [scorer for scorer in self.scorers(apart) if scorer.colocated]:
+            seconds["teacher"] = sum(self._scoring(scorer, layout, clock, len(here)) for scorer in here)
         seconds["student"] = share * clock.update(self.student.shape, layout)
         seconds["optimiser"] = share * clock.step(self.student.shape, layout)
         seconds["weight sync"] = 0.0  # rollouts run on the weights that are trained
         return Option(layout, work, memory, seconds)
 
-    def refusals(self, layout: Layout, *, teacher: bool = True) -> list[str]:
+    def _scoring(self, scorer: Scorer, layout: Layout, clock: Clock, teachers: int) -> float:
+        """Seconds of an iteration. Of several each is taken to have as many of the responses as the others."""
+        updates = clock.work.updates
+        tokens = clock.tokens(layout) / teachers
+        seconds = updates * clock.scoring(scorer.shape, layout, tokens, element=scorer.element)
+        if scorer.offloaded:
+            times = 1 if scorer.signal == "topk" else updates
+            seconds += times * clock.fetched(scorer.weights(layout, 0, self.student.shape.vocab))
+        return seconds
+
+    def refusals(self, layout: Layout, *, apart: bool = False) -> list[str]:
         """Why the student, or a teacher beside it, cannot be cut so. Expert parallelism is that of whoever has
         experts."""
         found = []
-        for shape, role in self._roles(teacher):
-            idle = not shape.experts and self._experts(teacher)
+        for shape, role in self._roles(apart):
+            idle = not shape.experts and self._experts(apart)
             found += faults(shape, layout.without_experts() if idle else layout, role)
         return found
 
-    def _roles(self, teacher: bool) -> list[tuple[ModelShape, str]]:
-        return [(self.student.shape, "student")] + ([(self.teacher.shape, "teacher")] if teacher else [])
+    def _roles(self, apart: bool) -> list[tuple[ModelShape, str]]:
+        here = [(scorer.shape, scorer.role) for scorer in self.scorers(apart) if scorer.colocated]
+        return [(self.student.shape, "student"), *here]
 
-    def _experts(self, teacher: bool) -> bool:
+    def _experts(self, apart: bool) -> bool:
         """Whether any model on these GPUs has experts."""
-        return any(shape.experts for shape, _ in self._roles(teacher))
+        return any(shape.experts for shape, _ in self._roles(apart))
 
-    def search(self, gpus: int, *, teacher: bool = True) -> Search:
+    def search(self, gpus: int, *, apart: bool = False) -> Search:
         """Every layout of so many GPUs."""
         found: list[Option] = []
         refused: dict[Layout, str] = {}
         too_large = []
-        for layout in layouts(gpus, experts=self._experts(teacher)):
-            if reasons := self.refusals(layout, teacher=teacher):
+        for layout in layouts(gpus, experts=self._experts(apart)):
+            if reasons := self.refusals(layout, apart=apart):
                 refused[layout] = reasons[0]
-            elif best := self._first(layout, teacher):
+            elif best := self._first(layout, apart):
                 found.append(best)
             else:
-                too_large.append(self.option(layout, self.work, teacher=teacher))
+                too_large.append(self.option(layout, self.work, apart=apart))
         least = min((option.total for option in found), default=1.0)
 
         def rank(option: Option) -> tuple[int, float, float]:
@@ -135,44 +154,54 @@ class Planner:
 
         return Search(sorted(found, key=rank), refused, too_large)
 
-    def _first(self, layout: Layout, teacher: bool) -> Option | None:
+    def _first(self, layout: Layout, apart: bool) -> Option | None:
         """The layout with the first of `_thriftier` workloads that fits."""
         for work in _thriftier(self.work):
-            shape = self.teacher.shape if teacher else None
-            if self.fits(Colocated(self.student.shape, shape, layout, work, self.reserve).memory()):
-                return self.option(layout, work, teacher=teacher)
+            if self.fits(self.memory(layout, work, apart=apart)):
+                return self.option(layout, work, apart=apart)
         return None
 
-    def separate(self) -> Separate | None:
-        """The teacher on the fewest GPUs of its own that hold it, in the quickest layout; none: on no number tried."""
-        shape, work = self.teacher.shape, replace(self.work, signal="hidden")
-        clock = self.clock(work)
+    @property
+    def largest_teacher(self) -> Scorer:
+        return max(self.teachers, key=lambda scorer: scorer.shape.whole().total)
+
+    def separate(self, scorer: Scorer) -> Separate | None:
+        """A teacher on the fewest GPUs of its own that hold it, in the quickest layout; none: on no number tried."""
+        shape = scorer.shape
         for gpus in TEACHER_GPUS:
-            found = []
-            for layout in layouts(gpus, experts=bool(shape.experts)):
-                if faults(shape, layout, "teacher"):
-                    continue
-                memory = separate_teacher(shape, layout, work, self.reserve)
-                if self.fits(memory):
-                    tokens = work.prompts * clock.sequence / layout.data_parallel
-                    rows = work.prompts * clock.response
-                    answer = traffic.hidden_states(shape, rows, gpus, work.teacher_element)
-                    seconds = clock.scoring(shape, layout, tokens, head=False) + clock.sent([answer])
-                    found.append(Separate(shape, layout, memory, seconds, answer))
-            if found:
+            cuts = (cut for cut in layouts(gpus, experts=bool(shape.experts)) if not faults(shape, cut, scorer.role))
+            tried = [self.elsewhere(replace(scorer.elsewhere(), layout=layout)) for layout in cuts]
+            if found := [one for one in tried if self.fits(one.memory)]:
                 return min(found, key=lambda option: (option.seconds, option.memory.peak))
         return None
+
+    def elsewhere(self, scorer: Scorer) -> Separate:
+        """A teacher that is not colocated, in its own layout."""
+        work, layout, clock = self.work, scorer.layout, self.clock(self.work)
+        if scorer.placement == "served":
+            memory = served_teacher(scorer, self.limit * GiB)
+        else:
+            memory = separate_teacher(scorer, layout, work, self.reserve)
+        tokens = work.prompts * clock.sequence / layout.data_parallel / scorer.replicas
+        answer = traffic.answers(work.prompts * clock.response, scorer.row_bytes, layout.gpus * scorer.replicas)
+        head = scorer.signal == "topk"
+        seconds = clock.scoring(scorer.shape, layout, tokens, head=head, element=scorer.element) + clock.sent([answer])
+        most = work.prompts * work.longest_response * scorer.row_bytes
+        return Separate(scorer, memory, seconds, most)
 
 
 @dataclass(frozen=True)
 class Separate:
     """A teacher on GPUs of its own."""
 
-    shape: ModelShape
-    layout: Layout
-    memory: Memory
+    scorer: Scorer
+    memory: Memory  # of a GPU
     seconds: float  # of an iteration
-    answer: traffic.Flow
+    sent: float  # bytes of an iteration's answers, where responses are as long as they may be
+
+    @property
+    def gpus(self) -> int:
+        return self.scorer.layout.gpus * self.scorer.replicas
 
 
 @dataclass(frozen=True)
@@ -192,6 +221,9 @@ class Plan:
             found.append(
                 f"the recipe's {ranks} GPUs a copy (tensor x pipeline x context parallel) do not divide {self.gpus}"
             )
+        for scorer in self.planner.teachers:
+            if not scorer.colocated:
+                found += faults(scorer.shape, scorer.layout, scorer.role, scorer.key)
         return found + self.planner.refusals(self.layout)
 
     @cached_property
@@ -201,22 +233,32 @@ class Plan:
     @cached_property
     def fits(self) -> bool:
         """Whether the recipe can be run as it is."""
-        return self.own is not None and self.planner.fits(self.own.memory)
+        return self.own is not None and self.planner.fits(self.own.memory) and not self.too_large
+
+    @cached_property
+    def elsewhere(self) -> list[Separate]:
+        """The teachers that are not colocated, as the recipe has them."""
+        return [self.planner.elsewhere(scorer) for scorer in self.planner.teachers if not scorer.colocated]
+
+    @property
+    def too_large(self) -> list[Separate]:
+        """Of them those that their GPUs do not hold."""
+        return [one for one in self.elsewhere if not self.planner.fits(one.memory)]
 
     @cached_property
     def together(self) -> Search:
-        """Layouts of student and teacher."""
+        """Layouts of the student and what is colocated with it."""
         return self.planner.search(self.gpus)
 
     @cached_property
     def alone(self) -> Search:
-        """The student's layouts without the teacher."""
-        return self.planner.search(self.gpus, teacher=False)
+        """The student's layouts without any teacher."""
+        return self.planner.search(self.gpus, apart=True)
 
     @cached_property
     def separate(self) -> Separate | None:
-        """The teacher on GPUs of its own."""
-        return self.planner.separate()
+        """The largest teacher on GPUs of its own."""
+        return self.planner.separate(self.planner.largest_teacher)
 
     def overrides(self, option: Option) -> str:
         """What makes the recipe this option, ready to be pasted behind its other overrides."""
@@ -227,6 +269,8 @@ class Plan:
         planner = self.planner
         if self.own is None:
             why = self.refusals[0]
+        elif self.planner.fits(self.own.memory):
+            return self._remedy_elsewhere(self.too_large[0])
         else:
             memory = self.own.memory
             why = (
@@ -236,9 +280,20 @@ class Plan:
         if self.together.options:
             keys = self.overrides(self.together.options[0])
             return f"{why}; change {keys.partition('=')[0]}; the best layout that fits: {keys}"
+        here = [scorer.key for scorer in planner.teachers if scorer.colocated]
+        if not here:
+            return f"{why}; no layout of {self.gpus} GPUs holds student.model: take more --gpus"
         return (
-            f"{why}; no layout of {self.gpus} GPUs holds student.model and teacher.model together: "
-            "take a smaller teacher.model or more --gpus"
+            f"{why}; no layout of {self.gpus} GPUs holds student.model and {', '.join(f'{key}.model' for key in here)} "
+            f"together: take a smaller {here[0]}.model, more --gpus, or {here[0]}.placement=separate"
+        )
+
+    def _remedy_elsewhere(self, one: Separate) -> str:
+        scorer, found = one.scorer, self.planner.separate(one.scorer)
+        size = "none tried" if found is None else f"{found.gpus}"
+        return (
+            f"{scorer.key}: a GPU of its own needs {one.memory.peak / GiB:.1f} GiB of {self.planner.limit:g}; change "
+            f"{scorer.key}.tensor_parallel; the fewest GPUs that hold it: {size}"
         )
 
 

@@ -113,19 +113,23 @@ class ModelShape:
         whole = self.whole()
         return whole.dense + (whole.expert * self.experts_per_token // self.experts if self.experts else 0)
 
-    def on_rank(self, layout: Layout, stage: int) -> Parameters:
-        """What a rank of this pipeline stage holds: vocabulary padded, tied embeddings twice over several stages."""
+    def on_rank(self, layout: Layout, stage: int, output_vocab: int | None = None) -> Parameters:
+        """What a rank of this pipeline stage holds: vocabulary padded, tied embeddings twice over several stages.
+
+        output_vocab: the vocabulary size of which the output layer's rows are; none: the model's own.
+        """
         found = Parameters()
         for layer in layout.layers_of(stage, self.layers):
             found += self.layer(layer, layout)
         rows = padded_vocab_size(self.vocab, layout.tensor_parallel) // layout.tensor_parallel
+        output = padded_vocab_size(output_vocab or self.vocab, layout.tensor_parallel) // layout.tensor_parallel
         last = stage == layout.pipeline_parallel - 1
         if stage == 0:
             found += self.embedding(rows)
         if last:
             found += Parameters(self.hidden)
-            if not self.tied or stage > 0:
-                found += self.embedding(rows)
+            if not self.tied or stage > 0 or output != rows:
+                found += self.embedding(output)
         return found
 
     def embedding(self, rows: int) -> Parameters:

@@ -33,8 +33,8 @@ def show(plan: Plan, console: Console | None = None) -> None:
     """Print a plan."""
     console = console or Console(width=WIDTH, highlight=False)
     planner = plan.planner
-    for key, model in (("student", planner.student), ("teacher", planner.teacher)):
-        console.print(f"{key} {model.name}: {_size(model)} ({model.source})")
+    for role, model in (("student", planner.student), *((one.role, one.model) for one in planner.teachers)):
+        console.print(f"{role} {model.name}: {_size(model)} ({model.source})")
     console.print(
         f"{plan.gpus} x {planner.gpu.name}, {planner.limit:g} GiB a GPU; sizes in GiB a GPU, times estimates\n"
     )
@@ -48,9 +48,12 @@ def show(plan: Plan, console: Console | None = None) -> None:
         ):
             console.print(f"\n{title}")
             console.print(table)
+        for one in plan.elsewhere:
+            console.print(f"\n{one.scorer.role} ({one.scorer.placement}): {separate_line(one)}", soft_wrap=True)
     for refusal in plan.refusals:
         console.print(f"the recipe's layout cannot work: {refusal}")
-    _options(console, plan, plan.together, "layouts of student and teacher that fit, best first")
+    here = "student and teacher" if any(one.colocated for one in planner.teachers) else "the student alone"
+    _options(console, plan, plan.together, f"layouts of {here} that fit, best first")
     if not plan.together.options:
         _apart(console, plan)
     if server := _server(plan):
@@ -111,9 +114,10 @@ def _traffic(plan: Plan, option: Option) -> Table:
         *traffic.training(student, layout, tokens, rows, option.work.student_element),
         *clock.reduction(student, layout),
     ]
-    teacher, count = plan.planner.teacher.shape, option.work.updates
-    scored = traffic.forward(teacher, layout, tokens * count, option.work.teacher_element)
-    for each, flows in (("update", update), ("iteration, teacher", scored)):
+    here = [one for one in plan.planner.teachers if one.colocated]
+    shared = tokens * option.work.updates / max(1, len(here))  # of the responses, by each teacher
+    scored = [(f"iteration, {one.role}", traffic.forward(one.shape, layout, shared, one.element)) for one in here]
+    for each, flows in (("update", update), *scored):
         for flow in flows:
             if flow.bytes:
                 table.add_row(flow.kind, each, _gib(flow.bytes))
@@ -174,21 +178,27 @@ def _others(search: Search) -> Iterator[str]:
 
 def _apart(console: Console, plan: Plan) -> None:
     planner = plan.planner
-    if planner.teacher.shape.experts and not planner.student.shape.experts:
+    largest = planner.largest_teacher
+    if not largest.colocated:
+        return
+    if largest.shape.experts and not planner.student.shape.experts:
         console.print("beside a student without experts only pipeline stages can share the teacher's experts")
-    console.print("\na teacher on GPUs of its own (this version's trainer has no separate teacher yet):")
+    console.print(f"\n{largest.role} on GPUs of its own ({largest.key}.placement=separate):")
     where = f"none on up to {TEACHER_GPUS[-1]} GPUs" if plan.separate is None else separate_line(plan.separate)
-    console.print(f"  {where}")
+    console.print(f"  {where}", soft_wrap=True)
     _options(console, plan, plan.alone, f"layouts of the student alone on {plan.gpus} GPUs that fit, best first")
 
 
 def separate_line(separate: Separate) -> str:
     """A separate teacher in one line."""
     parts = {part.name: part.bytes for part in separate.memory.parts}
+    scorer = separate.scorer
+    copies = f"{scorer.replicas} x " if scorer.replicas > 1 else ""
+    said = "hidden states" if scorer.signal == "hidden" else f"top-{scorer.top_k}"
     return (
-        f"{separate.layout.gpus} GPUs, {short(separate.layout)}: {_gib(separate.memory.peak)} GiB a GPU "
-        f"(weights {_gib(parts['weights'])}), about {separate.seconds:.0f} s an iteration, "
-        f"{_gib(separate.answer.bytes)} GiB of hidden states a GPU and iteration over HTTP"
+        f"{copies}{scorer.layout.gpus} GPUs, {short(scorer.layout)}: {_gib(separate.memory.peak)} GiB a GPU "
+        f"(weights {_gib(parts['weights'])}), about {separate.seconds:.0f} s an iteration; {said} of "
+        f"{scorer.row_bytes:,} bytes a response token over HTTP, at most {separate.sent / 1e9:.2f} GB an iteration"
     )
 
 
@@ -203,7 +213,7 @@ def _server(plan: Plan) -> str:
     tokens = cache / kv_cache(shape, shape.layers, Layout(), element)
     sync = traffic.weight_sync(shape, 1, element)
     return (
-        f"\nthe student on an SGLang server of one GPU, {SERVER_SHARE:.0%} of its memory (rollouts of this version are "
-        f"in process): weights {_gib(held)} GiB, key-value cache {_gib(cache)} GiB = {tokens:,.0f} tokens; "
+        f"\nthe student on an SGLang server of one GPU, {SERVER_SHARE:.0%} of its memory (the plan counts rollouts "
+        f"by the trainer): weights {_gib(held)} GiB, key-value cache {_gib(cache)} GiB = {tokens:,.0f} tokens; "
         f"{_gib(sync.bytes)} GiB a weight update"
     )

@@ -56,13 +56,20 @@ class Clock:
         prompts = together * assumed.prompt_share * work.longest_prompt
         return batches * (work.longest_response * step + self.scoring(shape, layout, prompts, head=False))
 
-    def scoring(self, shape: ModelShape, layout: Layout, tokens: float, *, head: bool = True) -> float:
-        """A forward pass over so many tokens of each data-parallel copy."""
+    def scoring(
+        self, shape: ModelShape, layout: Layout, tokens: float, *, head: bool = True, element: int | None = None
+    ) -> float:
+        """A forward pass over so many tokens of each data-parallel copy. element: bytes of an activation; none: the
+        student's."""
         flops = forward_flops(shape, self.sequence)
         head_flops = flops.head * tokens * self.response / self.sequence if head else 0.0
         count = max(1, round(tokens / self.work.micro_batch_tokens))
         compute = self._compute(shape, layout, tokens * (flops.layers + flops.attention), head_flops, count, "scoring")
-        return compute + self.sent(traffic.forward(shape, layout, tokens, self.work.teacher_element))
+        return compute + self.sent(traffic.forward(shape, layout, tokens, element or self.work.student_element))
+
+    def fetched(self, weights: float) -> float:
+        """So many bytes from host memory to a GPU."""
+        return weights / (self.gpu.processor * self.assumed.link_share)
 
     def update(self, shape: ModelShape, layout: Layout) -> float:
         """Forward and backward of a mini-batch with its objective, and π_old's share where it is recomputed."""
@@ -85,12 +92,8 @@ class Clock:
         distributed = self.work.distributed_optimizer
         own = held.total / (layout.data_parallel * layout.context_parallel if distributed else 1)
         touched = own * OPTIMIZER_BYTES / (self.gpu.bandwidth * self.assumed.bandwidth_share)
-        fetched = 2 * moments(held, layout, distributed=distributed) if self.work.offloaded_moments else 0.0
-        return (
-            touched
-            + fetched / (self.gpu.processor * self.assumed.link_share)
-            + self.sent(self.reduction(shape, layout))
-        )
+        moved = 2 * moments(held, layout, distributed=distributed) if self.work.offloaded_moments else 0.0
+        return touched + self.fetched(moved) + self.sent(self.reduction(shape, layout))
 
     def reduction(self, shape: ModelShape, layout: Layout) -> list[traffic.Flow]:
         """Of an update's gradients."""

@@ -60,9 +60,9 @@ def gradients(
     return flows
 
 
-def hidden_states(shape: ModelShape, rows: float, gpus: int, element: int) -> Flow:
-    """A separate teacher's answer over HTTP, each GPU of it sending its share."""
-    return Flow("teacher's hidden states (HTTP)", rows * shape.hidden * element / gpus, 10**6)
+def answers(rows: float, row_bytes: int, gpus: int) -> Flow:
+    """Of a teacher elsewhere, over HTTP, each GPU of it sending its share."""
+    return Flow("teacher's answers (HTTP)", rows * row_bytes / gpus, 10**6)
 
 
 def weight_sync(shape: ModelShape, gpus: int, element: int) -> Flow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from eaopd_megatron.planning.activations import MicroBatch, Recompute
 from eaopd_megatron.planning.layouts import Layout
@@ -11,7 +11,8 @@ from eaopd_megatron.planning.layouts import Layout
 if TYPE_CHECKING:
     from eaopd_megatron.config import Recipe
 
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
+"""Of an activation, and of weights but fp8's."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,9 @@ class Workload:
     rollout_batch: int
     longest_prompt: int
     longest_response: int
-    signal: Literal["topk", "hidden", "logits"]
-    top_k: int
     student_element: int = 2  # bytes of a weight
-    teacher_element: int = 2
     recompute: Recompute = "none"
     distributed_optimizer: bool = False
-    swapped_rows: bool = False  # of the teacher's output layer, which is then no part of its embedding
     offloaded_moments: bool = False  # in host memory between updates
 
     @classmethod
@@ -42,12 +39,8 @@ class Workload:
             rollout_batch=recipe.rollout.batch_size,
             longest_prompt=recipe.data.max_prompt_tokens,
             longest_response=recipe.rollout.max_response_tokens,
-            signal=recipe.signal(recipe.teacher),
-            top_k=recipe.objective.build().top_k,
             student_element=BYTES[recipe.student.precision],
-            teacher_element=BYTES[recipe.teacher.precision],
             recompute=recipe.student.recompute,
-            swapped_rows=recipe.teacher.terminal_map == "swap",  # at most: where the end tokens differ
             distributed_optimizer=recipe.optimizer.distributed,
             offloaded_moments=recipe.optimizer.offload == "moments",
         )

@@ -55,7 +55,7 @@ def find_warnings(run: RunData) -> list[str]:
     """A line for each sign of a run that goes wrong, with the iteration where it is worst and what to look at."""
     lines = list(run.problems)
 
-    for sign in signs(_rollout_options(run), _updates(run)):
+    for sign in signs(_rollout_options(run), _updates(run), run.setting("teachers") or ()):
         iterations, values = run.series(sign.metric)
         amount = sign.excess(values)
         if values.size and (amount > 0).any():

@@ -73,6 +73,7 @@ def _page(run: RunData, pictures: list[str]) -> str:
         _comparison_table(compare_evaluations(run)),
         "<h2>The run in figures</h2>",
         _facts(run),
+        _teachers(run),
         *pictures,
         "<h2>Recipe and environment</h2>",
         _folded("Resolved recipe", run.recipe_text),
@@ -92,8 +93,9 @@ def _state(run: RunData) -> str:
     done = f"iteration {run.last_iteration}" + (f" of {total}" if total is not None else "")
     state = "finished" if run.finished else "not finished (going on, or stopped)"
     objective = run.setting("objective", "preset")
-    student, teacher = run.setting("student", "model"), run.setting("teacher", "model")
-    pair = f"; {teacher} into {student}" if student and teacher else ""
+    student, named = run.setting("student", "model"), run.setting("teachers")
+    models = [run.setting("teachers", name, "model") for name in named] if named else [run.setting("teacher", "model")]
+    pair = f"; {', '.join(map(str, models))} into {student}" if student and all(models) else ""
     return f"{state}: {done}" + (f"; objective {objective}" if objective else "") + pair
 
 
@@ -159,6 +161,7 @@ def _facts(run: RunData) -> str:
         ("reverse KL (nats / token)", "objective/reverse_kl", "{:.3f}"),
         ("forward KL on gated tokens (nats / token)", "objective/forward_kl_gated", "{:.3f}"),
         ("gate fraction", "objective/gate_fraction", "{:.1%}"),
+        ("tokens whose gate is uncertain", "objective/gate_ambiguous", "{:.1%}"),
         ("student entropy on gated tokens (nats)", "student/entropy_gated", "{:.3f}"),
         ("teacher entropy on gated tokens (nats)", "teacher/entropy_gated", "{:.3f}"),
         ("response length (tokens)", "rollout/length", "{:.1f}"),
@@ -190,6 +193,34 @@ def _facts(run: RunData) -> str:
         f"<table>{cells}</table>\n"
         '<p class="note">a → b: mean of the first and of the last 10 iterations, '
         "or of the two halves of a shorter run.</p>"
+    )
+
+
+def _teachers(run: RunData) -> str:
+    """What each of several teachers said of its prompts, early -> recent."""
+    names = list(dict.fromkeys(name.split("/")[1] for name in run.names("teachers/")))
+    if not names:
+        return ""
+    columns = (
+        ("tokens / iteration", "tokens", "{:,.0f}"),
+        ("loss (nats / token)", "loss", "{:.3f}"),
+        ("entropy (nats)", "entropy", "{:.3f}"),
+        ("gate fraction", "gate_fraction", "{:.1%}"),
+        ("forward KL, gated (nats / token)", "forward_kl_gated", "{:.3f}"),
+        ("log-probability of the stopping token (nats)", "terminal_logprob", "{:.2f}"),
+    )
+    lines = []
+    for name in names:
+        cells = ""
+        for _, figure, form in columns:
+            early, recent = (of(f"teachers/{name}/{figure}") for of in (run.early, run.recent))
+            known = early is not None and recent is not None
+            cells += f'<td class="n">{f"{form.format(early)} → {form.format(recent)}" if known else ""}</td>'
+        lines.append(f"<tr><td>{_text(name)}</td>{cells}</tr>")
+    heads = "".join(f'<th class="n">{label}</th>' for label, *_ in columns)
+    return (
+        "<h2>Teachers</h2>\n"
+        f'<div class="scroll"><table><tr><th>teacher</th>{heads}</tr>\n{"".join(lines)}</table></div>'
     )
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from eaopd_megatron.config.tree import Rollout
 from eaopd_megatron.evaluation.estimators import FloatArray
 
 TERMINAL_LOGPROB_FLOOR = -10.0  # nats; below it the teacher takes the student's stop for a mistake
+AMBIGUOUS_CEILING = 0.05  # share of tokens; each may lose its forward KL
 KL_FLOOR = -1e-3  # nats; rounding alone gives about -1e-5
 
 Values = TypeVar("Values", float, FloatArray)
@@ -32,23 +34,36 @@ class Sign:
         return self.limit - values if self.floor else values - self.limit
 
 
-def signs(rollout: Rollout, updates: int) -> list[Sign]:
-    """Those that the recipe's limits leave on. updates: of one iteration."""
+def signs(rollout: Rollout, updates: int, teachers: Collection[str] = ()) -> list[Sign]:
+    """Those that the recipe's limits leave on. updates: of one iteration. teachers: names, where they are several."""
     gap, truncated, lag = rollout.warn_logprob_gap, rollout.warn_truncated, rollout.max_lag * updates
-    found = [
+    terminal = [
         Sign(
-            "teacher/terminal_logprob",
+            f"{f'teachers/{name}' if name else 'teacher'}/terminal_logprob",
             TERMINAL_LOGPROB_FLOOR,
-            f"the teacher's log-probability of the stopping token is below {TERMINAL_LOGPROB_FLOOR:g} nats",
-            "teacher and student may end with different ids: see teacher.terminal_map",
+            f"{f'teacher {name}' if name else 'the teacher'}'s log-probability of the stopping token is below "
+            f"{TERMINAL_LOGPROB_FLOOR:g} nats",
+            "teacher and student may end with different ids: see "
+            f"{f'teachers.{name}' if name else 'teacher'}.terminal_map",
             floor=True,
-        ),
+        )
+        for name in teachers or [""]
+    ]
+    found = [
+        *terminal,
         Sign(
             "objective/kl_min",
             KL_FLOOR,
             f"the smallest KL of a token is below {KL_FLOOR:g} nats, more than rounding explains",
             "teacher and student may be normalised over different vocabularies",
             floor=True,
+        ),
+        Sign(
+            "objective/gate_ambiguous",
+            AMBIGUOUS_CEILING,
+            f"more than {AMBIGUOUS_CEILING:.0%} of the tokens have a teacher entropy that its top-k leaves on either "
+            "side of the threshold; their gate stays shut",
+            "raise objective.top_k, or use a teacher.placement that knows the entropy (colocated, separate)",
         ),
         Sign(
             "rollout/version_lag",

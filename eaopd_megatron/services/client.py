@@ -49,14 +49,16 @@ class Client:
         connections: int = 64,
         patience: Patience | None = None,
         ready_path: str = "/ready",
+        key_setting: str = "servers.api_key_file",
     ) -> None:
-        """connections: /generate requests that run at the same time; control requests are not counted.
+        """connections: /generate requests that run at the same time; control requests are not counted. key_setting: the
+        recipe's key that a wrong API key is blamed on.
 
         Raises UserError for a URL that is none.
         """
         self.url, self.connections, self.ready_path = url.rstrip("/"), connections, ready_path
         self.patience = patience or Patience()
-        self._has_key = api_key is not None
+        self._has_key, self._key_setting = api_key is not None, key_setting
         headers = {"Content-Type": "application/json"}
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
@@ -143,7 +145,7 @@ class Client:
             return
         if status in (401, 403):
             what = "refuses the API key" if self._has_key else "asks for an API key"
-            raise UserError(f"{self.url} {what}: put the key that it was started with into servers.api_key_file")
+            raise UserError(f"{self.url} {what}: put the key that it was started with into {self._key_setting}")
         if code := response.headers.get("x-smg-error-code"):  # of a router, about the servers behind it
             raise ServerGone(f"the router says {code}")
         said = f"{self.url}{path} answered {status}: {_message(response)}"

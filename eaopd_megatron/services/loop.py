@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+POLL_SECONDS = 0.2
+"""How long a rank waits for what runs in the background before it looks at what else there is."""
 
 
 class Loop:
     """An event loop in a thread of its own, from entering to leaving it."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "rollout") -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
 
     def __enter__(self) -> Loop:
         self._thread.start()
@@ -42,3 +44,10 @@ class Loop:
     def call(self, function: Callable[..., object], *arguments: Any) -> None:
         """Soon, without waiting for it; from any thread."""
         self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def until_done(future: Future[T]) -> Generator[None, None, T]:
+    """Yields every POLL_SECONDS while it is not done; its result is the generator's."""
+    while not wait([future], POLL_SECONDS).done:
+        yield None
+    return future.result()

@@ -1,4 +1,4 @@
-"""What the main rank sees of the servers, told to all ranks."""
+"""What one rank sees of the servers, told to all ranks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from eaopd_megatron.checkpoint.agreement import describe
+from eaopd_megatron.checkpoint.agreement import agree, describe
+from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.services.ending import Asked, ServiceFailed
 
@@ -40,6 +42,45 @@ def relay(parallel: Parallel, news: Iterator[T | None] | None, asked: Callable[[
             raise ServiceFailed(text) if sort == "user" else RuntimeError(f"rank 0: {text}")
         if kind == "news":
             yield value
+
+
+def wait_together(parallel: Parallel, done: Callable[[], bool], asked: Callable[[], int] = lambda: 0) -> None:
+    """Returns on every rank once `done` is true on all of them.
+
+    Collective over all ranks. done: may take a few tenths of a second, and is asked again and again until it is true.
+    Raises on every rank Asked where one was asked to stop, or else what `done` raises on one: ServiceFailed for a
+    UserError, RuntimeError for anything else.
+    """
+    waits = True
+    while True:
+        error: Exception | None = None
+        try:
+            waits = waits and not done()
+        except Exception as raised:
+            error = raised
+        state = [asked(), int(error is not None), int(waits)]
+        if parallel.world_size > 1:
+            shared = torch.tensor(state, device=parallel.device)
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+            state = shared.tolist()
+        number, failed, waiting = state
+        if number:
+            raise Asked(number)
+        if failed:
+            _fail_together(parallel, error)
+        if not waiting:
+            return
+
+
+def _fail_together(parallel: Parallel, error: Exception | None) -> None:
+    def mine() -> None:
+        if error is not None:
+            raise error
+
+    try:
+        agree(parallel, mine)
+    except UserError as first:
+        raise ServiceFailed(str(first)) from None
 
 
 def _word(news: Iterator[T | None], asked: Callable[[], int]) -> tuple[str, Any]:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.config.tree import Teacher as Options
+from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.architecture import check_config
+from eaopd_megatron.megatron.fp8 import check_fp8
 from eaopd_megatron.megatron.groups import Layout, Parallel
-from eaopd_megatron.megatron.model import DTYPES, build_model
+from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
+from eaopd_megatron.teacher.head import load_head
+from eaopd_megatron.teacher.identity import identity
 from eaopd_megatron.teacher.interface import Teacher
+from eaopd_megatron.teacher.remote import RemoteTeacher
+from eaopd_megatron.teacher.replicas import Replicas
+from eaopd_megatron.teacher.separate import SeparateSource
+from eaopd_megatron.teacher.served import ServedSource
+from eaopd_megatron.teacher.service.choice import key_of
 from eaopd_megatron.teacher.several import Teachers
 from eaopd_megatron.teacher.terminal import TerminalMap
 
@@ -21,7 +33,10 @@ def open_folders(recipe: Recipe, student: HfFolder) -> dict[str, HfFolder]:
     """Each teacher's folder by its name. Raises UserError for one that is not there or has another tokenizer."""
     folders = {}
     for name, options in recipe.named_teachers().items():
-        folders[name] = HfFolder.open(options.model, f"teachers.{name}.model" if name else "teacher.model")
+        key = key_of(name)
+        if options.precision == "fp8" and options.placement == "colocated":
+            check_fp8(f"{key}.precision")
+        folders[name] = HfFolder.open(options.model, f"{key}.model")
         check_same_tokenizer(folders[name], student)
     return folders
 
@@ -34,40 +49,157 @@ def layouts_of(layout: Layout, models: Sequence[HfFolder]) -> list[Layout]:
     return [layout.without_experts() if without else layout for without in dense]
 
 
-def build_teachers(
-    recipe: Recipe,
-    parallel: Parallel,
-    student: HfFolder,
-    folders: Mapping[str, HfFolder],
-    layouts: Mapping[str, Layout],
-) -> Teachers:
-    """Every teacher of the recipe. layouts: of those that are colocated."""
+@dataclass(frozen=True)
+class Surroundings:
+    """What all teachers of a run have in common. layouts: of those that are colocated. vocab_size: that all models
+    have. logs: folder of the logs of replicas that are started here. asked: the number of a signal that asks the run
+    to stop, or 0."""
+
+    recipe: Recipe
+    parallel: Parallel
+    student: HfFolder
+    folders: Mapping[str, HfFolder]
+    layouts: Mapping[str, Layout]
+    vocab_size: int
+    logs: Path
+    asked: Callable[[], int]
+    report: Callable[[str], None]
+
+
+def build_teachers(around: Surroundings) -> Teachers:
+    """Every teacher of the recipe. Raises UserError."""
     named: dict[str, Teacher] = {}
-    for name, options in recipe.named_teachers().items():
-        terminal = TerminalMap.between(options.terminal_map, student.eos_ids, folders[name].eos_ids)
-        named[name] = _colocated(recipe, options, parallel, student, folders[name], layouts[name], terminal)
+    gpus = _first_gpus(around.recipe, around.parallel)
+    for name, options in around.recipe.named_teachers().items():
+        terminal = TerminalMap.between(options.terminal_map, around.student.eos_ids, around.folders[name].eos_ids)
+        if options.placement == "colocated":
+            named[name] = _colocated(around, name, options, terminal)
+        elif options.placement == "separate":
+            named[name] = _separate(around, name, options, terminal, gpus[name])
+        else:
+            named[name] = _served(around, name, options, terminal, gpus[name])
     return Teachers(named)
 
 
-def _colocated(
-    recipe: Recipe,
+def _first_gpus(recipe: Recipe, parallel: Parallel) -> dict[str, int]:
+    """The first GPU of each teacher's replicas that are started on the main rank's host: after the ranks' own, those of
+    the rollout's servers, and those of the teachers before it."""
+    free = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.world_size))
+    servers = recipe.servers
+    if recipe.rollout.engine == "sglang" and servers.started and servers.placement == "separate":
+        free += servers.count * servers.tensor_parallel
+    found = {}
+    for name, options in recipe.named_teachers().items():
+        found[name] = free
+        free += options.replicas * options.layout.least_ranks if options.started else 0
+    return found
+
+
+def _colocated(around: Surroundings, name: str, options: Options, terminal: TerminalMap) -> Teacher:
+    model = _colocated_model(
+        options, around.parallel, around.student, around.folders[name], around.layouts[name], terminal
+    )
+    return ColocatedTeacher(
+        model,
+        around.parallel,
+        vocab_size=around.vocab_size,
+        signal=around.recipe.signal(options),
+        top_k=_top_k(around),
+        terminal=terminal,
+        budget=around.recipe.train.micro_batch_tokens,
+        offload=options.offload == "weights",
+    )
+
+
+def _separate(around: Surroundings, name: str, options: Options, terminal: TerminalMap, first_gpu: int) -> Teacher:
+    recipe, parallel, folder = around.recipe, around.parallel, around.folders[name]
+    wanted = identity(recipe, options, around.student, folder)
+    if wanted.signal == "topk" and wanted.vocab_size > around.vocab_size:  # it knows of no other teacher
+        raise UserError(
+            f"{key_of(name)}.signal=topk is made of {wanted.vocab_size} tokens, and another teacher's vocabulary has "
+            f"{around.vocab_size}: set {key_of(name)}.signal=hidden, of which the student's ranks take what all have"
+        )
+    source = SeparateSource(
+        wanted,
+        budget=recipe.train.micro_batch_tokens,
+        terminal=terminal,
+        connections=options.max_running,
+        label=key_of(name),
+    )
+    head = None
+    if wanted.signal == "hidden":
+        head = load_head(
+            folder,
+            parallel,
+            student_rows=around.student.vocab_size,
+            vocab_size=around.vocab_size,
+            precision=options.precision,
+            terminal=terminal,
+        )
+    return RemoteTeacher(
+        parallel,
+        source,
+        rows=wanted.row_format,
+        head=head,
+        terminal=terminal,
+        replicas=_replicas(around, name, options, first_gpu),
+        options=options,
+        asked=around.asked,
+        report=around.report,
+    )
+
+
+def _served(around: Surroundings, name: str, options: Options, terminal: TerminalMap, first_gpu: int) -> Teacher:
+    source = ServedSource(
+        around.folders[name],
+        vocab_size=around.vocab_size,
+        k=_top_k(around),
+        terminal=terminal,
+        max_running=options.max_running,
+        label=key_of(name),
+    )
+    return RemoteTeacher(
+        around.parallel,
+        source,
+        rows=source.rows,
+        head=None,
+        terminal=terminal,
+        replicas=_replicas(around, name, options, first_gpu),
+        options=options,
+        asked=around.asked,
+        report=around.report,
+    )
+
+
+def _top_k(around: Surroundings) -> int:
+    return min(around.recipe.objective.build().top_k, around.vocab_size)
+
+
+def _replicas(around: Surroundings, name: str, options: Options, first_gpu: int) -> Replicas | None:
+    """On the main rank, where the trainer starts them."""
+    if not (options.started and around.parallel.is_main):
+        return None
+    return Replicas(around.recipe, name, around.logs, first_gpu=first_gpu, report=around.report)
+
+
+def _colocated_model(
     options: Options,
     parallel: Parallel,
     student: HfFolder,
     folder: HfFolder,
     layout: Layout,
     terminal: TerminalMap,
-) -> Teacher:
+) -> ModelChunks:
+    """Its output layer has the student's rows and shards: the objective takes both models' logits side by side."""
     check_config(folder.config, layout, options.model)
     row_map = terminal.row_map()
-    model = build_model(folder.config, layout, DTYPES[options.precision], untie=row_map is not None)
-    load_hf(model, folder, parallel, row_map=row_map)
-    return ColocatedTeacher(
-        model,
-        parallel,
-        vocab_size=student.vocab_size,
-        signal=recipe.signal(options),
-        top_k=min(recipe.objective.build().top_k, student.vocab_size),
-        terminal=terminal,
-        budget=recipe.train.micro_batch_tokens,
+    model = build_model(
+        folder.config,
+        layout,
+        DTYPES[options.precision],
+        untie=row_map is not None,
+        output_vocab=student.vocab_size,
+        fp8=options.precision == "fp8",
     )
+    load_hf(model, folder, parallel, row_map=row_map)
+    return model

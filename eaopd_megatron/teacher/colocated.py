@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import fields
 
 import torch
 
 from eaopd_megatron.data.samples import MicroBatch, Sample
-from eaopd_megatron.megatron.forward import head_of, logits_by_parts, whole
+from eaopd_megatron.megatron.forward import head_of, whole
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
+from eaopd_megatron.megatron.offload import FrozenWeights
 from eaopd_megatron.megatron.pipeline import forward, micro_batches
-from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
+from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
 from eaopd_megatron.teacher.interface import TeacherSignal, require_whole
+from eaopd_megatron.teacher.kept import keep, kept
+from eaopd_megatron.teacher.rows import TopKRows
+from eaopd_megatron.teacher.summary import summarise_rows
 from eaopd_megatron.teacher.terminal import TerminalMap
 
 
@@ -23,6 +29,9 @@ class ColocatedTeacher:
     a token at k = 16. "hidden": the final hidden states, from which the objective makes the full distribution piece by
     piece. "logits": the full distribution at once, for comparison. For the last two the hidden states of an update's
     tokens are kept while it lasts.
+
+    offload: its weights are on the device only while it scores, and for the last two signals its output layer while an
+    update uses it. It scores in `wait` then, not in `ask`: who wrote the responses has left the device by then.
     """
 
     def __init__(
@@ -35,46 +44,50 @@ class ColocatedTeacher:
         top_k: int,
         terminal: TerminalMap,
         budget: int,
+        offload: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.parallel, self.vocab_size, self.kind, self.top_k = parallel, vocab_size, signal, top_k
         self.terminal, self.budget = terminal, budget
-        nothing = torch.empty(0, device=parallel.device)
-        ids = torch.empty(0, top_k, dtype=torch.long, device=parallel.device)
-        self._of_no_token = dict(zip(_TOPK_FIELDS, (ids, ids.float(), nothing, nothing), strict=True))
+        self._weights = FrozenWeights(model) if offload else None
 
-    def open(self, longest: int) -> None:
-        """Nothing: the model is there."""
+    def start(self, longest: int) -> None:
+        """Nothing is to be started."""
+
+    def open(self) -> None:
+        """The model is there."""
 
     def ask(self, samples: Sequence[Sample]) -> None:
         """Score now what can be kept."""
-        if self.kind != "topk":
-            return
+        if self.kind == "topk" and self._weights is None:
+            self._score(samples)
+
+    def _score(self, samples: Sequence[Sample]) -> None:
         batches = micro_batches(samples, self.budget, self.parallel)
 
         def last(index: int, rows: torch.Tensor) -> None:
             batch = batches[index]
-            labels = self.terminal.labels(batch)
-            found = [
-                summarise_teacher(
-                    logits,
-                    batch.tokens[part],
-                    k=self.top_k,
-                    vocab_size=self.vocab_size,
-                    group=self.parallel.tp_group,
-                    teacher_tokens=None if labels is None else labels[part],
-                )
-                for part, logits in logits_by_parts(rows, head_of(self.model))
-            ]
-            for name in _TOPK_FIELDS:
-                values = whole(batch, torch.cat([getattr(part, name) for part in found]), self.parallel)
-                for sample, tensor in zip(batch.samples, batch.split(values), strict=True):
-                    sample.teacher_signal[name] = tensor
+            found = summarise_rows(
+                rows,
+                head_of(self.model),
+                batch.tokens,
+                self.terminal.labels(batch),
+                top_k=self.top_k,
+                vocab_size=self.vocab_size,
+                group=self.parallel.tp_group,
+            )
+            said = {
+                field.name: whole(batch, getattr(found, field.name), self.parallel) for field in fields(TeacherTopK)
+            }
+            keep(batch.samples, TeacherTopK(**said))
 
         forward(self.model, batches, last)
 
     def wait(self, samples: Sequence[Sample]) -> None:
         """Raises RuntimeError where a token was left out."""
+        if self.kind == "topk" and self._weights is not None:
+            with self._weights.present():
+                self._score(samples)
         if self.kind == "topk" and self.parallel.is_last_stage:
             require_whole(samples)
 
@@ -87,24 +100,22 @@ class ColocatedTeacher:
         The model runs now, except for "topk": collective over all ranks.
         """
         if self.kind == "topk":
-            return lambda index: self._kept(batches[index])
+            return lambda index: kept(batches[index], TopKRows(self.top_k))
         hidden: dict[int, torch.Tensor] = {}
-        forward(self.model, batches, hidden.__setitem__)
+        with nullcontext() if self._weights is None else self._weights.present():
+            forward(self.model, batches, hidden.__setitem__)
+        head = self._head()
         if self.kind == "hidden":
-            return lambda index: TeacherHidden(hidden[index], head_of(self.model))
-        return lambda index: TeacherLogits(hidden[index] @ head_of(self.model).T)
+            return lambda index: TeacherHidden(hidden[index], head)
+        return lambda index: TeacherLogits(hidden[index] @ head.T)
 
-    def _kept(self, batch: MicroBatch) -> TeacherTopK:
-        return TeacherTopK(
-            *(
-                batch.gather([self._of_no_token[name], *(s.teacher_signal[name] for s in batch.samples)])
-                for name in _TOPK_FIELDS
-            )
-        )
+    def _head(self) -> torch.Tensor:
+        """On the last stage the output layer's rows; on the others nothing."""
+        if not self.parallel.is_last_stage:
+            return torch.empty(0)
+        head = head_of(self.model)
+        return head if self._weights is None else self._weights.copy_of(head)
 
     def labels(self, batch: MicroBatch) -> torch.Tensor | None:
         """[n] ids for log p(y) where the signal is the full distribution; top-k has looked them up already."""
         return None if self.kind == "topk" else self.terminal.labels(batch)
-
-
-_TOPK_FIELDS = ("ids", "logprobs", "token_logprob", "entropy")

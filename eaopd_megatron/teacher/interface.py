@@ -17,8 +17,12 @@ class Teacher(Protocol):
     """All ranks make the same calls, each with its data-parallel rank's samples. What the teacher says is on the last
     pipeline stage, where the objective is."""
 
-    def open(self, longest: int) -> None:
-        """Comes first. longest: tokens of a prompt and its response together, at the most."""
+    def start(self, longest: int) -> None:
+        """Comes first: other processes that it needs begin to start. longest: tokens of a prompt and its response
+        together, at the most."""
+
+    def open(self) -> None:
+        """It is there, and is the recipe's. Raises Asked or ServiceFailed on all ranks."""
 
     def ask(self, samples: Sequence[Sample]) -> None:
         """The teacher may begin to score them; who waits for other processes does it in `wait`."""
@@ -46,8 +50,12 @@ class Teacher(Protocol):
 def require_whole(samples: Sequence[Sample]) -> None:
     """Raises RuntimeError where the teacher's top-k lacks a response token."""
     for sample in samples:
-        scored = len(sample.teacher_signal.get("logprobs", ()))
-        if scored != len(sample.response_ids):
-            raise RuntimeError(
-                f"prompt {sample.prompt.id}: the teacher scored {scored} of {len(sample.response_ids)} tokens"
-            )
+        require_count(sample, len(sample.teacher_signal.get("logprobs", ())))
+
+
+def require_count(sample: Sample, scored: int) -> None:
+    """Raises RuntimeError where so many rows are not one for each of its response tokens."""
+    if scored != len(sample.response_ids):
+        raise RuntimeError(
+            f"prompt {sample.prompt.id}: the teacher scored {scored} of {len(sample.response_ids)} tokens"
+        )

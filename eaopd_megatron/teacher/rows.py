@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from eaopd_megatron.objective import TeacherTopK
+from eaopd_megatron.teacher.row_bytes import hidden_bytes, topk_bytes
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class HiddenRows:
     @property
     def bytes(self) -> int:
         """Of a token."""
-        return self.width * self.dtype.itemsize
+        return hidden_bytes(self.width, self.dtype.itemsize)
 
     def encode(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, width] → [n, bytes] uint8."""
@@ -43,7 +44,7 @@ class TopKRows:
     @property
     def bytes(self) -> int:
         """Of a token."""
-        return 4 * (2 * self.k + 1 + self.entropy)
+        return topk_bytes(self.k, entropy=self.entropy)
 
     def encode(self, said: TeacherTopK) -> torch.Tensor:
         """→ [n, bytes] uint8."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eaopd_megatron.data.samples import MicroBatch
+from eaopd_megatron.data.samples import MicroBatch, Sample
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,27 @@ class TerminalMap:
             return None
         terminal = batch.last_tokens() & (batch.tokens == self.student_id)
         return torch.where(terminal, self.teacher_id, batch.tokens)
+
+    def label(self, sample: Sample) -> int | None:
+        """The id under which log p of the response's last token is looked up, where it is not that token itself."""
+        ended = sample.finish_reason == "stop" and sample.response_ids[-1:] == [self.student_id]
+        return self.teacher_id if self.kind == "label" and ended else None
+
+    def exchanged(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids of the teacher's as the student means them, and the other way round: of the same shape."""
+        if self.kind != "swap":
+            return ids
+        own, other = self.student_id, self.teacher_id
+        return torch.where(ids == own, other, torch.where(ids == other, own, ids))
+
+    def asked(self, sample: Sample) -> torch.Tensor:
+        """[response tokens] the teacher's ids under which their log p(y) stands."""
+        ids = self.exchanged(torch.tensor(sample.response_ids, dtype=torch.long))
+        if (label := self.label(sample)) is not None:
+            ids[-1] = label
+        return ids
+
+    def elsewhere(self, sample: Sample) -> list[int]:
+        """Those of `asked` that stand for another token of the response than themselves, each once."""
+        pairs = zip(self.asked(sample).tolist(), sample.response_ids, strict=True)
+        return sorted({asked for asked, token in pairs if asked != token})

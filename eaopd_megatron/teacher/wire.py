@@ -48,6 +48,10 @@ class ScoreRequest:
         """Response tokens."""
         return sum(sample.response for sample in self.samples)
 
+    def same(self, other: ScoreRequest) -> bool:
+        """Whether the answer is the same."""
+        return list(self.samples) == list(other.samples) and torch.equal(self.token_ids, other.token_ids)
+
     def encode(self) -> bytes:
         """The body of POST /score."""
         header = json.dumps({"id": self.id, "samples": self.samples}, separators=(",", ":")).encode()

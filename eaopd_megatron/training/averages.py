@@ -1,6 +1,8 @@
-"""Running means of per-token metrics over micro-batches, mini-batches and ranks."""
+"""Running means, sums and minima of per-token metrics over micro-batches, mini-batches and ranks."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ class Averages:
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, torch.Tensor] = {}
+        self._totals: Counter[str] = Counter()
         self._minima: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, values: torch.Tensor, where: torch.Tensor | None = None) -> None:
@@ -22,6 +25,10 @@ class Averages:
         self._sums[name] = self._sums.get(name, 0) + values.sum()
         self._counts[name] = self._counts.get(name, 0) + torch.tensor(float(values.numel()))
 
+    def total(self, name: str, count: int) -> None:
+        """Add up a count."""
+        self._totals[name] += count
+
     def minimum(self, name: str, values: torch.Tensor) -> None:
         """Keep the smallest value seen."""
         if values.numel():
@@ -29,21 +36,24 @@ class Averages:
             self._minima[name] = torch.minimum(self._minima[name], smallest) if name in self._minima else smallest
 
     def reduce(self, group: dist.ProcessGroup | None) -> dict[str, float]:
-        """Means and minima over the group's ranks, the same on each; a name that nobody counted is absent."""
+        """Means, totals and minima over the group's ranks, the same on each; a name that nobody counted is absent."""
         local = (
             {name: (float(self._sums[name]), float(self._counts[name])) for name in self._sums},
             {name: float(value) for name, value in self._minima.items()},
+            self._totals,
         )
         gathered = [local]
         if group is not None and dist.get_world_size(group) > 1:
             gathered = [local] * dist.get_world_size(group)
             dist.all_gather_object(gathered, local, group=group)
         result: dict[str, float] = {}
-        for name in sorted({name for sums, _ in gathered for name in sums}):
-            parts = [sums[name] for sums, _ in gathered if name in sums]
+        for name in sorted({name for sums, *_ in gathered for name in sums}):
+            parts = [sums[name] for sums, *_ in gathered if name in sums]
             count = sum(c for _, c in parts)
             if count:
                 result[name] = sum(s for s, _ in parts) / count
-        for name in sorted({name for _, minima in gathered for name in minima}):
-            result[name] = min(minima[name] for _, minima in gathered if name in minima)
+        for name in sorted({name for _, minima, _ in gathered for name in minima}):
+            result[name] = min(minima[name] for _, minima, _ in gathered if name in minima)
+        for name, count in sorted(sum((totals for *_, totals in gathered), Counter()).items()):
+            result[name] = float(count)
         return result

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.checkpoint.hf_folder import HfFolder, common_vocab_size
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.prompts import PromptBuilder
@@ -21,7 +21,7 @@ from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.interface import Rollout
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.rollout.sglang.engine import ServedRollout
-from eaopd_megatron.teacher.build import build_teachers, layouts_of, open_folders
+from eaopd_megatron.teacher.build import Surroundings, build_teachers, layouts_of, open_folders
 from eaopd_megatron.teacher.several import Teachers
 from eaopd_megatron.training.folder import RunFolder
 from eaopd_megatron.training.step import Student
@@ -32,6 +32,7 @@ class Parts:
     """What a run is made of on this rank."""
 
     student_folder: HfFolder
+    vocab_size: int  # that student and teachers have
     tokenizer: Any
     model: ModelChunks
     student: Student
@@ -51,13 +52,25 @@ def build(
     colocated = [name for name, one in recipe.named_teachers().items() if one.placement == "colocated"]
     student_layout, *others = layouts_of(parallel.layout, [student_folder, *(teacher_folders[n] for n in colocated)])
     check_config(student_folder.config, student_layout, recipe.student.model)
-    vocab_size = student_folder.vocab_size
+    vocab_size = common_vocab_size([student_folder, *teacher_folders.values()])
 
     precision, options = recipe.student.precision, recipe.optimizer
     model = build_model(student_folder.config, student_layout, DTYPES[precision], recompute=recipe.student.recompute)
     load_hf(model, student_folder, parallel)
     layouts = dict(zip(colocated, others, strict=True))
-    teacher = build_teachers(recipe, parallel, student_folder, teacher_folders, layouts)
+    teacher = build_teachers(
+        Surroundings(
+            recipe,
+            parallel,
+            student_folder,
+            teacher_folders,
+            layouts,
+            vocab_size,
+            logs=folder.teachers,
+            asked=asked,
+            report=report,
+        )
+    )
 
     ddp = megatron_optimizer.wrap(model, parallel, distributed=options.distributed, overlap=options.overlap)
     optimizer = megatron_optimizer.build_optimizer(
@@ -88,6 +101,7 @@ def build(
             parallel,
             model,
             student_folder,
+            vocab_size=vocab_size,
             logs=folder.servers,
             scratch=folder.weights,
             logprobs=student.logprobs,
@@ -100,6 +114,7 @@ def build(
     tokenizer = student_folder.tokenizer()
     return Parts(
         student_folder,
+        vocab_size,
         tokenizer,
         model,
         student,
@@ -110,14 +125,19 @@ def build(
     )
 
 
-def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, field: str) -> PromptBuilder:
-    """The recipe's template with the training's or the evaluation's suffix and field."""
+def prompt_builder(
+    recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequence[str] = ("",), *, field: str | None = None
+) -> PromptBuilder:
+    """The recipe's template with the training's or the evaluation's suffix; teachers: whom the prompts are for; field:
+    of the problems' text, where it is not the training's."""
     return PromptBuilder(
         tokenizer,
         template=recipe.data.template,
         suffix=suffix,
-        field=field,
+        field=field or recipe.data.prompt_field,
         max_tokens=recipe.data.max_prompt_tokens,
+        teachers=teachers,
+        teacher_field=recipe.data.teacher_field,
     )
 
 
@@ -131,7 +151,7 @@ def evaluator(
 ) -> Evaluator:
     """The recipe's benchmarks, ready to be run on the model that the rollout generates with."""
     chosen = recipe.evaluation
-    builder = prompt_builder(recipe, tokenizer, chosen.suffix, "problem")
+    builder = prompt_builder(recipe, tokenizer, chosen.suffix, field="problem")
     return Evaluator(
         rollout,
         parallel,

@@ -86,8 +86,8 @@ class TrainingCheckpoints:
 
 
 def _digest(prompts: list[Prompt]) -> str:
-    """A hash of the prompts' ids and tokens, in order."""
+    """A hash of the prompts' ids, tokens and teachers, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(f"{prompt.id}:{prompt.token_ids}\n".encode())
+        digest.update(f"{prompt.id}:{prompt.token_ids}{prompt.teacher}\n".encode())
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ _FREE_KEYS = (
     *(f"student.{kind}_parallel" for kind in ("tensor", "pipeline", "context", "expert", "expert_tensor", "data")),
     *("student.sequence_parallel", "student.virtual_pipeline", "student.recompute"),
     *(f"optimizer.{key}" for key in ("distributed", "overlap", "offload")),
+    *(f"teacher.{key}" for key in ("placement", "offload", "replicas", "urls", "listen", "api_key_file")),
+    *(f"teacher.{kind}_parallel" for kind in ("tensor", "pipeline", "expert")),
+    *(f"teacher.{key}" for key in ("max_running", "memory_fraction", "start_minutes", "all_down_minutes")),
 )
+"""Of a teacher it counts what it says, not where it is: the same keys are free in `teachers.NAME`."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class RunFolder:
     def servers(self) -> Path:
         """Logs of the rollout servers that were started for the run."""
         return self.path / "servers"
+
+    @property
+    def teachers(self) -> Path:
+        """Logs of the teachers' replicas that were started for the run."""
+        return self.path / "teachers"
 
     @property
     def weights(self) -> Path:
@@ -97,8 +107,15 @@ class RunFolder:
         """Refuse to go on in a folder that holds a run of another recipe (UserError with the first difference)."""
         if not self.config.exists():
             return
-        for key, there, here in differences(load_recipe(self.config), recipe):
-            if key not in _FREE_KEYS and not key.startswith(_FREE):
+        before = load_recipe(self.config)
+        if before.teachers.keys() != recipe.teachers.keys():
+            there, here = (", ".join(one.teachers) or "one, without a name" for one in (before, recipe))
+            raise UserError(
+                f"{self.path} holds a run whose teachers are {there}, this recipe's are {here}: "
+                "choose another run.folder, or remove that one"
+            )
+        for key, there, here in differences(before, recipe):
+            if not _is_free(key):
                 raise UserError(
                     f"{self.path} holds a run with {key}={there}, this recipe has {here}: "
                     "choose another run.folder, or remove that one"
@@ -107,6 +124,11 @@ class RunFolder:
     def write_config(self, recipe: Recipe) -> None:
         """Keep the resolved recipe beside the run."""
         write_atomically(self.config, dump(recipe))
+
+
+def _is_free(key: str) -> bool:
+    key = re.sub(r"^teachers\.[^.]*\.", "teacher.", key)
+    return key in _FREE_KEYS or key.startswith(_FREE)
 
 
 def already_finished(recipe: Recipe) -> str | None:

@@ -60,9 +60,9 @@ class Run:
         self.student, self.teacher = self.parts.student, self.parts.teacher
         report = self.folder.path / "decontamination.json" if parallel.is_main else None
         problems = training_problems(recipe, report, self.say)
-        builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix, recipe.data.prompt_field)
-        self.prompts, dropped = builder.build(problems, recipe.data.source)
         self._teacher_model = {name: one.model for name, one in recipe.named_teachers().items()}
+        builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix, list(self._teacher_model))
+        self.prompts, dropped = builder.build(problems, recipe.data.source)
         if dropped:
             self.say(
                 f"{dropped} prompts are longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}: left out"
@@ -94,11 +94,15 @@ class Run:
         self.iteration, self.updates = self.checkpoints.resume(self.say)
         self._saved = self.iteration
         self._open_records()
-        longest = max(recipe.rollout.max_response_tokens, recipe.evaluation.max_response_tokens)
-        self.parts.rollout.open([*self.prompts, *self.parts.evaluator.prompts()], longest)
-        self.teacher.open(max(len(p.token_ids) for p in self.prompts) + recipe.rollout.max_response_tokens)
+
+    def open(self) -> None:
+        """Comes first: the other roles are started, or found. From here on a signal asks the run to stop."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
+        rollout = self.recipe.rollout
+        longest = max(rollout.max_response_tokens, self.recipe.evaluation.max_response_tokens)
+        self.parts.rollout.open([*self.prompts, *self.parts.evaluator.prompts()], longest)
+        self.teacher.open(max(len(p.token_ids) for p in self.prompts) + rollout.max_response_tokens)
 
     # One iteration
 
@@ -226,6 +230,8 @@ class Run:
         add("rollout/length", torch.tensor([len(s.response_ids) for s in samples]))
         add("rollout/stopped", torch.tensor([s.finish_reason == "stop" for s in samples]))
         add("rollout/truncated", torch.tensor([s.finish_reason == "length" for s in samples]))
+        if self.parts.vocab_size < self.parts.student_folder.vocab_size:
+            add("rollout/foreign_tokens", torch.tensor([s.foreign_tokens for s in samples]))
         start = self.updates - len(self.mini_batches(samples))
         add("rollout/version_lag", torch.tensor([start - s.weight_version for s in samples]))
         add(SAMPLE_FLOPS, self.throughput.sample_flops(samples))

@@ -176,6 +176,13 @@ def _seen(signal: TeacherSignal) -> torch.Tensor:
     return signal.hidden if isinstance(signal, TeacherHidden) else signal.logits
 
 
+_OF_EACH_TEACHER = (
+    *("objective/loss", "teacher/entropy", "objective/gate_fraction", "objective/forward_kl_gated"),
+    "teacher/terminal_logprob",
+)
+"""Metrics that a recipe with several teachers has for each: teachers/NAME/loss, ..."""
+
+
 def _measure(
     metrics: Averages, batch: MicroBatch, out: Any, old: torch.Tensor | None, weights: ImportanceWeights | None
 ) -> None:
@@ -197,6 +204,10 @@ def _measure(
         ("student/entropy_ungated", out.student_entropy, ~gated),
     ):
         metrics.add(name, values, where)
+        if batch.teacher and name in _OF_EACH_TEACHER:
+            metrics.add(f"teachers/{batch.teacher}/{name.split('/')[1]}", values, where)
+    if batch.teacher:
+        metrics.total(f"teachers/{batch.teacher}/tokens", len(batch.tokens))
     metrics.minimum("objective/kl_min", out.forward_kl)
     gap = (batch.rollout_logprobs() - (out.student_logprob if old is None else old)).abs()
     if weights is None:

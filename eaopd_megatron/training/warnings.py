@@ -12,7 +12,7 @@ class Warnings:
     """Watches the iterations' metrics for the signs that the recipe's limits leave on."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._signs = signs(recipe.rollout, recipe.train.updates)
+        self._signs = signs(recipe.rollout, recipe.train.updates, recipe.teachers)
         self._said: set[str] = set()
 
     def of(self, record: Mapping[str, float]) -> list[str]:

@@ -82,7 +82,7 @@ def check_stale_samples_are_weighted_and_fresh_ones_are_not(
     expected = reference(student, teacher)
     for layout in (Layout(1), Layout(2), Layout(2, sequence_parallel=True, context_parallel=2)):
         with arranged(layout) as parallel:
-            made = built(student, teacher, OBJECTIVE, parallel, budget=20, signal="topk")
+            made = built(student, {"": teacher}, OBJECTIVE, parallel, budget=20, signal="topk")
             mine = samples(made.folder.vocab_size)[parallel.dp_rank :: parallel.dp_size]
             made.learner.recompute_old_logprobs(mine)
             for sample in mine:

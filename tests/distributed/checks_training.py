@@ -3,6 +3,7 @@ process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_los
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.build import layouts_of
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
+from eaopd_megatron.teacher.interface import Teacher, TeacherSignal
 from eaopd_megatron.teacher.several import Teachers
 from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.training.averages import Averages
@@ -32,6 +34,8 @@ from eaopd_megatron.training.step import Student
 from tests.distributed.arranged import arranged
 from tests.tiny_models import on_disk
 
+TENSOR_LAYOUTS = (Layout(2), Layout(4))
+ROUTED_LAYOUTS = (Layout(2), Layout(pipeline_parallel=2, virtual_pipeline=2))
 SIMPLE_LAYOUTS = (Layout(1), Layout(2), Layout(2, sequence_parallel=True), Layout(4))
 WIDE_LAYOUTS = (
     Layout(pipeline_parallel=2),
@@ -65,8 +69,9 @@ class Trained:
     metrics: dict[str, float]
 
 
-def samples(vocab_size: int) -> list[Sample]:
-    """Prompts and responses of unequal lengths, the same on every rank; one response is a single token."""
+def samples(vocab_size: int, teachers: Sequence[str] = ("",)) -> list[Sample]:
+    """Prompts and responses of unequal lengths, the same on every rank; one response is a single token. teachers: of
+    whom the prompts are, in turns."""
     random = torch.Generator().manual_seed(5)
 
     def ids(count: int) -> list[int]:
@@ -74,7 +79,7 @@ def samples(vocab_size: int) -> list[Sample]:
 
     made = []
     for index in range(COUNT):
-        prompt = Prompt(str(index), tuple(ids(2 + index % 3)), {})
+        prompt = Prompt(str(index), tuple(ids(2 + index % 3)), {}, teachers[index % len(teachers)])
         response = ids(1 + (index * 5) % 8)
         made.append(Sample(prompt, response, "stop", [0.0] * len(response), 0, index))
     return made
@@ -85,27 +90,28 @@ def grad(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.grad
 
 
-def reference(student: str, teacher: str, objective: Objective) -> Trained:
+def reference(student: str, teachers: dict[str, str], objective: Objective) -> Trained:
     """transformers, torch's AdamW, one process, no padding, full logits."""
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    size = model.config.vocab_size
+    frozen = {name: AutoModelForCausalLM.from_pretrained(at, dtype=torch.float32) for name, at in teachers.items()}
+    size = min(one.config.vocab_size for one in (model, *frozen.values()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.999), eps=EPS, weight_decay=0.01)
-    everything = samples(size)
-    losses, norms = [], []
+    everything = samples(size, list(teachers))
+    metrics: dict[str, float] = {}
     gradients: dict[str, torch.Tensor] = {}
 
     def logits(of: torch.nn.Module, sample: Sample) -> torch.Tensor:
-        return of(torch.tensor([sample.token_ids])).logits[0, len(sample.prompt.token_ids) - 1 : -1]
+        return of(torch.tensor([sample.token_ids])).logits[0, len(sample.prompt.token_ids) - 1 : -1, :size]
 
     with torch.no_grad():
         old = [
             logits(model, s).log_softmax(-1).gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0] for s in everything
         ]
-        scores = [logits(frozen, s) for s in everything]
+        scores = [logits(frozen[s.prompt.teacher], s) for s in everything]
     for update, rate in enumerate(RATES):
         optimizer.zero_grad()
         total, tokens = torch.zeros(()), 0
+        of_each = {name: [torch.zeros(0)] for name in teachers}
         for i in range(update * MINI, (update + 1) * MINI):
             sample = everything[i]
             out = entropy_aware_loss(
@@ -118,26 +124,33 @@ def reference(student: str, teacher: str, objective: Objective) -> Trained:
             )
             total = total + out.loss.sum()
             tokens += len(sample.response_ids)
+            of_each[sample.prompt.teacher].append(out.loss.detach())
         (total / tokens).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
-        losses.append(float(total.detach()) / tokens)
+        metrics[f"norm/{update}"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        metrics[f"loss/{update}"] = float(total.detach()) / tokens
+        for name, losses in of_each.items() if len(teachers) > 1 else ():
+            metrics[f"loss/{update}/{name}"] = float(torch.cat(losses).mean())
+            metrics[f"tokens/{update}/{name}"] = float(torch.cat(losses).numel())
         gradients = gradients or on_disk((name, grad(p).clone()) for name, p in model.named_parameters())
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
     weights = on_disk((name, p.detach()) for name, p in model.named_parameters())
-    metrics = {f"loss/{i}": x for i, x in enumerate(losses)} | {f"norm/{i}": x for i, x in enumerate(norms)}
     return Trained(weights, gradients, metrics)
 
 
 @dataclass
 class Built:
-    """A student with its optimiser, and its teacher, on this rank."""
+    """A student with its optimiser, and its teacher, on this rank. vocab_size: the common one."""
 
     folder: HfFolder
+    vocab_size: int
     model: ModelChunks
     learner: Student
     scorer: Teachers
+
+    def teacher_models(self) -> list[ModelChunks]:
+        return [one.model for one in self.scorer.named.values() if isinstance(one, ColocatedTeacher)]
 
     def gradients(self, parallel: Parallel) -> dict[str, torch.Tensor]:
         """The last update's, clipped, under transformers' names on the first rank. Collective."""
@@ -145,34 +158,69 @@ class Built:
         return {name: tensor.clone() for name, tensor in gather_hf(buffers, self.folder, parallel)}
 
 
-def built(student: str, teacher: str, objective: Objective, parallel: Parallel, *, budget: int, signal: str) -> Built:
-    folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
-    layout, teacher_layout = layouts_of(parallel.layout, [folder, teacher_folder])
+Elsewhere = Callable[[HfFolder, HfFolder, Parallel], Teacher]
+"""Student's and teacher's folder → the teacher, which is not on these ranks."""
+
+
+def built(
+    student: str,
+    teachers: dict[str, str],
+    objective: Objective,
+    parallel: Parallel,
+    *,
+    budget: int,
+    signal: str,
+    offload: bool = False,
+    elsewhere: Elsewhere | None = None,
+) -> Built:
+    folder, *teacher_folders = (HfFolder.open(path) for path in (student, *teachers.values()))
+    layout, *layouts = layouts_of(parallel.layout, [folder, *teacher_folders])
     model = build_model(folder.config, layout, torch.float32)
     load_hf(model, folder, parallel)
-    teacher_model = build_model(teacher_folder.config, teacher_layout, torch.float32)
-    load_hf(teacher_model, teacher_folder, parallel)
     ddp = megatron_optimizer.wrap(model, parallel)
     optimizer = megatron_optimizer.build_optimizer(
         ddp, lr=1.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=EPS, clip_grad=1.0, precision="fp32"
     )
-    common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": budget}
+    vocab_size = min(one.vocab_size for one in (folder, *teacher_folders))
+    common: dict[str, Any] = {"vocab_size": vocab_size, "budget": budget}
     learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
-    terminal = TerminalMap("none", -1, -1)
-    scorer = ColocatedTeacher(
-        teacher_model, parallel, signal=signal, top_k=objective.top_k, terminal=terminal, **common
-    )
-    return Built(folder, model, learner, Teachers({"": scorer}))
+    common |= {"signal": signal, "top_k": objective.top_k, "terminal": TerminalMap("none", -1, -1), "offload": offload}
+    scorers: dict[str, Teacher] = {}
+    for name, teacher_folder, teacher_layout in zip(teachers, teacher_folders, layouts, strict=True):
+        if elsewhere is not None:
+            scorers[name] = elsewhere(folder, teacher_folder, parallel)
+            continue
+        frozen = build_model(teacher_folder.config, teacher_layout, torch.float32, output_vocab=folder.vocab_size)
+        load_hf(frozen, teacher_folder, parallel)
+        scorers[name] = ColocatedTeacher(frozen, parallel, **common)
+    return Built(folder, vocab_size, model, learner, Teachers(scorers))
 
 
 def trained(
-    student: str, teacher: str, objective: Objective, parallel: Parallel, *, budget: int, signal: str
+    student: str,
+    teachers: dict[str, str],
+    objective: Objective,
+    parallel: Parallel,
+    *,
+    offload: bool = False,
+    share: bool = True,
+    **cut: Any,
 ) -> Trained:
-    """Three updates through the project's own path."""
-    made = built(student, teacher, objective, parallel, budget=budget, signal=signal)
+    """Three updates through the project's own path. share: of several data-parallel ranks each has some samples, or
+    else the last one has them all. cut: budget, signal and, where the teacher is not on these ranks, `elsewhere`."""
+    made = built(student, teachers, objective, parallel, offload=offload, **cut)
     learner, scorer = made.learner, made.scorer
-    mine = [s for s in samples(made.folder.vocab_size) if s.index % MINI % parallel.dp_size == parallel.dp_rank]
-    scorer.ask(mine)
+    owner = parallel.dp_size - 1
+
+    def is_mine(index: int) -> bool:
+        return (index % MINI % parallel.dp_size if share else owner) == parallel.dp_rank
+
+    everything = samples(made.vocab_size, list(teachers))
+    mine = [sample for sample in everything if is_mine(sample.index)]
+    scorer.open(max(len(sample.token_ids) for sample in everything))
+    for part in (mine[:2], mine[2:]):  # as they are written
+        scorer.ask(part)
+    scorer.wait(mine)
     learner.recompute_old_logprobs(mine)
     found: dict[str, float] = {}
     gradients: dict[str, torch.Tensor] = {}
@@ -184,14 +232,27 @@ def trained(
         figures = averages.reduce(dist.group.WORLD)
         found |= {f"loss/{update}": figures["objective/loss"], f"norm/{update}": figures["optimizer/grad_norm"]}
         found[f"clip/{update}"] = figures["objective/clip_fraction"]
+        for name in teachers if len(teachers) > 1 else ():
+            found[f"loss/{update}/{name}"] = figures[f"teachers/{name}/loss"]
+            found[f"tokens/{update}/{name}"] = figures[f"teachers/{name}/tokens"]
         if update == 0:
             gradients = made.gradients(parallel)
+        for teacher_model in made.teacher_models():
+            away = [parameter.untyped_storage().nbytes() == 0 for parameter in teacher_model.parameters()]
+            assert all(away) if offload else not any(away)
+    scorer.close()
     return Trained(dict(gather_hf(dict(made.model.global_parameters()), made.folder, parallel)), gradients, found)
 
 
 def compare(found: Trained, expected: Trained, what: str) -> None:
     for name, value in expected.metrics.items():
-        assert abs(found.metrics[name] - value) <= 2e-5 * max(1.0, abs(value)), (what, name, found.metrics[name], value)
+        limit = 1e-5 if name.startswith("loss") else 2e-5
+        assert abs(found.metrics[name] - value) <= limit * max(1.0, abs(value)), (
+            what,
+            name,
+            found.metrics[name],
+            value,
+        )
     for name, tensor in found.gradients.items():
         gap = float((tensor - expected.gradients[name]).abs().max())
         assert gap <= 1e-5, (what, name, gap, float(expected.gradients[name].abs().max()))
@@ -201,17 +262,26 @@ def compare(found: Trained, expected: Trained, what: str) -> None:
 
 
 def check_an_update_is_the_same_at_every_layout(
-    group: dist.ProcessGroup, student: str, teacher: str, preset: str, signal: str, layouts: str, budget: int
+    group: dist.ProcessGroup,
+    student: str,
+    teacher: str | dict[str, str],
+    preset: str,
+    layouts: str,
+    **options: Any,
 ) -> None:
-    """The loss is divided by the tokens of the whole mini-batch: however ranks and micro-batches cut it."""
+    """The loss is divided by the tokens of the whole mini-batch: however ranks and micro-batches cut it.
+
+    teacher: one, or several by name, whose samples take turns.
+    """
     objective = Objective.preset(preset)
-    expected = reference(student, teacher, objective)
+    teachers = {"": teacher} if isinstance(teacher, str) else teacher
+    expected = reference(student, teachers, objective)
     clipped = 0.0
     for layout in globals()[layouts]:
         with arranged(layout) as parallel:
-            found = trained(student, teacher, objective, parallel, budget=budget, signal=signal)
+            found = trained(student, teachers, objective, parallel, **options)
             clipped += sum(value for name, value in found.metrics.items() if name.startswith("clip"))
-            compare(found, expected, f"{preset} {layout} budget {budget}")
+            compare(found, expected, f"{preset} {layout} {options}")
     if objective.reverse_kl == "sampled":
         assert clipped > 0  # or the second update's ratio would be untested
 
@@ -344,49 +414,58 @@ def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, studen
     assert {s.finish_reason for s in made} == {"stop", "length"}
 
 
+def teacher_logprobs(
+    scorer: Teacher, said: TeacherSignal, batch: MicroBatch, vocab_size: int, parallel: Parallel
+) -> torch.Tensor:
+    """log p(y) [n], as the objective makes it of what the teacher said, in a vocabulary padded to 256 columns."""
+    columns, n = 256 // parallel.tp_size, len(batch.tokens)
+    options: dict[str, Any] = {
+        "teacher_tokens": scorer.labels(batch),
+        "objective": Objective.preset("opd"),
+        "vocab_size": vocab_size,
+        "group": parallel.tp_group,
+    }
+    if isinstance(said, TeacherLogits):
+        out = entropy_aware_loss(torch.zeros(n, columns), said, batch.tokens, None, **options)
+    else:
+        hidden, head = torch.zeros(n, 8), torch.zeros(columns, 8)
+        out = linear_entropy_aware_loss(hidden, head, said, batch.tokens, None, **options)
+    return out.teacher_logprob
+
+
 def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
     group: dist.ProcessGroup, student: str, teacher: str
 ) -> None:
     """Student and teacher end with different ids: under swap and label the stop gets the teacher's log-prob of its
-    own stop."""
+    own stop; also where the teacher's output layer has the student's rows."""
     mine, theirs = 7, 90
     teacher_folder = HfFolder.open(teacher)
+    size = HfFolder.open(student).vocab_size
     frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     sample = Sample(Prompt("p", (5, 6), {}), [8, 9, mine], "stop", [0.0] * 3, 0)
     with torch.no_grad():
-        exact = frozen(torch.tensor([sample.token_ids])).logits[0, 1:-1].log_softmax(-1)
+        exact = frozen(torch.tensor([sample.token_ids])).logits[0, 1:-1, :size].log_softmax(-1)
     for kind in ("swap", "label", "none"):
         terminal = TerminalMap.between(kind, [mine], [theirs])
         with arranged(Layout(2)) as parallel:
             row_map = terminal.row_map()
-            model = build_model(teacher_folder.config, parallel.layout, torch.float32, untie=row_map is not None)
+            untie = row_map is not None
+            model = build_model(teacher_folder.config, parallel.layout, torch.float32, untie=untie, output_vocab=size)
             load_hf(model, teacher_folder, parallel, row_map=row_map)
             for signal in ("topk", "hidden", "logits"):
                 scorer = ColocatedTeacher(
                     model,
                     parallel,
-                    vocab_size=teacher_folder.vocab_size,
+                    vocab_size=size,
                     signal=signal,
-                    top_k=teacher_folder.vocab_size,
+                    top_k=size,
                     terminal=terminal,
                     budget=100,
                 )
                 scorer.ask([sample])
                 batch = collate([sample], torch.device("cpu"))
-                columns = 256 // parallel.tp_size
-                said = scorer.signals([batch])(0)
-                options: dict[str, Any] = {
-                    "teacher_tokens": scorer.labels(batch),
-                    "objective": Objective.preset("opd"),
-                    "vocab_size": teacher_folder.vocab_size,
-                    "group": parallel.tp_group,
-                }
-                if isinstance(said, TeacherLogits):
-                    out = entropy_aware_loss(torch.zeros(3, columns), said, batch.tokens, None, **options)
-                else:
-                    hidden, head = torch.zeros(3, 8), torch.zeros(columns, 8)
-                    out = linear_entropy_aware_loss(hidden, head, said, batch.tokens, None, **options)
+                found = teacher_logprobs(scorer, scorer.signals([batch])(0), batch, size, parallel)
                 stop = mine if kind == "none" else theirs
                 expected = torch.stack([exact[0, 8], exact[1, 9], exact[2, stop]])
-                assert torch.allclose(out.teacher_logprob, expected, atol=1e-5), (kind, signal)
+                assert torch.allclose(found, expected, atol=1e-5), (kind, signal)
                 sample.teacher_signal = {}

@@ -3,41 +3,18 @@ data parallelism and their products."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from tests.distributed.random_pairs import SHAPE
 from tests.ranks import Ranks
 
 CHECKS = Path(__file__).with_name("checks_training.py")
 IMPORTANCE = Path(__file__).with_name("checks_importance.py")
-
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 112,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-    "initializer_range": 0.2,
-}
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A random student and teacher, whose vocabulary of 112 leaves rank 3 of 4 without a valid column."""
-    folder = tmp_path_factory.mktemp("pair")
-    torch.manual_seed(0)
-    for name, hidden, layers, tied in (("student", 32, 4, False), ("teacher", 48, 4, True)):
-        config = Qwen3Config(
-            **SHAPE, hidden_size=hidden, num_hidden_layers=layers, num_key_value_heads=4, tie_word_embeddings=tied
-        )
-        Qwen3ForCausalLM(config).save_pretrained(folder / name)
-    return {"student": str(folder / "student"), "teacher": str(folder / "teacher")}
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +38,46 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("preset", "signal", "layouts", "budget"),
+    ("preset", "signal", "sizes", "layouts", "budget", "offload"),
     [
-        ("opd", "topk", "SIMPLE_LAYOUTS", 10_000),
-        ("eopd", "topk", "SIMPLE_LAYOUTS", 1),
-        ("eopd", "topk", "WIDE_LAYOUTS", 16),  # data-parallel ranks have other numbers of micro-batches
-        ("eopd_exact", "hidden", "SIMPLE_LAYOUTS", 16),
-        ("eopd_exact", "hidden", "WIDE_LAYOUTS", 16),
+        ("opd", "topk", (112, 112), "SIMPLE_LAYOUTS", 10_000, False),
+        ("eopd", "topk", (300, 250), "SIMPLE_LAYOUTS", 1, True),
+        # data-parallel ranks have other numbers of micro-batches
+        ("eopd", "topk", (112, 112), "WIDE_LAYOUTS", 16, False),
+        ("eopd_exact", "hidden", (300, 250), "SIMPLE_LAYOUTS", 16, False),
+        ("eopd_exact", "hidden", (250, 300), "WIDE_LAYOUTS", 16, True),
+        ("eopd_exact", "logits", (250, 300), "TENSOR_LAYOUTS", 16, True),
     ],
 )
 def test_an_update_is_the_same_at_every_layout(
-    ranks: Ranks, pair: dict[str, str], preset: str, signal: str, layouts: str, budget: int
+    ranks: Ranks,
+    pairs: Callable[[int, int], dict[str, str]],
+    preset: str,
+    signal: str,
+    sizes: tuple[int, int],
+    layouts: str,
+    budget: int,
+    offload: bool,
 ) -> None:
+    """Vocabularies of 250 and 300 have other paddings on 1 and 2 tensor-parallel ranks, and the same on 4; a teacher's
+    weights may be on the device only while it scores."""
     check = "check_an_update_is_the_same_at_every_layout"
+    pair = pairs(*sizes)
     if signal == "hidden":  # the other way round: a student with tied embeddings
         pair = {"student": pair["teacher"], "teacher": pair["student"]}
-    ranks.run(CHECKS, check, **pair, preset=preset, signal=signal, layouts=layouts, budget=budget)
+    options = {"preset": preset, "signal": signal, "layouts": layouts, "budget": budget, "offload": offload}
+    ranks.run(CHECKS, check, **pair, **options)
+
+
+@pytest.mark.parametrize("signal", ["topk", "hidden"])
+def test_two_teachers_give_the_sum_of_what_each_gives_to_its_samples(
+    ranks: Ranks, pairs: Callable[[int, int], dict[str, str]], signal: str
+) -> None:
+    """One denominator: the tokens of all. Each data-parallel rank has samples of one teacher alone."""
+    check, teachers = "check_an_update_is_the_same_at_every_layout", [pairs(112, 112), pairs(300, 250)]
+    two = {"math": teachers[0]["teacher"], "code": teachers[1]["teacher"]}
+    options = {"preset": "eopd", "layouts": "ROUTED_LAYOUTS", "budget": 16, "offload": False}
+    ranks.run(CHECKS, check, student=teachers[1]["student"], teacher=two, signal=signal, **options)
 
 
 def test_experts_over_ranks_change_no_update(ranks: Ranks, pair: dict[str, str], experts: str) -> None:
@@ -109,5 +110,6 @@ def test_a_packed_sequence_sees_no_other(ranks: Ranks, pair: dict[str, str]) -> 
     ranks.run(CHECKS, "check_a_packed_sequence_sees_no_other", student=pair["student"])
 
 
-def test_the_terminal_maps(ranks: Ranks, pair: dict[str, str]) -> None:
-    ranks.run(CHECKS, "check_the_terminal_maps_give_the_students_stop_the_teachers_meaning", **pair)
+@pytest.mark.parametrize("sizes", [(112, 112), (112, 300)])
+def test_the_terminal_maps(ranks: Ranks, pairs: Callable[[int, int], dict[str, str]], sizes: tuple[int, int]) -> None:
+    ranks.run(CHECKS, "check_the_terminal_maps_give_the_students_stop_the_teachers_meaning", **pairs(*sizes))

@@ -36,6 +36,7 @@ import yaml
 
 from tests.sglang.controls import Controlled
 from tests.sglang.plain_http import Died, Refused
+from tests.sglang.prefill import logprob_fields
 
 SAMPLING_KEYS = {"max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos"}
 
@@ -189,8 +190,8 @@ class Double(Controlled):
             self.need("weights", "kv_cache")
             new = min(new, self.context_length - 2 - len(ids))
             tokens, logprobs, reason, versions = await self._respond(rid, ids, sampling, new)
-            first = body.get("logprob_start_len", -1)
-            prompt = [] if first < 0 or not body.get("return_logprob") else await self._prompt_logprobs(ids, first)
+            written = [[lp, t, None] for lp, t in zip(logprobs, tokens, strict=True)]
+            with_logprobs = await self._logprobs(body, ids, written) if body.get("return_logprob") else {}
             await self.released.wait()
         finally:
             self.running.discard(rid)
@@ -200,18 +201,13 @@ class Double(Controlled):
         elif self.faults.take("nan"):
             reason = {"type": "stop", "matched": "NaN happened"}
         self.finished.append(rid)
-        with_logprobs = {
-            "input_token_logprobs": prompt,
-            "output_token_logprobs": [[lp, t, None] for lp, t in zip(logprobs, tokens, strict=True)],
-            "output_token_logprobs_length": len(tokens),
-        }
         meta = {
             "id": rid,
             "finish_reason": reason,
             "prompt_tokens": len(ids),
             "weight_version": self.weight_version,
             "num_retractions": 0,
-            **(with_logprobs if body.get("return_logprob") else {}),
+            **with_logprobs,
             "reasoning_tokens": 0,
             "completion_tokens": len(tokens),
             "cached_tokens": 0,
@@ -288,10 +284,13 @@ class Double(Controlled):
         kept = sum(before <= top_p for before in accumulate(weights[:-1], initial=0.0))
         return self._random.choices(tokens[:kept], weights[:kept])[0]
 
-    async def _prompt_logprobs(self, ids: list[int], first: int) -> list[list[Any]]:
-        found = await asyncio.gather(*(self._next(ids[:i]) for i in range(first + 1, len(ids))))
-        known = zip(found, ids[first + 1 :], strict=True)
-        return [[None, ids[first], None], *([policy[token], token, None] for (policy, _), token in known)]
+    async def _logprobs(self, body: dict[str, Any], ids: list[int], written: list[list[Any]]) -> dict[str, Any]:
+        first = body.get("logprob_start_len", -1)
+        scored = ids[first:] if first >= 0 else []
+        ends = [*range(len(ids) - len(scored) + 1, len(ids)), *([] if written else [len(ids)])]
+        rows = [policy for policy, _ in await asyncio.gather(*(self._next(ids[:end]) for end in ends))]
+        following = None if written else rows.pop()
+        return logprob_fields(body, scored, rows, written, following)
 
 
 def command_line() -> argparse.ArgumentParser:

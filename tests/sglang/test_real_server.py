@@ -23,15 +23,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eaopd_megatron.data.samples import Prompt, Sampling
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.data.samples import Prompt, Sample, Sampling
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang import identity, server
+from eaopd_megatron.rollout.sglang import identity
 from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
-from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
+from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings, server_command
 from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
 from eaopd_megatron.rollout.sglang.writing import Generation
 from eaopd_megatron.services.client import Client
 from eaopd_megatron.services.pool import Pool
+from eaopd_megatron.services.process import HIDDEN
+from eaopd_megatron.teacher.served import ServedSource
+from eaopd_megatron.teacher.terminal import TerminalMap
 from tests.sglang.double import Double
 from tests.sglang.pooled import pooled
 from tests.sglang.student_double import StudentDouble
@@ -45,13 +49,22 @@ PROMPTS = [Prompt(f"p{i}", (1 + i % 12, 20 + i % 7, 40 + i % 5, 3), {}) for i in
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
 
+class InPieces(ServerSettings):
+    """A server that takes longer prompts than this piece by piece."""
+
+    PIECE = 32
+
+    def flags(self, port: int, *, cuda: bool) -> list[str]:
+        return [*super().flags(port, cuda=cuda), "--chunked-prefill-size", str(self.PIECE)]
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     try:
-        server.server_command(cuda=torch.cuda.is_available())
+        server_command(cuda=torch.cuda.is_available())
     except UserError as missing:
         pytest.skip(str(missing))
-    settings = ServerSettings(STUDENT, CONTEXT, precision="fp32", memory_fraction=0.1, max_running=16, api_key=KEY)
+    settings = InPieces(STUDENT, CONTEXT, precision="fp32", memory_fraction=0.1, max_running=16, api_key=KEY)
     with Servers(settings, 1, tmp_path_factory.mktemp("logs")) as servers:
         yield servers.all[0]
 
@@ -84,7 +97,15 @@ async def admit(client: Client) -> Limits:
 
 
 GENERATE = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}}
-LOGPROBS = {**GENERATE, "rid": "one", "return_logprob": True}
+LOGPROBS = {**GENERATE, "return_logprob": True}
+SCORED = {
+    **LOGPROBS,
+    "input_ids": [3, 2, 1, 20, 109, 111, 40],
+    "sampling_params": {"max_new_tokens": 0},
+    "logprob_start_len": 2,
+    "top_logprobs_num": 3,
+}
+FLAT = {**SCORED, "return_flat_raw_top_logprobs": True}
 NORM = base64.b64encode(pickle.dumps([("model.norm.weight", torch.ones(64))])).decode()
 EXCHANGES: list[tuple[str, str, Any]] = [
     ("GET", "/ready", None),
@@ -93,6 +114,12 @@ EXCHANGES: list[tuple[str, str, Any]] = [
     ("POST", "/generate", LOGPROBS),
     ("POST", "/generate", GENERATE),
     ("POST", "/generate", {**LOGPROBS, "sampling_params": {"max_new_tokens": 0}, "logprob_start_len": 0}),
+    ("POST", "/generate", SCORED),
+    ("POST", "/generate", {**SCORED, "token_ids_logprob": [109, 3]}),
+    ("POST", "/generate", FLAT),
+    ("POST", "/generate", {**FLAT, "logprob_start_len": 6}),
+    ("POST", "/generate", {**FLAT, "return_flat_raw_top_logprobs_b64": True, "token_ids_logprob": [3]}),
+    ("POST", "/generate", {**FLAT, "return_flat_raw_top_logprobs_b64": True, "top_logprobs_num": 112}),
     ("POST", "/generate", {**LOGPROBS, "sampling_params": {"max_new_tokens": 9, "stop_token_ids": list(range(112))}}),
     ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 100, "sampling_params": {"max_new_tokens": 28}}),
     ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 122, "sampling_params": {"max_new_tokens": 1}}),
@@ -195,7 +222,9 @@ def test_the_double_is_another_server(real: Server, make: Callable[..., Double])
     async def exchange(url: str) -> list[httpx.Response]:
         found = []
         async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as http:
-            for method, path, body in EXCHANGES:
+            for number, (method, path, body) in enumerate(EXCHANGES):
+                if path == "/generate":  # what is still on its way of one request would end another of the same id
+                    body = {**body, "rid": f"{make}-{number}"}
                 for _ in range(2):  # a 500 is followed by a dropped connection
                     try:
                         found.append(await http.request(method, path, json=body))
@@ -280,6 +309,69 @@ def test_log_probs_are_of_another_distribution(
     assert gap <= 1e-4
 
 
+@pytest.mark.parametrize("kind", ["none", "swap", "label"])
+def test_a_teacher_scores_other_tokens(real: Server, logits: Callable[[list[int]], torch.Tensor], kind: str) -> None:
+    """Top-k and log p(y) are those of each response token's own position, also where the prompt is in the server's
+    cache and where prompt and response are longer than what it takes at once."""
+    folder, terminal = HfFolder.open(str(STUDENT)), TerminalMap(kind, student_id=3, teacher_id=109)
+    source = ServedSource(folder, vocab_size=112, k=8, terminal=terminal, max_running=16)
+    long = [(7 * i) % 112 for i in range(4 * InPieces.PIECE - 10)]
+    samples = [
+        *(
+            Sample(prompt, [20, 109, 111 - i, 3], "stop", [], 0)
+            for i, prompt in enumerate([*PROMPTS[:4], *PROMPTS[:2]])
+        ),
+        Sample(Prompt("alone", (5,), {}), [3], "stop", [], 0),
+        *(Sample(Prompt("long", tuple(long[:cut]), {}), long[cut:], "length", [], 0) for cut in (1, 32, 33, 110)),
+    ]
+
+    async def score(client: Client) -> list[torch.Tensor]:
+        limits = await source.admit(client, longest=121)
+        calls = [call for call, _ in source.calls(samples, "test")]
+        for call in calls:
+            call.check(limits)
+        return [await call.attempt(client, 0) for call in calls]
+
+    gap = 0.0
+    for sample, rows in zip(samples, with_client(real, score), strict=True):
+        said = source.rows.decode(rows)
+        before = logits(sample.token_ids)[len(sample.prompt.token_ids) - 1 : -1]
+        if kind == "swap":
+            before[:, [3, 109]] = before[:, [109, 3]]
+        theirs = before.log_softmax(-1)
+        tokens = torch.tensor(sample.response_ids)
+        if kind == "label" and sample.finish_reason == "stop":
+            tokens[-1] = 109
+        best, ids = theirs.topk(8)
+        assert torch.equal(said.ids, ids) and said.entropy is None
+        own = theirs.gather(1, tokens[:, None])[:, 0]
+        gap = max(gap, float((said.logprobs - best).abs().max()), float((said.token_logprob - own).abs().max()))
+    print(f"largest gap {gap:.2e}")
+    assert gap <= 1e-4
+
+
+def test_a_server_takes_what_a_teacher_is_refused(real: Server) -> None:
+    """The longest that `admit` promises is scored; one more is refused beforehand."""
+    folder = HfFolder.open(str(STUDENT))
+    source = ServedSource(folder, vocab_size=112, k=112, terminal=TerminalMap("none", -1, -1), max_running=16)
+
+    async def look(client: Client) -> None:
+        with pytest.raises(UserError, match=f"{real.url} takes 121 tokens a request .* need 122"):
+            await source.admit(client, longest=122)
+        limits = await source.admit(client, longest=121)
+        for count in (121, 122):
+            sample = Sample(PROMPTS[0], [1] * (count - 4), "length", [], 0)
+            ((call, _),) = source.calls([sample], "test")
+            if count > 121:
+                with pytest.raises(UserError, match="122 prompt tokens and up to 0 new ones do not fit"):
+                    call.check(limits)
+            else:
+                call.check(limits)
+                assert (await call.attempt(client, 0)).shape == (117, source.rows.bytes)
+
+    with_client(real, look)
+
+
 def test_the_limits_are_not_the_servers(real: Server) -> None:
     async def look(client: Client) -> None:
         limits = await admit(client)
@@ -315,7 +407,7 @@ def test_a_wrong_server_is_named(
     with pytest.raises(UserError, match="refuses the API key"):
         with_client(real, admit, api_key="wrong")
     monkeypatch.setattr(identity, "SGLANG_VERSION", "0.6.0")
-    with pytest.raises(UserError, match=r"runs SGLang 0\.5\.21; the rollout speaks to 0\.6\.0"):
+    with pytest.raises(UserError, match=r"runs SGLang 0\.5\.21; this speaks to 0\.6\.0"):
         with_client(real, admit)
 
 
@@ -324,7 +416,7 @@ def test_the_key_is_seen_by_others(real: Server) -> None:
     family = [psutil.Process(real.pid), *psutil.Process(real.pid).children(recursive=True)]
     assert len(family) > 1
     assert not any(KEY in argument for process in family for argument in process.cmdline())
-    assert KEY not in real.log.read_text() and server.HIDDEN in real.log.read_text()
+    assert KEY not in real.log.read_text() and HIDDEN in real.log.read_text()
 
 
 def test_a_paused_server_counts_as_dead(real: Server) -> None:

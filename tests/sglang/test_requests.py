@@ -38,7 +38,10 @@ def test_a_request_at_the_limits_is_refused() -> None:
     ("change", "message"),
     [
         ({"input_ids": []}, "request r.0 has no prompt tokens"),
-        ({"input_ids": [1, -1]}, "-1 in its prompt is no token id of the student, whose vocabulary has 112"),
+        (
+            {"input_ids": [1, -1]},
+            "-1 in its prompt is no token id of the served model, whose vocabulary has 112",
+        ),
         ({"input_ids": [112]}, "112 in its prompt"),
         ({"input_ids": [True]}, "True in its prompt"),
         ({"input_ids": [1.0]}, "1.0 in its prompt"),
@@ -137,7 +140,7 @@ def with_client(double: Double, work: Callable[[Client], Any], **settings: Any) 
 @pytest.mark.parametrize(
     ("settings", "expected", "message"),
     [
-        ({"version": "0.5.23"}, EXPECTED, "runs SGLang 0.5.23; the rollout speaks to 0.5.21"),
+        ({"version": "0.5.23"}, EXPECTED, "runs SGLang 0.5.23; this speaks to 0.5.21"),
         ({"architecture": "LlamaForCausalLM"}, EXPECTED, "a LlamaForCausalLM; the student is a Qwen3ForCausalLM"),
         ({"vocab_size": 151936}, EXPECTED, "with 151936 tokens; the student's vocabulary has 112"),
         ({"context_length": 65}, EXPECTED, "takes 63 tokens a request (context length 65, cache of 16384 tokens)"),
@@ -160,7 +163,7 @@ def test_another_server_is_taken_for_the_students(settings: dict[str, Any], expe
 
 def test_the_students_own_server_is_refused() -> None:
     double = Double(api_key="right")
-    logprobs = [entry[0] for entry in asyncio.run(double._prompt_logprobs([1, 2, 3], 0))[1:]]
+    logprobs = [double.policy([1])[2], double.policy([1, 2])[3]]
     expected = replace(EXPECTED, total_tokens=126, probe=Probe([1, 2, 3], logprobs, tolerance=1e-6))
     limits = with_client(double, lambda client: identify(client, expected), api_key="right")
     assert limits == Limits(vocab_size=112, prompt_tokens=121, total_tokens=126)

@@ -21,7 +21,8 @@ import torch
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import server as module
-from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings, wait_ready
+from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
+from eaopd_megatron.services.process import HIDDEN, wait_ready
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ServerSettings(ROOT / "recipes/countdown/student", context_length=64, precision="fp32", api_key="a'secret")
@@ -64,7 +65,7 @@ def test_an_api_key_is_told_to_others(server: Server) -> None:
     assert server.settings.api_key not in repr(server.settings)
     server.stop()
     log = server.log.read_text()
-    assert "key=" in log and module.HIDDEN in log and server.settings.api_key not in log
+    assert "key=" in log and HIDDEN in log and server.settings.api_key not in log
 
 
 def test_the_reason_of_a_failed_start_is_lost(program: Callable[..., None], server: Server) -> None:

@@ -52,8 +52,30 @@ def test_help_waits_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert done.stderr == "[]\n"
-    for verb in ("train", "evaluate", "report", "show", "plan", "doctor"):
+    for verb in ("train", "teach", "evaluate", "report", "show", "plan", "doctor"):
         assert f"\n  {verb} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "teacher.placement is colocated: eaopd teach serves a teacher with teacher.placement=separate"),
+        (["--teacher", "math"], "the recipe has no teacher math; leave --teacher out"),
+        (
+            ["teachers.a.model=m", "teachers.b.model=m"],
+            "the recipe has teachers a, b: say which with --teacher",
+        ),
+        (["teachers.a.model=m", "--teacher", "c"], "the recipe has no teacher c; it has a"),
+        (
+            ["teachers.a.model=m", "--teacher", "a"],
+            "teachers.a.placement is colocated: eaopd teach serves a teacher with teachers.a.placement=separate",
+        ),
+    ],
+)
+def test_ranks_are_started_for_a_teacher_that_is_not_served(
+    eaopd: Callable[..., Any], arguments: list[str], said: str
+) -> None:
+    assert eaopd("teach", "r.yaml", *arguments) == (2, "", f"error: {said}\n")
 
 
 def test_user_error_is_a_traceback_or_exits_with_0() -> None:
@@ -124,6 +146,23 @@ def test_train_under_srun_starts_ranks_of_its_own(eaopd: Callable[..., Any], mon
     monkeypatch.setattr("os._exit", sys.exit)
     assert eaopd("train", "r.yaml", "seed=1")[0] == 3
     assert called == [(["train", "r.yaml", "seed=1"], "1", "n4")]
+
+
+@pytest.mark.parametrize(("machine", "pair", "code"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (0, 2, 2)])
+def test_doctor_forgets_the_machine_or_the_pair(
+    eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, machine: int, pair: int, code: int
+) -> None:
+    called: list[tuple[str, list[str]]] = []
+
+    def check(recipe: str, overrides: list[str]) -> int:
+        called.append((recipe, overrides))
+        return pair
+
+    monkeypatch.setattr("eaopd_megatron.doctor.main", lambda: machine)
+    monkeypatch.setattr("eaopd_megatron.teacher.agreement.check_agreement", check)
+    assert eaopd("doctor")[0] == machine and not called
+    assert eaopd("doctor", "r.yaml", "seed=1")[0] == code
+    assert called == [("r.yaml", ["seed=1"])]
 
 
 def test_evaluate_loses_an_option(eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,8 @@
 """Prompts, cursor, packing: what decides which token is trained with whose logits."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -50,6 +53,17 @@ def test_the_context_parts_hold_each_token_once_with_the_row_before_it(context: 
         tokens[batch.kept] = batch.tokens
         assert torch.equal(batch.positions[0], place - ends[torch.searchsorted(ends, place, right=True) - 1])
     assert tokens.tolist() == [token for one in samples for token in one.response_ids]
+
+
+def test_a_response_ends_before_an_id_that_a_teacher_lacks() -> None:
+    one = replace(sample([5], [7, 250, 249]), weight_versions=[(3, 0, 1), (4, 1, 3)])
+    assert one.within(251) is one
+    found = one.within(250)
+    assert (found.response_ids, found.rollout_logprobs, found.finish_reason) == ([7], [-1.0], "length")
+    assert (found.weight_versions, found.foreign_tokens) == ([(3, 0, 1)], 2)
+    empty = one.within(7)
+    assert (empty.response_ids, empty.weight_versions, empty.foreign_tokens) == ([], [], 3)
+    assert collate([empty], torch.device("cpu")).count == 0
 
 
 def test_a_micro_batch_without_samples_has_tokens_to_run_and_none_to_train() -> None:
@@ -116,6 +130,39 @@ class Words:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
         return [len(word) for word in text.split()]
+
+
+TWO: dict[str, Any] = {
+    "template": "raw",
+    "suffix": "",
+    "field": "problem",
+    "max_tokens": 4,
+    "teachers": ["math", "code"],
+}
+
+
+def test_each_prompt_goes_to_the_teacher_that_its_problem_names() -> None:
+    problems = [{"problem": "a", "for": "code"}, {"problem": "b", "for": "math"}]
+    prompts, _ = PromptBuilder(Words(), **TWO, teacher_field="for").build(problems, "x.jsonl")
+    assert [prompt.teacher for prompt in prompts] == ["code", "math"]
+    lone = PromptBuilder(Words(), **{**TWO, "teachers": ["math"]})
+    assert [prompt.teacher for prompt in lone.build(problems, "x.jsonl")[0]] == ["math", "math"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "fault"),
+    [
+        ({"problem": "a", "teacher": "art"}, "'teacher' is 'art'"),
+        ({"problem": "a", "teacher": ["math"]}, "'teacher' is ['math']"),
+        ({"problem": "a", "teacher": None}, "'teacher' is None"),
+        ({"problem": "a"}, "there is no 'teacher' (data.teacher_field)"),
+    ],
+)
+def test_a_prompt_for_nobody_is_named_before_the_run_begins(problem: dict[str, Any], fault: str) -> None:
+    builder = PromptBuilder(Words(), **TWO)
+    with pytest.raises(UserError) as caught:
+        builder.build([{"problem": "a", "teacher": "math"}, problem], "x.jsonl")
+    assert str(caught.value) == f"x.jsonl, record 2: {fault}; the recipe's teachers are math, code"
 
 
 def test_a_missing_prompt_field_and_prompts_that_are_too_long_are_told() -> None:

@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
+from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer, common_vocab_size
 from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, StoredTensor, TensorWriter
 from eaopd_megatron.errors import UserError
 
@@ -130,6 +130,33 @@ def test_a_file_cut_short_while_it_is_read_is_named(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[: lazy.place.start + 1])
     assert refusal(lambda: lazy[:]) == f"student.model: {folder}: model.safetensors ends inside a tensor"
+
+
+def test_a_copy_of_a_model_is_taken_for_another(tmp_path: Path) -> None:
+    weights = tensors()
+    for name in ("one", "copy"):
+        (tmp_path / name).mkdir()
+        write_config(tmp_path / name)
+    save_file(weights, tmp_path / "one" / "model.safetensors")
+    write_sharded(tmp_path / "copy", weights)
+    path = tmp_path / "copy" / "config.json"
+    config = dict(reversed(json.loads(path.read_text()).items()))
+    path.write_text(json.dumps(config | {"_name_or_path": "elsewhere", "transformers_version": "0"}))
+    one, copy = (HfFolder.open(str(tmp_path / name)).fingerprint for name in ("one", "copy"))
+    assert one == copy
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype", "config"])
+def test_another_checkpoint_of_the_same_shape_is_taken_for_the_model(folder: Path, change: str) -> None:
+    before, weights = HfFolder.open(str(folder)).fingerprint, load_file(folder / "model.safetensors")
+    if change == "config":
+        write_config(folder, rms_norm_eps=1e-3)
+    elif change == "dtype":
+        save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, folder / "model.safetensors")
+    else:
+        last = LAYER + "mlp.down_proj.weight"
+        save_file(weights | {last: weights[last] + 1e-3}, folder / "model.safetensors")
+    assert HfFolder.open(str(folder)).fingerprint != before
 
 
 def test_every_end_of_sequence_id_is_found_the_generation_config_first(folder: Path) -> None:
@@ -270,10 +297,19 @@ def test_the_first_differing_token_is_shown(tmp_path: Path, words: list[str], di
     assert line.endswith(difference.format(teacher=tmp_path / "teacher", student=tmp_path / "student"))
 
 
-def test_another_vocabulary_size_is_refused_with_both(tmp_path: Path) -> None:
-    line = refusal(lambda: check_same_tokenizer(*pair(tmp_path, ["?", "a", "b", "c"], 24)))
-    assert "different vocabulary sizes: 20 in" in line
-    assert "24 in" in line
+@pytest.mark.parametrize(("student_size", "common"), [(24, 20), (20, 20), (8, 8)])
+def test_models_of_one_tokenizer_may_have_other_sizes(tmp_path: Path, student_size: int, common: int) -> None:
+    """Published sizes of one family are 151,936 and 152,064."""
+    folders = pair(tmp_path, ["?", "a", "b", "c"], student_size)
+    check_same_tokenizer(*folders)
+    assert common_vocab_size(folders) == common
+
+
+def test_a_size_too_small_for_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Its tokens would be looked up in the padding's rows."""
+    line = refusal(lambda: common_vocab_size(pair(tmp_path, ["?", "a", "b", "c"], 3)))
+    assert line.startswith(f"student.model: {tmp_path / 'student'}: ")
+    assert line.endswith("its vocabulary size is 3, too small for token 3 of the tokenizer")
 
 
 def test_a_folder_without_tokenizer_is_named(folder: Path) -> None:

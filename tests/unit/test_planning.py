@@ -24,8 +24,9 @@ from eaopd_megatron.planning.activations import Activations, MicroBatch
 from eaopd_megatron.planning.configs import Model, built_in, find_model
 from eaopd_megatron.planning.hardware import GiB, gpu_named
 from eaopd_megatron.planning.layouts import Layout, faults, layouts
-from eaopd_megatron.planning.memory import Colocated
+from eaopd_megatron.planning.memory import Colocated, Memory
 from eaopd_megatron.planning.planner import Plan, Planner
+from eaopd_megatron.planning.scorer import Scorer
 from eaopd_megatron.planning.shapes import ModelShape, Parameters
 from eaopd_megatron.planning.times import Clock
 from eaopd_megatron.planning.workload import Workload
@@ -92,7 +93,18 @@ def planned(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 def planner(teacher: str = "8B", *, limit: float = 80, **changes: Any) -> Planner:
     work = replace(Workload.of(load_recipe(RECIPES[-1])), **changes)
     student, other = (find_model(f"Qwen/Qwen3-{size}", "student.model") for size in ("4B-Base", teacher))
-    return Planner(student, other, work, gpu_named("h100"), limit)
+    return Planner(student, (Scorer(other),), work, gpu_named("h100"), limit)
+
+
+def colocated(*scorers: Scorer, layout: Layout | None = None, student: str = "4B-Base", **changes: Any) -> Memory:
+    """Memory of the student's GPUs."""
+    shape = find_model(f"Qwen/Qwen3-{student}", "student.model").shape
+    return Colocated(shape, scorers, layout or Layout(), planner(**changes).work, 0).memory()
+
+
+def held(memory: Memory, name: str) -> list[tuple[float, str]]:
+    """Bytes and phase of the teachers' parts of this name."""
+    return [(part.bytes, part.phase) for part in memory.parts if (part.role, part.name) == ("teacher", name)]
 
 
 def test_planning_waits_for_megatron() -> None:
@@ -281,7 +293,7 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
     for each in dictionaries:
         each |= {"norm_topk_prob": True, "mlp_only_layers": []} if "num_experts" in each else {}
     models = [Model("", ModelShape.of(each), "") for each in dictionaries]
-    plan = replace(planner(), student=models[0], teacher=models[1])
+    plan = replace(planner(), student=models[0], teachers=(Scorer(models[1]),))
     configs = [AutoConfig.for_model(**each) for each in dictionaries]
     folders: list[Any] = [
         SimpleNamespace(config=config, family=family_of(config.architectures, "")) for config in configs
@@ -349,7 +361,7 @@ def test_parallelism_leaves_activations_as_they_are() -> None:
 def test_a_phase_that_is_over_is_counted_with_the_next() -> None:
     layout = Layout(2, True, data_parallel=4)
     work = planner().work
-    found = Colocated(planner().student.shape, planner().teacher.shape, layout, work, 5 * GiB).memory()
+    found = Colocated(planner().student.shape, planner().teachers, layout, work, 5 * GiB).memory()
     always = sum(part.bytes for part in found.parts if part.phase == "always")
     phases = {name: found.of(name) for name in ("generation", "scoring", "update")}
     assert min(phases.values()) > 0
@@ -358,30 +370,72 @@ def test_a_phase_that_is_over_is_counted_with_the_next() -> None:
 
 
 @pytest.mark.parametrize(
-    ("signal", "part"), [("hidden", "hidden states of an update"), ("topk", "top-k of the iteration")]
+    ("placement", "signal", "part"),
+    [
+        ("colocated", "hidden", "hidden states of an update"),
+        ("colocated", "topk", "top-k of the iteration"),
+        ("separate", "hidden", "hidden states of a micro-batch"),
+        ("separate", "hidden", "output layer"),
+        ("served", "topk", "top-k of the iteration"),
+    ],
 )
-def test_the_teachers_signal_takes_no_memory(signal: str, part: str) -> None:
-    found = Colocated(planner().student.shape, planner().teacher.shape, Layout(), planner(signal=signal).work, 0)
-    assert part in {each.name for each in found.memory().parts if each.role == "teacher"}
+def test_the_teachers_signal_takes_no_memory(placement: Any, signal: Any, part: str) -> None:
+    found = colocated(replace(*planner().teachers, placement=placement, signal=signal))
+    assert held(found, part)
+    assert bool(held(found, "weights")) == (placement == "colocated")
+
+
+@pytest.mark.parametrize(("signal", "head"), [("topk", []), ("hidden", [(151936 * 4096 * 2, "update")])])
+def test_weights_on_the_host_stay_on_the_gpu(signal: Any, head: list[Any]) -> None:
+    """They are there while they score, and the output layer while the objective reads it."""
+    here = replace(*planner().teachers, signal=signal)
+    away = replace(here, offloaded=True)
+    ((count, when),) = held(colocated(here), "weights")
+    assert when == "always" and not held(colocated(here), "output layer")
+    assert held(colocated(away), "weights, else in host memory") == [(count, "scoring")]
+    assert held(colocated(away), "output layer") == head
+
+
+def test_of_several_teachers_one_is_counted() -> None:
+    """All weights stay; they score one after the other."""
+    small, large = (Scorer(find_model(f"Qwen/Qwen3-{size}", "teacher.model")) for size in ("1.7B", "8B"))
+    both, alone = colocated(small, large), colocated(large)
+    assert sorted(held(both, "weights")) == sorted([*held(colocated(small), "weights"), *held(alone, "weights")])
+    assert both.of("scoring") == alone.of("scoring")
+    assert both.of("update") == alone.of("update")
+
+
+def test_weights_in_fp8_are_counted_as_bf16() -> None:
+    """Embedding and output layer stay bf16."""
+    scorer = planner().teachers[0]
+    layers = scorer.shape.whole().total - 2 * scorer.shape.vocab * scorer.shape.hidden - scorer.shape.hidden
+    assert scorer.weights(Layout(), 0) - replace(scorer, fp8=True).weights(Layout(), 0) == layers
+
+
+@pytest.mark.parametrize(("tied", "more"), [(True, 152_064), (False, 128)])
+def test_another_vocabulary_size_is_planned_with_the_teachers_own_rows(tied: bool, more: int) -> None:
+    """The output layer has the student's rows; tied, it becomes one of its own."""
+    shape = replace(planner().student.shape, tied=tied)
+    counts = [shape.on_rank(Layout(), 0, size).total for size in (None, 151_936, 152_064)]
+    assert counts[0] == counts[1]
+    assert counts[2] - counts[0] == more * shape.hidden
+    assert shape.on_rank(Layout(2), 0, 152_064) == shape.on_rank(Layout(2), 0)  # both are padded to 152,064
 
 
 def test_moments_on_the_host_stay_on_the_gpu() -> None:
     layout, usual = Layout(2, True, data_parallel=4), planner()
     kept, moved = (
-        Colocated(usual.student.shape, None, layout, replace(usual.work, offloaded_moments=offloaded), 0).memory()
+        Colocated(usual.student.shape, (), layout, replace(usual.work, offloaded_moments=offloaded), 0).memory()
         for offloaded in (False, True)
     )
-    held = memory.moments(usual.student.shape.on_rank(layout, 0), layout, distributed=False)
-    assert kept.of("always") - moved.of("always") == moved.of("step") == held
+    count = memory.moments(usual.student.shape.on_rank(layout, 0), layout, distributed=False)
+    assert kept.of("always") - moved.of("always") == moved.of("step") == count
 
 
 def test_a_teacher_with_swapped_rows_shares_them_with_its_embedding() -> None:
-    tied, work = planner().student.shape, planner().work
-    weights = [
-        next(part.bytes for part in Colocated(tied, tied, Layout(), each, 0).memory().parts if part.role == "teacher")
-        for each in (replace(work, swapped_rows=False), replace(work, swapped_rows=True))
-    ]
-    assert weights[1] - weights[0] == 2 * tied.vocab * tied.hidden
+    tied = planner().student
+    weights = [Scorer(tied, swapped_rows=swapped).weights(Layout(), 0) for swapped in (False, True)]
+    assert weights[1] - weights[0] == 2 * tied.shape.vocab * tied.shape.hidden
 
 
 # Traffic
@@ -458,13 +512,50 @@ def test_a_teacher_that_is_too_large_is_not_given_gpus_of_its_own(planned: Calla
     recipe = str(ROOT / "recipes/qwen3/4b_from_8b.yaml")
     code, shown, said = planned(recipe, "--teacher", "Qwen/Qwen3-235B-A22B", "--gpus", "4")
     assert code == 1
-    assert "this version's trainer has no separate teacher yet" in shown
-    assert "  8 GPUs, " in shown
+    assert "\nteacher on GPUs of its own (teacher.placement=separate):\n  8 GPUs, " in shown
     assert "layouts of the student alone on 4 GPUs that fit" in shown
     assert said.endswith(
         "no layout of 4 GPUs holds student.model and teacher.model together: "
-        "take a smaller teacher.model or more --gpus\n"
+        "take a smaller teacher.model, more --gpus, or teacher.placement=separate\n"
     )
+
+
+ELSEWHERE = ("teacher.placement=separate", "teacher.tensor_parallel=2", "teacher.replicas=2", "--gpus", "8")
+
+
+def test_a_separate_teacher_is_planned_on_the_students_gpus(planned: Callable[..., Any], tmp_path: Path) -> None:
+    recipe, out = str(ROOT / "recipes/qwen3/4b_from_8b.yaml"), tmp_path / "plan.json"
+    code, shown, said = planned(recipe, *ELSEWHERE, "teacher.signal=hidden", "--json", str(out))
+    assert (code, said) == (0, "")
+    numbers = json.loads(out.read_text())
+    (teacher,) = numbers["elsewhere"]
+    assert (teacher["gpus"], teacher["layout"], teacher["bytes_a_token"]) == (4, "TP2", 8192)
+    assert teacher["bytes_an_iteration"] == 128 * 4096 * 8192  # the design's 4.3 GB
+    assert "2 x 2 GPUs, TP2: " in shown
+    assert "hidden states of 8,192 bytes a response token over HTTP, at most 4.29 GB an iteration" in shown
+    assert "layouts of the student alone that fit" in shown
+    parts = {part["part"]: part["phase"] for part in numbers["recipe"]["parts"] if part["role"] == "teacher"}
+    assert parts == {"output layer": "always", "hidden states of a micro-batch": "update"}
+    assert "teacher" not in numbers["recipe"]["estimated_seconds"]
+
+
+@pytest.mark.parametrize(("placement", "said"), [("separate", "136 bytes"), ("served", "132 bytes")])
+def test_what_top_k_sends_is_unknown(planned: Callable[..., Any], placement: str, said: str) -> None:
+    """A served teacher sends no entropy."""
+    shown = planned(str(RECIPES[-1]), f"teacher.placement={placement}", "teacher.signal=topk", "--gpus", "8")[1]
+    assert f"top-16 of {said} a response token" in shown
+
+
+def test_a_teacher_too_large_for_its_own_gpus_fits(planned: Callable[..., Any]) -> None:
+    recipe = str(ROOT / "recipes/qwen3/4b_from_8b.yaml")
+    two = ("teachers.math.offload=weights", "teachers.code.model=Qwen/Qwen3-32B", "teachers.code.placement=separate")
+    code, shown, said = planned(recipe, *two, "--gpus", "8", "--gpu-memory", "64")
+    assert code == 1 and "teacher code (separate): 1 GPUs, one GPU: " in shown
+    assert said.startswith("error: teachers.code: a GPU of its own needs ") and said.count("\n") == 1
+    assert "change teachers.code.tensor_parallel; the fewest GPUs that hold it: 2" in said
+    code, _, said = planned(recipe, *two, "teachers.code.tensor_parallel=3", "--gpus", "8")
+    assert said.startswith("error: teachers.code.tensor_parallel=3 does not divide the teacher code's num_attention")
+    assert planned(recipe, *two, "teachers.code.tensor_parallel=4", "--gpus", "8", "--gpu-memory", "64")[0] == 0
 
 
 def test_a_layout_that_is_left_out_is_not_explained(planned: Callable[..., Any]) -> None:
@@ -478,6 +569,10 @@ def test_a_layout_that_is_left_out_is_not_explained(planned: Callable[..., Any])
     ("arguments", "said"),
     [
         (("--gpu", "tpu"), "--gpu tpu: unknown; known are a100, h100, h200, b200"),
+        (
+            ("--teacher", "x/y", "teachers.math.signal=topk"),
+            "--teacher is for one teacher; with several ",
+        ),
         (("--teacher", "nowhere"), "teacher.model: nowhere is no folder with a config.json and no hub id owner/name"),
         (
             ("student.tensor_parallel=3", "--gpus", "3"),

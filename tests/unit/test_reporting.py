@@ -288,7 +288,7 @@ def test_the_report_is_one_file_with_every_picture(make_run: Callable[..., Path]
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
     for expected in ("distinct right answers / problem", "smallest KL of any token", "git_commit", "iterations: 100"):
         assert expected in text
-    assert "Warnings" not in text
+    assert "Warnings" not in text and "<h2>Teachers</h2>" not in text
 
 
 def test_what_the_user_wrote_cannot_become_markup(make_run: Callable[..., Path]) -> None:
@@ -393,6 +393,7 @@ def spoiled(name: str, value: float, after: int = 5) -> Callable[[dict[str, Any]
         ("teacher/terminal_logprob", -21.0, "below -10 nats: 15 of 20 iterations, worst -21 at iteration 6"),
         ("rollout/truncated", 0.9, "more than 50% of the rollouts"),
         ("objective/kl_min", -0.2, "more than rounding explains"),
+        ("objective/gate_ambiguous", 0.06, "more than 5% of the tokens have a teacher entropy that its top-k leaves"),
         ("rollout/logprob_gap", 0.3, "more than 0.1 nats from the trainer's"),
         ("rollout/version_lag", 0.5, "more than 0 updates old"),
     ],
@@ -403,6 +404,26 @@ def test_signs_of_a_run_that_goes_wrong_are_warned_of(
     assert find_warnings(RunData.read(make_run(done=20, total=20))) == []
     lines = find_warnings(RunData.read(make_run(done=20, total=20, change=spoiled(name, value))))
     assert len(lines) == 1 and expected in lines[0]
+
+
+def test_each_of_several_teachers_is_shown_and_warned_of(make_run: Callable[..., Path]) -> None:
+    """A good teacher's tokens would hide another one's mistaken stop in the mean."""
+
+    def two(record: dict[str, Any]) -> None:
+        if record["iteration"]:
+            record |= {"teachers/math/terminal_logprob": -0.5, "teachers/code/terminal_logprob": -21.0}
+            record |= {"teachers/math/tokens": 4321.0, "teachers/<code>/tokens": 1.0}
+
+    run = make_run(done=20, total=20, change=two)
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(
+        yaml.safe_dump(recipe | {"teachers": {"math": {"model": "m"}, "code": {"model": "c"}}})
+    )
+    (line,) = find_warnings(RunData.read(run))
+    assert line.startswith("teacher code's log-probability of the stopping token is below -10 nats: 20 of 20")
+    assert line.endswith("see teachers.code.terminal_map")
+    page = write_report(run).read_text()
+    assert "c, m into s" in page and "4,321 → 4,321" in page and "<td>&lt;code&gt;</td>" in page
 
 
 def test_the_report_warns_where_the_recipe_allows_it(make_run: Callable[..., Path]) -> None:

@@ -56,6 +56,7 @@ class ServedRollout:
         model: ModelChunks,
         student: HfFolder,
         *,
+        vocab_size: int,
         logs: Path,
         scratch: Path,
         logprobs: Callable[[Sequence[int]], list[float]],
@@ -63,10 +64,12 @@ class ServedRollout:
         asked: Callable[[], int],
         report: Callable[[str], None],
     ) -> None:
-        """logs: folder of the logs of servers started here. scratch: folder of exported weights, which the servers see
-        too. logprobs: what gives the student's log-probs (nats) of a sequence's tokens but the first; collective.
-        memory: the trainer's, for colocated servers. asked: the number of a signal that asks the run to stop, or 0."""
+        """vocab_size: of student and teachers; responses end before an id that is not below it. logs: folder of the
+        logs of servers started here. scratch: folder of exported weights, which the servers see too. logprobs: what
+        gives the student's log-probs (nats) of a sequence's tokens but the first; collective. memory: the trainer's,
+        for colocated servers. asked: the number of a signal that asks the run to stop, or 0."""
         self.recipe, self.parallel, self._logprobs, self._asked = recipe, parallel, logprobs, asked
+        self._vocab_size = vocab_size
         self._keeper: Keeper | None = None
         colocated = recipe.servers.placement == "colocated"
         if parallel.is_main:
@@ -134,7 +137,8 @@ class ServedRollout:
         mine, prompts = set(ticket.wanted.mine), ticket.wanted.prompts
         missing = set(mine)
         for part in self._hear(partial(_written, ticket, self._part_tokens)):
-            samples = [replace(sample, prompt=prompts[sample.index]) for sample in part if sample.index in mine]
+            own = [replace(sample, prompt=prompts[sample.index]) for sample in part if sample.index in mine]
+            samples = [sample.within(self._vocab_size) for sample in own]
             for sample in samples:
                 missing.remove(sample.index)  # KeyError: it came twice
             yield samples

@@ -30,14 +30,16 @@ class Probe:
 
 @dataclass(frozen=True)
 class Expected:
-    """The model that a server must hold. total_tokens: prompt and response together, at the most. config: the
-    student's config.json."""
+    """The model that a server must hold. total_tokens: prompt and response together, at the most. config: its
+    config.json. role: what messages call it. prefill: the server is given all of total_tokens, and writes nothing."""
 
     architecture: str  # such as Qwen3ForCausalLM
     vocab_size: int
     total_tokens: int
     probe: Probe | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    role: str = "student"
+    prefill: bool = False
 
 
 SHAPE_KEYS = (
@@ -58,24 +60,27 @@ async def identify(client: Client, expected: Expected) -> Limits:
     if version is None:
         raise UserError(f"{client.url} answers, but is no SGLang server")
     if version != SGLANG_VERSION:
-        raise UserError(f"{client.url} runs SGLang {version}; the rollout speaks to {SGLANG_VERSION}: start that one")
+        raise UserError(f"{client.url} runs SGLang {version}; this speaks to {SGLANG_VERSION}: start that one")
     model = await client.model_info()
     architectures = model.get("architectures") or []
     serves = f"{client.url} serves {model.get('model_path')}"
     if expected.architecture not in architectures:
-        raise UserError(f"{serves}, a {'/'.join(architectures)}; the student is a {expected.architecture}")
-    _check_shape(serves, str(model.get("model_path")), expected.config)
+        raise UserError(f"{serves}, a {'/'.join(architectures)}; the {expected.role} is a {expected.architecture}")
+    _check_shape(serves, str(model.get("model_path")), expected)
     vocab_size = await _vocab_size(client)
     if vocab_size != expected.vocab_size:
-        raise UserError(f"{serves} with {vocab_size} tokens; the student's vocabulary has {expected.vocab_size}")
+        raise UserError(
+            f"{serves} with {vocab_size} tokens; the {expected.role}'s vocabulary has {expected.vocab_size}"
+        )
     limits = Limits(
         vocab_size,
         int(settings["max_req_input_len"]) - 1,
         min(int(settings["context_length"]), int(settings["max_total_num_tokens"])) - RESERVED_TOKENS,
     )
-    if limits.total_tokens < expected.total_tokens:
+    taken = limits.prompt_tokens if expected.prefill else limits.total_tokens
+    if taken < expected.total_tokens:
         raise UserError(
-            f"{client.url} takes {limits.total_tokens} tokens a request (context length "
+            f"{client.url} takes {taken} tokens a request (context length "
             f"{settings['context_length']}, cache of {settings['max_total_num_tokens']} tokens); "
             f"the recipe's prompts and responses need {expected.total_tokens}"
         )
@@ -90,14 +95,15 @@ async def identify(client: Client, expected: Expected) -> Limits:
     return limits
 
 
-def _check_shape(serves: str, folder: str, config: Mapping[str, Any]) -> None:
+def _check_shape(serves: str, folder: str, expected: Expected) -> None:
     """Raises UserError for another shape, where the server's model lies in a folder that can be read here."""
     found: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = expected.config
     for key in SHAPE_KEYS:
         if key in found and key in config and found[key] != config[key]:
-            raise UserError(f"{serves}, whose {key} is {found[key]}; the student's is {config[key]}")
+            raise UserError(f"{serves}, whose {key} is {found[key]}; the {expected.role}'s is {config[key]}")
 
 
 async def _vocab_size(client: Client) -> int:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
-
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
@@ -19,20 +16,17 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.interface import Wanted
 from eaopd_megatron.rollout.sglang.identity import Expected, identify
 from eaopd_megatron.rollout.sglang.router import READY_PATH, admit_workers, worker_urls
-from eaopd_megatron.rollout.sglang.server import Server, ServerSettings, wait_ready
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Limits
+from eaopd_megatron.rollout.sglang.server import Server, ServerSettings
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, Limits
 from eaopd_megatron.rollout.sglang.writing import Writing
+from eaopd_megatron.services.arrival import Arrival
 from eaopd_megatron.services.client import Busy, Client, ServerGone, read_api_key
-from eaopd_megatron.services.loop import Loop
+from eaopd_megatron.services.loop import Loop, until_done
 from eaopd_megatron.services.pool import Pool
+from eaopd_megatron.services.process import stop_all, wait_ready
 
-T = TypeVar("T")
-SLACK_TOKENS = 6
-"""By how much more than RESERVED_TOKENS a server wants a prompt to be shorter than its context."""
 DEATHS = 5
 """A server that dies so often in a row, without having served, is not started again."""
-POLL_SECONDS = 0.2
-REPORT_SECONDS = 15.0
 
 
 class Keeper:
@@ -45,6 +39,7 @@ class Keeper:
         self._recipe, self._folder, self._logs = recipe, folder, logs
         self._first_gpu, self._report = first_gpu, report
         self.loop = Loop()
+        self._arrival = Arrival("rollout server", recipe.servers.start_minutes, report)
         self.expected: Expected
         self.clients: list[Client] = []  # one a server, also where a router is in front of them
         self._pool: Pool[Client, Limits] | None = None
@@ -90,16 +85,16 @@ class Keeper:
         """Ends when the servers are there and are what they should be; yields while they are not. Raises UserError."""
         chosen = self._recipe.servers
         if self._starting is not None:
-            yield from _until(self._starting)
+            yield from until_done(self._starting)
             self._server_of = {self._client(server.url): server for server in self._started}
             self.clients = list(self._server_of)
         elif chosen.router is None:
             self.clients = [self._client(url) for url in chosen.urls]
         else:
             self._router = self._client(chosen.router, READY_PATH)
-            urls = yield from _until(self.loop.begin(self._patiently(self._router, worker_urls)))
+            urls = yield from until_done(self.loop.begin(self._arrival.of(self._router, worker_urls)))
             self.clients = [self._client(url) for url in urls]
-        yield from _until(self.loop.begin(self._identify_all()))
+        yield from until_done(self.loop.begin(self._identify_all()))
         for client, server in self._server_of.items():
             server.forget_key_file()
             server.on_exit = partial(self._died, client)
@@ -180,9 +175,7 @@ class Keeper:
         if self.loop.running:
             self.loop.run(self._close())
             self.loop.__exit__()
-        if self._started:
-            with ThreadPoolExecutor(len(self._started)) as stopping:
-                list(stopping.map(Server.stop, self._started))
+        stop_all(self._started)
         self._started, self._server_of, self.clients, self._pool = [], {}, [], None
         self._starter.shutdown(cancel_futures=True)
 
@@ -218,38 +211,10 @@ class Keeper:
 
     async def _identify_all(self) -> None:
         """Raises UserError where one is not what it should be, or none is there."""
-        asked = (self._patiently(client, partial(identify, expected=self.expected)) for client in self.clients)
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        absent = []
-        for client, one in zip(self.clients, found, strict=True):
-            if isinstance(one, ServerGone | Busy):
-                absent.append(f"{client.url}: {one}")
-            elif isinstance(one, BaseException):
-                raise one
-        if absent:
-            minutes = f"{self._recipe.servers.start_minutes:g} minutes"
-            if len(absent) == len(self.clients):
-                raise UserError(f"no rollout server is there after {minutes} ({'; '.join(absent)})")
-            self._report(f"going on without rollout servers that are not there after {minutes}: {'; '.join(absent)}")
-        elif not self.clients:
+        await self._arrival.of_all(self.clients, partial(identify, expected=self.expected))
+        if not self.clients:
             assert self._router is not None
             raise UserError(f"the router {self._router.url} has no servers: start it with --worker-urls")
-
-    async def _patiently(self, client: Client, ask: Callable[[Client], Awaitable[T]]) -> T:
-        """What `ask` finds, once the server answers. Raises ServerGone or Busy where it does not, and UserError."""
-
-        def still(state: RetryCallState) -> None:
-            if state.attempt_number % int(REPORT_SECONDS) == 1 and state.outcome is not None:
-                self._report(f"waiting for rollout server {client.url}: {state.outcome.exception()}")
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type((ServerGone, Busy)),
-            stop=stop_after_delay(60 * self._recipe.servers.start_minutes),
-            wait=wait_fixed(1.0),
-            before_sleep=still,
-            reraise=True,
-        )
-        return await retrying(ask, client)
 
     async def _admit(self, client: Client) -> Limits:
         """What `Pool` asks of each server before it gets work."""
@@ -281,10 +246,3 @@ class Keeper:
             await self._pool.close()
         for client in self.clients:
             await client.close()
-
-
-def _until(future: Future[T]) -> Generator[None, None, T]:
-    """Yields while it is not done; its result is the generator's."""
-    while not wait([future], POLL_SECONDS).done:
-        yield None
-    return future.result()

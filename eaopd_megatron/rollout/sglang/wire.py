@@ -7,7 +7,8 @@ log-probs than it has tokens, ends the whole server, and a length over the limit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from eaopd_megatron.services.client import Busy
 
 RESERVED_TOKENS = 2
 """Positions of the context length that a server keeps: it cuts responses at context_length - 2."""
+SLACK_TOKENS = 6
+"""By how much more than RESERVED_TOKENS a server wants a prompt to be shorter than its context."""
 
 
 class Span(NamedTuple):
@@ -80,7 +83,7 @@ class Limits:
             wrong = next((v for v in values if type(v) is not int or not 0 <= v < self.vocab_size), None)
             if wrong is not None:
                 raise UserError(
-                    f"{name}: {wrong!r} in its {what} is no token id of the student, whose vocabulary has "
+                    f"{name}: {wrong!r} in its {what} is no token id of the served model, whose vocabulary has "
                     f"{self.vocab_size} tokens"
                 )
         top = body.get("top_logprobs_num", 0)
@@ -133,24 +136,37 @@ class Aborted(Busy):
     """The server gave a request up before its response was finished."""
 
 
+@contextmanager
+def reading(rid: str, server: str) -> Iterator[None]:
+    """What an answer lacks that is read inside becomes a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{server} answered request {rid} without {error}: is it SGLang's /generate?") from None
+
+
+def meta_of(rid: str, answer: Mapping[str, Any], server: str) -> dict[str, Any]:
+    """meta_info of the answer to this request, inside of `reading`. Raises Aborted, and UserError."""
+    meta: dict[str, Any] = answer["meta_info"]
+    if meta["id"] != rid:
+        raise UserError(f"{server} answered request {rid} with the answer to {meta['id']}")
+    if meta["finish_reason"]["type"] == "abort":
+        raise Aborted(str(meta["finish_reason"].get("message", "")))
+    return meta
+
+
 def completion(request: Request, rid: str, answer: Mapping[str, Any], server: str) -> Completion:
     """An answer of /generate, checked.
 
     Raises Aborted, and UserError for an answer that is not one to this request or that no healthy model gives.
     """
-    try:
-        meta = answer["meta_info"]
+    with reading(rid, server):
+        meta = meta_of(rid, answer, server)
         reason = meta["finish_reason"]
         kind = reason["type"]
-        if meta["id"] != rid:
-            raise UserError(f"{server} answered request {rid} with the answer to {meta['id']}")
-        if kind == "abort":
-            raise Aborted(str(reason.get("message", "")))
         ids = answer["output_ids"]
         logprobs, named = zip(*((lp, token) for lp, token, _ in meta["output_token_logprobs"]), strict=True)
         spans = tuple(Span(span["version"], span["start"], span["end"]) for span in meta["weight_versions"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{server} answered request {rid} without {error}: is it SGLang's /generate?") from None
     if list(named) != ids or not 0 < len(ids) <= request.sampling.max_new_tokens:
         raise UserError(f"{server} answered request {rid} with {len(ids)} tokens and log-probs of {len(named)} others")
     if not all(isinstance(lp, float | int) and -math.inf < lp <= 1e-3 for lp in logprobs):

@@ -1,0 +1,129 @@
+"""The replicas of a teacher that the trainer starts on its own host: `eaopd teach`, or SGLang's servers."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config import Recipe, dump
+from eaopd_megatron.config.tree import Teacher as Options
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation.results import write_atomically
+from eaopd_megatron.rollout.sglang.server import Server, ServerSettings
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS
+from eaopd_megatron.services.client import read_api_key
+from eaopd_megatron.services.loop import until_done
+from eaopd_megatron.services.process import ServerProcess
+from eaopd_megatron.services.supervisor import Supervisor
+from eaopd_megatron.teacher.service.choice import key_of
+
+KIND = "teacher replica"
+
+
+class Replicas:
+    """On the main rank. Where CUDA is there, each replica has GPUs of its own; that has not been run."""
+
+    def __init__(self, recipe: Recipe, name: str, logs: Path, *, first_gpu: int, report: Callable[[str], None]) -> None:
+        """name: the teacher's, '' for a recipe's only one. logs: folder of their logs. first_gpu: of the first of them,
+        among the visible ones."""
+        self._recipe, self._name, self._logs = recipe, name, logs
+        self._first_gpu, self._report = first_gpu, report
+        self._options: Options = recipe.named_teachers()[name]
+        self._servers: Sequence[ServerProcess] = ()
+        self._supervisor: Supervisor | None = None
+        self._key: str | None = None
+
+    @property
+    def key(self) -> str | None:
+        """What they want in the Authorization header."""
+        return self._key
+
+    def start(self, longest: int) -> None:
+        """Begins to start them. longest: tokens of a prompt and its response together. Raises UserError."""
+        options = self._options
+        given = options.api_key_file
+        self._key = secrets.token_urlsafe(24) if given is None else read_api_key(Path(given))
+        places = self._gpus()
+        make = self._sglang if options.placement == "served" else self._separate
+        self._servers = [make(number, gpus, longest) for number, gpus in enumerate(places)]
+        self._supervisor = Supervisor(self._servers, minutes=options.start_minutes, report=self._report)
+        self._supervisor.begin()
+
+    def urls(self) -> Generator[None, None, list[str]]:
+        """Yields while they are not there; its result are their URLs. Raises UserError."""
+        assert self._supervisor is not None, "start comes first"
+        yield from until_done(self._supervisor.there)
+        return [server.url for server in self._servers]
+
+    def close(self) -> None:
+        """Ends them. A second call does nothing."""
+        if self._supervisor is not None:
+            self._supervisor.end()
+
+    def _gpus(self) -> list[range]:
+        """Of each replica, among the visible ones. Raises UserError where there are too few."""
+        size, count = self._options.layout.least_ranks, self._options.replicas
+        places = [range(first, first + size) for first in range(self._first_gpu, self._first_gpu + size * count, size)]
+        if torch.cuda.is_available() and places[-1].stop > torch.cuda.device_count():
+            key = key_of(self._name)
+            raise UserError(
+                f"{key}.replicas={count} of {size} GPUs each take GPUs {self._first_gpu} to {places[-1].stop - 1} of "
+                f"this host, which shows {torch.cuda.device_count()} (counted from 0): lower {key}.replicas or its "
+                f"layout, or start them elsewhere and name them in {key}.urls"
+            )
+        return places
+
+    def _log(self, number: int) -> Path:
+        return self._logs / f"{self._name or 'teacher'}_{number}.log"
+
+    def _separate(self, number: int, gpus: range, longest: int) -> ServerProcess:
+        recipe = self._logs / "recipe.yaml"
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(recipe, dump(self._recipe))
+        return SeparateReplica(recipe, self._name, self._log(number), gpus=gpus, api_key=self._key)
+
+    def _sglang(self, number: int, gpus: range, longest: int) -> ServerProcess:
+        options = self._options
+        settings = ServerSettings(
+            HfFolder.open(options.model, f"{key_of(self._name)}.model").path,
+            longest + RESERVED_TOKENS + SLACK_TOKENS,
+            tensor_parallel=len(gpus),
+            precision=options.precision,
+            memory_fraction=options.memory_fraction,
+            max_running=options.max_running,
+            api_key=self._key,
+        )
+        server = Server(settings, self._log(number), first_gpu=gpus.start)
+        server.kind = KIND
+        return server
+
+
+class SeparateReplica(ServerProcess):
+    """One `eaopd teach`, the launcher of its ranks."""
+
+    kind = KIND
+
+    def __init__(self, recipe: Path, name: str, log: Path, *, gpus: Sequence[int], api_key: str | None) -> None:
+        super().__init__(log, api_key=api_key)
+        self._recipe, self._name, self._gpus = recipe, name, gpus
+
+    def command(self) -> list[str]:
+        command = [sys.executable, "-m", "eaopd_megatron", "teach", str(self._recipe)]
+        named = ["--teacher", self._name] if self._name else []
+        return [*command, *named, f"{key_of(self._name)}.listen=127.0.0.1:{self.port}"]
+
+    def with_key(self, file: Path) -> list[str]:
+        return [f"{key_of(self._name)}.api_key_file={file}"]
+
+    def environment(self) -> Mapping[str, str | None]:
+        if not torch.cuda.is_available():
+            return {}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        chosen = [visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu) for gpu in self._gpus]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}

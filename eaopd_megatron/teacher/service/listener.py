@@ -1,0 +1,180 @@
+"""The HTTP side of the service: threads that read requests and send rows, as `teacher/wire.py` says."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import socket
+import socketserver
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
+from urllib.parse import urlsplit
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.teacher.service.queue import Full, Queue, Unavailable
+from eaopd_megatron.teacher.wire import LONGEST_HEADER, Info, ScoreRequest
+
+SILENCE_SECONDS = 300.0
+"""What a client has to send a request, or to receive an answer, before it is taken for dead."""
+
+
+def address_of(listen: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT. Raises UserError."""
+    with suppress(ValueError):
+        parts = urlsplit(f"//{listen}")
+        if parts.hostname and parts.port is not None and parts.netloc == listen and "@" not in listen:
+            return parts.hostname, parts.port
+    raise UserError(f"teacher.listen is {listen}; it must be HOST:PORT, such as 127.0.0.1:0 (0: a free port)")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches it."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+class Listener(socketserver.ThreadingTCPServer):
+    """Bound when it is made; serves from `begin` to `end`."""
+
+    daemon_threads = True  # idle connections hold nothing up
+    allow_reuse_address = True
+    request_queue_size = 128
+
+    def __init__(self, listen: str, key: str | None) -> None:
+        """key: what requests must show; none: nothing. Raises UserError where the address cannot be had, and where it
+        is not the loopback's and there is no key."""
+        host, port = address_of(listen)
+        if key is None and not is_loopback(host):
+            raise UserError(
+                f"teacher.listen is {listen}, which other hosts reach: give a key with teacher.api_key_file (a file of "
+                "mode 0600 with one line)"
+            )
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), _Handler, bind_and_activate=False)
+            self.server_bind()
+        except OSError as error:
+            self.server_close()
+            raise UserError(f"teacher.listen: {listen} cannot be listened on: {error.strerror or error}") from None
+        self.key = key
+        self.queue: Queue
+        self.info: Info
+
+    @property
+    def url(self) -> str:
+        """By which clients reach it."""
+        host, port = str(self.server_address[0]), self.server_address[1]
+        with suppress(ValueError):
+            if ipaddress.ip_address(host).is_unspecified:
+                host = socket.gethostname()
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def begin(self, queue: Queue, info: Info) -> None:
+        """Requests come into the queue from now on."""
+        self.queue, self.info = queue, info
+        self.server_activate()
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="listener", daemon=True).start()
+
+    def end(self) -> None:
+        """No connection is accepted any more."""
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that goes away is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    server: Listener
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    timeout = SILENCE_SECONDS
+
+    def do_GET(self) -> None:
+        if not self._allowed():
+            return
+        if self.path == "/info":
+            self._send_json(200, self.server.info.to_json())
+        elif self.path != "/ready":
+            self._refuse(404, f"there is no {self.path}")
+        elif self.server.queue.stopping:
+            self._refuse(503, "the teacher is stopping")
+        else:
+            self._send_json(200, {})
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if body is None or not self._allowed():
+            return
+        if self.path != "/score":
+            self._refuse(404, f"there is no {self.path}")
+            return
+        try:
+            request = ScoreRequest.decode(body)
+            check(request, self.server.info)
+            with self.server.queue.answer(request) as rows:
+                self._head(200, "application/octet-stream", rows.numel())
+                if rows.numel():
+                    self.wfile.write(rows.numpy().data.cast("B"))
+        except ValueError as error:
+            self._refuse(400, str(error))
+        except Unavailable as error:
+            self._refuse(429 if isinstance(error, Full) else 503, str(error))
+
+    def _body(self) -> bytes | None:
+        """None: it is refused already."""
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+        except ValueError:
+            length = -1
+        longest = 4 + LONGEST_HEADER + 4 * self.server.info.max_tokens
+        if not 0 <= length <= longest:
+            self.close_connection = True  # what it sends is not read
+            self._refuse(400, f"a request needs a Content-Length, of {longest} at the most")
+            return None
+        body = self.rfile.read(length)
+        return body if len(body) == length else None
+
+    def _allowed(self) -> bool:
+        key = self.server.key
+        given = self.headers.get("Authorization", "").encode("latin-1", errors="replace")
+        if key is None or hmac.compare_digest(given, f"Bearer {key}".encode()):
+            return True
+        self._refuse(401, "the API key is missing or wrong")
+        return False
+
+    def _refuse(self, status: int, text: str) -> None:
+        self._send_json(status, {"error": " ".join(text.split())[:500]})
+
+    def _send_json(self, status: int, content: object) -> None:
+        text = json.dumps(content).encode()
+        self._head(status, "application/json", len(text))
+        self.wfile.write(text)
+
+    def _head(self, status: int, kind: str, length: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Not one by one."""
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing of what a client may have sent."""
+
+
+def check(request: ScoreRequest, info: Info) -> None:
+    """Raises ValueError, in one line, for what would end the ranks."""
+    ids, vocab_size = request.token_ids, info.vocab_size
+    if len(ids) > info.max_tokens:
+        raise ValueError(f"{len(ids)} tokens came; a request has {info.max_tokens} at the most")
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(f"a token id is not in the vocabulary of {vocab_size}")
+    if any(not -1 <= sample.label < vocab_size for sample in request.samples):
+        raise ValueError(f"a label is not in the vocabulary of {vocab_size}")

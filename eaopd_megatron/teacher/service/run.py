@@ -1,0 +1,142 @@
+"""`eaopd teach` on one rank: the model is built, rank 0 listens, and all ranks score until a signal comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from eaopd_megatron.checkpoint.agreement import agree
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.config import Recipe
+from eaopd_megatron.config.tree import Teacher as Options
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.guard import say
+from eaopd_megatron.megatron import groups
+from eaopd_megatron.megatron.architecture import check_config
+from eaopd_megatron.megatron.fp8 import check_fp8
+from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.megatron.model import DTYPES, build_model
+from eaopd_megatron.services.client import read_api_key
+from eaopd_megatron.services.ending import Asked
+from eaopd_megatron.services.relay import relay
+from eaopd_megatron.teacher.identity import identity
+from eaopd_megatron.teacher.service.choice import chosen, key_of
+from eaopd_megatron.teacher.service.listener import Listener
+from eaopd_megatron.teacher.service.queue import Queue
+from eaopd_megatron.teacher.service.scorer import Scorer
+from eaopd_megatron.teacher.terminal import TerminalMap
+from eaopd_megatron.teacher.wire import Info, ScoreRequest
+from eaopd_megatron.training.watch import watched
+
+POLL_SECONDS = 0.2
+REPORT_SECONDS = 60.0
+SEND_SECONDS = 30.0
+"""What clients have to receive what is scored, once the teacher is asked to stop."""
+
+
+def teach(recipe: Recipe, name: str) -> None:
+    """Serves until a signal comes, then raises SystemExit(128 + its number). Raises UserError."""
+    options, key = chosen(recipe, name), key_of(name)
+    if options.precision == "fp8":
+        check_fp8(f"{key}.precision")
+    folder = HfFolder.open(options.model, f"{key}.model")
+    experts = "experts" in folder.family.sizes(folder.config)
+    layout = replace(options.layout, sequence_parallel=experts and options.layout.tensor_parallel > 1)
+    check_config(folder.config, layout, f"{key}.model: {options.model}")
+    started, needed = int(os.environ["WORLD_SIZE"]), options.layout.least_ranks
+    if started != needed:
+        raise UserError(
+            f"{key}.tensor_parallel, pipeline_ and expert_parallel take {needed} ranks; {started} were started"
+        )
+    parallel, store = groups.start(layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes)
+    with watched(store, parallel.rank, parallel.world_size):
+        listener = agree(parallel, lambda: _listen(options) if parallel.is_main else None)
+        info, scorer = _build(recipe, options, folder, parallel)
+        _serve(scorer, info, listener, options.max_running)
+    groups.stop()
+
+
+def _listen(options: Options) -> Listener:
+    return Listener(options.listen, None if options.api_key_file is None else read_api_key(Path(options.api_key_file)))
+
+
+def _build(recipe: Recipe, options: Options, folder: HfFolder, parallel: Parallel) -> tuple[Info, Scorer]:
+    """What this teacher is to clients, and its model."""
+    student = HfFolder.open(recipe.student.model, "student.model")
+    info = identity(recipe, options, student, folder, layout=_shown(parallel.layout))
+    # hidden states become logits at the student's ranks, whose copy of the output layer is the one that is mapped
+    row_map = TerminalMap(*info.terminal).row_map() if info.signal == "topk" else None
+    precision, fp8 = DTYPES[options.precision], options.precision == "fp8"
+    model = build_model(folder.config, parallel.layout, precision, untie=row_map is not None, fp8=fp8)
+    load_hf(model, folder, parallel, row_map=row_map)
+    return info, Scorer(model, parallel, info.row_format, vocab_size=info.vocab_size)
+
+
+def _serve(scorer: Scorer, info: Info, listener: Listener | None, places: int) -> None:
+    parallel, queue, received = scorer.parallel, Queue(places), list[int]()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    meter = Meter()
+    if listener is not None:
+        listener.begin(queue, info)
+        say(f"{info.model} serves {info.signal} at {listener.url} ({info.layout})")
+    news = _news(queue, scorer.together, meter) if parallel.is_main else None
+    try:
+        for requests in relay(parallel, news, lambda: received[0] if received else 0):
+            rows = scorer.score(requests)
+            if parallel.is_main:
+                queue.finish(requests, rows)
+                meter.add(requests)
+    except Asked as asked:
+        queue.stop()
+        if listener is not None:
+            queue.drain(SEND_SECONDS)
+            listener.end()
+        raise SystemExit(128 + asked.args[0]) from None
+
+
+def _news(queue: Queue, together: int, meter: Meter) -> Iterator[list[ScoreRequest] | None]:
+    """What is to be scored next, for `relay`."""
+    while True:
+        yield queue.take(together, POLL_SECONDS) or None
+        meter.tick()
+
+
+class Meter:
+    """Says now and then what was done, if anything was."""
+
+    def __init__(self, seconds: float = REPORT_SECONDS, report: Callable[[str], None] = say) -> None:
+        self._seconds, self._report = seconds, report
+        self._since = time.monotonic()
+        self._requests = self._tokens = 0
+
+    def add(self, requests: Sequence[ScoreRequest]) -> None:
+        """These are scored."""
+        self._requests += len(requests)
+        self._tokens += sum(len(request.token_ids) for request in requests)
+
+    def tick(self) -> None:
+        """Called all the time."""
+        past = time.monotonic() - self._since
+        if past < self._seconds:
+            return
+        if self._requests:
+            rate = self._tokens / past
+            self._report(f"{self._requests} requests, {self._tokens} tokens in {past:.0f} s: {rate:.0f} tokens/s")
+        self._since += past
+        self._requests = self._tokens = 0
+
+
+def _shown(layout: Layout) -> str:
+    sizes = {name: getattr(layout, f"{name}_parallel") for name in ("tensor", "pipeline", "expert")}
+    return " x ".join(f"{name} {size}" for name, size in sizes.items())

@@ -1,0 +1,173 @@
+"""Checks of the student's ranks with a teacher that lives elsewhere, at a URL, against transformers on one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config.tree import Teacher as Options
+from eaopd_megatron.data.packing import collate
+from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.objective import Objective, TeacherHidden
+from eaopd_megatron.services.ending import Asked, ServiceFailed
+from eaopd_megatron.teacher.head import load_head
+from eaopd_megatron.teacher.remote import RemoteTeacher
+from eaopd_megatron.teacher.separate import SeparateSource
+from eaopd_megatron.teacher.terminal import TerminalMap
+from eaopd_megatron.teacher.wire import Info
+from tests.distributed.arranged import arranged
+from tests.distributed.checks_training import compare, reference, samples, teacher_logprobs, trained
+
+LAYOUTS = {
+    "narrow": (Layout(2), Layout(1)),
+    "wide": (Layout(2, sequence_parallel=True, context_parallel=2), Layout(2, pipeline_parallel=2)),
+    "mixed": (Layout(context_parallel=2, pipeline_parallel=2), Layout(pipeline_parallel=2, virtual_pipeline=2)),
+}
+BUDGET = 16
+
+
+def remote(
+    student: HfFolder,
+    teacher: HfFolder,
+    parallel: Parallel,
+    *,
+    info: dict[str, Any],
+    urls: Sequence[str],
+    asked: Callable[[], int] = lambda: 0,
+    said: list[str] | None = None,
+    **options: Any,
+) -> RemoteTeacher[Any, Any]:
+    wanted = Info.from_json(dict(info))
+    terminal = TerminalMap(*wanted.terminal)
+    head = None
+    if wanted.signal == "hidden":
+        sizes = {"student_rows": student.vocab_size, "vocab_size": wanted.vocab_size}
+        head = load_head(teacher, parallel, precision=wanted.dtype, terminal=terminal, **sizes)
+    chosen = Options(model="unused", placement="separate", urls=list(urls), **options)
+    return RemoteTeacher(
+        parallel,
+        SeparateSource(wanted, budget=BUDGET, terminal=terminal, connections=2),
+        rows=wanted.row_format,
+        head=head,
+        terminal=terminal,
+        replicas=None,
+        options=chosen,
+        asked=asked,
+        report=(said if said is not None else []).append,
+    )
+
+
+def check_a_separate_teacher_changes_no_update(
+    group: dist.ProcessGroup, student: str, teacher: str, preset: str, info: dict[str, Any], urls: list[str], where: str
+) -> None:
+    """Three updates of one iteration: its requests are dealt over the ranks of a stage, its rows exchanged."""
+    objective = Objective.preset(preset)
+    expected = reference(student, {"": teacher}, objective)
+    for layout in LAYOUTS[where]:
+        for share in (True, False) if layout == Layout(2) else (True,):
+            with arranged(layout) as parallel:
+                elsewhere = partial(remote, info=info, urls=urls)
+                options: dict[str, Any] = {"budget": BUDGET, "signal": info["signal"], "share": share}
+                found = trained(student, {"": teacher}, objective, parallel, elsewhere=elsewhere, **options)
+                compare(found, expected, f"{preset} {layout} {share}")
+
+
+def check_a_service_changes_no_update(
+    group: dist.ProcessGroup, student: str, teacher: str, info: dict[str, Any], services: dict[str, str], key: str
+) -> None:
+    """services: layout of a teacher's own ranks → where it is. key: the file of their key."""
+    for preset in ("eopd", "eopd_exact"):
+        objective = Objective.preset(preset)
+        expected = reference(student, {"": teacher}, objective)
+        for place, layout in (("colocated", Layout(2)), ("1 x 2", Layout(2)), ("2 x 1", Layout(1))):
+            elsewhere = None
+            if place != "colocated":
+                elsewhere = partial(remote, info=info, urls=[services[place]], api_key_file=key)
+            with arranged(layout) as parallel:
+                options: dict[str, Any] = {"budget": BUDGET, "signal": "hidden", "elsewhere": elsewhere}
+                found = trained(student, {"": teacher}, objective, parallel, **options)
+                compare(found, expected, f"{preset} {place}")
+
+
+def check_terminal_maps(
+    group: dist.ProcessGroup, student: str, teacher: str, info: dict[str, Any], urls: list[str]
+) -> None:
+    """Under swap and label the stop gets the teacher's log-prob of its own stop, whatever is handed over."""
+    folders = HfFolder.open(student), HfFolder.open(teacher)
+    kind, mine, theirs = info["terminal"]
+    frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    everything = [
+        Sample(Prompt(str(i), (5, 6), {}), [8, 9, last], end, [0.0] * 3, 0, i)
+        for i, (last, end) in enumerate([(mine, "stop"), (mine, "length"), (9, "stop")])
+    ]
+    with arranged(Layout(2)) as parallel:
+        scorer = remote(*folders, parallel, info=info, urls=urls)
+        scorer.start(32)
+        scorer.open()
+        scorer.ask(everything)
+        scorer.wait(everything)
+        batch = collate(everything, torch.device("cpu"))
+        found = teacher_logprobs(scorer, scorer.signals([batch])(0), batch, folders[0].vocab_size, parallel)
+        scorer.close()
+    for sample, said in zip(everything, batch.split(found), strict=True):
+        with torch.no_grad():
+            exact = frozen(torch.tensor([sample.token_ids])).logits[0, 1:-1].log_softmax(-1)
+        labels = list(sample.response_ids)
+        stops = kind == "swap" or sample.finish_reason == "stop"
+        labels[-1] = theirs if labels[-1] == mine and stops else labels[-1]
+        assert torch.allclose(said, exact[range(3), labels], atol=1e-5), (kind, info["signal"], sample)
+
+
+def check_a_row_that_is_not_there_is_never_zero(
+    group: dist.ProcessGroup, student: str, teacher: str, info: dict[str, Any], urls: list[str]
+) -> None:
+    """Rows leave the host's memory when they are used; those of a sample that nobody asked for are missed."""
+    folders = HfFolder.open(student), HfFolder.open(teacher)
+    everything = samples(112)[:4]
+    with arranged(Layout(2)) as parallel:
+        scorer = remote(*folders, parallel, info=info, urls=urls)
+        scorer.start(32)
+        scorer.open()
+        scorer.ask(everything[:3])
+        scorer.wait(everything[:3])
+        batch = collate(everything[:3], parallel.device)
+        said = scorer.signals([batch])(0)
+        assert isinstance(said, TeacherHidden) and said.hidden.any(1).all()
+        with pytest.raises(RuntimeError, match="prompt 0: the teacher scored 0 of 1 tokens"):
+            scorer.signals([batch])(0)
+        with pytest.raises(RuntimeError, match="prompt 3: the teacher scored 0 of 8 tokens"):
+            scorer.wait(everything[3:])
+        scorer.close()
+
+
+def check_all_ranks_stop_together(
+    group: dist.ProcessGroup, student: str, teacher: str, info: dict[str, Any], gone: str, held: str
+) -> None:
+    """gone: a replica that dies of its first request; held: one that never answers. One rank alone sees the failure, or
+    is asked to stop."""
+    folders = HfFolder.open(student), HfFolder.open(teacher)
+    with arranged(Layout(pipeline_parallel=2, context_parallel=2)) as parallel:
+        for url, number, expected in ((gone, 0, ServiceFailed), (held, 15, Asked)):
+            said: list[str] = []
+            signals = [0]
+            asked: Callable[[], int] = partial(signals.__getitem__, 0)
+            options: dict[str, Any] = {"asked": asked, "said": said, "all_down_minutes": 1e-3}
+            scorer = remote(*folders, parallel, info=info, urls=[url], **options)
+            scorer.start(32)
+            scorer.open()
+            scorer.ask(samples(112)[:1])  # a request for one of the four
+            signals[0] = number if parallel.rank == 1 else 0
+            with pytest.raises(expected) as caught:
+                scorer.wait(samples(112)[:1])
+            text = f"no teacher replica has been there for 0.06 s ({url}"
+            assert caught.value.args == (15,) if number else text in str(caught.value)
+            assert parallel.is_main or not said  # one rank tells the user
+            scorer.close()

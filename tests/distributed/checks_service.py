@@ -1,0 +1,67 @@
+"""Checks of test_service.py: what the service's ranks say of a request, against transformers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.megatron.groups import Layout
+from eaopd_megatron.megatron.model import build_model
+from eaopd_megatron.teacher.rows import HiddenRows, TopKRows
+from eaopd_megatron.teacher.service.scorer import Scorer
+from eaopd_megatron.teacher.wire import Scored, ScoreRequest
+from tests.distributed.arranged import arranged
+
+TOP_K = 5
+
+
+def check_rows(
+    group: dist.ProcessGroup, folder: str, values: str, layout: dict[str, Any], swap: tuple[int, int], vocab_size: int
+) -> None:
+    """values: file of tokens [b, s], hidden [b, s, h] and logits [b, s, V], the latter without any map. Each sequence
+    is a sample; the prompt's length differs. The last response token is looked up under id 1 in the first of them."""
+    source = HfFolder.open(folder)
+    expected = load_file(values)
+    tokens = expected["tokens"]
+    samples = [Scored(2 + i, tokens.shape[1] - 2 - i, 1 if i == 0 else -1) for i in range(len(tokens))]
+    whole = ScoreRequest("whole", samples, tokens.int().flatten())
+    alone = ScoreRequest("alone", samples[:1], tokens[0].int())
+    prompt_only = ScoreRequest("prompt", [Scored(3, 0)], tokens[0, :3].int())
+    with arranged(Layout(**layout)) as parallel:
+        model = build_model(source.config, parallel.layout, torch.float32, untie=True)
+        load_hf(model, source, parallel, row_map={swap[0]: swap[1]})
+        for rows in (HiddenRows(source.config.hidden_size, torch.float32), TopKRows(TOP_K)):
+            scorer = Scorer(model, parallel, rows, vocab_size=vocab_size)
+            together = scorer.score([alone, prompt_only, whole])
+            single = scorer.score([whole])
+            if not parallel.is_main:
+                continue
+            assert [len(answer) for answer in together] == [alone.rows, 0, whole.rows]
+            assert torch.equal(together[2], single[0]), "other requests change an answer"
+            for request, answer in ((alone, together[0]), (whole, together[2])):
+                places = [slice(s.prompt - 1, s.prompt + s.response - 1) for s in request.samples]
+                if isinstance(rows, HiddenRows):
+                    hidden = torch.cat([expected["hidden"][i, place] for i, place in enumerate(places)])
+                    torch.testing.assert_close(rows.decode(answer), hidden, rtol=1e-4, atol=1e-5)
+                    continue
+                logits = torch.cat([expected["logits"][i, place] for i, place in enumerate(places)])
+                logits[:, list(swap)] = logits[:, list(swap[::-1])]
+                asked = torch.cat([tokens[i, s.prompt :] for i, s in enumerate(request.samples)])
+                asked[request.samples[0].response - 1] = 1
+                _compare(rows, answer, logits[:, :vocab_size].log_softmax(-1), asked)
+
+
+def _compare(rows: TopKRows, answer: torch.Tensor, logprobs: torch.Tensor, asked: torch.Tensor) -> None:
+    said, best = rows.decode(answer), logprobs.topk(TOP_K)
+    assert torch.equal(said.ids, best.indices)
+    assert said.entropy is not None
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    close(said.logprobs, best.values)
+    close(said.token_logprob, logprobs.gather(1, asked[:, None])[:, 0])
+    close(said.entropy, -(logprobs.exp() * logprobs).sum(1))

@@ -1,0 +1,139 @@
+"""Teachers that live elsewhere, as four gloo ranks of the student see them (one launch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config import load_recipe
+from eaopd_megatron.teacher.replicas import Replicas
+from eaopd_megatron.teacher.wire import Info
+from tests.ranks import Ranks
+from tests.teacher.scoring_double import INFO, ScoringDouble, running
+
+CHECKS = Path(__file__).with_name("checks_remote.py")
+HIDDEN = replace(INFO, dtype="fp32")
+TOPK = replace(HIDDEN, signal="topk", top_k=16)
+MINE, THEIRS = 7, 90
+RECIPE = str(Path(__file__).resolve().parents[2] / "recipes/countdown/eopd.yaml")
+
+
+class Elsewhere:
+    """Replicas of the teacher, all with its weights."""
+
+    def __init__(self, pair: dict[str, str]) -> None:
+        self.pair = pair
+        self.models = {
+            name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in pair.items()
+        }
+
+    def replica(self, info: Info, teacher: str = "teacher") -> ScoringDouble:
+        model = self.models[teacher]
+        return ScoringDouble(replace(info, width=model.config.hidden_size), model)
+
+    def arguments(self, double: ScoringDouble) -> dict[str, Any]:
+        """For every check."""
+        return {**self.pair, "info": double.info.to_json()}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(pair: dict[str, str]) -> Elsewhere:
+    return Elsewhere(pair)
+
+
+@pytest.mark.parametrize("where", ["narrow", "wide", "mixed"])
+@pytest.mark.parametrize(("preset", "info"), [("eopd", TOPK), ("eopd_exact", HIDDEN)])
+def test_rows_are_exchanged_wrongly_at_a_layout(
+    ranks: Ranks, elsewhere: Elsewhere, preset: str, info: Info, where: str
+) -> None:
+    one, other = elsewhere.replica(info), elsewhere.replica(info)
+    one.faults.deaths = 1
+    with running(one, other):
+        ranks.run(
+            CHECKS,
+            "check_a_separate_teacher_changes_no_update",
+            **elsewhere.arguments(other),
+            preset=preset,
+            urls=[one.url, other.url],
+            where=where,
+        )
+    assert one.faults.deaths == 0, "no replica died while it scored"
+
+
+def test_a_teacher_of_more_rows_gives_students_probability_away(
+    ranks: Ranks, pairs: Callable[[int, int], dict[str, str]]
+) -> None:
+    """The same tokenizer in another padding: rows beyond the smaller vocabulary are nobody's."""
+    elsewhere = Elsewhere(pairs(112, 300))
+    with running(double := elsewhere.replica(HIDDEN)):
+        check, options = "check_a_separate_teacher_changes_no_update", {"preset": "eopd_exact", "where": "narrow"}
+        ranks.run(CHECKS, check, **elsewhere.arguments(double), **options, urls=[double.url])
+
+
+@pytest.mark.server
+def test_a_teachers_own_layout_changes_an_update(ranks: Ranks, pair: dict[str, str], tmp_path: Path) -> None:
+    """Real services: teacher TP1 x PP2 for a student at TP2, teacher TP2 for a student at TP1 x DP4."""
+    changes = [f"{role}.model={pair[role]}" for role in pair]
+    changes += [
+        "teacher.placement=separate",
+        "teacher.signal=hidden",
+        "teacher.precision=fp32",
+        "student.precision=fp32",
+    ]
+    key = tmp_path / "key"
+    key.touch(0o600)
+    key.write_text("a-key")
+    services = {}
+    with ExitStack() as ending:
+        for tensor, pipeline in ((1, 2), (2, 1)):
+            layout = (f"teacher.tensor_parallel={tensor}", f"teacher.pipeline_parallel={pipeline}")
+            recipe = load_recipe(RECIPE, [*changes, *layout, f"teacher.api_key_file={key}"])
+            logs = tmp_path / f"{tensor}x{pipeline}"
+            replicas = Replicas(recipe, "", logs, first_gpu=0, report=lambda _: None)
+            ending.callback(replicas.close)
+            replicas.start(64)
+            services[f"{tensor} x {pipeline}"] = replicas
+        folder = HfFolder.open(pair["teacher"])
+        info = replace(HIDDEN, fingerprint=folder.fingerprint, width=folder.config.hidden_size)
+        urls = {name: url for name, replicas in services.items() for url in there(replicas)}
+        check, options = "check_a_service_changes_no_update", {"services": urls, "key": str(key)}
+        ranks.run(CHECKS, check, **pair, info=info.to_json(), **options)
+
+
+def there(replicas: Replicas) -> list[str]:
+    arriving = replicas.urls()
+    while True:
+        try:
+            next(arriving)
+        except StopIteration as arrived:
+            return arrived.value
+
+
+@pytest.mark.parametrize("kind", ["swap", "label"])
+@pytest.mark.parametrize("info", [TOPK, HIDDEN])
+def test_the_students_stop_is_punished(ranks: Ranks, elsewhere: Elsewhere, info: Info, kind: str) -> None:
+    with running(double := elsewhere.replica(replace(info, terminal=(kind, MINE, THEIRS)))):
+        ranks.run(CHECKS, "check_terminal_maps", **elsewhere.arguments(double), urls=[double.url])
+
+
+def test_a_row_that_is_not_there_is_taken_for_zero(ranks: Ranks, elsewhere: Elsewhere) -> None:
+    with running(double := elsewhere.replica(HIDDEN)):
+        check = "check_a_row_that_is_not_there_is_never_zero"
+        ranks.run(CHECKS, check, **elsewhere.arguments(double), urls=[double.url])
+
+
+def test_a_rank_waits_for_ranks_that_have_stopped(ranks: Ranks, elsewhere: Elsewhere) -> None:
+    gone, held = elsewhere.replica(HIDDEN), elsewhere.replica(HIDDEN)
+    gone.faults.deaths, gone.faults.returns = 1, False
+    with running(gone, held):
+        held.released.clear()
+        urls = {"gone": gone.url, "held": held.url}
+        ranks.run(CHECKS, "check_all_ranks_stop_together", **elsewhere.arguments(held), **urls)

@@ -1,0 +1,30 @@
+"""A teacher on a server against the same one on the ranks, at several layouts of the student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from eaopd_megatron.services.loop import Loop
+from tests.ranks import Ranks
+from tests.sglang.student_double import StudentDouble
+
+CHECKS = Path(__file__).with_name("checks_served.py")
+PAIR = Path(__file__).resolve().parents[2] / "recipes/countdown"
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """URL of a double that holds the Countdown teacher."""
+    with Loop("double") as loop:
+        double = StudentDouble(PAIR / "teacher")
+        loop.run(double.start())
+        yield double.url
+        loop.run(double.die())
+
+
+def test_a_served_teacher_says_another_loss(ranks: Ranks, server: str) -> None:
+    pair = {"student": str(PAIR / "student"), "teacher": str(PAIR / "teacher")}
+    ranks.run(CHECKS, "check_a_served_teacher_says_another_loss", **pair, url=server)

@@ -1,0 +1,261 @@
+"""The HTTP side of a teacher's service, with a scorer that answers on command."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.teacher.service.listener import Listener, address_of
+from eaopd_megatron.teacher.service.queue import Queue
+from eaopd_megatron.teacher.wire import Info, Scored, ScoreRequest
+
+KEY = "a-key"
+INFO = Info(
+    model="m",
+    fingerprint="f",
+    signal="hidden",
+    top_k=16,
+    width=4,
+    dtype="fp32",
+    vocab_size=100,
+    terminal=("none", -1, -1),
+    max_tokens=32,
+    layout="l",
+)
+pytestmark = pytest.mark.timeout(60)
+
+
+class Service:
+    """Scores one request whenever it is told to: its rows are its response tokens, as fp32."""
+
+    def __init__(self, key: str | None = KEY, places: int = 2, patience: float = 0.0) -> None:
+        self.queue, self.key = Queue(places, patience), key
+        self.listener = Listener("127.0.0.1:0", key)
+        self.listener.begin(self.queue, INFO)
+        self.scored: list[ScoreRequest] = []
+
+    def close(self) -> None:
+        self.queue.stop()
+        assert self.queue.drain(10)
+        self.listener.end()
+
+    def take(self) -> ScoreRequest:
+        (request,) = self.queue.take(1, 30)
+        return request
+
+    def score(self) -> None:
+        request = self.take()
+        self.scored.append(request)
+        self.queue.finish([request], [rows_of(request)])
+
+    def until(self, requests: int) -> None:
+        """So many are here."""
+        while self.queue._held != requests:
+            time.sleep(0.002)
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(*self.listener.server_address[:2], timeout=30)  # type: ignore[arg-type]
+
+    def ask(self, method: str, path: str, body: bytes | None = None, key: str | None = KEY) -> tuple[int, bytes]:
+        connection = self.connect()
+        connection.request(method, path, body, {} if key is None else {"Authorization": f"Bearer {key}"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+    def begin(self, *requests: ScoreRequest) -> Asking:
+        return Asking(self, requests)
+
+
+class Asking:
+    """Requests that wait for their answers, each on a connection of its own."""
+
+    def __init__(self, service: Service, requests: Sequence[ScoreRequest]) -> None:
+        self.answers: list[tuple[int, bytes]] = [(0, b"")] * len(requests)
+
+        def ask(i: int, body: bytes) -> None:
+            self.answers[i] = service.ask("POST", "/score", body)
+
+        self.threads = [threading.Thread(target=ask, args=(i, r.encode())) for i, r in enumerate(requests)]
+        for thread in self.threads:
+            thread.start()
+
+    def wait(self) -> list[tuple[int, bytes]]:
+        for thread in self.threads:
+            thread.join(30)
+        return self.answers
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    one = Service()
+    yield one
+    one.close()
+
+
+def request(name: str = "a", tokens: int = 5) -> ScoreRequest:
+    return ScoreRequest(name, [Scored(2, tokens - 2)], torch.arange(tokens, dtype=torch.int32))
+
+
+def rows_of(one: ScoreRequest) -> torch.Tensor:
+    found = torch.arange(4 * one.rows, dtype=torch.float32) + len(one.token_ids)
+    return found.view(torch.uint8).view(one.rows, 16)
+
+
+def body_of(one: ScoreRequest) -> bytes:
+    return rows_of(one).numpy().tobytes()
+
+
+def error(answer: tuple[int, bytes]) -> tuple[int, str]:
+    return answer[0], json.loads(answer[1])["error"]
+
+
+def test_rows_come_back_as_other_bytes(service: Service) -> None:
+    asking = service.begin(request())
+    service.score()
+    assert asking.wait() == [(200, body_of(request()))]
+    assert Info.from_json(json.loads(service.ask("GET", "/info")[1])) == INFO
+    assert service.ask("GET", "/ready")[0] == 200
+
+
+def test_a_request_that_comes_again_is_scored_twice(service: Service) -> None:
+    asking = service.begin(request(), request())
+    service.until(2)
+    service.score()
+    assert asking.wait() == [(200, body_of(request()))] * 2
+    assert len(service.scored) == 1
+    service.until(0)
+    again = service.begin(request())  # nothing is remembered
+    service.score()
+    assert again.wait() == [(200, body_of(request()))]
+
+
+def test_another_request_with_the_same_id_gets_the_first_ones_rows(service: Service) -> None:
+    asking = service.begin(request())
+    service.until(1)
+    assert error(service.ask("POST", "/score", request(tokens=6).encode())) == (
+        400,
+        "another request with the id a is worked on",
+    )
+    service.score()
+    assert asking.wait()[0][0] == 200
+
+
+def test_requests_pile_up_without_end(service: Service) -> None:
+    asking = service.begin(request("a"), request("b"))
+    service.until(2)
+    assert error(service.ask("POST", "/score", request("c").encode())) == (429, "2 requests are here already")
+    service.score()
+    service.score()
+    assert [status for status, _ in asking.wait()] == [200, 200]
+
+
+def test_a_request_does_not_wait_for_a_place() -> None:
+    service = Service(places=1, patience=30.0)
+    asking = service.begin(request("a"), request("b"))
+    service.score()
+    service.score()
+    assert sorted(asking.wait()) == [(200, body_of(request()))] * 2
+    service.close()
+
+
+def test_a_client_that_goes_away_keeps_its_place(service: Service) -> None:
+    for name in ("a", "b"):  # both places
+        connection = service.connect()
+        connection.request("POST", "/score", request(name, 32).encode(), {"Authorization": f"Bearer {KEY}"})
+        service.until(1)
+        connection.close()
+        service.score()
+        service.until(0)
+    asking = service.begin(request())
+    service.score()
+    assert asking.wait()[0][0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "the request cannot be read: error: unpack_from requires a buffer of at least 4 bytes"),
+        (request(tokens=33).encode(), "33 tokens came; a request has 32 at the most"),
+        (
+            ScoreRequest("a", [Scored(1, 1)], torch.tensor([0, 100])).encode(),
+            "a token id is not in the vocabulary of 100",
+        ),
+        (
+            ScoreRequest("a", [Scored(1, 1)], torch.tensor([-1, 0])).encode(),
+            "a token id is not in the vocabulary of 100",
+        ),
+        (
+            ScoreRequest("a", [Scored(1, 1, 100)], torch.tensor([0, 1])).encode(),
+            "a label is not in the vocabulary of 100",
+        ),
+        (ScoreRequest("a", [Scored(1, 2)], torch.tensor([0, 1])).encode(), "2 token ids came, which are not the"),
+    ],
+    ids=["empty", "long", "high id", "low id", "label", "lengths"],
+)
+def test_a_bad_request_reaches_the_ranks(service: Service, body: bytes, said: str) -> None:
+    status, text = error(service.ask("POST", "/score", body))
+    assert status == 400 and text.startswith(said)
+    assert not service.queue.take(1, 0)
+
+
+def test_a_body_without_end_is_read(service: Service) -> None:
+    connection = service.connect()
+    connection.putrequest("POST", "/score")
+    connection.putheader("Content-Length", str(2**40))
+    connection.endheaders()
+    assert connection.getresponse().status == 400
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/score"), ("GET", "/info"), ("GET", "/ready")])
+def test_a_stranger_is_served(service: Service, method: str, path: str) -> None:
+    for key in (None, "another-key", ""):
+        assert error(service.ask(method, path, request().encode(), key)) == (401, "the API key is missing or wrong")
+    assert not service.queue.take(1, 0)
+
+
+def test_what_the_ranks_have_is_lost_at_the_end(service: Service) -> None:
+    begun = service.begin(request("begun"))
+    taken = service.take()
+    waiting = service.begin(request("waiting"))
+    service.until(2)
+    service.queue.stop()
+    assert error(waiting.wait()[0]) == (503, "the teacher is stopping")
+    assert error(service.ask("POST", "/score", request().encode())) == (503, "the teacher is stopping")
+    assert service.ask("GET", "/ready")[0] == 503
+    service.queue.finish([taken], [rows_of(taken)])
+    assert begun.wait() == [(200, body_of(taken))]
+
+
+def test_other_hosts_are_served_without_a_key() -> None:
+    with pytest.raises(UserError, match=r"teacher.listen is 0\.0\.0\.0:0, which other hosts reach: give a key with"):
+        Listener("0.0.0.0:0", None)
+    listener = Listener("0.0.0.0:0", KEY)
+    assert listener.url == f"http://{socket.gethostname()}:{listener.server_address[1]}"
+    listener.server_close()
+
+
+def test_an_address_that_cannot_be_had_is_a_traceback() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            UserError, match=rf"teacher.listen: 127\.0\.0\.1:{port} cannot be listened on: Address already"
+        ):
+            Listener(f"127.0.0.1:{port}", None)
+    for listen in ("8080", "host:", "host:port", "http://host:1", "host:1/path"):
+        with pytest.raises(UserError, match="it must be HOST:PORT"):
+            address_of(listen)
+    assert address_of("[::1]:0") == ("::1", 0)
+
+
+def test_an_info_of_another_version_is_believed() -> None:
+    with pytest.raises(ValueError, match="no eaopd teacher of this version"):
+        Info.from_json(replace(INFO, protocol=0).to_json())

@@ -1,0 +1,303 @@
+"""What a separate teacher costs a run: bandwidth of its hidden states, bytes a token, and how much hides behind
+generation.
+
+    python tools/benchmark_teacher.py [--rounds N] [--connections N] [--requests N] [--iterations N]
+
+The service is its real HTTP side in a process of its own, with a scorer that has its rows ready, or waits for as long
+as it is told; the client is the trainer's. Every figure is a ratio within this run: bandwidth against a plain TCP
+stream of the same bytes over the same loopback, the two by turns; an iteration of the real training loop against
+generation and training alone, all three of them waits of 6 : 2 : 2 (teacher in the middle), which shows the schedule
+and not the speed of anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+warnings.simplefilter("ignore")  # about optional packages
+
+from eaopd_megatron.config.tree import Teacher as Options  # noqa: E402
+from eaopd_megatron.data.samples import Prompt, Sample  # noqa: E402
+from eaopd_megatron.megatron.groups import Layout, Parallel  # noqa: E402
+from eaopd_megatron.teacher.client import TeacherClient  # noqa: E402
+from eaopd_megatron.teacher.remote import RemoteTeacher  # noqa: E402
+from eaopd_megatron.teacher.separate import Scoring, SeparateSource  # noqa: E402
+from eaopd_megatron.teacher.service.listener import Listener  # noqa: E402
+from eaopd_megatron.teacher.service.queue import Queue  # noqa: E402
+from eaopd_megatron.teacher.several import Teachers  # noqa: E402
+from eaopd_megatron.teacher.terminal import TerminalMap  # noqa: E402
+from eaopd_megatron.teacher.wire import Info  # noqa: E402
+from eaopd_megatron.training.loop import train  # noqa: E402
+
+PROMPT, RESPONSE, SAMPLES = 512, 3584, 2  # tokens of a sample, samples of a request
+INFO = Info("ready rows", "none", "hidden", 0, 4096, "bf16", 151_936, ("none", -1, -1), 10**6, "none")
+TERMINAL = TerminalMap("none", -1, -1)
+BUDGET = SAMPLES * (PROMPT + RESPONSE)
+GENERATION, TEACHER, TRAINING = 6.0, 2.0, 2.0  # seconds of an iteration, each by itself
+PARTS, UPDATES = 16, 4
+
+
+def made(count: int) -> list[Sample]:
+    prompt = tuple(range(PROMPT))
+    return [Sample(Prompt(str(i), prompt, {}), [7] * RESPONSE, "length", [0.0] * RESPONSE, 0, i) for i in range(count)]
+
+
+# The other process
+
+
+def serve(width: int, seconds_a_token: float, places: int) -> None:
+    """Until stdin ends. Prints the service's URL and the port of a plain stream: who connects gets as many bytes as the
+    8 with which it begins say."""
+    listener, queue = Listener("127.0.0.1:0", None), Queue(places)
+    listener.begin(queue, Info(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width}))
+    ready = torch.ones(BUDGET, 2 * width, dtype=torch.uint8)
+    threading.Thread(target=score, args=(queue, ready, seconds_a_token), daemon=True).start()
+    plain = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=stream, args=(plain, ready.flatten().numpy().data), daemon=True).start()
+    print(listener.url, plain.getsockname()[1], flush=True)
+    sys.stdin.read()
+
+
+def score(queue: Queue, ready: torch.Tensor, seconds_a_token: float) -> None:
+    while True:
+        for request in queue.take(1, 1.0):
+            time.sleep(seconds_a_token * request.rows)
+            queue.finish([request], [ready[: request.rows]])
+
+
+def stream(plain: socket.socket, ready: memoryview) -> None:
+    while True:
+        connection, _ = plain.accept()
+        with connection:
+            left = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "little")
+            while left:
+                left -= min(left, len(ready))
+                connection.sendall(ready[: min(len(ready), left or len(ready))])
+
+
+@contextlib.contextmanager
+def served(width: int, seconds_a_token: float = 0.0, places: int = 8) -> Iterator[tuple[str, int]]:
+    """URL of a service in a process of its own, and the port of its plain stream."""
+    command = [sys.executable, __file__, "--serve", str(width), str(seconds_a_token), str(places)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url, port = process.stdout.readline().split()
+        try:
+            yield url, int(port)
+        finally:
+            process.kill()
+
+
+# Bandwidth
+
+
+def streamed(port: int, size: int) -> float:
+    """Seconds of a plain stream of so many bytes, which are kept as rows are."""
+    started = time.perf_counter()
+    left = torch.empty(size, dtype=torch.uint8).numpy().data
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(size.to_bytes(8, "little"))
+        while left:
+            left = left[connection.recv_into(left) :]
+    return time.perf_counter() - started
+
+
+def pulled(url: str, connections: int, calls: Sequence[Scoring]) -> float:
+    """Seconds that the trainer's client takes for them."""
+
+    async def work() -> float:
+        client = TeacherClient(url, connections=connections)
+        seats = asyncio.Semaphore(connections)
+
+        async def one(call: Scoring) -> None:
+            async with seats:
+                kept.append(await call.attempt(client, 0))
+
+        kept: list[torch.Tensor] = []
+        started = time.perf_counter()
+        await asyncio.gather(*map(one, calls))
+        seconds = time.perf_counter() - started
+        await client.close()
+        return seconds
+
+    return asyncio.run(work())
+
+
+def bandwidth(rounds: int, requests: int, connections: int) -> None:
+    """Prints GB/s of both ways and the medians' ratio."""
+    source = SeparateSource(INFO, budget=BUDGET, terminal=TERMINAL, connections=connections)
+    rates: dict[str, list[float]] = {"service": [], "stream": []}
+    with served(INFO.width) as (url, port):
+        for turn in range(rounds + 1):
+            calls = [call for call, _ in source.calls(made(requests * SAMPLES), str(turn))]
+            size = sum(call.request.rows for call in calls) * INFO.row_format.bytes
+            ways: dict[str, Callable[[], float]] = {
+                "service": partial(pulled, url, connections, calls),
+                "stream": partial(streamed, port, size),
+            }
+            for name in ways if turn % 2 else reversed(ways):
+                rates[name].append(size / ways[name]())
+    for name, of in rates.items():
+        del of[0]  # the first requests are slow
+        print(f"{name}: median {statistics.median(of) / 1e9:.2f} GB/s ({' '.join(f'{r / 1e9:.2f}' for r in of)})")
+    ratio = statistics.median(rates["service"]) / statistics.median(rates["stream"])
+    print(f"service / stream: {ratio:.0%} over {rounds} rounds of {size / 1e9:.2f} GB, {connections} connections")
+
+
+# Bytes
+
+
+async def counted(url: str, calls: Sequence[Scoring]) -> int:
+    """Bytes that requests and answers have, with all that is around them, between the two processes."""
+    host, port = url.removeprefix("http://").split(":")
+    total = 0
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal total
+        while data := await reader.read(2**20):
+            total += len(data)
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        to_service = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(pump(reader, to_service[1]), pump(to_service[0], writer))
+        ended.set()
+
+    ended = asyncio.Event()
+    server = await asyncio.start_server(between, "127.0.0.1", 0)
+    client = TeacherClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", connections=1)
+    for call in calls:
+        await call.attempt(client, 0)
+    await client.close()
+    await ended.wait()
+    server.close()
+    return total
+
+
+def traffic(requests: int) -> None:
+    """Prints bytes a response token, both directions together, against its hidden state's."""
+    source = SeparateSource(INFO, budget=BUDGET, terminal=TERMINAL, connections=1)
+    with served(INFO.width) as (url, _):
+        calls = [call for call, _ in source.calls(made(requests * SAMPLES), "t")]
+        tokens = sum(call.request.rows for call in calls)
+        wire = asyncio.run(counted(url, calls)) / tokens
+    own = INFO.row_format.bytes
+    print(f"bytes a response token: {wire:.1f} on the wire, {own} of hidden state: {wire / own - 1:+.2%}")
+
+
+# Overlap
+
+
+class Waits:
+    """A run and its student, as far as `train` and the teacher see them: waits, and the teacher's rows taken."""
+
+    def __init__(self, teacher: Teachers, parallel: Parallel, iterations: int) -> None:
+        self.teacher, self.parallel, self.student = teacher, parallel, self
+        self.recipe, self.averages = self, None
+        self.train, self.rollout = self, self
+        self.iterations, self.max_lag, self.importance_clip = iterations, 0, 1.0
+        self.iteration = self.updates = 0
+        self.seconds: list[float] = []
+        self._began = time.perf_counter()
+
+    def publish(self) -> None:
+        self._began = time.perf_counter()
+
+    def generate(self) -> Iterator[list[Sample]]:
+        for part in range(PARTS):
+            time.sleep(GENERATION / PARTS)
+            yield made(PARTS)[part : part + 1]
+
+    def mini_batches(self, samples: list[Sample]) -> list[list[Sample]]:
+        return [samples[update::UPDATES] for update in range(UPDATES)]
+
+    def update(self, samples: list[Sample], teacher: Teachers, **_: Any) -> None:
+        batches = teacher.micro_batches(samples, BUDGET, self.parallel)
+        signal_of = teacher.signals(batches)
+        for index, batch in enumerate(batches):
+            assert len(cast(Any, signal_of(index)).hidden) == batch.count
+        time.sleep(TRAINING / UPDATES)
+
+    def clock(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def evaluate(self) -> None: ...
+
+    def recompute_old_logprobs(self, samples: list[Sample]) -> None: ...
+
+    def objective(self, update: int) -> None: ...
+
+    schedule = objective
+
+    def finish_iteration(self, samples: list[Sample]) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+        self.iteration += 1
+
+
+def overlap(iterations: int) -> None:
+    """Prints an iteration's seconds against those of its generation and training."""
+    width = 64
+    info = Info(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width})
+    parallel = Parallel(Layout(), 0, 1, 0, cast(Any, None), 0, 1, cast(Any, None), torch.device("cpu"))
+    with served(width, TEACHER / (PARTS * RESPONSE)) as (url, _):
+        teacher = RemoteTeacher(
+            parallel,
+            SeparateSource(info, budget=BUDGET, terminal=TERMINAL, connections=8),
+            rows=info.row_format,
+            head=torch.zeros(128, width),
+            terminal=TERMINAL,
+            replicas=None,
+            options=Options(model="none", placement="separate", urls=[url]),
+            asked=lambda: 0,
+            report=print,
+        )
+        teacher.start(PROMPT + RESPONSE)
+        teacher.open()
+        run = Waits(Teachers({"": teacher}), parallel, iterations)
+        train(cast(Any, run))
+        teacher.close()
+    alone = GENERATION + TRAINING
+    shown = " ".join(f"{seconds:.2f}" for seconds in run.seconds)
+    print(f"iterations: {shown} s; generation {GENERATION} s + training {TRAINING} s, teacher {TEACHER} s")
+    print(f"iteration / (generation + training): {statistics.median(run.seconds) / alone:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--requests", type=int, default=8, help="of a round, 59 MB each")
+    parser.add_argument("--connections", type=int, default=8)
+    parser.add_argument("--iterations", type=int, default=4)
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        width, seconds_a_token, places = arguments.serve
+        serve(int(width), float(seconds_a_token), int(places))
+        return
+    bandwidth(arguments.rounds, arguments.requests, arguments.connections)
+    traffic(2)
+    overlap(arguments.iterations)
+
+
+if __name__ == "__main__":
+    main()

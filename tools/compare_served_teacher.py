@@ -1,0 +1,137 @@
+"""What a served teacher's gate misses: that of top-k bounds against that of the exact entropy, token by token.
+
+    python tools/compare_served_teacher.py [--student DIR --teacher DIR] [--prompts N] [--k K ...] [--threshold NATS]
+
+It starts an SGLang server of the student, which writes the responses, and one of the teacher, which scores them; the
+exact entropy is that of transformers on the same tokens, in fp32. Prompts are Countdown's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from eaopd_megatron.checkpoint.hf_folder import HfFolder, common_vocab_size  # noqa: E402
+from eaopd_megatron.data.prompts import PromptBuilder  # noqa: E402
+from eaopd_megatron.data.samples import Prompt, Sample, Sampling  # noqa: E402
+from eaopd_megatron.data.sources import load_problems  # noqa: E402
+from eaopd_megatron.guard import guarded  # noqa: E402
+from eaopd_megatron.objective import Objective, TeacherTopK, entropy_bounds  # noqa: E402
+from eaopd_megatron.objective.terms import gate_of  # noqa: E402
+from eaopd_megatron.rollout.sglang.identity import Expected, identify  # noqa: E402
+from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings  # noqa: E402
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, Request  # noqa: E402
+from eaopd_megatron.rollout.sglang.writing import Generation  # noqa: E402
+from eaopd_megatron.services.client import Client  # noqa: E402
+from eaopd_megatron.services.pool import Pool  # noqa: E402
+from eaopd_megatron.teacher.served import Scoring, ServedSource  # noqa: E402
+from eaopd_megatron.teacher.terminal import TerminalMap  # noqa: E402
+
+PAIR = ROOT / "recipes/countdown"
+RUNNING = 16
+LONGEST = 64
+"""Tokens of a prompt and its response."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--student", default=str(PAIR / "student"))
+    parser.add_argument("--teacher", default=str(PAIR / "teacher"))
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--response-tokens", type=int, default=16)
+    parser.add_argument("--k", type=int, nargs="+", default=[4, 16, 64, 112])
+    parser.add_argument("--threshold", type=float, default=0.8, help="nats")
+    arguments = parser.parse_args()
+    student, teacher = HfFolder.open(arguments.student), HfFolder.open(arguments.teacher)
+    builder = PromptBuilder(student.tokenizer(), template="raw", suffix="", field="problem", max_tokens=LONGEST)
+    prompts, _ = builder.build(load_problems("countdown", "train")[: arguments.prompts], "countdown")
+    sampling = Sampling(1.0, 1.0, arguments.response_tokens, tuple({*student.eos_ids, *teacher.eos_ids}))
+    with served(student) as url:
+        samples = asyncio.run(write(url, student, prompts, sampling))
+    with served(teacher) as url:
+        scored = {k: asyncio.run(score(url, source(student, teacher, k), samples)) for k in arguments.k}
+    show(scored, exact_entropy(teacher, samples), arguments.threshold, common_vocab_size([student, teacher]))
+
+
+@contextmanager
+def served(folder: HfFolder) -> Iterator[str]:
+    """URL of a server that holds the model."""
+    context = LONGEST + RESERVED_TOKENS + SLACK_TOKENS
+    settings = ServerSettings(folder.path, context, precision="fp32", memory_fraction=0.1, max_running=RUNNING)
+    with tempfile.TemporaryDirectory() as logs, Servers(settings, 1, Path(logs)) as servers:
+        yield servers.all[0].url
+
+
+def source(student: HfFolder, teacher: HfFolder, k: int) -> ServedSource:
+    terminal = TerminalMap.between("swap", student.eos_ids, teacher.eos_ids)
+    size = common_vocab_size([student, teacher])
+    return ServedSource(teacher, vocab_size=size, k=min(k, size), terminal=terminal, max_running=RUNNING)
+
+
+async def write(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sample]:
+    """A response to each prompt."""
+    expected = Expected(student.family.architecture, student.vocab_size, LONGEST)
+    calls = [Generation(Request(str(i), prompt.token_ids, sampling)) for i, prompt in enumerate(prompts)]
+    pool = Pool([Client(url, connections=RUNNING)], partial(identify, expected=expected))
+    await pool.open()
+    samples = [done.sample(prompts[int(done.id)], int(done.id)) async for done in pool.run(calls)]
+    await pool.close()
+    return sorted(samples, key=lambda sample: sample.index)
+
+
+async def score(url: str, source: ServedSource, samples: Sequence[Sample]) -> TeacherTopK:
+    """What the teacher says of all response tokens, sample after sample."""
+    pool = Pool([source.client(url, None)], partial(source.admit, longest=LONGEST))
+    await pool.open()
+
+    async def one(call: Scoring) -> torch.Tensor:
+        return await anext(pool.run([call]))
+
+    rows = await asyncio.gather(*(one(call) for call, _ in source.calls(samples, "compare")))
+    await pool.close()
+    return source.rows.decode(torch.cat(rows))
+
+
+@torch.no_grad()
+def exact_entropy(teacher: HfFolder, samples: Sequence[Sample]) -> torch.Tensor:
+    """[tokens] nats, by transformers in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(teacher.path, dtype=torch.float32)
+    found = []
+    for sample in samples:
+        logits = model(torch.tensor([sample.token_ids])).logits[0, len(sample.prompt.token_ids) - 1 : -1]
+        found.append(torch.distributions.Categorical(logits=logits).entropy())
+    return torch.cat(found)
+
+
+def show(scored: Mapping[int, TeacherTopK], exact: torch.Tensor, threshold: float, vocab_size: int) -> None:
+    """A line for each k: all tokens, those whose gate the bounds leave open, and where the two gates are the same."""
+    objective = Objective.preset("eopd", threshold=threshold)
+    truth = gate_of(objective, exact, exact)[0].bool()
+    print(f"{len(exact)} tokens, {truth.float().mean():.2%} of them above {threshold:g} nats")
+    print(f"{'k':>5} {'ambiguous':>10} {'agreement':>10} {'where certain':>14} {'widest bounds':>14} {'mass':>8}")
+    for k, said in scored.items():
+        lower, upper = entropy_bounds(said.logprobs, vocab_size)
+        gate, ambiguous = gate_of(objective, lower, upper)
+        same, certain = gate.bool() == truth, ~ambiguous
+        print(
+            f"{k:>5} {ambiguous.float().mean():>10.2%} {same.float().mean():>10.2%} "
+            f"{same[certain].float().mean():>14.2%} {(upper - lower).max():>14.3g} "
+            f"{said.logprobs.exp().sum(1).mean():>8.4f}"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(guarded(main))
