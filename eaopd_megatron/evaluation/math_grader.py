@@ -6,20 +6,20 @@ import importlib.util
 import json
 import os
 import queue
-import re
 import signal
 import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.extraction import answers_of, boxed, normalise
 from eaopd_megatron.evaluation.grade import Grade, Problem
-from eaopd_megatron.evaluation.notation import exact_number, leniently_equal, misread
+from eaopd_megatron.evaluation.notation import exact_number, immense, leniently_equal, misread
 
 MAX_KEY_LENGTH = 200  # characters; a run-on answer must not swell the results file
 MAX_ANSWER_LENGTH = 1000
@@ -85,7 +85,7 @@ class MathGrader:
             return Grade(False, key or None, error=not gold)
         if len(answer) > MAX_ANSWER_LENGTH:
             return Grade(False, key)
-        strict = _quick_verdict(normalise(gold), normalise(answer))
+        strict = _quick_verdict(gold, answer)
         if strict is None:
             strict = False if misread(gold) else self.ask(gold=gold, answer=answer)
             if strict is None:
@@ -120,11 +120,21 @@ def _question(problem: Problem, text: str) -> _Question | None:
 
 
 def _quick_verdict(gold: str, answer: str) -> bool | None:
-    """What needs no algebra: the same text is right, another whole number is wrong; None: ask math-verify."""
-    if gold == answer:
+    """What needs no algebra; None: ask math-verify.
+
+    The same text is right, another number is wrong, and so are numbers that no computer writes down, where the gold has
+    none of them.
+    """
+    if normalise(gold) == normalise(answer):
         return True
-    whole = re.compile(r"-?\d{1,30}")
-    return int(gold) == int(answer) if whole.fullmatch(gold) and whole.fullmatch(answer) else None
+    if immense(answer) and not immense(gold):
+        return False
+    numbers = exact_number(gold), exact_number(answer)
+    if numbers[0] is None or numbers[1] is None or misread(gold) or misread(answer):
+        return None
+    if numbers[0] == numbers[1]:
+        return True
+    return None if abs(numbers[0] - numbers[1]) < Fraction(1, 10**5) * abs(numbers[0]) else False
 
 
 class Worker:

@@ -5,6 +5,7 @@ numbers are read exactly (`4.5 \times 10^{33} \text{ erg/s}` is `4.5e33`, and `2
 before `=` and units after a number are left out, `x > 2` is `(2, \infty)`, and lists are compared answer by answer.
 """
 
+import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,6 +16,7 @@ Equal = Callable[[str, str], bool | None]
 """The strict comparison of (gold, answer), None where it failed; a set may equal a relation."""
 
 LARGEST_EXPONENT = 400
+LARGEST_POWER = 10_000
 MOST_ANSWERS = 8
 """Longer lists are compared by the strict pass alone."""
 
@@ -23,6 +25,8 @@ _DECIMAL = re.compile(rf"({_NUMBER})(?:[eE]([-+]?\d{{1,4}}))?")
 _SCIENTIFIC = re.compile(
     rf"(?:({_NUMBER})(?:\\times|\\cdot|\*|×|·))?(?<![\d.])10(?:\^|\*\*)(?:\{{([-+]?\d{{1,4}})\}}|([-+]?\d{{1,4}}))"
 )
+_TOWER = re.compile(r"(?<=[\d)}])(?:\^\{*\d+)+")
+_FACTORIAL = re.compile(r"(\d{5,})!")
 _FRACTION = re.compile(rf"([-+]?)\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}")
 _EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)")
 _GOLDS_NAME = re.compile(r"\s*\\?[A-Za-z]\s*(?:_\s*(?:\w|\{[^{}]*\})\s*)?(?:\([A-Za-z]\)\s*)?")  # x, f(x), X_{d}
@@ -78,6 +82,19 @@ def exact_number(text: str) -> Fraction | None:
 
 def _quotient(sign: Fraction, above: Fraction | None, below: Fraction | None) -> Fraction | None:
     return None if above is None or not below else sign * above / below
+
+
+def immense(text: str) -> bool:
+    """Whether a number's power, or factorial, of more than `LARGEST_POWER` stands in a text: `10^{10^{10}}`."""
+    text = normalise(text)
+    for tower in _TOWER.findall(text):
+        power = 1.0
+        for number in reversed(re.findall(r"\d+", tower)):
+            digits = power * math.log10(max(1, int(number[:300])))
+            if len(number) > 300 or digits > math.log10(LARGEST_POWER):
+                return True
+            power = 10**digits
+    return any(int(number[:9]) > LARGEST_POWER for number in _FACTORIAL.findall(text))
 
 
 def misread(text: str) -> bool:

@@ -19,12 +19,13 @@ from eaopd_megatron.evaluation.extraction import answers_of, last_boxed, normali
 from eaopd_megatron.evaluation.grade import Grade
 from eaopd_megatron.evaluation.grading import benchmark_name, grade_all, grader_for
 from eaopd_megatron.evaluation.math_grader import MAX_ANSWER_LENGTH, MathGrader
-from eaopd_megatron.evaluation.notation import exact_number
+from eaopd_megatron.evaluation.notation import exact_number, immense
 from eaopd_megatron.evaluation.results import ProblemResult
 from tests.unit.answer_pairs import NOTATION, RIGHT, WRONG
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
-HANGS = r"10^{10^{10}}"  # one multiplication inside C, which no Python signal handler can interrupt
+HANGS = r"10^{10^{10}}"
+STUCK = r"10^{(10^{10})}"  # one multiplication inside C, which no Python signal handler can interrupt
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,20 @@ def test_what_is_no_plain_number_is_not_read_as_one(text: str) -> None:
     assert exact_number(text) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *[(text, True) for text in (HANGS, "9^{9^{9^9}}", "(1+x)^{1000000}", "10000000!", "2^" + "9" * 400)],
+        *[
+            (text, False)
+            for text in ("2^{2^{10}}", "2^{1009}", "10^{100}", "x^{y^{z}}", "100!", "10^{-9}", "123456789")
+        ],
+    ],
+)
+def test_numbers_that_no_computer_writes_down_are_told_from_large_ones(text: str, expected: bool) -> None:
+    assert immense(text) == expected
+
+
 def test_answers_get_the_verdicts_of_a_mathematician(grader: MathGrader) -> None:
     """A false verdict of either pass, in either direction."""
     expected = {
@@ -122,7 +137,7 @@ def test_a_hanging_comparison_is_ended_counted_and_leaves_the_next_ones_alone() 
     grader = MathGrader(workers=1, seconds=0.5)
     try:
         grades: list[Grade] = []
-        items = [({"answer": "5"}, rf"\boxed{{{text}}}") for text in (HANGS, "x = 5", HANGS, "x = 6")]
+        items = [({"answer": "5"}, rf"\boxed{{{text}}}") for text in (STUCK, "x = 5", STUCK, "x = 6")]
         thread = threading.Thread(target=lambda: grades.extend(grade_all(grader, items)))  # no signals in threads
         thread.start()
         thread.join()
@@ -143,13 +158,13 @@ def test_a_comparison_that_hangs_ends_its_worker_or_outlives_its_caller() -> Non
     ) as worker:
         assert worker.stdin is not None and worker.stdout is not None
         assert json.loads(worker.stdout.readline()) == {"ready": True}
-        worker.stdin.write(json.dumps({"gold": "5", "answer": HANGS}) + "\n")
+        worker.stdin.write(json.dumps({"gold": "5", "answer": STUCK}) + "\n")
         worker.stdin.flush()
         assert json.loads(worker.stdout.readline()) == {"error": f"ended with {-signal.SIGPROF}"}
         worker.stdin.write(json.dumps({"gold": "5", "answer": "x=5"}) + "\n")
         worker.stdin.flush()
         assert json.loads(worker.stdout.readline()) == {"equal": True}
-        worker.stdin.write(json.dumps({"gold": "5", "answer": HANGS}) + "\n")
+        worker.stdin.write(json.dumps({"gold": "5", "answer": STUCK}) + "\n")
         worker.stdin.close()
         assert worker.wait() == 0
 
