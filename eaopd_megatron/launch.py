@@ -204,7 +204,7 @@ def launch(
                     rank.kill()
             for rank in ranks:
                 rank.process.wait()
-        errors = _errors(Path(scratch))
+        errors = reports_of(Path(scratch))
     code, line = _verdict(ranks, errors, received, late)
     if line:
         print(line, file=sys.stderr, flush=True)
@@ -306,8 +306,8 @@ def _as_asked(rank: _Rank, asked: bool) -> bool:
     return asked and rank.process.returncode in STOPPED_CODES
 
 
-def _errors(folder: Path) -> list[dict[str, Any]]:
-    """The ranks' own reports, earliest first."""
+def reports_of(folder: Path) -> list[dict[str, Any]]:
+    """The ranks' own reports of their errors, written as `$EAOPD_ERROR_FILE=folder/error` says, earliest first."""
     found = []
     for path in folder.glob("error.*"):
         with suppress(OSError, ValueError):

@@ -5,10 +5,27 @@
 #
 # Without --all: every test that needs nothing but this checkout. With it, also those marked server (an SGLang server),
 # slurm (root, and a one-machine Slurm cluster) and shared_data (the data sets beside the checkout); the servers'
-# environment is made where it is missing.
+# environment is made where it is missing, and Slurm installed where apt-get can do it.
 set -euo pipefail
 # shellcheck source=tools/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
+
+# Debian's and Ubuntu's packages, for root; elsewhere the tests are skipped and say why. Their daemons are not started:
+# each cluster of the tests has its own.
+install_slurm() {
+    local log policy=/usr/sbin/policy-rc.d
+    command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v shellcheck >/dev/null && return
+    [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null || return 0
+    log="$(mktemp)"
+    if [[ ! -e $policy ]]; then
+        printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy"
+        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+    fi
+    step "looking for packages of Slurm" apt-get update
+    step "installing Slurm, munge and shellcheck" env DEBIAN_FRONTEND=noninteractive apt-get install --yes \
+        --no-install-recommends slurm-wlm slurm-wlm-basic-plugins slurm-client munge shellcheck
+    [[ -z "$(trap -p EXIT)" ]] || { rm -f "$policy" && trap - EXIT; }
+}
 
 selection="not server and not slurm and not shared_data and not gpu"
 if [[ "${1:-}" == --all ]]; then
@@ -16,6 +33,7 @@ if [[ "${1:-}" == --all ]]; then
     shift
     # on a machine with CUDA the sglang extra of this environment serves instead
     command -v nvidia-smi >/dev/null || bash "$root/tools/install_sglang_cpu.sh"
+    install_slurm
 fi
 cd "$root"
 prepare_environment test

@@ -53,9 +53,10 @@ class ServerProcess(ABC):
     key_suffix = ""
     """Of the name of the file that holds its key."""
 
-    def __init__(self, log: Path, *, api_key: str | None = None) -> None:
-        """log: appended. The API key never gets there, nor onto a command line: the server reads it from a file."""
-        self.log, self.api_key = log, api_key
+    def __init__(self, log: Path, *, api_key: str | None = None, host: str = "127.0.0.1") -> None:
+        """host: the address to listen on. log: appended. The API key never gets there, nor onto a command line: the
+        server reads it from a file."""
+        self.log, self.api_key, self.host = log, api_key, host
         self.port = 0
         self.on_exit: Callable[[str], None] | None = None  # called from another thread with how it ended
         self._process: subprocess.Popen[bytes] | None = None
@@ -82,7 +83,7 @@ class ServerProcess(ABC):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def pid(self) -> int | None:

@@ -65,16 +65,7 @@ class Keeper:
             self._key = None if chosen.api_key_file is None else read_api_key(Path(chosen.api_key_file))
             return
         self._key = secrets.token_urlsafe(24)
-        settings = ServerSettings(
-            self._folder.path,
-            total + RESERVED_TOKENS + SLACK_TOKENS,
-            tensor_parallel=chosen.tensor_parallel,
-            precision=self._recipe.student.precision,
-            memory_fraction=chosen.memory_fraction,
-            max_running=chosen.max_running,
-            api_key=self._key,
-            colocated=chosen.placement == "colocated",
-        )
+        settings = server_settings(self._recipe, self._folder, total, self._key)
         self._started = [
             Server(settings, self._logs / f"server_{i}.log", first_gpu=self._first_gpu + i * chosen.tensor_parallel)
             for i in range(chosen.count)
@@ -246,3 +237,18 @@ class Keeper:
             await self._pool.close()
         for client in self.clients:
             await client.close()
+
+
+def server_settings(recipe: Recipe, student: HfFolder, total_tokens: int, key: str) -> ServerSettings:
+    """Of a server that writes the recipe's responses. total_tokens: of a prompt and its response, at the most."""
+    chosen = recipe.servers
+    return ServerSettings(
+        student.path,
+        total_tokens + RESERVED_TOKENS + SLACK_TOKENS,
+        tensor_parallel=chosen.tensor_parallel,
+        precision=recipe.student.precision,
+        memory_fraction=chosen.memory_fraction,
+        max_running=chosen.max_running,
+        api_key=key,
+        colocated=chosen.placement == "colocated",
+    )

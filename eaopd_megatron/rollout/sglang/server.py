@@ -44,12 +44,13 @@ class ServerSettings:
     memory_fraction: float = 0.8  # of a GPU's memory, or of the host's, for weights and cache
     max_running: int = 64  # requests that one server works on at the same time
     colocated: bool = False  # on the trainer's GPUs, from `first_gpu` 0: their memory can be released (`memory.py`)
+    host: str = "127.0.0.1"  # the address to listen on
     api_key: str | None = field(default=None, repr=False)
 
     def flags(self, port: int, *, cuda: bool) -> list[str]:
         """The server's command line but for the API key, which is given in a file."""
         return [
-            *("--model-path", str(self.model), "--host", "127.0.0.1", "--port", str(port)),
+            *("--model-path", str(self.model), "--host", self.host, "--port", str(port)),
             *("--dtype", {"bf16": "bfloat16", "fp32": "float32"}[self.precision]),
             *("--tp-size", str(self.tensor_parallel), "--context-length", str(self.context_length)),
             *("--mem-fraction-static", str(self.memory_fraction), "--max-running-requests", str(self.max_running)),
@@ -88,7 +89,9 @@ class Server(ServerProcess):
     key_suffix = ".yaml"
 
     def __init__(self, settings: ServerSettings, log: Path, *, first_gpu: int = 0) -> None:
-        super().__init__(log, api_key=settings.api_key)  # SGLang prints its settings, the key among them
+        super().__init__(
+            log, api_key=settings.api_key, host=settings.host
+        )  # SGLang prints its settings, the key among them
         self.settings, self.first_gpu = settings, first_gpu
 
     def command(self) -> list[str]:

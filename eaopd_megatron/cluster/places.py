@@ -1,0 +1,105 @@
+"""Addresses and ports of a job's processes: the node's own address, and ports that no other job on the node gets."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+import psutil
+
+from eaopd_megatron.errors import UserError
+
+PORTS, INTERFACE = "EAOPD_PORTS", "EAOPD_INTERFACE"
+DEFAULT_PORTS = "15000-29999"
+"""Below the range from which the kernel gives ports to outgoing connections."""
+STRIDE = 101
+"""Between the first choices of neighbouring jobs, so that their ports lie apart."""
+
+
+def node_address(environment: Mapping[str, str] = os.environ) -> str:
+    """The address at which other nodes reach this one: that of $EAOPD_INTERFACE, else the node's name's."""
+    if interface := environment.get(INTERFACE):
+        found = psutil.net_if_addrs().get(interface)
+        if found is None:
+            there = ", ".join(sorted(psutil.net_if_addrs()))
+            raise UserError(f"{INTERFACE} is {interface}, which this node has not (it has {there})")
+        for one in found:
+            if one.family == socket.AF_INET:
+                return str(one.address)
+        raise UserError(f"{INTERFACE} is {interface}, which has no IPv4 address")
+    name = environment.get("SLURMD_NODENAME") or socket.gethostname()
+    try:
+        return socket.gethostbyname(name)
+    except OSError as error:
+        raise UserError(f"the node's name {name} has no address ({error}): set {INTERFACE} to its network") from None
+
+
+class Held:
+    """A port that is this process's, and that of the program which it becomes, until that ends."""
+
+    def __init__(self, port: int, claim: socket.socket) -> None:
+        self.port, self._claim = port, claim
+
+    def keep(self) -> None:
+        """Past exec, too."""
+        self._claim.set_inheritable(True)
+        self._claim.detach()
+
+
+def hold_port(address: str, *, first: int | None = None, seed: int = 0, patience: float = 20.0) -> Held:
+    """A port of this node that nothing listens on and that no other job's process holds.
+
+    first: the one to have, and no other; it may take `patience` seconds for its last owner to be gone. seed: where the
+    search through $EAOPD_PORTS begins. Raises UserError where there is none.
+    """
+    if first is not None:
+        deadline = time.monotonic() + patience
+        while (held := _try_port(address, first)) is None:
+            if time.monotonic() > deadline:
+                raise UserError(f"port {first} of {address} is taken by another process")
+            time.sleep(0.2)
+        return held
+    low, high = port_range()
+    for port in _in_turn(low, high, seed):
+        if held := _try_port(address, port):
+            return held
+    raise UserError(f"every port of {PORTS}={low}-{high} is taken on {address}: name others")
+
+
+def port_range(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """The first and the last port of $EAOPD_PORTS. Raises UserError."""
+    text = environment.get(PORTS) or DEFAULT_PORTS
+    with suppress(ValueError):
+        low, high = (int(part) for part in text.split("-"))
+        if 1024 <= low <= high < 65536:
+            return low, high
+    raise UserError(f"{PORTS} is {text}; it must be two ports between 1024 and 65535, such as {DEFAULT_PORTS}")
+
+
+def _in_turn(low: int, high: int, seed: int) -> Iterator[int]:
+    count = high - low + 1
+    return (low + (seed * STRIDE + i) % count for i in range(count))
+
+
+def _try_port(address: str, port: int) -> Held | None:
+    # A name in Linux' abstract namespace belongs to one process of the host, whatever its user or container, and is
+    # free again when that has ended.
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that were closed a minute ago are gone
+    try:
+        claim.bind(f"\0eaopd-port-{port}")
+        probe.bind((address, port))
+        probe.listen(1)  # with SO_REUSEADDR only this finds one that listens on all addresses
+    except OSError as error:
+        claim.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"{address} is no address of this node: set {INTERFACE} to its network") from None
+        return None
+    finally:
+        probe.close()
+    return Held(port, claim)

@@ -1,0 +1,59 @@
+"""The scripts that run a tool on one node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.jobs import ROOT, Site
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+# Runs what stands behind the image, and tells what stood before it.
+APPTAINER = """#!/bin/bash
+[[ $1 == exec ]] || exit 9
+while [[ $1 != *.sif ]]; do
+    echo "apptainer: $1"
+    shift
+done
+shift
+exec "$@"
+"""
+
+
+def test_a_container_hides_the_checkout_or_the_model(site: Site, tmp_path: Path) -> None:
+    """`apptainer` is a stand-in here: evaluate.sh is given its options, and the environment runs behind them."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "apptainer").write_text(APPTAINER)
+    (tools / "apptainer").chmod(0o755)
+    (tmp_path / "image.sif").touch()
+    (tmp_path / "models").mkdir()
+    student = ROOT / "recipes/countdown/student"
+    small = ("--samples", "1", "--problems", "4", "--max-response-tokens", "8", "--top-p", "1")
+    job = site.submit(
+        *("evaluate.sh", str(student), "--benchmarks", "countdown", *small),
+        changes={
+            "EAOPD_CONTAINER": "apptainer",
+            "EAOPD_IMAGE": str(tmp_path / "image.sif"),
+            "EAOPD_MODELS": str(tmp_path / "models"),
+            "PATH": f"{tools}:$PATH",
+        },
+    )
+    assert job.finish() == "COMPLETED 0:0", job.output
+    binds = f"{ROOT}:{ROOT},{tmp_path}:{tmp_path},{tmp_path}/models:{tmp_path}/models"
+    assert (
+        f"apptainer: --nv\napptainer: --bind\napptainer: {binds}\napptainer: --pwd\napptainer: {ROOT}\n" in job.output
+    )
+    assert "countdown (4 problems x 1 samples): " in job.output
+
+
+def test_a_conversion_does_not_end(site: Site, tmp_path: Path) -> None:
+    """By which tool the arguments say; and a tool's error is the job's."""
+    there = tmp_path / "there"
+    forth = site.submit("convert.sh", "--hf", str(ROOT / "recipes/countdown/student"), "--out", str(there))
+    back = site.submit("convert.sh", "--checkpoint", str(tmp_path / "none"), "--out", str(tmp_path / "back"))
+    assert forth.finish() == "COMPLETED 0:0", forth.output
+    assert (there / "hf/config.json").exists()
+    assert back.finish() == "FAILED 1:0", back.output
+    assert f"error: --checkpoint: {tmp_path}/none" in back.output

@@ -1,0 +1,335 @@
+"""What the Slurm scripts ask of Python: roles on nodes, ports, ranks, the nodes' table, and why a step failed."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from eaopd_megatron.cluster import arrange as arranging
+from eaopd_megatron.cluster import places
+from eaopd_megatron.cluster.arrange import Arrangement, Nodes
+from eaopd_megatron.cluster.nodes import Node, busy_gpus
+from eaopd_megatron.cluster.places import hold_port, node_address
+from eaopd_megatron.cluster.stage import stage_model, staged
+from eaopd_megatron.cluster.step import Step
+from eaopd_megatron.cluster.table import faults, table
+from eaopd_megatron.cluster.verdict import verdict
+from eaopd_megatron.cluster.waiting import await_services
+from eaopd_megatron.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+COUNTDOWN = str(ROOT / "recipes/countdown/eopd.yaml")
+THREE = Nodes(1, 1, 1, gpus=8, allocated=3, per_node={})
+
+
+@pytest.fixture(autouse=True)
+def no_site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The run is not one that lies in the checkout already."""
+    for name in ("EAOPD_MODELS", "EAOPD_STAGE", "EAOPD_PORTS", "EAOPD_INTERFACE", "SLURMD_NODENAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("EAOPD_SHARED", str(tmp_path))
+
+
+def arranged(nodes: Nodes, *overrides: str) -> Arrangement:
+    return arranging.arrange(COUNTDOWN, overrides, nodes)
+
+
+def test_gpus_of_a_node_lie_idle_or_are_given_twice() -> None:
+    found = arranged(THREE, "servers.tensor_parallel=2", "teacher.tensor_parallel=2")
+    assert (found.student_tasks, found.teacher_replicas, found.teacher_tasks, found.teacher_nodes) == (8, 4, 2, 1)
+    assert (found.servers, found.server_gpus) == (4, 2)
+
+
+def test_a_replica_over_two_nodes_is_taken_for_two() -> None:
+    nodes = Nodes(1, 4, 0, gpus=8, allocated=5, per_node={})
+    found = arranged(nodes, "teacher.tensor_parallel=8", "teacher.pipeline_parallel=2")
+    assert (found.teacher_replicas, found.teacher_tasks, found.teacher_nodes) == (2, 8, 2)
+
+
+def test_a_recipe_for_half_a_node_fills_it() -> None:
+    nodes = Nodes(1, 0, 0, gpus=8, allocated=1, per_node={})
+    assert arranged(nodes, "student.data_parallel=2").student_tasks == 4
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "said"),
+    [
+        (replace(THREE, allocated=2), [], "the script's roles take 3 nodes (student 1, teacher 1, servers 1), the job"),
+        (replace(THREE, gpus=0), [], "the job's nodes have no GPUs"),
+        (replace(THREE, gpus=3), [], "the student's layout takes a multiple of 2 ranks, its nodes carry 1 x 3"),
+        (THREE, ["student.data_parallel=8"], "takes 16 ranks with student.data_parallel=8, its nodes carry 1 x 8"),
+        (THREE, ["teacher.tensor_parallel=3"], "a replica of the teacher takes 3 GPUs, its nodes have 1 x 8"),
+        (THREE, ["teacher.tensor_parallel=16"], "a replica of the teacher takes 16 GPUs, its nodes have 1 x 8"),
+        (THREE, ["servers.tensor_parallel=3"], "servers.tensor_parallel=3 GPUs, which does not divide the 8"),
+    ],
+)
+def test_gpus_that_do_not_match_the_layout_are_found_by_a_hanging_job(
+    nodes: Nodes, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        arranged(nodes, *overrides)
+    assert said in str(error.value)
+
+
+def test_the_run_lies_where_only_one_node_sees_it(tmp_path: Path) -> None:
+    assert arranged(THREE).folder == tmp_path / "runs/countdown-eopd"
+    assert arranged(THREE, "run.folder=mine").folder == tmp_path / "mine"
+    assert "run.folder=" + str(tmp_path / "mine") in arranged(THREE, "run.folder=mine").overrides
+
+
+def test_a_missing_model_is_found_after_the_servers_have_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "models/Qwen3-4B-Base").mkdir(parents=True)
+    (tmp_path / "models/Qwen3-4B-Base/config.json").write_text("{}")
+    monkeypatch.setenv("EAOPD_MODELS", str(tmp_path / "models"))
+    recipe = str(ROOT / "recipes/qwen3/4b_from_8b.yaml")
+    with pytest.raises(UserError, match=r"teacher.model is Qwen/Qwen3-8B, but EAOPD_MODELS has neither"):
+        arranging.arrange(recipe, [], THREE)
+    (tmp_path / "models/Qwen/Qwen3-8B").mkdir(parents=True)
+    (tmp_path / "models/Qwen/Qwen3-8B/config.json").write_text("{}")
+    found = arranging.arrange(recipe, [], THREE)
+    assert found.models == (str(tmp_path / "models/Qwen3-4B-Base"), str(tmp_path / "models/Qwen/Qwen3-8B"))
+
+
+def test_bash_reads_other_words_than_were_said() -> None:
+    found = arranged(THREE, "data.suffix=a 'b' $c")
+    echo = 'printf "%s\\n" "${arranged_overrides[@]}"'
+    read = subprocess.run(["bash", "-c", f"{found.assignments()}\n{echo}"], capture_output=True, text=True, check=True)
+    assert read.stdout.splitlines() == list(found.overrides)
+
+
+# Ports
+
+
+def test_two_jobs_meet_on_one_port() -> None:
+    """The first has chosen its port, and does not listen there yet."""
+    first = hold_port("127.0.0.1", seed=7)
+    second = hold_port("127.0.0.1", seed=7)
+    assert first.port != second.port
+    with pytest.raises(UserError, match=f"port {first.port} of 127.0.0.1 is taken"):
+        hold_port("127.0.0.1", first=first.port, patience=0.3)
+
+
+def test_a_port_stays_taken_when_its_process_has_ended() -> None:
+    code = "from eaopd_megatron.cluster.places import *; h = hold_port('127.0.0.1', seed=3); h.keep(); print(h.port)"
+    port = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert hold_port("127.0.0.1", first=port, patience=0.3).port == port
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port on which another program listens, on all addresses."""
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        listener.listen()
+        yield int(listener.getsockname()[1])
+
+
+def test_a_taken_port_is_given_to_a_service(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(places.PORTS, f"{taken}-{taken}")
+    with pytest.raises(UserError, match=f"every port of EAOPD_PORTS={taken}-{taken} is taken on 127.0.0.1"):
+        hold_port("127.0.0.1")
+
+
+@pytest.mark.parametrize("text", ["15000", "20000-10000", "80-90", "a-b"])
+def test_a_port_range_that_is_none_is_read_as_one(text: str) -> None:
+    with pytest.raises(UserError, match="EAOPD_PORTS is"):
+        places.port_range({places.PORTS: text})
+
+
+def test_services_listen_on_an_interface_that_the_node_has_not() -> None:
+    with pytest.raises(UserError, match=r"EAOPD_INTERFACE is ib77, which this node has not \(it has .*lo"):
+        node_address({places.INTERFACE: "ib77"})
+    assert node_address({places.INTERFACE: "lo"}) == "127.0.0.1"
+
+
+# Steps
+
+
+def task(number: int, of: int, step: str = "4") -> dict[str, str]:
+    return {
+        "SLURM_PROCID": str(number),
+        "SLURM_NTASKS": str(of),
+        "SLURM_LOCALID": str(number),
+        "SLURM_JOB_ID": "12",
+        "SLURM_STEP_ID": step,
+        "SLURMD_NODENAME": "localhost",
+        "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+    }
+
+
+def test_ranks_of_a_step_do_not_meet(tmp_path: Path) -> None:
+    step = Step("teacher_1", tmp_path, gpus=(2, 2))
+    _, main = step.prepare(["x", "listen={listen}"], task(0, 2))
+    _, other = step.prepare(["x", "listen={listen}"], task(1, 2))
+    meeting = {key: main[key] for key in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")}
+    assert meeting.items() <= other.items()
+    assert (main["RANK"], other["RANK"], other["CUDA_VISIBLE_DEVICES"]) == ("0", "1", "2,3")
+
+
+def test_a_service_that_is_started_again_is_sought_at_its_old_port(tmp_path: Path) -> None:
+    step = Step("server_0", tmp_path)
+    step.url_file.write_text("http://127.0.0.1:29998\n")
+    command, _ = step.prepare(["serve", "--listen", "{listen}"], task(0, 1))
+    assert command == ["serve", "--listen", "127.0.0.1:29998"]
+    assert step.url_file.read_text() == "http://127.0.0.1:29998\n"
+
+
+def test_ranks_meet_where_those_of_the_last_start_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eaopd_megatron.cluster.step.MEETING_SECONDS", 0.3)
+    step = Step("student", tmp_path)
+    step.prepare(["x"], task(0, 2, step="4"))
+    with pytest.raises(UserError, match="does not say where the ranks of student meet"):
+        step.prepare(["x"], task(1, 2, step="5"))
+
+
+def test_a_service_takes_gpus_that_its_node_has_not(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="server_9 needs GPUs 8 to 9 of its node, which shows 8"):
+        Step("server_9", tmp_path, gpus=(8, 2)).prepare(["x"], task(0, 1))
+
+
+# Waiting
+
+
+def test_a_service_that_was_given_up_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "server_0.lost").write_text("server_0 died 3 times in a row\n")
+    with pytest.raises(UserError, match="server_0 died 3 times in a row"):
+        await_services(["server_0"], tmp_path, tmp_path, key="k", minutes=1, report=print)
+
+
+def test_who_waits_is_not_told_for_what(tmp_path: Path) -> None:
+    (tmp_path / "server_0.log").write_text("loading weights 3 of 9\n")
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"server_0 does not serve after 0.005 minutes: loading weights 3 of 9"):
+        await_services(["server_0"], tmp_path, tmp_path, key="k", minutes=0.005, report=said.append, interval=0.0)
+    assert said[0].startswith("0 of 1 serve after") and said[0].endswith("server_0: loading weights 3 of 9")
+
+
+# Nodes
+
+
+def node(name: str, **changes: object) -> Node:
+    versions = {"torch": "2.13.0", "megatron-core": "0.16.1", "sglang": "0.5.21", "nccl": "2.29.7"}
+    sound = Node(name, "10.0.0.1", "3.11.7", versions, "a" * 40, gpus=8, disk=2**40)
+    return replace(sound, **changes)  # type: ignore[arg-type]
+
+
+def test_a_report_among_other_words_is_lost() -> None:
+    text = f"loading modules\n{node('n0').line()}\nbye\n{node('n1', problems=('no disk',)).line()}\n"
+    assert Node.read(text) == [node("n0"), node("n1", problems=("no disk",))]
+
+
+def test_nodes_of_unlike_environments_train_together() -> None:
+    assert faults([node("n0"), node("n1")], ["n0", "n1"], 8) == []
+    other = {**node("n0").versions, "nccl": "2.28.1"}
+    found = faults([node("n0"), node("n1"), node("n2", versions=other, commit="b" * 40)], ["n0", "n1", "n2"], 8)
+    assert len(found) == 2
+    assert found[0].startswith(f"commit differs between nodes: n2 has {'b' * 40}, the others {'a' * 40}")
+    assert found[1].startswith("nccl differs between nodes: n2 has 2.28.1, the others 2.29.7")
+
+
+def test_a_node_that_is_silent_counts_as_sound() -> None:
+    said = "srun: error: task 1 launch failed\nslurmstepd: error: n1: execve(): python: No such file or directory"
+    found = faults([node("n0")], ["n0", "n1"], 8, said)
+    assert len(found) == 1 and found[0].startswith("n1: no report (slurmstepd: error: n1: execve(): python: No such")
+
+
+def test_what_is_wrong_on_all_nodes_takes_a_line_each() -> None:
+    ill = [node(name, problems=("EAOPD_STAGE is /x",), gpus=4) for name in ("n0", "n1")]
+    found = faults(ill, ["n0", "n1"], 8)
+    assert found == [
+        "n0, n1: EAOPD_STAGE is /x",
+        "n0: 4 GPUs, the job asks for 8",
+        "n1: 4 GPUs, the job asks for 8",
+    ]
+    lines = table(ill)
+    assert [line.split()[0] for line in lines] == ["node", "n0", "n1"]
+    assert lines[1].endswith("1 wrong") and "2.29.7" in lines[1] and "1024" in lines[1]
+
+
+def test_a_gpu_that_another_works_on_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi is a stand-in."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '0, 4'\necho '1, 61440'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert busy_gpus() == ["GPU 1 has 61440 MiB in use by another process: find it with nvidia-smi"]
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert busy_gpus() == []
+
+
+# Models on the nodes' own disks
+
+
+def test_half_a_model_is_taken_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stage = tmp_path / "model", tmp_path / "stage"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "weights").write_bytes(b"1" * 100)
+    (stage / f".{staged(model, stage).name}.partial").mkdir(parents=True)  # of a job that was killed while it copied
+    assert stage_model(model, stage) == staged(model, stage)
+    assert sorted(path.name for path in staged(model, stage).iterdir()) == ["config.json", "weights"]
+    (model / "config.json").unlink()
+    assert (stage_model(model, stage) / "config.json").exists()  # it is not copied again
+
+
+def test_a_full_disk_ends_in_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_bytes(b"1")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match=r"EAOPD_STAGE: .* has 0.0 GiB free"):
+        stage_model(model, tmp_path / "stage")
+
+
+# Why a step failed
+
+
+def report(folder: Path, rank: int, message: str, when: float, *, user: bool = False, code: int = 1) -> None:
+    record = {"message": message, "exit_code": code, "rank": rank, "user": user, "time": when}
+    (folder / f"error.{rank}").write_text(json.dumps(record))
+
+
+def test_the_highest_code_is_taken_for_the_failing_ranks(tmp_path: Path) -> None:
+    """Rank 1 ends with 7; srun ends the others and itself returns 143."""
+    said = "srun: error: n0: task 1: Exited with exit code 7\nsrun: error: n0: tasks 0,2: Terminated\n"
+    (tmp_path / "rank_1.log").write_text("\n".join(f"line {i}" for i in range(50)))
+    found = verdict(said, tmp_path, tmp_path, 143)
+    assert (found.code, found.user) == (7, False)
+    assert "error: rank 1 ended with exit code 7 on n0; the last lines of" in found.text
+    assert found.text.count("\n") == 20 and found.text.endswith("line 49")
+
+
+def test_a_rank_that_fell_with_another_is_blamed(tmp_path: Path) -> None:
+    """Rank 2's error came first, though srun saw rank 0 end before; and what was killed was killed first."""
+    report(tmp_path, 0, "rank 2 failed: boom", 20.0)
+    report(tmp_path, 2, "boom", 10.0)
+    said = "srun: error: n0: tasks 0-1: Exited with exit code 1\nsrun: error: n1: task 2: Exited with exit code 1\n"
+    assert "rank 2 ended with exit code 1 on n1: boom" in verdict(said, tmp_path, tmp_path, 1).text
+    said = "srun: error: n1: task 3: Killed\n" + said
+    found = verdict(said, tmp_path, tmp_path, 1)
+    assert found.code == 137 and "rank 3 was killed (Killed) on n1" in found.text
+
+
+def test_a_wrong_recipe_is_started_again_and_again(tmp_path: Path) -> None:
+    report(tmp_path, 1, "student.model: there is no folder", 10.0, user=True, code=2)
+    found = verdict("srun: error: n0: tasks 0-1: Exited with exit code 2\n", tmp_path, tmp_path, 2)
+    assert (found.code, found.user) == (2, True)
+    assert found.text == "error: student.model: there is no folder (rank 1, exit code 2)"
+
+
+@pytest.mark.parametrize("code", [143, 138])
+def test_ranks_that_saved_their_state_count_as_failed(tmp_path: Path, code: int) -> None:
+    said = f"srun: error: n0: tasks 0-7: Exited with exit code {code}\n"
+    assert verdict(said, tmp_path, tmp_path, code).code == 0
+    report(tmp_path, 0, "the disk is full", 10.0)
+    assert verdict(said, tmp_path, tmp_path, code).code == code
