@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,45 +82,96 @@ def teach(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A Hugging Face folder or hub id, a run's folder or one of its checkpoints.",
+            show_default=False,
+        ),
+    ],
     more: Annotated[
         list[str] | None,
         typer.Argument(metavar="BENCHMARK", help="Further benchmarks after --benchmarks.", show_default=False),
     ] = None,
     benchmarks: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[,NAME]", help="Benchmarks' names or .jsonl files.", show_default=False),
+        typer.Option(
+            metavar="NAME[,NAME]",
+            help="countdown, math500, aime24, aime25, amc23, minerva_math, olympiadbench; a .jsonl or .parquet file; "
+            "hub:owner/name[:config][@revision].",
+            show_default=False,
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Responses a problem.")] = 8,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share the model.")] = 1,
+    problems: Annotated[int | None, typer.Option(min=1, help="The first so many.", show_default="all")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the most probable token.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.8,
     max_response_tokens: Annotated[int, typer.Option(min=1)] = 8192,
-    problems: Annotated[int | None, typer.Option(min=1, help="The first so many.", show_default="all")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 1234,
-    suffix: Annotated[str, typer.Option(help="Appended to each problem.", show_default=False)] = "",
-    out: Annotated[Path | None, typer.Option(help="A JSON file for every answer's grade.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the local engine's random numbers.")] = 1234,
+    template: Annotated[
+        str | None,
+        typer.Option(metavar="chat|base|raw", show_default="chat where the tokenizer has one, else raw"),
+    ] = None,
+    suffix: Annotated[
+        str | None, typer.Option(help="A line after each problem.", show_default="asks for a box; Countdown: none")
+    ] = None,
+    fields: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=FIELD,...", help="A file's fields for problem, answer, id.", show_default=False),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="local|sglang", help="local: ranks started for it; sglang: servers.")
+    ] = "local",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks, or GPUs a server, that share the model.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that local ranks generate together.")] = 256,
+    servers: Annotated[int, typer.Option(min=1, help="Servers to start.")] = 1,
+    server_url: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="A server that runs already.", show_default=False)
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="Such servers' key, mode 0600.", show_default=False)] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Responses that a server writes at the same time.")] = 64,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder; an unfinished evaluation in it goes on.", show_default="evaluations/MODEL"),
+    ] = None,
+    regrade: Annotated[bool, typer.Option("--regrade", help="Grade the folder's responses again.")] = False,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Another evaluation to compare with.", show_default=False)
+    ] = None,
 ) -> None:
-    """Score a model on benchmarks: avg@k, pass@k, distinct right answers."""
-    names = [name.strip() for part in [*(benchmarks or []), *(more or [])] for name in part.split(",") if name.strip()]
-    if not names:
-        raise UserError("no benchmark is named; say which with --benchmarks, for example --benchmarks countdown")
+    """Score a model on benchmarks: avg@k, pass@k, majority vote, with intervals."""
+    from eaopd_megatron.data.sources import Fields
+    from eaopd_megatron.evaluation.command import Request
     from eaopd_megatron.evaluation.command import evaluate as run
+    from eaopd_megatron.evaluation.served_generation import ServerChoice
 
-    code = run(
+    names = [name.strip() for part in [*(benchmarks or []), *(more or [])] for name in part.split(",") if name.strip()]
+    request = Request(
         model=model,
-        benchmarks=names,
+        benchmarks=list(dict.fromkeys(names)),
         samples=samples,
-        tensor_parallel=tensor_parallel,
+        problems=problems,
         temperature=temperature,
         top_p=top_p,
         max_response_tokens=max_response_tokens,
-        problems=problems,
         seed=seed,
-        out=out,
+        template=_one_of("--template", template, "chat", "base", "raw") if template else None,
         suffix=suffix,
+        fields=None if fields is None else Fields.parse(fields),
+        engine=_one_of("--engine", engine, "local", "sglang"),
+        tensor_parallel=tensor_parallel,
+        batch_size=batch_size,
+        servers=ServerChoice(tuple(server_url or ()), servers, tensor_parallel, max_running, api_key_file=api_key_file),
+        out=out,
     )
-    raise typer.Exit(code)
+    raise typer.Exit(run(request, regrade=regrade, compare=compare))
+
+
+def _one_of(option: str, value: str, *allowed: str) -> Any:
+    if value not in allowed:
+        raise UserError(f"{option} {value}: expected {', '.join(allowed)}")
+    return value
 
 
 @app.command()
@@ -177,7 +228,7 @@ def plan(
 @app.command()
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="Also try its student and teachers.", show_default=False)
+        str | None, typer.Argument(metavar="RECIPE", help="Also try its student and teachers.", show_default=False)
     ] = None,
     overrides: Overrides = None,
 ) -> None:

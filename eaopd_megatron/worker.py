@@ -54,6 +54,7 @@ def _train(recipe: Recipe) -> None:
     with watched(store, parallel.rank, parallel.world_size, on_failure=record):
         run = Run(recipe, parallel)
         try:
+            run.open()
             train(run)
             finish(run)
         except (Asked, ServiceFailed) as reason:
@@ -73,15 +74,15 @@ def _teach(recipe: Recipe, teacher: str) -> None:
 
 
 def _agreement(recipe: Recipe) -> None:
-    from eaopd_megatron.teacher.trial import agreement_on_rank
+    from eaopd_megatron.training.trial import agreement_on_rank
 
     agreement_on_rank(recipe)
 
 
 def _evaluate(options: Path) -> None:
-    from eaopd_megatron.evaluation.command import evaluate_on_rank
+    from eaopd_megatron.evaluation.local_generation import on_rank
 
-    evaluate_on_rank(json.loads(options.read_text()))
+    on_rank(json.loads(options.read_text()))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,7 +51,7 @@ PROMPT, RESPONSE, SAMPLES = 512, 3584, 2  # tokens of a sample, samples of a req
 INFO = Info("ready rows", "none", "hidden", 0, 4096, "bf16", 151_936, ("none", -1, -1), 10**6, "none")
 TERMINAL = TerminalMap("none", -1, -1)
 BUDGET = SAMPLES * (PROMPT + RESPONSE)
-GENERATION, TEACHER, TRAINING = 3.0, 1.0, 1.0  # seconds of an iteration, each by itself
+GENERATION, TEACHER, TRAINING = 6.0, 2.0, 2.0  # seconds of an iteration, each by itself
 PARTS, UPDATES = 16, 4
 
 
@@ -148,10 +149,14 @@ def bandwidth(rounds: int, requests: int, connections: int) -> None:
         for turn in range(rounds + 1):
             calls = [call for call, _ in source.calls(made(requests * SAMPLES), str(turn))]
             size = sum(call.request.rows for call in calls) * INFO.row_format.bytes
-            found = {"service": size / pulled(url, connections, calls), "stream": size / streamed(port, size)}
-            for name, rate in found.items() if turn else ():  # the first requests are slow
-                rates[name].append(rate)
+            ways: dict[str, Callable[[], float]] = {
+                "service": partial(pulled, url, connections, calls),
+                "stream": partial(streamed, port, size),
+            }
+            for name in ways if turn % 2 else reversed(ways):
+                rates[name].append(size / ways[name]())
     for name, of in rates.items():
+        del of[0]  # the first requests are slow
         print(f"{name}: median {statistics.median(of) / 1e9:.2f} GB/s ({' '.join(f'{r / 1e9:.2f}' for r in of)})")
     ratio = statistics.median(rates["service"]) / statistics.median(rates["stream"])
     print(f"service / stream: {ratio:.0%} over {rounds} rounds of {size / 1e9:.2f} GB, {connections} connections")
@@ -266,7 +271,8 @@ def overlap(iterations: int) -> None:
             asked=lambda: 0,
             report=print,
         )
-        teacher.open(PROMPT + RESPONSE)
+        teacher.start(PROMPT + RESPONSE)
+        teacher.open()
         run = Waits(Teachers({"": teacher}), parallel, iterations)
         train(cast(Any, run))
         teacher.close()

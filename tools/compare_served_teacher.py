@@ -22,16 +22,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from eaopd_megatron.checkpoint.hf_folder import HfFolder  # noqa: E402
-from eaopd_megatron.data.prompts import PromptBuilder, load_problems  # noqa: E402
+from eaopd_megatron.checkpoint.hf_folder import HfFolder, common_vocab_size  # noqa: E402
+from eaopd_megatron.data.prompts import PromptBuilder  # noqa: E402
 from eaopd_megatron.data.samples import Prompt, Sample, Sampling  # noqa: E402
+from eaopd_megatron.data.sources import load_problems  # noqa: E402
 from eaopd_megatron.guard import guarded  # noqa: E402
 from eaopd_megatron.objective import Objective, TeacherTopK, entropy_bounds  # noqa: E402
 from eaopd_megatron.objective.terms import gate_of  # noqa: E402
 from eaopd_megatron.rollout.sglang.identity import Expected, identify  # noqa: E402
-from eaopd_megatron.rollout.sglang.keeper import SLACK_TOKENS  # noqa: E402
 from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings  # noqa: E402
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Request  # noqa: E402
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, Request  # noqa: E402
 from eaopd_megatron.rollout.sglang.writing import Generation  # noqa: E402
 from eaopd_megatron.services.client import Client  # noqa: E402
 from eaopd_megatron.services.pool import Pool  # noqa: E402
@@ -61,7 +61,7 @@ def main() -> None:
         samples = asyncio.run(write(url, student, prompts, sampling))
     with served(teacher) as url:
         scored = {k: asyncio.run(score(url, source(student, teacher, k), samples)) for k in arguments.k}
-    show(scored, exact_entropy(teacher, samples), arguments.threshold, student.vocab_size)
+    show(scored, exact_entropy(teacher, samples), arguments.threshold, common_vocab_size([student, teacher]))
 
 
 @contextmanager
@@ -75,7 +75,8 @@ def served(folder: HfFolder) -> Iterator[str]:
 
 def source(student: HfFolder, teacher: HfFolder, k: int) -> ServedSource:
     terminal = TerminalMap.between("swap", student.eos_ids, teacher.eos_ids)
-    return ServedSource(teacher, student, k=min(k, student.vocab_size), terminal=terminal, max_running=RUNNING)
+    size = common_vocab_size([student, teacher])
+    return ServedSource(teacher, vocab_size=size, k=min(k, size), terminal=terminal, max_running=RUNNING)
 
 
 async def write(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sample]:

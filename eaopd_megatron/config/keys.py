@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
 from functools import cache
@@ -12,6 +13,8 @@ from pydantic import BaseModel
 from eaopd_megatron.config.tree import Recipe
 
 LEAST_LIKENESS = 0.6
+TEACHER_NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""It is part of keys, of metrics' names and of files' names."""
 
 
 @cache
@@ -61,6 +64,9 @@ def fault(tree: Mapping[Any, Any]) -> str | None:
         if name == "teachers":
             if not isinstance(value, Mapping):
                 return f"'teachers' names teachers, each with keys of 'teacher'; it is no value such as {value!r}"
+            for teacher in value:
+                if not isinstance(teacher, str) or not TEACHER_NAME.fullmatch(teacher):
+                    return f"a teacher is named {teacher!r}; a name has letters, digits, '-' and '_'"
             parts = {f"teachers.{teacher}": keys for teacher, keys in value.items()}
             kind = "teacher"
         elif name in sections():
@@ -72,25 +78,21 @@ def fault(tree: Mapping[Any, Any]) -> str | None:
                 return f"{section!r} is a section (keys: {', '.join(sections()[kind])}), not a value such as {keys!r}"
             for key in keys:
                 if key not in sections()[kind]:
-                    return unknown(f"{kind}.{key}")
+                    return unknown(f"{section}.{key}")
     return None
 
 
 def unknown(key: str) -> str:
     """The message for a dotted key that does not exist, with the nearest one that does."""
     section, _, leaf = key.rpartition(".")
-    hint = _nearest_here(section, leaf) or _nearest_anywhere(leaf)
+    kind = "teacher" if section.startswith("teachers.") else section  # whose keys each of several teachers has
+    near = nearest(leaf, sections().get(kind, ()))
+    hint = ".".join(filter(None, (section, near))) if near else _nearest_anywhere(leaf)
     if hint:
         return f"unknown key {key!r}; did you mean {hint!r}?"
-    here = section if section in sections() else ""
-    return f"unknown key {key!r}; the keys {f'of {here!r}' if here else 'at the top'} are {', '.join(sections()[here])}"
-
-
-def _nearest_here(section: str, leaf: str) -> str | None:
-    if section not in sections():
-        return None
-    found = nearest(leaf, sections()[section])
-    return f"{section}.{found}" if found and section else found
+    here = f"of {section!r}" if section and kind in sections() else "at the top"
+    keys = sections().get(kind, sections()[""])
+    return f"unknown key {key!r}; the keys {here} are {', '.join(keys)}"
 
 
 def _nearest_anywhere(leaf: str) -> str | None:

@@ -25,8 +25,8 @@ from eaopd_megatron.errors import RecipeError
 
 MODEL_KEYS = ("student.model", "teacher.model")
 """Keys that may hold a folder."""
-FILE_KEYS = ("data.source", "evaluation.benchmarks")
-"""Keys that may hold the name of a .jsonl file."""
+FILE_KEYS = ("data.source", "data.decontaminate", "evaluation.benchmarks")
+"""Keys that may hold the name of a .jsonl or .parquet file."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     origins = {key: layer for layer in layers for key, _ in keys.flatten(layer.tree)}
 
     def origin(key: str) -> str:
-        return origins[key].origin if key in origins else str(path)
+        shared = re.sub(r"^teachers\.[^.]*\.", "teacher.", key)  # what a teacher does not say itself
+        said = next((origins[name] for name in (key, shared) if name in origins), None)
+        return str(path) if said is None else said.origin
 
     merged = _merge(layers, str(path))
     for key, value in list(keys.flatten(merged)):
@@ -91,9 +93,10 @@ def _complete_teachers(merged: dict[str, Any]) -> None:
     """Each of several teachers has the keys of `teacher` that it does not say, which may leave its model to them."""
     if named := merged["teachers"]:
         common = merged["teacher"]
-        first = next(iter(named.values()))
-        common.setdefault("model", first.get("model"))
         merged["teachers"] = {name: {**common, **own} for name, own in named.items()}
+        models = [own["model"] for own in named.values() if "model" in own]
+        if models:
+            common.setdefault("model", models[0])
 
 
 def dump(recipe: Recipe) -> str:
@@ -102,9 +105,13 @@ def dump(recipe: Recipe) -> str:
 
 
 def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value in `a`, value in `b`) of every setting that differs, in the recipe's order."""
+    """(dotted key, value in `a`, value in `b`) of every setting that differs, in the recipe's order.
+
+    None stands for the value of a key that only the other one has: a teacher's.
+    """
     left, right = dict(keys.flatten(a.model_dump())), dict(keys.flatten(b.model_dump()))
-    return [(key, left[key], right[key]) for key in left if left[key] != right[key]]
+    names = dict.fromkeys([*left, *right])
+    return [(key, left.get(key), right.get(key)) for key in names if left.get(key) != right.get(key)]
 
 
 def setting(recipe: Recipe, key: str) -> Any:
@@ -203,7 +210,7 @@ def _folders(layer: _Layer, recipe_folder: Path) -> list[Path]:
 
 def _located(key: str, value: Any, folders: Sequence[Path]) -> Any:
     """The absolute path of what the value names, or the value itself where it names no folder or file."""
-    if not isinstance(value, str) or not value or (key in FILE_KEYS and not value.endswith(".jsonl")):
+    if not isinstance(value, str) or not value or (key in FILE_KEYS and not value.endswith((".jsonl", ".parquet"))):
         return value
     for folder in folders:
         found = folder / Path(value).expanduser()
@@ -250,6 +257,8 @@ def _explain(errors: Sequence[ErrorDetails], origin: Callable[[str], str]) -> st
     context, value = error.get("ctx", {}), error["input"]
     if error["type"] == "value_error":
         message = str(context["error"])
+        if key.startswith("teachers."):
+            message = message.replace("teacher.", f"{'.'.join(key.split('.')[:2])}.")
         text = message if isinstance(value, (Mapping, Recipe)) else f"{key} is {_shown(value)}; {message}"
     elif error["type"] == "literal_error":
         text = f"{key} is {_shown(value)}; allowed: {context['expected']}"

@@ -149,6 +149,14 @@ class Teacher(Section):
                 raise ValueError(f"a teacher with teacher.placement={self.placement} {why}")
         return self
 
+    @model_validator(mode="after")
+    def _weights_in_fp8_stay(self) -> Self:
+        if self.precision == "fp8" and self.offload == "weights":
+            raise ValueError(
+                "teacher.offload=weights moves weights in fp32 or bf16, not those of teacher.precision=fp8"
+            )
+        return self
+
 
 class ObjectiveChoice(Section):
     """A preset of the objective and what differs from it (none: as the preset says)."""
@@ -183,11 +191,13 @@ class ObjectiveChoice(Section):
 class Data(Section):
     """The prompts."""
 
-    source: Name = "countdown"  # a built-in task, a .jsonl file, or hub:owner/name[:config]
+    source: Name = "countdown"  # or a .jsonl or .parquet file, or hub:owner/name[:config][@revision]
     split: Name = "train"
     prompt_field: Name = "problem"
     teacher_field: Name = "teacher"  # of a problem: which of several teachers it is for
-    template: Literal["chat", "raw"] = "chat"
+    decontaminate: list[Name] = []  # benchmarks whose problems are left out
+    decontaminate_ngram: Count = 13  # so are problems that share as many words in a row with one
+    template: Literal["chat", "base", "raw"] = "chat"  # chat: thinking off; base: question and answer as plain text
     suffix: str = ""  # appended to each problem
     max_prompt_tokens: Count = 1024
     shuffle: bool = True
@@ -300,7 +310,7 @@ class Evaluation(Section):
     """Benchmarks before, during and after training."""
 
     interval: CountOrZero = 0  # iterations; 0: before and after training only
-    benchmarks: list[Name] = []  # names or .jsonl files
+    benchmarks: list[Name] = []  # names, .jsonl or .parquet files
     samples: Count = 8  # responses a problem
     problems: Count | None = None  # the first so many; none: all
     temperature: NotNegative = 1.0  # 0: the most probable token

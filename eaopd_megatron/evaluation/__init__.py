@@ -1,7 +1,8 @@
 """Evaluation: graders, the unbiased estimators over samples, and the results' files."""
 
 from eaopd_megatron.evaluation.estimators import avg_at_k, bootstrap_interval, pass_at_k, pass_ks
-from eaopd_megatron.evaluation.grading import Grade, Grader, benchmark_name, grade_all, grader_for
+from eaopd_megatron.evaluation.grade import Grade, Grader
+from eaopd_megatron.evaluation.grading import benchmark_name, grade_all, grader_for
 from eaopd_megatron.evaluation.results import (
     BenchmarkResult,
     EvaluationResult,

@@ -1,119 +1,161 @@
-"""`eaopd evaluate`: a Hugging Face folder on benchmarks, generated on Megatron ranks of its own."""
+"""`eaopd evaluate`: a model's responses to benchmarks, kept in a folder, and what they come to."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.data.prompts import PromptBuilder
+from eaopd_megatron.data.samples import Sampling
+from eaopd_megatron.data.sources import Fields
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation import local_generation, tables
+from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
+from eaopd_megatron.evaluation.folder import EvaluationFolder, fingerprint
+from eaopd_megatron.evaluation.generations import Place, write_prompts
+from eaopd_megatron.evaluation.grading import benchmark_name
 from eaopd_megatron.evaluation.results import EvaluationResult
+from eaopd_megatron.evaluation.served_generation import ServerChoice
+from eaopd_megatron.evaluation.served_generation import generate as generate_served
+from eaopd_megatron.guard import say
 
-BATCH = 256  # sequences generated together on a rank
+SUFFIX = "Please reason step by step, and put your final answer within \\boxed{}."
+"""Of mathematical benchmarks, whose answers are looked for in a box."""
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
+"""What a chat template ends a turn with, which is not always among a base model's own end tokens."""
 
 
-def evaluate(
-    model: str,
-    benchmarks: list[str],
-    samples: int,
-    tensor_parallel: int,
-    temperature: float,
-    top_p: float,
-    max_response_tokens: int,
-    problems: int | None,
-    seed: int,
-    out: Path | None,
-    suffix: str = "",
-) -> int:
-    """Start the ranks, print a line a benchmark, write `out` (JSON, every sample's grade) where it is given. The exit
-    code."""
-    from eaopd_megatron.launch import launch
+@dataclass(frozen=True)
+class Request:
+    """What is evaluated, and by what."""
 
-    if samples < 1:
-        raise UserError(f"--samples {samples}: at least 1")
-    with tempfile.TemporaryDirectory() as scratch:
-        options = {
-            "model": model,
-            "benchmarks": benchmarks,
-            "samples": samples,
-            "tensor_parallel": tensor_parallel,
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_response_tokens": max_response_tokens,
-            "problems": problems,
-            "seed": seed,
-            "suffix": suffix,
-            "folder": scratch,
-        }
-        path = Path(scratch) / "options.json"
-        path.write_text(json.dumps(options))
-        code = launch(["evaluate", str(path)], tensor_parallel)
-        if code:
+    model: str  # a Hugging Face folder, a hub id, a run's folder or one of its checkpoints
+    benchmarks: Sequence[str]
+    samples: int = 8
+    problems: int | None = None  # the first so many; None: all
+    temperature: float = 1.0
+    top_p: float = 0.8
+    max_response_tokens: int = 8192
+    seed: int = 1234
+    template: Literal["chat", "base", "raw"] | None = None  # None: chat where the tokenizer has a chat template
+    suffix: str | None = None  # None: `SUFFIX`, and nothing for Countdown
+    fields: Fields | None = None  # of files that are no named benchmarks
+    engine: Literal["local", "sglang"] = "local"
+    tensor_parallel: int = 1  # ranks of the local engine
+    batch_size: int = 256  # sequences that it generates together
+    servers: ServerChoice = field(default_factory=ServerChoice)
+    out: Path | None = None  # None: evaluations/ and the model's name
+
+
+def evaluate(request: Request, *, regrade: bool = False, compare: Path | None = None) -> int:
+    """Generates what is not there yet, grades, writes and prints the table. The exit code.
+
+    regrade: nothing is generated. compare: another evaluation's folder, from which the change is printed, too.
+    """
+    folder = EvaluationFolder(request.out or _default_folder(request.model))
+    before = None if compare is None else EvaluationResult.read(EvaluationFolder(compare).results_file)
+    if not regrade:
+        if not request.benchmarks:
+            raise UserError("no benchmark is named; say which with --benchmarks, for example --benchmarks countdown")
+        if code := _generate(request, folder):
             return code
-        result = EvaluationResult.read(Path(scratch) / "000000.json")
-        for line in lines(result):
-            print(line)
-        if out is not None:
-            written = result.write(out.parent)
-            os.replace(written, out)
-            print(f"written: {out}")
+    result = folder.grade()
+    folder.write(result)
+    print(tables.markdown(result))
+    if before is not None:
+        print(tables.comparison_markdown(tables.comparison(before, result)))
+    print(f"written: {folder.path}")
     return 0
 
 
-def lines(result: EvaluationResult) -> list[str]:
-    """One line a benchmark: avg@K, every pass@k, different right answers, truncated share, grader errors."""
-    return [
-        f"{name} ({b.problems} problems x {b.samples} samples): "
-        + "  ".join(f"{figure} {value:.4g}" for figure, value in b.figures.items())
-        for name, b in result.benchmarks.items()
-    ]
+def _generate(request: Request, folder: EvaluationFolder) -> int:
+    """Everything up to the last response. The exit code."""
+    path, exported = _weights(request.model, folder)
+    model = HfFolder.open(str(path), "MODEL")
+    names = {benchmark_name(source): source for source in request.benchmarks}
+    _begin(request, folder, model, names)
+    missing: dict[str, list[Place]] = {}
+    for name in names:
+        count = len(folder.prompts(name).read_text(encoding="utf-8").splitlines())
+        store = folder.generations(name)
+        store.mend()
+        if places := store.missing(count, request.samples):
+            missing[name] = places
+            say(f"{name}: {len(places)} of {count * request.samples} responses are to be generated")
+    code = 0
+    if missing and request.engine == "local":
+        code = local_generation.generate(folder, model.path, missing, request.tensor_parallel, request.batch_size)
+    elif missing:
+        generate_served(folder, model, missing, request.servers, say)
+    if exported and not code:
+        shutil.rmtree(path)
+    return code
 
 
-def evaluate_on_rank(options: dict[str, Any]) -> None:
-    """One rank of `evaluate`."""
-    import torch
-
-    from eaopd_megatron.checkpoint.hf_folder import HfFolder
-    from eaopd_megatron.checkpoint.hf_import import load_hf
-    from eaopd_megatron.data.prompts import PromptBuilder
-    from eaopd_megatron.data.samples import Sampling
-    from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
-    from eaopd_megatron.megatron import groups
-    from eaopd_megatron.megatron.architecture import check_config
-    from eaopd_megatron.megatron.model import build_model
-    from eaopd_megatron.rollout.local import LocalRollout
-
-    tensor_parallel = options["tensor_parallel"]
-    layout = groups.Layout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # experts ask for it
-    parallel, _ = groups.start(layout)
-    folder = HfFolder.open(options["model"], "MODEL")
-    check_config(folder.config, layout, options["model"])
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model = build_model(folder.config, layout, dtype)
-    load_hf(model, folder, parallel)
-    tokenizer = folder.tokenizer()
-    builder = PromptBuilder(
-        tokenizer,
-        template="chat" if tokenizer.chat_template else "raw",
-        suffix=options["suffix"],
-        field="problem",
-        max_tokens=folder.config.max_position_embeddings - options["max_response_tokens"],
+def _begin(request: Request, folder: EvaluationFolder, model: HfFolder, names: dict[str, str]) -> None:
+    """Loads and checks the benchmarks, and writes what the responses depend on."""
+    tokenizer = model.tokenizer()
+    template = request.template or ("chat" if tokenizer.chat_template else "raw")
+    longest = local_generation.check_length(model.config.max_position_embeddings, request.max_response_tokens)
+    stops = {*model.eos_ids, *(tokenizer.get_vocab()[token] for token in END_OF_TURN if token in tokenizer.get_vocab())}
+    sampling = Sampling(request.temperature, request.top_p, request.max_response_tokens, tuple(sorted(stops)))
+    suffixes = {}
+    prompts = {}
+    for name, source in names.items():
+        problems = load_benchmark(source, request.fields)[: request.problems]
+        check_golds(source, problems, say)
+        suffixes[name] = ("" if name == "countdown" else SUFFIX) if request.suffix is None else request.suffix
+        builder = PromptBuilder(
+            tokenizer, template=template, suffix=suffixes[name], field="problem", max_tokens=longest
+        )
+        prompts[name], dropped = builder.build(problems, source)
+        if dropped:
+            say(f"{name}: {dropped} problems are longer than {longest} tokens and left out")
+    folder.begin(
+        {
+            "model": fingerprint(model.path),
+            "benchmarks": names,
+            "problems": {name: len(some) for name, some in prompts.items()},
+            "samples": request.samples,
+            "sampling": vars(sampling),
+            "seed": request.seed,
+            "template": template,
+            "suffixes": suffixes,
+            "engine": request.engine,
+        }
     )
-    evaluator = Evaluator(
-        LocalRollout(model, parallel, vocab_size=folder.vocab_size, batch_size=BATCH),
-        parallel,
-        tokenizer,
-        [Benchmark.load(source, builder, options["problems"]) for source in options["benchmarks"]],
-        options["samples"],
-        Sampling(options["temperature"], options["top_p"], options["max_response_tokens"], tuple(folder.eos_ids)),
-        options["seed"],
-    )
+    for name, some in prompts.items():
+        write_prompts(folder.prompts(name), some)
 
-    def notify(text: str) -> None:
-        if parallel.is_main:
-            print(text, flush=True)
 
-    evaluator.write(evaluator.run(0, notify), Path(options["folder"]))
-    groups.stop()
+def _weights(model: str, folder: EvaluationFolder) -> tuple[Path, bool]:
+    """The Hugging Face folder to evaluate, and whether it was made for this evaluation from a checkpoint."""
+    path = Path(model).expanduser()
+    if (path / "student" / "config.json").is_file():
+        return path / "student", False
+    if (path / "checkpoints").is_dir():
+        from eaopd_megatron.checkpoint.store import CheckpointStore
+
+        latest = CheckpointStore(path / "checkpoints", keep=1).latest()
+        if latest is None:
+            raise UserError(f"MODEL: {model} is a run without a checkpoint yet")
+        path = latest
+    if not (path / "sharded").is_dir():
+        return HfFolder.open(model, "MODEL").path, False
+    made = folder.path / "model"
+    if not made.exists():
+        from eaopd_megatron.checkpoint.conversion import export_checkpoint
+
+        folder.path.mkdir(parents=True, exist_ok=True)
+        export_checkpoint(path, made, verify=False, say=say)
+    return made, True
+
+
+def _default_folder(model: str) -> Path:
+    path = Path(model)
+    parts = [part for part in path.parts if part not in ("checkpoints", "/", "..", ".")]
+    return Path("evaluations") / "-".join(parts[-2:])

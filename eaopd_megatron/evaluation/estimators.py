@@ -5,6 +5,9 @@ All functions work on many problems at once: `c[i]` of problem i's `n` independe
 
 import functools
 import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,6 +41,16 @@ def pass_ks(n: int) -> list[int]:
     return sorted({2**i for i in range(n.bit_length())} | {n}) if n > 0 else []
 
 
+def majority(keys: Sequence[str | None], correct: Sequence[bool]) -> float:
+    """Whether the answer that most samples give is right; of several such answers, the share that is. A sample that
+    gives none (key None) has no vote; 0 where none has."""
+    votes = Counter(key for key in keys if key is not None)
+    most = max(votes.values(), default=0)
+    leaders = [key for key, count in votes.items() if count == most]
+    right = {key for key, is_right in zip(keys, correct, strict=True) if is_right}
+    return sum(key in right for key in leaders) / len(leaders) if leaders else 0.0
+
+
 def bootstrap_interval(
     values: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -48,7 +61,39 @@ def bootstrap_interval(
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"a bootstrap needs a list of at least one value, not shape {array.shape}")
-    means = _resampling_weights(array.size, resamples, seed) @ array
+    return _interval(_resampled_means(array, resamples, seed), level)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems and its 95 % bootstrap interval over problems."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval leaves out 0: of a difference, that it has a sign."""
+        return self.low > 0 or self.high < 0
+
+
+def estimate(values: FloatArray) -> Estimate:
+    """Mean of values [problems] with its interval."""
+    return mean_estimate([values])
+
+
+def mean_estimate(groups: Sequence[FloatArray]) -> Estimate:
+    """Mean of the groups' means, each group [problems] resampled by itself: an average over benchmarks."""
+    low, high = _interval(np.mean([_resampled_means(values, 2000, seed) for seed, values in enumerate(groups)], 0))
+    return Estimate(float(np.mean([values.mean() for values in groups])), low, high)
+
+
+def _resampled_means(values: FloatArray, resamples: int, seed: int) -> FloatArray:
+    return _resampling_weights(values.size, resamples, seed) @ values
+
+
+def _interval(means: FloatArray, level: float = 0.95) -> tuple[float, float]:
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return float(low), float(high)

@@ -1,26 +1,39 @@
-"""A child process that compares mathematical answers, one JSON line in, one out.
+r"""A child process that compares mathematical answers, one JSON line in, one out.
 
-In: {"gold", "answer"}; out: {"equal": bool} or {"error": name of the exception}; first of all {"ready": true}.
+In: {"gold", "answer", "relations": whether a set may equal a relation}, or {"gold"} alone: whether it is read as
+mathematics rather than as text. Out: {"equal": bool} or {"error": why there is no verdict}; first of all
+{"ready": true}.
 
-Run as a script by `grading.MathGrader`; it imports only math-verify. A symbolic comparison can run for ever inside one
+The verdict is math-verify's, but for two of its faults. It rounds decimals to six places, so that 2.88e-19 equals
+2.89e-19: six significant digits must agree as well. And it takes the last letter of `6m` for a unit: units are left
+out only where that takes no symbol from the gold.
+
+Run as a script by `math_grader.Worker`; it imports only math-verify. A symbolic comparison can run for ever inside one
 big multiplication (`10^{10^{10}}`), where a Python signal handler, and so math-verify's own time limit, never gets its
-turn. Here the kernel's timers keep their default action, which ends this process whatever it is doing. So no answer
-costs more than its limit, from any thread of the parent, and a child whose parent was killed does not run on.
+turn. Here comparisons run in a fork of this process, where the kernel's timers keep their default action, which ends
+it whatever it is doing; the next one is forked at once. So no answer costs more than its limit, from any thread of the
+caller, and none runs on when the caller was killed.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 STARTUP_SECONDS = 300.0  # importing sympy from a cold network file system
 WALL_FACTOR = 10.0  # the limit is CPU time, so that a busy machine gives the same grades; wall time is the backstop
 MEMORY_BYTES = 4 * 2**30
+RELATIVE_TOLERANCE = 2e-6
+
+_WORDS = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_SYMBOL = re.compile(r"[A-Za-z]")
 
 
 def main(cpu_seconds: float) -> None:
@@ -37,30 +50,85 @@ def main(cpu_seconds: float) -> None:
     equal = _comparison()
     _answer(replies, {"ready": True})
     _set_limits(0.0, 0.0)
+    while True:
+        child = os.fork()  # the import is paid once, however many comparisons end their process
+        if child == 0:
+            _serve(equal, replies, cpu_seconds)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0:
+            return
+        _answer(replies, {"error": f"ended with {code}"})
+
+
+def _serve(equal: Callable[..., bool], replies: TextIO, cpu_seconds: float) -> None:
     for line in sys.stdin:
-        request = json.loads(line)
         _set_limits(cpu_seconds, cpu_seconds * WALL_FACTOR)
         try:
-            reply: dict[str, object] = {"equal": equal(request["gold"], request["answer"])}
+            reply: dict[str, object] = {"equal": equal(**json.loads(line))}
         except Exception as error:
             reply = {"error": type(error).__name__}
         _set_limits(0.0, 0.0)
         _answer(replies, reply)
 
 
-def _comparison() -> Callable[[str, str], bool]:
-    from math_verify import parse, verify  # the slow import, under the start-up limit
+def _comparison() -> Callable[..., bool]:
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from sympy import Expr
 
     logging.disable(logging.CRITICAL)  # among others its warning that its own time limit is off
+    targets = {}
+    for units in (True, False):
+        normalisation = NormalizationConfig(
+            basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="all", equations=False
+        )
+        targets[units] = (LatexExtractionConfig(normalization_config=normalisation), ExprExtractionConfig())
 
-    def equal(gold: str, answer: str) -> bool:
-        parsed = [
-            parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
-            for text in (gold, answer)
-        ]
-        return bool(verify(parsed[0], parsed[1], timeout_seconds=None, raise_on_error=True))
+    def read(text: str, units: bool) -> list[Any]:
+        boxed = f"\\boxed{{{text}}}"
+        found: list[Any] = parse(boxed, targets[units], parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
+        return found
+
+    @functools.lru_cache(maxsize=512)
+    def read_gold(text: str) -> tuple[list[Any], bool]:
+        """The gold, and whether it was read without its units."""
+        with_them, without = read(text, False), read(text, True)
+        strip = not _SYMBOL.search(_WORDS.sub("", text)) or with_them == without
+        return (without if strip else with_them), strip
+
+    def equal(gold: str, answer: str | None = None, relations: bool = False) -> bool:
+        golds, strip = read_gold(gold)
+        if answer is None:
+            if not golds:
+                raise ValueError("nothing was read")
+            return not isinstance(golds[0], str)
+        answers = read(answer, strip)
+        both = [found[0] for found in (golds, answers) if found and isinstance(found[0], Expr)]
+        percent = "%" in gold + answer  # 8% equals 8 and 0.08
+        if len(both) == 2 and not percent and _differ_somewhere(*both):
+            return False
+        if not verify(golds, answers, allow_set_relation_comp=relations, timeout_seconds=None, raise_on_error=True):
+            return False
+        numbers = [one.evalf(12) for one in both if one.is_number]
+        return len(numbers) < 2 or percent or _close(*numbers)
 
     return equal
+
+
+def _differ_somewhere(one: Any, other: Any) -> bool:
+    """Whether two expressions with symbols have other values at a point, which is found sooner than that no
+    simplification makes them equal."""
+    symbols = one.free_symbols | other.free_symbols
+    if not symbols or symbols not in (one.free_symbols, other.free_symbols):  # other names are math-verify's to compare
+        return False
+    point = {symbol: 0.6180339887 + 0.1732050808 * i for i, symbol in enumerate(sorted(symbols, key=str))}
+    values = [expression.subs(point).evalf(12) for expression in (one, other)]
+    return all(value.is_number and value.is_finite for value in values) and not _close(*values)
+
+
+def _close(one: Any, other: Any) -> bool:
+    return bool(abs(one - other) <= RELATIVE_TOLERANCE * max(abs(one), abs(other)))
 
 
 def _set_limits(cpu_seconds: float, wall_seconds: float) -> None:

@@ -2,40 +2,47 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.estimators import FloatArray, avg_at_k, pass_at_k, pass_ks
-from eaopd_megatron.evaluation.grading import Grade
+from eaopd_megatron.evaluation.estimators import FloatArray, IntArray, avg_at_k, majority, pass_at_k, pass_ks
+from eaopd_megatron.evaluation.grade import Grade
 
 
 @dataclass(frozen=True)
 class ProblemResult:
     """One problem's samples, in the order in which they were drawn.
 
-    correct[s]: sample s is right; keys[s]: what it answers (None: nothing); truncated[s]: it ran into the length limit;
-    errors: samples (counted as wrong) whose grader threw or ran out of time.
+    correct[s]: sample s is right; lenient[s]: so, or right in another notation; keys[s]: what it answers (None:
+    nothing); truncated[s]: it ran into the length limit; lengths[s]: its tokens; errors: samples (counted as wrong)
+    whose grader threw or ran out of time.
     """
 
     id: str
     correct: tuple[bool, ...]
+    lenient: tuple[bool, ...]
     keys: tuple[str | None, ...]
     truncated: tuple[bool, ...]
+    lengths: tuple[int, ...]
     errors: int = 0
 
     @classmethod
-    def from_grades(cls, id: str, grades: Sequence[Grade], truncated: Sequence[bool]) -> "ProblemResult":
-        """A problem's grades, with truncated[s] for each."""
+    def from_grades(
+        cls, id: str, grades: Sequence[Grade], truncated: Sequence[bool], lengths: Sequence[int]
+    ) -> "ProblemResult":
+        """A problem's grades, with truncated[s] and lengths[s] (tokens) for each."""
         return cls(
             id=id,
             correct=tuple(grade.correct for grade in grades),
+            lenient=tuple(grade.lenient for grade in grades),
             keys=tuple(grade.key for grade in grades),
             truncated=tuple(bool(cut) for cut in truncated),
+            lengths=tuple(int(length) for length in lengths),
             errors=sum(grade.error for grade in grades),
         )
 
@@ -47,9 +54,12 @@ class ProblemResult:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A benchmark's figures over its problems: avg@K, pass@1 ... pass@K, distinct_correct, truncated, grader_errors.
+    """A benchmark's figures over its problems: avg@K, pass@1, 2, 4 ... K, lenient_avg@K, majority@K, distinct_correct,
+    truncated, length, grader_errors.
 
-    All are means over problems except `grader_errors`, the number of samples; `truncated` is a share of samples.
+    All are means over problems except `grader_errors`, the number of samples. `truncated` is a share of samples (the
+    others stopped by themselves), `length` their mean length in tokens; `lenient_*` counts other notations as right;
+    `pass@k` is there for every k up to K, though `figures` lists powers of two.
     """
 
     name: str
@@ -64,18 +74,24 @@ class BenchmarkResult:
 
     def per_problem(self, figure: str) -> FloatArray:
         """A figure problem by problem [problems]; `figures[figure]` is its mean (its sum for `grader_errors`)."""
-        counts = np.array([sum(result.correct) for result in self.results], dtype=np.int64)
-        if figure.startswith("avg@"):
-            return avg_at_k(counts, self.samples)
-        if figure.startswith("pass@"):
-            return pass_at_k(self.samples, counts, int(figure.removeprefix("pass@")))
-        if figure == "distinct_correct":
-            return np.array([result.distinct_correct for result in self.results], dtype=np.float64)
-        if figure == "truncated":
-            return np.array([sum(result.truncated) / self.samples for result in self.results], dtype=np.float64)
-        if figure == "grader_errors":
-            return np.array([result.errors for result in self.results], dtype=np.float64)
-        raise KeyError(figure)
+        name, _, k = figure.partition("@")
+        if name == "pass":
+            return pass_at_k(self.samples, self._counts([result.correct for result in self.results]), int(k))
+        if name in ("avg", "lenient_avg"):
+            right = [result.correct if name == "avg" else result.lenient for result in self.results]
+            return avg_at_k(self._counts(right), self.samples)
+        values: dict[str, Callable[[ProblemResult], float]] = {
+            "majority": lambda result: majority(result.keys, result.correct),
+            "distinct_correct": lambda result: result.distinct_correct,
+            "truncated": lambda result: sum(result.truncated) / self.samples,
+            "length": lambda result: sum(result.lengths) / self.samples,
+            "grader_errors": lambda result: result.errors,
+        }
+        return np.array([values[name](result) for result in self.results], dtype=np.float64)
+
+    @staticmethod
+    def _counts(flags: Sequence[Sequence[bool]]) -> IntArray:
+        return np.array([sum(one) for one in flags], dtype=np.int64)
 
 
 def summarise(name: str, samples: int, results: Sequence[ProblemResult]) -> BenchmarkResult:
@@ -86,9 +102,13 @@ def summarise(name: str, samples: int, results: Sequence[ProblemResult]) -> Benc
     if not results:
         raise UserError(f"benchmark {name} has no problems: check its file and evaluation.problems")
     for result in results:
-        if not len(result.correct) == len(result.keys) == len(result.truncated) == samples:
+        parts = (result.correct, result.lenient, result.keys, result.truncated, result.lengths)
+        if any(len(part) != samples for part in parts):
             raise ValueError(f"problem {result.id} of {name} has {len(result.correct)} grades, not {samples}")
-    names = [f"avg@{samples}", *(f"pass@{k}" for k in pass_ks(samples)), "distinct_correct", "truncated"]
+    names = [
+        *(f"avg@{samples}", *(f"pass@{k}" for k in pass_ks(samples)), f"lenient_avg@{samples}", f"majority@{samples}"),
+        *("distinct_correct", "truncated", "length"),
+    ]
     benchmark = BenchmarkResult(name, samples, {}, tuple(results))
     figures = {figure: float(benchmark.per_problem(figure).mean()) for figure in names}
     figures["grader_errors"] = float(benchmark.per_problem("grader_errors").sum())
@@ -110,19 +130,23 @@ class EvaluationResult:
             for figure, value in benchmark.figures.items()
         }
 
-    def write(self, folder: Path) -> Path:
-        """Writes folder/XXXXXX.json (the iteration), whole or not at all, and returns its path."""
+    def to_json(self) -> dict[str, Any]:
+        """JSON values of it all, each sample's grade with them."""
         benchmarks = {
             name: {
                 "samples": benchmark.samples,
                 "problems": benchmark.problems,
                 **benchmark.figures,
-                "results": [_problem_to_json(result) for result in benchmark.results],
+                "results": [asdict(result) for result in benchmark.results],
             }
             for name, benchmark in self.benchmarks.items()
         }
+        return {"iteration": self.iteration, "benchmarks": benchmarks}
+
+    def write(self, folder: Path) -> Path:
+        """Writes folder/XXXXXX.json (the iteration), whole or not at all, and returns its path."""
         path = folder / f"{self.iteration:06d}.json"
-        write_atomically(path, json.dumps({"iteration": self.iteration, "benchmarks": benchmarks}) + "\n")
+        write_atomically(path, json.dumps(self.to_json()) + "\n")
         return path
 
     @classmethod
@@ -161,17 +185,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
-def _problem_to_json(result: ProblemResult) -> dict[str, Any]:
-    return {
-        "id": result.id,
-        "correct": list(result.correct),
-        "keys": list(result.keys),
-        "truncated": list(result.truncated),
-        "errors": result.errors,
-    }
-
-
 def _problem_from_json(row: Mapping[str, Any]) -> ProblemResult:
-    return ProblemResult(
-        str(row["id"]), tuple(row["correct"]), tuple(row["keys"]), tuple(row["truncated"]), int(row["errors"])
-    )
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return ProblemResult(**values)

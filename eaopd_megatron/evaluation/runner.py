@@ -9,9 +9,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from eaopd_megatron.data.prompts import PromptBuilder, load_problems
+from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.samples import Prompt, Sample, Sampling
-from eaopd_megatron.evaluation.grading import Grader, benchmark_name, grade_all, grader_for
+from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
+from eaopd_megatron.evaluation.grade import Grader
+from eaopd_megatron.evaluation.grading import benchmark_name, grade_all, grader_for
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, ProblemResult, summarise
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.rollout.interface import Rollout, Wanted
@@ -26,9 +28,14 @@ class Benchmark:
     grader: Grader
 
     @classmethod
-    def load(cls, source: str, builder: PromptBuilder, first: int | None) -> Benchmark:
-        """`countdown` (its held-out problems), a .jsonl file or a hub data set; `first`: only so many problems."""
-        problems = load_problems(source, "heldout" if source == "countdown" else "test")[:first]
+    def load(
+        cls, source: str, builder: PromptBuilder, first: int | None, report: Callable[[str], None] | None
+    ) -> Benchmark:
+        """What `load_benchmark` knows; `first`: only so many problems. report: of `check_golds`; None: another rank
+        checks them."""
+        problems = load_benchmark(source)[:first]
+        if report is not None:
+            check_golds(source, problems, report)
         prompts, _ = builder.build(problems, source)
         return cls(benchmark_name(source), prompts, grader_for(source))
 
@@ -65,7 +72,8 @@ class Evaluator:
             for number, i in enumerate(mine):
                 part = slice(number * self.samples, (number + 1) * self.samples)
                 truncated = [s.finish_reason == "length" for s in responses[part]]
-                results[i] = ProblemResult.from_grades(benchmark.prompts[i].id, grades[part], truncated)
+                lengths = [len(s.response_ids) for s in responses[part]]
+                results[i] = ProblemResult.from_grades(benchmark.prompts[i].id, grades[part], truncated, lengths)
             gathered = [results] * self.parallel.dp_size
             if self.parallel.dp_size > 1:
                 dist.all_gather_object(gathered, results, group=self.parallel.dp_group)

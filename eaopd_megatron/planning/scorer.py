@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -41,8 +40,6 @@ class Scorer:
         found = []
         for name, options in recipe.named_teachers().items():
             key = f"teachers.{name}" if name else "teacher"
-            own = options.layout
-            copies = math.lcm(own.tensor_parallel, own.expert_parallel) // own.tensor_parallel
             scorer = cls(
                 model=find_model(options.model, f"{key}.model"),
                 key=key,
@@ -53,7 +50,7 @@ class Scorer:
                 fp8=options.precision == "fp8",
                 swapped_rows=options.terminal_map == "swap",  # at most: where the end tokens differ
                 offloaded=options.offload == "weights",
-                layout=Layout(**asdict(own), data_parallel=copies),
+                layout=Layout(**asdict(options.layout), data_parallel=options.layout.smallest_copies),
                 replicas=options.replicas,
                 memory_fraction=options.memory_fraction,
             )

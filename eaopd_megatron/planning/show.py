@@ -213,7 +213,7 @@ def _server(plan: Plan) -> str:
     tokens = cache / kv_cache(shape, shape.layers, Layout(), element)
     sync = traffic.weight_sync(shape, 1, element)
     return (
-        f"\nthe student on an SGLang server of one GPU, {SERVER_SHARE:.0%} of its memory (rollouts of this version are "
-        f"in process): weights {_gib(held)} GiB, key-value cache {_gib(cache)} GiB = {tokens:,.0f} tokens; "
+        f"\nthe student on an SGLang server of one GPU, {SERVER_SHARE:.0%} of its memory (the plan counts rollouts "
+        f"by the trainer): weights {_gib(held)} GiB, key-value cache {_gib(cache)} GiB = {tokens:,.0f} tokens; "
         f"{_gib(sync.bytes)} GiB a weight update"
     )

@@ -3,21 +3,12 @@
 from dataclasses import dataclass
 
 from eaopd_megatron.config.tree import Rollout, Train
-from eaopd_megatron.evaluation.estimators import FloatArray, bootstrap_interval
+from eaopd_megatron.evaluation.estimators import Estimate, estimate
 from eaopd_megatron.evaluation.results import BenchmarkResult
 from eaopd_megatron.reporting.run_data import RunData
 from eaopd_megatron.reporting.signs import signs
 
 TRUNCATION_CEILING = 0.5  # of an evaluation's answers
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems and its 95 % bootstrap interval over problems."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -37,12 +28,6 @@ class Comparison:
     def relative_change(self) -> float | None:
         """(after - before) / before, or None where that says nothing."""
         return self.change.value / self.before.value if self.change is not None and self.before.value > 0 else None
-
-
-def estimate(values: FloatArray) -> Estimate:
-    """Mean of values [problems] with its interval."""
-    low, high = bootstrap_interval(values)
-    return Estimate(float(values.mean()), low, high)
 
 
 def compare_evaluations(run: RunData) -> list[Comparison]:

@@ -12,11 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from eaopd_megatron.evaluation.estimators import FloatArray
+from eaopd_megatron.evaluation.estimators import FloatArray, estimate
 from eaopd_megatron.evaluation.results import BenchmarkResult
-from eaopd_megatron.reporting.findings import estimate
+from eaopd_megatron.reporting.axes import finish, panels
+from eaopd_megatron.reporting.pass_curves import pass_curve
 from eaopd_megatron.reporting.run_data import RunData
 
 TEACHER, STUDENT, FORWARD, REVERSE, NEUTRAL = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#333333"
@@ -64,14 +65,14 @@ def smooth(values: FloatArray) -> FloatArray:
 
 
 def draw_objective(run: RunData) -> Figure:
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = panels(2)
     _require(run, "objective/loss", "objective/reverse_kl")
     _line(left, run, "objective/loss", "loss", NEUTRAL)
     _line(right, run, "objective/reverse_kl", "reverse KL", REVERSE)
     _line(right, run, "objective/forward_kl_gated", "forward KL, gated tokens", FORWARD, GATED)
     _line(right, run, "objective/forward_kl_ungated", "forward KL, other tokens", FORWARD, OTHER)
-    _finish(left, "Loss", "nats / token")
-    _finish(right, "Divergences", "nats / token", floor=True)
+    finish(left, "Loss", "nats / token")
+    finish(right, "Divergences", "nats / token", floor=True)
     return figure
 
 
@@ -79,35 +80,35 @@ def draw_entropy(run: RunData) -> Figure:
     gated = [name for name in ("teacher/entropy_gated", "student/entropy_gated") if run.series(name)[1].size]
     if not gated:
         _require(run, "teacher/entropy", "student/entropy")
-        figure, (axes,) = _panels(1)
+        figure, (axes,) = panels(1)
         _line(axes, run, "teacher/entropy", "teacher", TEACHER)
         _line(axes, run, "student/entropy", "student", STUDENT)
-        _finish(axes, "Entropy, all tokens", "nats", floor=True)
+        finish(axes, "Entropy, all tokens", "nats", floor=True)
         return figure
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = panels(2)
     for role, colour in (("teacher", TEACHER), ("student", STUDENT)):
         _line(left, run, f"{role}/entropy_gated", role, colour, GATED)
         _line(right, run, f"{role}/entropy_ungated", role, colour, OTHER)
     gate = run.gate()
     if gate is not None and gate.in_use and np.isfinite(gate.threshold):
         left.axhline(gate.threshold, color="#888888", linewidth=1, linestyle=":", label=f"threshold {gate.threshold:g}")
-    _finish(left, "Entropy, gated tokens", "nats")
+    finish(left, "Entropy, gated tokens", "nats")
     left.margins(y=0.08)
-    _finish(right, "Entropy, other tokens", "nats", floor=True)
+    finish(right, "Entropy, other tokens", "nats", floor=True)
     return figure
 
 
 def draw_gate(run: RunData) -> Figure:
     _require(run, "objective/gate_fraction")
     has_clip = bool(run.series("objective/clip_fraction")[1].size)
-    figure, axes = _panels(2 if has_clip else 1)
+    figure, axes = panels(2 if has_clip else 1)
     _line(axes[0], run, "objective/gate_fraction", "gate open", FORWARD)
     if run.series("objective/gate_ambiguous")[1].any():
         _line(axes[0], run, "objective/gate_ambiguous", "gate uncertain", NEUTRAL)
-    _finish(axes[0], "Gate fraction", "share of tokens", floor=True, percent=True)
+    finish(axes[0], "Gate fraction", "share of tokens", floor=True, percent=True)
     if has_clip:
         _line(axes[1], run, "objective/clip_fraction", "ratio clipped", REVERSE)
-        _finish(axes[1], "Clip fraction", "share of tokens", floor=True, percent=True)
+        finish(axes[1], "Clip fraction", "share of tokens", floor=True, percent=True)
     return figure
 
 
@@ -115,20 +116,20 @@ def draw_evaluation(run: RunData) -> Figure:
     names = _benchmarks(run)
     # with one right answer a problem the number of distinct ones is pass@K again
     several = [name for name in names if any(r.distinct_correct > 1 for _, b in _history(run, name) for r in b.results)]
-    figure, axes = _panels(len(names) + bool(several))
+    figure, axes = panels(len(names) + bool(several))
     for panel, name in zip(axes, names, strict=False):
         history = _history(run, name)
         figures = _pass_figures(history[0][1])
         for figure_name, colour in zip(figures, _by_k(len(figures)), strict=True):
             label = f"{figure_name} = avg@{history[0][1].samples}" if figure_name == "pass@1" else figure_name
             _history_line(panel, history, figure_name, colour, bars=figure_name in (figures[0], figures[-1]), end=label)
-        _finish(panel, name, "mean over problems", floor=True, percent=True)
+        finish(panel, name, "mean over problems", floor=True, percent=True)
     if several:
         for name, colour in zip(several, _cycle(len(several)), strict=True):
             alone = len(several) == 1
             label = "" if alone else name
             _history_line(axes[-1], _history(run, name), "distinct_correct", colour, bars=alone, label=label)
-        _finish(axes[-1], "Distinct right answers", "answers / problem", floor=True)
+        finish(axes[-1], "Distinct right answers", "answers / problem", floor=True)
     for panel in axes:
         panel.set_xlim(-0.03 * max(run.last_iteration, 1), 1.03 * max(run.last_iteration, 1))
     return figure
@@ -157,23 +158,14 @@ def _history_line(
 
 def draw_pass_at_k(run: RunData) -> Figure:
     names = _benchmarks(run)
-    figure, axes = _panels(len(names))
+    figure, axes = panels(len(names))
     for panel, name in zip(axes, names, strict=False):
         history = _history(run, name)
         ends = [history[0]] if len(history) == 1 else [history[0], history[-1]]
-        for (iteration, benchmark), colour, marker in zip(ends, ("#777777", STUDENT), ("s", "o"), strict=False):
-            figures = _pass_figures(benchmark)
-            ks = [int(figure.removeprefix("pass@")) for figure in figures]
-            points = [estimate(benchmark.per_problem(figure)) for figure in figures]
+        for (iteration, benchmark), colour in zip(ends, ("#777777", STUDENT), strict=False):
             label = "before training" if iteration == 0 else f"after iteration {iteration}"
-            panel.plot(ks, [p.value for p in points], color=colour, marker=marker, markersize=5, label=label)
-            panel.fill_between(
-                ks, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0
-            )
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(ks, [str(k) for k in ks])
-            panel.xaxis.set_minor_locator(NullLocator())
-        _finish(panel, name, "pass@k", floor=True, percent=True, xlabel="k (samples)")
+            pass_curve(panel, benchmark, label, colour)
+        finish(panel, name, "pass@k", floor=True, percent=True, xlabel="k (samples)")
     return figure
 
 
@@ -181,17 +173,17 @@ def draw_rollout(run: RunData) -> Figure:
     _require(run, "rollout/length")
     shares = [name for name in ("rollout/stopped", "rollout/truncated") if run.series(name)[1].size]
     terminal = run.series("teacher/terminal_logprob")[1].size > 0
-    figure, axes = _panels(1 + bool(shares) + terminal)
+    figure, axes = panels(1 + bool(shares) + terminal)
     _line(axes[0], run, "rollout/length", "response length", STUDENT)
-    _finish(axes[0], "Response length", "tokens", floor=True)
+    finish(axes[0], "Response length", "tokens", floor=True)
     if shares:
         _line(axes[1], run, "rollout/stopped", "stopped by itself", FORWARD)
         _line(axes[1], run, "rollout/truncated", "cut at the limit", NEUTRAL)
-        _finish(axes[1], "How responses end", "share of responses", percent=True)
+        finish(axes[1], "How responses end", "share of responses", percent=True)
         axes[1].set_ylim(-0.03, 1.03)
     if terminal:
         _line(axes[-1], run, "teacher/terminal_logprob", "teacher's log-prob.", TEACHER)
-        _finish(axes[-1], "Stopping token", "nats")
+        finish(axes[-1], "Stopping token", "nats")
         low, high = axes[-1].get_ylim()
         axes[-1].set_ylim(min(low, -1.0), max(high, 0.0))
     return figure
@@ -200,16 +192,16 @@ def draw_rollout(run: RunData) -> Figure:
 def draw_optimizer(run: RunData) -> Figure:
     _require(run, "optimizer/lr")
     has_norm = bool(run.series("optimizer/grad_norm")[1].size)
-    figure, axes = _panels(2 if has_norm else 1)
+    figure, axes = panels(2 if has_norm else 1)
     _line(axes[0], run, "optimizer/lr", "learning rate", NEUTRAL)
-    _finish(axes[0], "Learning rate", "learning rate", floor=True)
+    finish(axes[0], "Learning rate", "learning rate", floor=True)
     axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     if has_norm:
         _line(axes[1], run, "optimizer/grad_norm", "gradient norm", STUDENT)
         values = run.series("optimizer/grad_norm")[1]
         if (values > 0).all() and values.max() > 8 * values.min():
             axes[1].set_yscale("log")
-        _finish(axes[1], "Gradient norm before clipping", "norm")
+        finish(axes[1], "Gradient norm before clipping", "norm")
     return figure
 
 
@@ -224,11 +216,11 @@ def draw_time(run: RunData) -> Figure:
     table = np.array([[record.get(name, 0.0) for record in records] for name in regular], dtype=np.float64)
     shown = np.array([smooth(row) for row in table]) if len(records) >= SMOOTH_FROM else table
     colours = dict(zip(names, _phase_colours(names), strict=True))
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = panels(2)
     left.stackplot(iterations, shown, colors=[colours[name] for name in regular], linewidth=0)
     left.set_xlim(min(iterations[0], iterations[-1] - 1), iterations[-1])
     rare = [name.removeprefix("time/") for name in names if name not in regular]
-    _finish(left, "One iteration" + (f", without {' and '.join(rare)}" if rare else ""), "s", floor=True, legend=False)
+    finish(left, "One iteration" + (f", without {' and '.join(rare)}" if rare else ""), "s", floor=True, legend=False)
     totals = np.array([run.series(name)[1].sum() for name in names])
     positions = np.arange(len(names))[::-1]
     right.barh(positions, totals, color=list(colours.values()))
@@ -236,7 +228,7 @@ def draw_time(run: RunData) -> Figure:
         share = total / totals.sum() if totals.sum() else 0.0
         right.text(total, position, f"  {total:,.1f} s ({share:.0%})", va="center", fontsize=8)
     right.set_yticks(positions, [name.removeprefix("time/") for name in names])
-    _finish(right, "Whole run", "", xlabel="s", legend=False)
+    finish(right, "Whole run", "", xlabel="s", legend=False)
     right.grid(False, axis="y")
     right.set_xlim(0, max(float(totals.max()) * 1.35, 1e-9))
     right.xaxis.set_major_locator(MaxNLocator(5))
@@ -249,16 +241,16 @@ def draw_throughput(run: RunData) -> Figure:
         raise Missing("rollout/tokens_per_second", "throughput/*")
     tokens = [name for name in names if name.endswith("tokens_per_second")]
     rest = [name for name in names if name not in tokens]
-    figure, axes = _panels(bool(tokens) + len(rest))
+    figure, axes = panels(bool(tokens) + len(rest))
     for name, colour in zip(tokens, _phase_colours(tokens), strict=True):
         phase = name.removesuffix("tokens_per_second").removeprefix("throughput/").strip("/_").replace("_", " ")
         _line(axes[0], run, name, phase or "whole iteration", colour)
     if tokens:
-        _finish(axes[0], "Tokens per second", "tokens / s", floor=True)
+        finish(axes[0], "Tokens per second", "tokens / s", floor=True)
         axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for panel, name in zip(axes[bool(tokens) :], rest, strict=False):
         _line(panel, run, name, name, NEUTRAL)
-        _finish(panel, name, name.rsplit("/", 1)[-1].replace("_", " "), floor=True, legend=False)
+        finish(panel, name, name.rsplit("/", 1)[-1].replace("_", " "), floor=True, legend=False)
     return figure
 
 
@@ -306,14 +298,6 @@ PLOTS: tuple[Plot, ...] = (
 )
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 3)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(5.2 * columns if columns < 3 else 12.6, 3.5 * rows), dpi=130, layout="constrained")
-    grid = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
-    return figure, grid
-
-
 def _line(axes: Axes, run: RunData, name: str, label: str, colour: str, style: LineStyle = "-") -> None:
     """Draws a metric if it was recorded: few points as they are, many as a smooth line over the faint values."""
     iterations, values = run.series(name)
@@ -325,33 +309,6 @@ def _line(axes: Axes, run: RunData, name: str, label: str, colour: str, style: L
         axes.plot(
             iterations, values, color=colour, linewidth=1.6, linestyle=style, marker=marker, markersize=3, label=label
         )
-
-
-def _finish(
-    axes: Axes,
-    title: str,
-    ylabel: str,
-    *,
-    floor: bool = False,
-    percent: bool = False,
-    legend: bool = True,
-    xlabel: str = "iteration",
-) -> None:
-    """Titles, units and a light grid; floor: the axis begins at 0 where no value is below."""
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.grid(True, color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if floor and axes.dataLim.y0 >= 0:
-        axes.set_ylim(0, 1.08 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else None)
-    if percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    if xlabel == "iteration":
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
-    if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
 
 def _require(run: RunData, *names: str) -> None:

@@ -5,8 +5,9 @@ import html
 import json
 from pathlib import Path
 
+from eaopd_megatron.evaluation.estimators import Estimate
 from eaopd_megatron.evaluation.results import write_atomically
-from eaopd_megatron.reporting.findings import Comparison, Estimate, compare_evaluations, find_warnings, summary_of
+from eaopd_megatron.reporting.findings import Comparison, compare_evaluations, find_warnings, summary_of
 from eaopd_megatron.reporting.plots import PLOTS, Missing, to_png
 from eaopd_megatron.reporting.run_data import RunData
 
@@ -92,8 +93,9 @@ def _state(run: RunData) -> str:
     done = f"iteration {run.last_iteration}" + (f" of {total}" if total is not None else "")
     state = "finished" if run.finished else "not finished (going on, or stopped)"
     objective = run.setting("objective", "preset")
-    student, teacher = run.setting("student", "model"), run.setting("teacher", "model")
-    pair = f"; {teacher} into {student}" if student and teacher else ""
+    student, named = run.setting("student", "model"), run.setting("teachers")
+    models = [run.setting("teachers", name, "model") for name in named] if named else [run.setting("teacher", "model")]
+    pair = f"; {', '.join(map(str, models))} into {student}" if student and all(models) else ""
     return f"{state}: {done}" + (f"; objective {objective}" if objective else "") + pair
 
 
@@ -115,10 +117,9 @@ def _comparison_table(rows: list[Comparison]) -> str:
         previous = row.benchmark
         change, relative = "", ""
         if row.change is not None:
-            sure = row.change.low > 0 or row.change.high < 0
             change = (
                 f'<span class="sure">{_estimate(row.change, sign="+")}</span>'
-                if sure
+                if row.change.sure
                 else _estimate(row.change, sign="+")
             )
             relative = f"{100 * row.relative_change:+.0f} %" if row.relative_change is not None else ""
@@ -137,8 +138,15 @@ def _comparison_table(rows: list[Comparison]) -> str:
 
 
 def _figure_label(figure: str) -> str:
-    labels = {"distinct_correct": "distinct right answers / problem", "truncated": "answers cut at the limit (share)"}
-    return labels.get(figure, figure)
+    labels = {
+        "distinct_correct": "distinct right answers / problem",
+        "truncated": "answers cut at the limit (share)",
+        "length": "tokens of an answer",
+        "majority": "most frequent answer is right",
+        "lenient_avg": "right in lenient notation",
+    }
+    name, _, k = figure.partition("@")
+    return labels.get(name, figure) + (f" (@{k})" if k and name in labels else "")
 
 
 def _estimate(value: Estimate, sign: str = "") -> str:

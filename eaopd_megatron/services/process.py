@@ -63,6 +63,7 @@ class ServerProcess(ABC):
         self._copying: threading.Thread | None = None
         self._last: deque[str] = deque(maxlen=200)  # lines of the log
         self._key_file: Path | None = None
+        self._place: socket.socket | None = None  # keeps the port from others while the server is not there
 
     @abstractmethod
     def command(self) -> list[str]:
@@ -90,7 +91,9 @@ class ServerProcess(ABC):
 
     def start(self) -> None:
         """Starts the process, later again on the same port; `wait_ready` tells when it serves."""
-        self.port = self.port or free_port()
+        if not self.port:
+            self._free_place()
+            self._place, self.port = _reserve()
         self._last.clear()
         command = self.command()
         if self.api_key is not None:
@@ -147,6 +150,7 @@ class ServerProcess(ABC):
         """Ends it; SIGTERM first, then, for what is left of it, SIGKILL."""
         self.on_exit = None
         self.forget_key_file()
+        self._free_place()
         if self._process is None:
             return
         self._process.terminate()
@@ -160,6 +164,11 @@ class ServerProcess(ABC):
 
     def port_was_taken(self) -> bool:
         return any("address already in use" in line.lower() for line in self._last)
+
+    def _free_place(self) -> None:
+        if self._place is not None:
+            self._place.close()
+            self._place = None
 
     def _copy(self, process: subprocess.Popen[bytes]) -> None:
         key = self.api_key
@@ -233,11 +242,13 @@ def stop_all(servers: Sequence[ServerProcess]) -> None:
         thread.join()
 
 
-def free_port() -> int:
-    """A port of this host that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _reserve() -> tuple[socket.socket, int]:
+    """A port of this host that nobody gets but who binds it with SO_REUSEADDR, as servers do, for as long as the socket
+    is open: a server that is started again would else find an outgoing connection on its port."""
+    place = socket.socket()
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place.bind(("127.0.0.1", 0))
+    return place, int(place.getsockname()[1])
 
 
 def _kill_group(group: int) -> None:

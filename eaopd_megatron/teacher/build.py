@@ -11,6 +11,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.config.tree import Teacher as Options
+from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.fp8 import check_fp8
 from eaopd_megatron.megatron.groups import Layout, Parallel
@@ -113,6 +114,11 @@ def _colocated(around: Surroundings, name: str, options: Options, terminal: Term
 def _separate(around: Surroundings, name: str, options: Options, terminal: TerminalMap, first_gpu: int) -> Teacher:
     recipe, parallel, folder = around.recipe, around.parallel, around.folders[name]
     wanted = identity(recipe, options, around.student, folder)
+    if wanted.signal == "topk" and wanted.vocab_size > around.vocab_size:  # it knows of no other teacher
+        raise UserError(
+            f"{key_of(name)}.signal=topk is made of {wanted.vocab_size} tokens, and another teacher's vocabulary has "
+            f"{around.vocab_size}: set {key_of(name)}.signal=hidden, of which the student's ranks take what all have"
+        )
     source = SeparateSource(
         wanted,
         budget=recipe.train.micro_batch_tokens,
@@ -146,7 +152,7 @@ def _separate(around: Surroundings, name: str, options: Options, terminal: Termi
 def _served(around: Surroundings, name: str, options: Options, terminal: TerminalMap, first_gpu: int) -> Teacher:
     source = ServedSource(
         around.folders[name],
-        around.student,
+        vocab_size=around.vocab_size,
         k=_top_k(around),
         terminal=terminal,
         max_running=options.max_running,

@@ -51,8 +51,11 @@ class ColocatedTeacher:
         self.terminal, self.budget = terminal, budget
         self._weights = FrozenWeights(model) if offload else None
 
-    def open(self, longest: int) -> None:
-        """Nothing: the model is there."""
+    def start(self, longest: int) -> None:
+        """Nothing is to be started."""
+
+    def open(self) -> None:
+        """The model is there."""
 
     def ask(self, samples: Sequence[Sample]) -> None:
         """Score now what can be kept."""

@@ -17,8 +17,12 @@ class Teacher(Protocol):
     """All ranks make the same calls, each with its data-parallel rank's samples. What the teacher says is on the last
     pipeline stage, where the objective is."""
 
-    def open(self, longest: int) -> None:
-        """Comes first. longest: tokens of a prompt and its response together, at the most."""
+    def start(self, longest: int) -> None:
+        """Comes first: other processes that it needs begin to start. longest: tokens of a prompt and its response
+        together, at the most."""
+
+    def open(self) -> None:
+        """It is there, and is the recipe's. Raises Asked or ServiceFailed on all ranks."""
 
     def ask(self, samples: Sequence[Sample]) -> None:
         """The teacher may begin to score them; who waits for other processes does it in `wait`."""

@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol
 import torch
 import torch.distributed as dist
 
+from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.config.tree import Teacher as Options
 from eaopd_megatron.data.samples import MicroBatch, Sample
 from eaopd_megatron.megatron.groups import Parallel
@@ -100,6 +101,7 @@ class RemoteTeacher(Generic[C, L]):
         self._asked, self._report = asked, report if parallel.is_main else _in_silence
         self._loop = Loop("teacher")
         self._pool: Pool[C, L] | None = None
+        self._longest = 0
         self._run = f"{secrets.token_hex(6)}-{parallel.rank}"
         self._asks = itertools.count()
         self._dealt = 0  # calls of this copy, over all its ranks
@@ -107,15 +109,20 @@ class RemoteTeacher(Generic[C, L]):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pulled: dict[int, torch.Tensor] = {}  # by Sample.index: rows that came and are not used yet
 
-    def open(self, longest: int) -> None:
+    def start(self, longest: int) -> None:
+        """As `Teacher.start`. Collective. Raises UserError on all ranks."""
+        self._longest = longest
+        agree(self.parallel, lambda: None if self._replicas is None else self._replicas.start(longest))
+
+    def open(self) -> None:
         """As `Teacher.open`; returns once a replica is there. Collective. Raises Asked, ServiceFailed or RuntimeError
         on all ranks."""
         self._loop.__enter__()
-        news = self._arrival(longest) if self.parallel.is_main else None
+        news = self._arrival() if self.parallel.is_main else None
         ((urls, key),) = relay(self.parallel, news, self._asked)
         opening = None
         if self.parallel.is_last_stage or self.parallel.is_main:  # the main rank tells what becomes of the replicas
-            opening = self._begin(self._open([self._source.client(url, key) for url in urls], longest))
+            opening = self._begin(self._open([self._source.client(url, key) for url in urls]))
         wait_together(self.parallel, lambda: opening is None or _done([opening]), self._asked)
 
     def ask(self, samples: Sequence[Sample]) -> None:
@@ -206,17 +213,16 @@ class RemoteTeacher(Generic[C, L]):
 
     # On the main rank, before there is a pool
 
-    def _arrival(self, longest: int) -> Iterator[tuple[list[str], str | None] | None]:
+    def _arrival(self) -> Iterator[tuple[list[str], str | None] | None]:
         """News for `relay`: at last, where the replicas are and the key that they want."""
         options = self._options
         if self._replicas is None:
             urls, key = options.urls, None if options.api_key_file is None else read_api_key(Path(options.api_key_file))
         else:
-            self._replicas.start(longest)
             urls = yield from self._replicas.urls()
             key = self._replicas.key
         clients = [self._source.client(url, key) for url in urls]
-        admit = partial(self._source.admit, longest=longest)
+        admit = partial(self._source.admit, longest=self._longest)
         yield from until_done(self._begin(self._until_there(clients, admit)))
         yield urls, key
 
@@ -229,8 +235,8 @@ class RemoteTeacher(Generic[C, L]):
             for client in clients:
                 await client.close()
 
-    async def _open(self, clients: Sequence[C], longest: int) -> None:
-        admit = partial(self._source.admit, longest=longest)
+    async def _open(self, clients: Sequence[C]) -> None:
+        admit = partial(self._source.admit, longest=self._longest)
         all_down = 60 * self._options.all_down_minutes
         self._pool = Pool(clients, admit, kind=KIND, all_down=all_down, report=self._report)
         await self._pool.open()

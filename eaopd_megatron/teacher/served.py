@@ -35,18 +35,18 @@ class ServedSource:
     def __init__(
         self,
         folder: HfFolder,
-        student: HfFolder,
         *,
+        vocab_size: int,
         k: int,
         terminal: TerminalMap,
         max_running: int,
         label: str = "teacher",
     ) -> None:
-        """folder: the teacher's. k: log-probs a token, no more than the student has tokens. max_running: requests on a
-        server at the same time. label: the recipe's key of the teacher."""
+        """folder: the teacher's. vocab_size: ids that all models of the run have. k: log-probs a token, no more than
+        that. max_running: requests on a server at the same time. label: the recipe's key of the teacher."""
         self.folder, self.terminal, self.max_running, self._label = folder, terminal, max_running, label
-        self.rows, self.vocab_size = TopKRows(k, entropy=False), student.vocab_size
-        self.asked = k + min(k, max(0, folder.vocab_size - student.vocab_size))  # some are ids that the student lacks
+        self.rows, self.vocab_size = TopKRows(k, entropy=False), vocab_size
+        self.asked = k + min(k, max(0, folder.vocab_size - vocab_size))  # some are ids that the others lack
 
     def calls(self, samples: Sequence[Sample], number: str) -> list[tuple[Scoring, list[Sample]]]:
         """As `remote.Source.calls`: one a sample."""

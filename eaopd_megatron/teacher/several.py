@@ -20,9 +20,11 @@ class Teachers:
         self.named = dict(named)
 
     def open(self, longest: int) -> None:
-        """As `Teacher.open`."""
+        """As `Teacher.start` and `Teacher.open`: they start together."""
         for teacher in self.named.values():
-            teacher.open(longest)
+            teacher.start(longest)
+        for teacher in self.named.values():
+            teacher.open()
 
     def ask(self, samples: Sequence[Sample]) -> None:
         """As `Teacher.ask`."""

@@ -121,17 +121,20 @@ def build(
         teacher,
         rollout,
         Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
-        evaluator(recipe, parallel, rollout, tokenizer, stop_ids),
+        evaluator(recipe, parallel, rollout, tokenizer, stop_ids, report),
     )
 
 
-def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequence[str] = ("",)) -> PromptBuilder:
-    """The recipe's template with the training's or the evaluation's suffix; teachers: whom the prompts are for."""
+def prompt_builder(
+    recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequence[str] = ("",), *, field: str | None = None
+) -> PromptBuilder:
+    """The recipe's template with the training's or the evaluation's suffix; teachers: whom the prompts are for; field:
+    of the problems' text, where it is not the training's."""
     return PromptBuilder(
         tokenizer,
         template=recipe.data.template,
         suffix=suffix,
-        field=recipe.data.prompt_field,
+        field=field or recipe.data.prompt_field,
         max_tokens=recipe.data.max_prompt_tokens,
         teachers=teachers,
         teacher_field=recipe.data.teacher_field,
@@ -139,16 +142,24 @@ def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequen
 
 
 def evaluator(
-    recipe: Recipe, parallel: Parallel, rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...]
+    recipe: Recipe,
+    parallel: Parallel,
+    rollout: Rollout,
+    tokenizer: Any,
+    stop_ids: tuple[int, ...],
+    report: Callable[[str], None],
 ) -> Evaluator:
     """The recipe's benchmarks, ready to be run on the model that the rollout generates with."""
     chosen = recipe.evaluation
-    builder = prompt_builder(recipe, tokenizer, chosen.suffix)
+    builder = prompt_builder(recipe, tokenizer, chosen.suffix, field="problem")
     return Evaluator(
         rollout,
         parallel,
         tokenizer,
-        [Benchmark.load(source, builder, chosen.problems) for source in chosen.benchmarks],
+        [
+            Benchmark.load(source, builder, chosen.problems, report if parallel.is_main else None)
+            for source in chosen.benchmarks
+        ],
         chosen.samples,
         Sampling(chosen.temperature, chosen.top_p, chosen.max_response_tokens, stop_ids),
         chosen.seed,

@@ -21,9 +21,11 @@ _FREE_KEYS = (
     *(f"student.{kind}_parallel" for kind in ("tensor", "pipeline", "context", "expert", "expert_tensor", "data")),
     *("student.sequence_parallel", "student.virtual_pipeline", "student.recompute"),
     *(f"optimizer.{key}" for key in ("distributed", "overlap", "offload")),
-    *(f"teacher.{key}" for key in ("urls", "listen", "api_key_file", "replicas", "max_running", "memory_fraction")),
-    *(f"teacher.{key}" for key in ("start_minutes", "all_down_minutes")),
+    *(f"teacher.{key}" for key in ("placement", "offload", "replicas", "urls", "listen", "api_key_file")),
+    *(f"teacher.{kind}_parallel" for kind in ("tensor", "pipeline", "expert")),
+    *(f"teacher.{key}" for key in ("max_running", "memory_fraction", "start_minutes", "all_down_minutes")),
 )
+"""Of a teacher it counts what it says, not where it is: the same keys are free in `teachers.NAME`."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,15 @@ class RunFolder:
         """Refuse to go on in a folder that holds a run of another recipe (UserError with the first difference)."""
         if not self.config.exists():
             return
-        for key, there, here in differences(load_recipe(self.config), recipe):
-            general = re.sub(r"^teachers\.[^.]+", "teacher", key)
-            if general not in _FREE_KEYS and not key.startswith(_FREE):
+        before = load_recipe(self.config)
+        if before.teachers.keys() != recipe.teachers.keys():
+            there, here = (", ".join(one.teachers) or "one, without a name" for one in (before, recipe))
+            raise UserError(
+                f"{self.path} holds a run whose teachers are {there}, this recipe's are {here}: "
+                "choose another run.folder, or remove that one"
+            )
+        for key, there, here in differences(before, recipe):
+            if not _is_free(key):
                 raise UserError(
                     f"{self.path} holds a run with {key}={there}, this recipe has {here}: "
                     "choose another run.folder, or remove that one"
@@ -116,6 +124,11 @@ class RunFolder:
     def write_config(self, recipe: Recipe) -> None:
         """Keep the resolved recipe beside the run."""
         write_atomically(self.config, dump(recipe))
+
+
+def _is_free(key: str) -> bool:
+    key = re.sub(r"^teachers\.[^.]*\.", "teacher.", key)
+    return key in _FREE_KEYS or key.startswith(_FREE)
 
 
 def already_finished(recipe: Recipe) -> str | None:

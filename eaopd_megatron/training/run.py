@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.cursor import PromptCursor
-from eaopd_megatron.data.prompts import load_problems
 from eaopd_megatron.data.samples import Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.results import write_atomically
@@ -31,6 +30,7 @@ from eaopd_megatron.training.averages import Averages
 from eaopd_megatron.training.build import build, prompt_builder
 from eaopd_megatron.training.checkpoints import TrainingCheckpoints
 from eaopd_megatron.training.folder import RunFolder
+from eaopd_megatron.training.problems import training_problems
 from eaopd_megatron.training.profiler import ProfilerWindow
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
 from eaopd_megatron.training.throughput import Throughput
@@ -58,7 +58,8 @@ class Run:
         self._signal: int | None = None
         self.parts = build(recipe, parallel, self.folder, asked=lambda: self._signal or 0, report=self.say)
         self.student, self.teacher = self.parts.student, self.parts.teacher
-        problems = load_problems(recipe.data.source, recipe.data.split)
+        report = self.folder.path / "decontamination.json" if parallel.is_main else None
+        problems = training_problems(recipe, report, self.say)
         self._teacher_model = {name: one.model for name, one in recipe.named_teachers().items()}
         builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix, list(self._teacher_model))
         self.prompts, dropped = builder.build(problems, recipe.data.source)
@@ -93,11 +94,15 @@ class Run:
         self.iteration, self.updates = self.checkpoints.resume(self.say)
         self._saved = self.iteration
         self._open_records()
-        longest = max(recipe.rollout.max_response_tokens, recipe.evaluation.max_response_tokens)
-        self.parts.rollout.open([*self.prompts, *self.parts.evaluator.prompts()], longest)
-        self.teacher.open(max(len(p.token_ids) for p in self.prompts) + recipe.rollout.max_response_tokens)
+
+    def open(self) -> None:
+        """Comes first: the other roles are started, or found. From here on a signal asks the run to stop."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
+        rollout = self.recipe.rollout
+        longest = max(rollout.max_response_tokens, self.recipe.evaluation.max_response_tokens)
+        self.parts.rollout.open([*self.prompts, *self.parts.evaluator.prompts()], longest)
+        self.teacher.open(max(len(p.token_ids) for p in self.prompts) + rollout.max_response_tokens)
 
     # One iteration
 

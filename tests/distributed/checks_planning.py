@@ -35,23 +35,23 @@ def arranged(layout: dict[str, Any]) -> Iterator[tuple[Parallel, layouts.Layout]
         yield parallel, layouts.Layout(**layout, data_parallel=parallel.dp_size)
 
 
-def built(config: dict[str, Any], parallel: Parallel, precision: str, recompute: Recompute = "none") -> ModelChunks:
+def built(config: dict[str, Any], parallel: Parallel, precision: str, **options: Any) -> ModelChunks:
     """A model with small random weights."""
-    model = build_model(AutoConfig.for_model(**config), parallel.layout, DTYPES[precision], recompute=recompute)
+    model = build_model(AutoConfig.for_model(**config), parallel.layout, DTYPES[precision], **options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 
 def check_parameters(group: dist.ProcessGroup, configs: list[dict[str, Any]], layout: dict[str, Any]) -> None:
-    """Every rank counts what it holds."""
+    """Every rank counts what it holds, also of a teacher whose output layer has the rows of another vocabulary."""
     with arranged(layout) as (parallel, where):
-        for config in configs:
-            parameters = list(built(config, parallel, "bf16").parameters())
+        for config, size in itertools.product(configs, (None, 520)):
+            parameters = list(built(config, parallel, "bf16", output_vocab=size).parameters())
             held = sum(p.numel() for p in parameters)
             experts = sum(p.numel() for p in parameters if not getattr(p, "allreduce", True))
-            said = ModelShape.of(config).on_rank(where, parallel.pp_rank)
-            assert (said.total, said.expert) == (held, experts), f"{config}, {layout}, stage {parallel.pp_rank}"
+            said = ModelShape.of(config).on_rank(where, parallel.pp_rank, size)
+            assert (said.total, said.expert) == (held, experts), f"{config}, {size}, {layout}, stage {parallel.pp_rank}"
 
 
 def check_training_state(
@@ -91,7 +91,7 @@ def check_activations(
     """Bytes of the storages that autograd saves in a forward pass over packed sequences of some lengths."""
     with arranged(layout) as (parallel, where):
         for (config, lengths), precision in itertools.product(cases, ("fp32", "bf16")):
-            model = built(config, parallel, precision, recompute).train()
+            model = built(config, parallel, precision, recompute=recompute).train()
             samples = [Sample(Prompt("", (1,), {}), [2] * (length - 1), "stop", [], 0) for length in lengths]
             saved = saved_bytes(model, collate(samples, parallel.device, packing_of(parallel.layout)))
             plan = Activations(ModelShape.of(config), where, BYTES[precision], "torch", recompute)

@@ -110,7 +110,8 @@ def check_terminal_maps(
     ]
     with arranged(Layout(2)) as parallel:
         scorer = remote(*folders, parallel, info=info, urls=urls)
-        scorer.open(32)
+        scorer.start(32)
+        scorer.open()
         scorer.ask(everything)
         scorer.wait(everything)
         batch = collate(everything, torch.device("cpu"))
@@ -133,7 +134,8 @@ def check_a_row_that_is_not_there_is_never_zero(
     everything = samples(112)[:4]
     with arranged(Layout(2)) as parallel:
         scorer = remote(*folders, parallel, info=info, urls=urls)
-        scorer.open(32)
+        scorer.start(32)
+        scorer.open()
         scorer.ask(everything[:3])
         scorer.wait(everything[:3])
         batch = collate(everything[:3], parallel.device)
@@ -159,7 +161,8 @@ def check_all_ranks_stop_together(
             asked: Callable[[], int] = partial(signals.__getitem__, 0)
             options: dict[str, Any] = {"asked": asked, "said": said, "all_down_minutes": 1e-3}
             scorer = remote(*folders, parallel, info=info, urls=[url], **options)
-            scorer.open(32)
+            scorer.start(32)
+            scorer.open()
             scorer.ask(samples(112)[:1])  # a request for one of the four
             signals[0] = number if parallel.rank == 1 else 0
             with pytest.raises(expected) as caught:

@@ -11,8 +11,9 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config.tree import Teacher as Options
 from eaopd_megatron.data.countdown import EOS_ID
-from eaopd_megatron.data.prompts import PromptBuilder, load_problems
+from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.samples import Prompt, Sample, Sampling
+from eaopd_megatron.data.sources import load_problems
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.megatron.pipeline import micro_batches
@@ -94,7 +95,7 @@ def check_a_served_teacher_says_another_loss(group: dist.ProcessGroup, student: 
                 colocated = ColocatedTeacher(
                     model, parallel, vocab_size=112, signal="topk", top_k=k, terminal=terminal, budget=100
                 )
-                source = ServedSource(teacher_folder, folder, k=k, terminal=terminal, max_running=4)
+                source = ServedSource(teacher_folder, vocab_size=112, k=k, terminal=terminal, max_running=4)
                 served = RemoteTeacher(
                     parallel,
                     source,
@@ -106,7 +107,8 @@ def check_a_served_teacher_says_another_loss(group: dist.ProcessGroup, student: 
                     asked=lambda: 0,
                     report=print,
                 )
-                served.open(64)
+                served.start(64)
+                served.open()
                 objective = Objective.preset("eopd", top_k=k)
                 try:
                     compare(

@@ -35,7 +35,7 @@ from tests.distributed.arranged import arranged
 from tests.tiny_models import on_disk
 
 TENSOR_LAYOUTS = (Layout(2), Layout(4))
-ROUTED_LAYOUTS = (Layout(1), Layout(2), Layout(pipeline_parallel=2, virtual_pipeline=2))
+ROUTED_LAYOUTS = (Layout(2), Layout(pipeline_parallel=2, virtual_pipeline=2))
 SIMPLE_LAYOUTS = (Layout(1), Layout(2), Layout(2, sequence_parallel=True), Layout(4))
 WIDE_LAYOUTS = (
     Layout(pipeline_parallel=2),
@@ -246,7 +246,13 @@ def trained(
 
 def compare(found: Trained, expected: Trained, what: str) -> None:
     for name, value in expected.metrics.items():
-        assert abs(found.metrics[name] - value) <= 2e-5 * max(1.0, abs(value)), (what, name, found.metrics[name], value)
+        limit = 1e-5 if name.startswith("loss") else 2e-5
+        assert abs(found.metrics[name] - value) <= limit * max(1.0, abs(value)), (
+            what,
+            name,
+            found.metrics[name],
+            value,
+        )
     for name, tensor in found.gradients.items():
         gap = float((tensor - expected.gradients[name]).abs().max())
         assert gap <= 1e-5, (what, name, gap, float(expected.gradients[name].abs().max()))

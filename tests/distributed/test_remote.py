@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.teacher.replicas import Replicas
 from eaopd_megatron.teacher.wire import Info
-from tests.distributed.test_training import pair  # noqa: F401
 from tests.ranks import Ranks
 from tests.teacher.scoring_double import INFO, ScoringDouble, running
 
@@ -29,7 +29,7 @@ RECIPE = str(Path(__file__).resolve().parents[2] / "recipes/countdown/eopd.yaml"
 class Elsewhere:
     """Replicas of the teacher, all with its weights."""
 
-    def __init__(self, pair: dict[str, str]) -> None:  # noqa: F811
+    def __init__(self, pair: dict[str, str]) -> None:
         self.pair = pair
         self.models = {
             name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in pair.items()
@@ -45,7 +45,7 @@ class Elsewhere:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(pair: dict[str, str]) -> Elsewhere:  # noqa: F811
+def elsewhere(pair: dict[str, str]) -> Elsewhere:
     return Elsewhere(pair)
 
 
@@ -68,8 +68,18 @@ def test_rows_are_exchanged_wrongly_at_a_layout(
     assert one.faults.deaths == 0, "no replica died while it scored"
 
 
+def test_a_teacher_of_more_rows_gives_students_probability_away(
+    ranks: Ranks, pairs: Callable[[int, int], dict[str, str]]
+) -> None:
+    """The same tokenizer in another padding: rows beyond the smaller vocabulary are nobody's."""
+    elsewhere = Elsewhere(pairs(112, 300))
+    with running(double := elsewhere.replica(HIDDEN)):
+        check, options = "check_a_separate_teacher_changes_no_update", {"preset": "eopd_exact", "where": "narrow"}
+        ranks.run(CHECKS, check, **elsewhere.arguments(double), **options, urls=[double.url])
+
+
 @pytest.mark.server
-def test_a_teachers_own_layout_changes_an_update(ranks: Ranks, pair: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_teachers_own_layout_changes_an_update(ranks: Ranks, pair: dict[str, str], tmp_path: Path) -> None:
     """Real services: teacher TP1 x PP2 for a student at TP2, teacher TP2 for a student at TP1 x DP4."""
     changes = [f"{role}.model={pair[role]}" for role in pair]
     changes += [

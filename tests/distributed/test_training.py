@@ -3,53 +3,18 @@ data parallelism and their products."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from tests.distributed.random_pairs import SHAPE
 from tests.ranks import Ranks
 
 CHECKS = Path(__file__).with_name("checks_training.py")
 IMPORTANCE = Path(__file__).with_name("checks_importance.py")
-
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 112,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-    "initializer_range": 0.2,
-}
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], dict[str, str]]:
-    """(vocabulary sizes) → a random student, and a random teacher with tied embeddings."""
-
-    @functools.cache
-    def made(*sizes: int) -> dict[str, str]:
-        folder = tmp_path_factory.mktemp("pair")
-        torch.manual_seed(0)
-        for name, size, hidden, tied in zip(("student", "teacher"), sizes, (32, 48), (False, True), strict=True):
-            shape = SHAPE | {"vocab_size": size, "hidden_size": hidden, "tie_word_embeddings": tied}
-            config = Qwen3Config(**shape, num_hidden_layers=4, num_key_value_heads=4)
-            Qwen3ForCausalLM(config).save_pretrained(folder / name)
-        return {"student": str(folder / "student"), "teacher": str(folder / "teacher")}
-
-    return made
-
-
-@pytest.fixture(scope="module")
-def pair(pairs: Callable[[int, int], dict[str, str]]) -> dict[str, str]:
-    """One whose vocabulary of 112 leaves rank 3 of 4 without a valid column."""
-    return pairs(112, 112)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +73,7 @@ def test_an_update_is_the_same_at_every_layout(
 def test_two_teachers_give_the_sum_of_what_each_gives_to_its_samples(
     ranks: Ranks, pairs: Callable[[int, int], dict[str, str]], signal: str
 ) -> None:
-    """One denominator: the tokens of all. A data-parallel rank has no sample of one teacher, or of both."""
+    """One denominator: the tokens of all. Each data-parallel rank has samples of one teacher alone."""
     check, teachers = "check_an_update_is_the_same_at_every_layout", [pairs(112, 112), pairs(300, 250)]
     two = {"math": teachers[0]["teacher"], "code": teachers[1]["teacher"]}
     options = {"preset": "eopd", "layouts": "ROUTED_LAYOUTS", "budget": 16, "offload": False}

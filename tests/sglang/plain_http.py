@@ -58,8 +58,12 @@ class PlainServer:
     async def die(self) -> None:
         """Every connection is reset, and new ones are refused."""
         if self._server is not None:
-            self._server.close()
-            self._server = None
+            server, self._server = self._server, None
+            for listening in server.sockets:
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            for _ in range(2):  # asyncio forgets, and leaves open, what it has accepted for a server that closes now
+                await asyncio.sleep(0)
+            server.close()
         for task in self._connections - {asyncio.current_task()}:
             task.cancel()
         await asyncio.sleep(0)

@@ -34,8 +34,7 @@ class Sized:
 
 
 def source(k: int, terminal: TerminalMap = NONE, *, teacher: int = 112, student: int = 112) -> ServedSource:
-    folders = cast(HfFolder, Sized(teacher)), cast(HfFolder, Sized(student))
-    return ServedSource(*folders, k=k, terminal=terminal, max_running=4)
+    return ServedSource(cast(HfFolder, Sized(teacher)), vocab_size=student, k=k, terminal=terminal, max_running=4)
 
 
 def scored(asked: ServedSource, double: Double, spoil: Callable[[dict[str, Any]], Any] | None = None) -> TeacherTopK:
@@ -97,7 +96,7 @@ def test_equal_log_probs_stand_in_the_order_of_the_teachers_ids() -> None:
 def test_a_larger_teacher_names_ids_that_the_student_lacks() -> None:
     expected = rows(toy_policy(120))
     assert (expected.topk(8).indices >= 112).any()
-    said = scored(source(8, teacher=120), Double(vocab_size=120))
+    said = scored(source(8, teacher=120, student=112), Double(vocab_size=120))
     best, ids = expected[:, :112].topk(8)
     assert torch.equal(said.ids, ids)
     torch.testing.assert_close(said.logprobs, best)
@@ -170,7 +169,7 @@ def test_log_probs_of_broken_weights_are_believed() -> None:
 )
 def test_a_request_that_ends_the_server_is_sent(sample: Sample, message: str) -> None:
     folder = HfFolder.open(str(ROOT / "recipes/countdown/teacher"))
-    asked = ServedSource(folder, folder, k=16, terminal=NONE, max_running=4)
+    asked = ServedSource(folder, vocab_size=112, k=16, terminal=NONE, max_running=4)
 
     async def admitted() -> None:
         async with Double() as double:
@@ -188,7 +187,7 @@ def test_a_request_that_ends_the_server_is_sent(sample: Sample, message: str) ->
 
 def test_another_server_is_taken_for_the_teachers() -> None:
     folder = HfFolder.open(str(ROOT / "recipes/countdown/teacher"))
-    asked = ServedSource(folder, folder, k=16, terminal=NONE, max_running=4)
+    asked = ServedSource(folder, vocab_size=112, k=16, terminal=NONE, max_running=4)
 
     async def refused(double: Double, message: str, key: str | None = None) -> None:
         async with double:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -94,6 +94,34 @@ def test_a_dead_replica_is_not_started_again_or_for_ever(tmp_path: Path) -> None
     supervisor.end()
 
 
+def test_another_process_takes_the_port_of_a_replica_that_is_started_again(tmp_path: Path) -> None:
+    server = Program(tmp_path, lives=2)
+    server.start()
+    until(server.ready)
+    server.die()
+    until(lambda: not server.alive())
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", server.port))
+    server.start()
+    until(server.ready)
+    server.stop()
+
+
+def test_gpus_are_shared_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    layout = ("teacher.placement=separate", "teacher.replicas=2", "teacher.tensor_parallel=2")
+    options: dict[str, Any] = {"first_gpu": 0, "report": print}
+    fitting = Replicas(load_recipe(RECIPE, layout), "", tmp_path, **options)
+    made = [fitting._separate(i, gpus, 64).environment() for i, gpus in enumerate(fitting._gpus())]
+    assert made == [{"CUDA_VISIBLE_DEVICES": "3,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}]
+    with pytest.raises(
+        UserError, match=r"teacher\.replicas=2 of 2 GPUs each take GPUs 2 to 5 of this host, which shows 4"
+    ):
+        Replicas(load_recipe(RECIPE, layout), "", tmp_path, **{**options, "first_gpu": 2}).start(64)
+
+
 def test_a_replica_that_never_came_is_started_without_end(tmp_path: Path) -> None:
     server = Program(tmp_path, lives=0)
     supervisor = Supervisor([server], minutes=1, report=lambda _: None)
@@ -140,8 +168,8 @@ def ask(url: str, method: str, path: str, key: str | None, body: bytes | None = 
     return answer.read()
 
 
-def test_a_killed_teacher_answers_otherwise_than_before(replicas: Replicas, tmp_path: Path) -> None:
-    """The service as it is, started by the trainer: its model, its answers, its key and its end."""
+def test_a_teacher_that_the_trainer_started_is_another_tells_its_key_or_stays(replicas: Replicas) -> None:
+    """The service as it is. How it comes back is tested by the campaign."""
     replicas.start(64)
     arriving = replicas.urls()
     while True:
@@ -155,18 +183,12 @@ def test_a_killed_teacher_answers_otherwise_than_before(replicas: Replicas, tmp_
     assert info.fingerprint == HfFolder.open(recipe.teacher.model).fingerprint
     assert isinstance(info.row_format, TopKRows)
     request = ScoreRequest("a", [Scored(3, 4)], torch.arange(7, dtype=torch.int32))
-    before = ask(url, "POST", "/score", replicas.key, request.encode())
-    assert len(before) == 4 * info.row_format.bytes
+    assert len(ask(url, "POST", "/score", replicas.key, request.encode())) == 4 * info.row_format.bytes
 
     (server,) = replicas._servers
     family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
     assert len(family) == 2 and replicas.key is not None
     assert not any(replicas.key in argument for process in family for argument in process.cmdline())
-    os.kill(family[0].pid, signal.SIGKILL)  # its rank goes with it
-    psutil.wait_procs(family, 30)
-    until(lambda: server.alive() and server.ready())
-    assert ask(url, "POST", "/score", replicas.key, request.encode()) == before
-    family = psutil.Process(server.pid).children(recursive=True)
     replicas.close()
     assert not psutil.wait_procs(family, 5)[1]
     assert replicas.key not in server.log.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.cli import main
+from eaopd_megatron.data.sources import Fields
+from eaopd_megatron.evaluation.command import Request
+from eaopd_megatron.evaluation.served_generation import ServerChoice
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
@@ -48,8 +52,30 @@ def test_help_waits_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert done.stderr == "[]\n"
-    for verb in ("train", "evaluate", "report", "show", "plan", "doctor"):
+    for verb in ("train", "teach", "evaluate", "report", "show", "plan", "doctor"):
         assert f"\n  {verb} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "teacher.placement is colocated: eaopd teach serves a teacher with teacher.placement=separate"),
+        (["--teacher", "math"], "the recipe has no teacher math; leave --teacher out"),
+        (
+            ["teachers.a.model=m", "teachers.b.model=m"],
+            "the recipe has teachers a, b: say which with --teacher",
+        ),
+        (["teachers.a.model=m", "--teacher", "c"], "the recipe has no teacher c; it has a"),
+        (
+            ["teachers.a.model=m", "--teacher", "a"],
+            "teachers.a.placement is colocated: eaopd teach serves a teacher with teachers.a.placement=separate",
+        ),
+    ],
+)
+def test_ranks_are_started_for_a_teacher_that_is_not_served(
+    eaopd: Callable[..., Any], arguments: list[str], said: str
+) -> None:
+    assert eaopd("teach", "r.yaml", *arguments) == (2, "", f"error: {said}\n")
 
 
 def test_user_error_is_a_traceback_or_exits_with_0() -> None:
@@ -122,37 +148,53 @@ def test_train_under_srun_starts_ranks_of_its_own(eaopd: Callable[..., Any], mon
     assert called == [(["train", "r.yaml", "seed=1"], "1", "n4")]
 
 
+@pytest.mark.parametrize(("machine", "pair", "code"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (0, 2, 2)])
+def test_doctor_forgets_the_machine_or_the_pair(
+    eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, machine: int, pair: int, code: int
+) -> None:
+    called: list[tuple[str, list[str]]] = []
+
+    def check(recipe: str, overrides: list[str]) -> int:
+        called.append((recipe, overrides))
+        return pair
+
+    monkeypatch.setattr("eaopd_megatron.doctor.main", lambda: machine)
+    monkeypatch.setattr("eaopd_megatron.teacher.agreement.check_agreement", check)
+    assert eaopd("doctor")[0] == machine and not called
+    assert eaopd("doctor", "r.yaml", "seed=1")[0] == code
+    assert called == [("r.yaml", ["seed=1"])]
+
+
 def test_evaluate_loses_an_option(eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[dict[str, Any]] = []
-    command = ModuleType("eaopd_megatron.evaluation.command")
-    command.evaluate = lambda **options: called.append(options)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "eaopd_megatron.evaluation.command", command)
+    called: list[Any] = []
+    monkeypatch.setattr(
+        "eaopd_megatron.evaluation.command.evaluate", lambda request, **options: called.append((request, options))
+    )
     assert eaopd("evaluate", "m", "--benchmarks", "a,b", "c", "--benchmarks", "d", "--samples", "4")[0] == 0
-    assert (
-        eaopd("evaluate", "m", "--benchmarks", "a", "--problems", "5", "--out", "o.json", "--tensor-parallel", "2")[0]
-        == 0
-    )
-    default = {
-        "model": "m",
-        "benchmarks": ["a"],
-        "samples": 8,
-        "tensor_parallel": 1,
-        "temperature": 1.0,
-        "top_p": 0.8,
-        "max_response_tokens": 8192,
-        "problems": None,
-        "seed": 1234,
-        "out": None,
-        "suffix": "",
+    assert called[0] == (replace(Request("m", ["a", "b", "d", "c"]), samples=4), {"regrade": False, "compare": None})
+    options: dict[str, Any] = {
+        **{"problems": 5, "temperature": 0.5, "top_p": 1.0, "max_response_tokens": 7, "seed": 3, "template": "base"},
+        **{"suffix": "s", "engine": "sglang", "tensor_parallel": 2, "batch_size": 9, "out": Path("o")},
     }
-    assert sorted(called[0].pop("benchmarks")) == ["a", "b", "c", "d"]
-    assert called[0] == {name: value for name, value in default.items() if name != "benchmarks"} | {"samples": 4}
-    assert called[1] == default | {"problems": 5, "out": Path("o.json"), "tensor_parallel": 2}
-    assert eaopd("evaluate", "m") == (
-        1,
-        "",
-        "error: no benchmark is named; say which with --benchmarks, for example --benchmarks countdown\n",
-    )
+    words = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    served = ("--server-url", "u", "--servers", "3", "--max-running", "6", "--api-key-file", "k", "--fields", "id=i")
+    assert eaopd("evaluate", "m", "--benchmarks", "a", *words, *served, "--regrade", "--compare", "x")[0] == 0
+    servers = ServerChoice(("u",), 3, 2, 6, api_key_file=Path("k"))
+    expected = replace(Request("m", ["a"], fields=Fields(id="i"), servers=servers), **options)
+    assert called[1] == (expected, {"regrade": True, "compare": Path("x")})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "no benchmark is named; say which with --benchmarks, for example --benchmarks countdown"),
+        (("--benchmarks", "a", "--engine", "vllm"), "--engine vllm: expected local, sglang"),
+        (("--benchmarks", "a", "--template", "x"), "--template x: expected chat, base, raw"),
+        (("--regrade", "--out", "nowhere"), "nowhere holds no evaluation: settings.json is missing"),
+    ],
+)
+def test_a_bad_option_of_evaluate_is_found_late(eaopd: Callable[..., Any], arguments: Sequence[str], said: str) -> None:
+    assert eaopd("evaluate", "m", *arguments) == (1, "", f"error: {said}\n")
 
 
 def test_report_hides_where_it_is(eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

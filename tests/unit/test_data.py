@@ -1,8 +1,6 @@
 """Prompts, cursor, packing: what decides which token is trained with whose logits."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 from eaopd_megatron.data.cursor import PromptCursor
 from eaopd_megatron.data.packing import Packing, collate, context_part, cut
-from eaopd_megatron.data.prompts import PromptBuilder, load_problems, read_jsonl
+from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.random import uniforms
 from eaopd_megatron.data.samples import Prompt, Sample
 from eaopd_megatron.errors import RecipeError, UserError
@@ -124,26 +122,6 @@ def test_random_numbers_belong_to_their_key_and_not_to_the_order_of_draws() -> N
     assert not torch.equal(first, uniforms(4, 0, "rollout", 73, ""))
 
 
-def test_a_broken_data_line_is_named_by_its_number(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps({"problem": "a"}) + "\n\n{broken\n")
-    with pytest.raises(UserError, match=r"prompts.jsonl, line 3: no valid JSON"):
-        read_jsonl(path)
-    path.write_text("[1]\n")
-    with pytest.raises(UserError, match="line 1: a JSON object was expected, not list"):
-        read_jsonl(path)
-    path.write_text("")
-    with pytest.raises(UserError, match="empty"):
-        read_jsonl(path)
-    with pytest.raises(UserError, match="no such data file"):
-        read_jsonl(tmp_path / "absent.jsonl")
-
-
-def test_an_unknown_source_names_what_is_possible() -> None:
-    with pytest.raises(RecipeError, match=r"expected countdown, a .jsonl file, or hub:"):
-        load_problems("maths", "train")
-
-
 class Words:
     """A tokenizer of one id a word."""
 
@@ -196,5 +174,5 @@ def test_a_missing_prompt_field_and_prompts_that_are_too_long_are_told() -> None
         builder.build([{"question": "a"}], "x.jsonl")
     with pytest.raises(UserError, match="every prompt is longer"):
         builder.build([{"problem": "a b c d e"}], "x.jsonl")
-    with pytest.raises(RecipeError, match=r"no chat template; use data\.template=raw"):
+    with pytest.raises(RecipeError, match=r"no chat template; use data\.template=base or raw"):
         PromptBuilder(Words(), template="chat", suffix="", field="problem", max_tokens=4)

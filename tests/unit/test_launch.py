@@ -11,18 +11,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from eaopd_megatron import launch as launching
 from eaopd_megatron.config import Student
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.launch import joined, joined_environment, launch, local_world_size
+from eaopd_megatron.launch import joined, joined_environment, launch, local_world_size, teacher_world_size
+from eaopd_megatron.megatron.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
+from typing import Any
 rank = int(os.environ["RANK"])
 here = Path(sys.argv[1])
 def report(message, user, at=None, code=1):
@@ -346,3 +349,18 @@ def test_more_ranks_than_devices_share_one(monkeypatch: pytest.MonkeyPatch, tens
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     with pytest.raises(UserError, match="more than the 4 GPUs of this host"):
         local_world_size(Student(model="m", tensor_parallel=tensor, data_parallel=data))
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [({"pipeline_parallel": 2}, 2), ({"expert_parallel": 4}, 4), ({"tensor_parallel": 2, "expert_parallel": 4}, 4)],
+)
+def test_a_teacher_has_other_ranks_than_its_layout_takes(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], ranks: int
+) -> None:
+    layout = Layout(**options)
+    assert teacher_world_size(layout) == ranks
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: ranks - 1)
+    with pytest.raises(UserError, match=f"the teacher needs {ranks} ranks .* more than the {ranks - 1} GPUs"):
+        teacher_world_size(layout)

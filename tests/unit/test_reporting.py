@@ -39,7 +39,9 @@ def make_evaluation(
             correct = tuple(bool(x) for x in rng.random(8) < ease)
             keys = tuple(f"k{rng.integers(3)}" if right else None for right in correct)
             results.append(
-                ProblemResult(f"{name}-{index}", correct, keys, tuple(bool(x) for x in rng.random(8) < 0.01))
+                ProblemResult(
+                    f"{name}-{index}", correct, correct, keys, tuple(bool(x) for x in rng.random(8) < 0.01), (9,) * 8
+                )
             )
         benchmarks[name] = summarise(name, 8, results)
     return EvaluationResult(iteration, benchmarks)
@@ -414,12 +416,14 @@ def test_each_of_several_teachers_is_shown_and_warned_of(make_run: Callable[...,
 
     run = make_run(done=20, total=20, change=two)
     recipe = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump(recipe | {"teachers": {"math": {}, "code": {}}}))
+    (run / "config.yaml").write_text(
+        yaml.safe_dump(recipe | {"teachers": {"math": {"model": "m"}, "code": {"model": "c"}}})
+    )
     (line,) = find_warnings(RunData.read(run))
     assert line.startswith("teacher code's log-probability of the stopping token is below -10 nats: 20 of 20")
     assert line.endswith("see teachers.code.terminal_map")
     page = write_report(run).read_text()
-    assert "4,321 → 4,321" in page and "<td>&lt;code&gt;</td>" in page
+    assert "c, m into s" in page and "4,321 → 4,321" in page and "<td>&lt;code&gt;</td>" in page
 
 
 def test_the_report_warns_where_the_recipe_allows_it(make_run: Callable[..., Path]) -> None:
@@ -454,7 +458,7 @@ def test_a_gate_that_never_opens_is_warned_of_unless_the_objective_has_none(make
 
 def test_grader_errors_are_warned_of(make_run: Callable[..., Path]) -> None:
     run = make_run(done=20, total=20)
-    rows = [ProblemResult("a", (False, False), (None, None), (True, True), errors=2)]
+    rows = [ProblemResult("a", (False, False), (False, False), (None, None), (True, True), (8, 8), errors=2)]
     EvaluationResult(20, {"math": summarise("math", 2, rows)}).write(run / "evaluation")
     lines = find_warnings(RunData.read(run))
     assert len(lines) == 2 and "2 of 2 answers of math" in lines[0] and "100%" in lines[1]

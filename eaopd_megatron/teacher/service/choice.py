@@ -18,10 +18,9 @@ def chosen(recipe: Recipe, name: str) -> Teacher:
     known = ", ".join(named)
     if name not in named:
         if not name:
-            raise RecipeError(f"the recipe has several teachers: say which with --teacher ({known})")
-        raise RecipeError(
-            f"the recipe has no teacher {name}" + (f"; it has {known}" if known else ": leave --teacher out")
-        )
+            raise RecipeError(f"the recipe has teachers {known}: say which with --teacher")
+        remedy = f"it has {known}" if known else "leave --teacher out"
+        raise RecipeError(f"the recipe has no teacher {name}; {remedy}")
     if named[name].placement != "separate":
         key = key_of(name)
         raise RecipeError(

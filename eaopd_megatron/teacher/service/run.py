@@ -19,6 +19,7 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.guard import say
 from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.architecture import check_config
+from eaopd_megatron.megatron.fp8 import check_fp8
 from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import DTYPES, build_model
 from eaopd_megatron.services.client import read_api_key
@@ -42,6 +43,8 @@ SEND_SECONDS = 30.0
 def teach(recipe: Recipe, name: str) -> None:
     """Serves until a signal comes, then raises SystemExit(128 + its number). Raises UserError."""
     options, key = chosen(recipe, name), key_of(name)
+    if options.precision == "fp8":
+        check_fp8(f"{key}.precision")
     folder = HfFolder.open(options.model, f"{key}.model")
     experts = "experts" in folder.family.sizes(folder.config)
     layout = replace(options.layout, sequence_parallel=experts and options.layout.tensor_parallel > 1)
@@ -69,7 +72,8 @@ def _build(recipe: Recipe, options: Options, folder: HfFolder, parallel: Paralle
     info = identity(recipe, options, student, folder, layout=_shown(parallel.layout))
     # hidden states become logits at the student's ranks, whose copy of the output layer is the one that is mapped
     row_map = TerminalMap(*info.terminal).row_map() if info.signal == "topk" else None
-    model = build_model(folder.config, parallel.layout, DTYPES[options.precision], untie=row_map is not None)
+    precision, fp8 = DTYPES[options.precision], options.precision == "fp8"
+    model = build_model(folder.config, parallel.layout, precision, untie=row_map is not None, fp8=fp8)
     load_hf(model, folder, parallel, row_map=row_map)
     return info, Scorer(model, parallel, info.row_format, vocab_size=info.vocab_size)
 

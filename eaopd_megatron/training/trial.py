@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.data.prompts import load_problems
 from eaopd_megatron.data.samples import MicroBatch, Prompt, Sample
+from eaopd_megatron.data.sources import load_problems
 from eaopd_megatron.guard import say
 from eaopd_megatron.megatron import groups
 from eaopd_megatron.megatron.forward import whole
@@ -136,7 +136,7 @@ def _ends_of(
 ) -> list[Ends]:
     """Of the samples of a micro-batch. Collective over the ranks of the stage."""
     labels = parts.teacher.labels(batch)
-    shard = {"vocab_size": parts.student_folder.vocab_size, "group": parallel.tp_group}
+    shard = {"vocab_size": parts.vocab_size, "group": parallel.tp_group}
     plain = _logprob(signal, terminal.exchanged(batch.tokens), shard)
     mapped = (
         signal.token_logprob

@@ -1,0 +1,92 @@
+"""Training problems that are evaluation problems too, or share a long passage with one, are left out and reported."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from eaopd_megatron.data.sources import Problem
+
+Words = tuple[str, ...]
+COMMON = 10
+"""A passage that more training problems have is a turn of phrase: `relatively prime positive integers. Find m + n`."""
+
+_WORD = re.compile(r"[^\W_]+")
+
+
+@dataclass(frozen=True)
+class Match:
+    """A training problem and the evaluation problem that it repeats: wholly ("exact") or in a passage ("n-gram")."""
+
+    id: str
+    benchmark: str
+    benchmark_id: str
+    kind: str
+    passage: str
+
+
+class Decontamination:
+    """Compares problems with those of benchmarks, as sequences of words: letters and digits, without case and signs.
+
+    ngram: so many words in a row that both have are a match, unless more than `COMMON` of the compared problems have
+    them; shorter benchmark problems match as a whole alone.
+    """
+
+    def __init__(self, benchmarks: Mapping[str, Sequence[Problem]], ngram: int = 13) -> None:
+        self.ngram = ngram
+        self._exact: dict[Words, tuple[str, str]] = {}
+        self._passages: dict[Words, tuple[str, str]] = {}
+        for name, problems in benchmarks.items():
+            for problem in problems:
+                found, where = words(str(problem["problem"])), (name, str(problem["id"]))
+                self._exact.setdefault(found, where)
+                for passage in _passages(found, ngram):
+                    self._passages.setdefault(passage, where)
+
+    def clean(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[Match]]:
+        """The problems without a match, in their order, and the first match of each of the others."""
+        texts = [words(str(problem["problem"])) for problem in problems]
+        shared = [self._passages.keys() & set(_passages(text, self.ngram)) for text in texts]
+        common = {passage for passage, count in Counter(chain.from_iterable(shared)).items() if count > COMMON}
+        kept: list[Problem] = []
+        matches: list[Match] = []
+        for problem, text, passages in zip(problems, texts, shared, strict=True):
+            named = str(problem["id"])
+            passage = next((p for p in _passages(text, self.ngram) if p in passages - common), None)
+            if text in self._exact:
+                matches.append(Match(named, *self._exact[text], "exact", " ".join(text)))
+            elif passage is not None:
+                matches.append(Match(named, *self._passages[passage], "n-gram", " ".join(passage)))
+            else:
+                kept.append(problem)
+        return kept, matches
+
+
+def words(text: str) -> Words:
+    """A text's words in lower case; LaTeX commands are words, their backslashes and braces are not."""
+    return tuple(_WORD.findall(text.lower()))
+
+
+def summary(matches: Sequence[Match]) -> str:
+    """One line: how many problems match which benchmark, exactly and in a passage."""
+    counts = Counter((match.benchmark, match.kind) for match in matches)
+    return ", ".join(f"{count} {name} ({kind})" for (name, kind), count in sorted(counts.items())) or "none"
+
+
+def write_report(path: Path, matches: Sequence[Match], *, problems: int, ngram: int) -> None:
+    """All matches as JSON: {"problems", "left_out", "ngram", "matches": [{"id", "benchmark", ...}]}."""
+    from eaopd_megatron.evaluation.results import write_atomically
+
+    report: dict[str, Any] = {"problems": problems, "left_out": len(matches), "ngram": ngram}
+    report["matches"] = [vars(match) for match in matches]
+    write_atomically(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+def _passages(found: Words, length: int) -> Iterator[Words]:
+    return (found[start : start + length] for start in range(len(found) - length + 1))

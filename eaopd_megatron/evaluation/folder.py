@@ -1,0 +1,122 @@
+"""An evaluation's folder: what was asked of which model, the responses, and what they come to.
+
+settings.json            what every response depends on
+prompts/NAME.jsonl       a benchmark's prompts and golds
+generations/NAME.jsonl   its responses, as they were finished
+results.json  table.md  pass_at_k.png
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation import tables
+from eaopd_megatron.evaluation.generations import Generations, read_prompts
+from eaopd_megatron.evaluation.grading import grade_all, grader_for
+from eaopd_megatron.evaluation.results import (
+    BenchmarkResult,
+    EvaluationResult,
+    ProblemResult,
+    summarise,
+    write_atomically,
+)
+
+_SAMPLED_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """See the module."""
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        return self.path / "settings.json"
+
+    @property
+    def results_file(self) -> Path:
+        return self.path / "results.json"
+
+    def prompts(self, name: str) -> Path:
+        """The file of a benchmark's prompts."""
+        return self.path / "prompts" / f"{name}.jsonl"
+
+    def generations(self, name: str) -> Generations:
+        """A benchmark's responses."""
+        return Generations(self.path / "generations" / f"{name}.jsonl")
+
+    def settings(self) -> dict[str, Any]:
+        """What `begin` wrote. UserError where there is no evaluation."""
+        try:
+            return dict(json.loads(self.settings_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(f"{self.path} holds no evaluation: {self.settings_file.name} is missing") from None
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Starts or goes on. UserError, with the first difference, where responses to something else lie here."""
+        wanted = json.loads(json.dumps(settings))
+        if self.settings_file.exists():
+            there = self.settings()
+            for key in wanted:
+                if there.get(key) != wanted[key]:
+                    raise UserError(
+                        f"{self.path} holds an evaluation with {key}={there.get(key)}, here it is {wanted[key]}: "
+                        "choose another --out, or remove that one"
+                    )
+        write_atomically(self.settings_file, json.dumps(wanted, indent=1) + "\n")
+
+    def grade(self) -> EvaluationResult:
+        """Grades every stored response. UserError where some are missing."""
+        settings = self.settings()
+        graded = {
+            name: self._graded(name, source, settings["samples"]) for name, source in settings["benchmarks"].items()
+        }
+        return EvaluationResult(0, graded)
+
+    def _graded(self, name: str, source: str, samples: int) -> BenchmarkResult:
+        prompts, found = read_prompts(self.prompts(name)), self.generations(name).read()
+        places = [(problem, sample) for problem in range(len(prompts)) for sample in range(samples)]
+        if missing := [place for place in places if place not in found]:
+            raise UserError(
+                f"{self.path}: {len(missing)} of {len(places)} responses to {name} are missing: run the same command "
+                "without --regrade"
+            )
+        responses = [found[place] for place in places]
+        grades = grade_all(grader_for(source), [(prompts[one.problem].problem, one.text) for one in responses])
+        rows = []
+        for number, prompt in enumerate(prompts):
+            part = slice(number * samples, (number + 1) * samples)
+            truncated = [one.finish_reason == "length" for one in responses[part]]
+            lengths = [one.tokens for one in responses[part]]
+            rows.append(ProblemResult.from_grades(prompt.id, grades[part], truncated, lengths))
+        return summarise(name, samples, rows)
+
+    def write(self, result: EvaluationResult) -> None:
+        """The results as JSON, as a Markdown table and as a picture."""
+        from eaopd_megatron.reporting.pass_curves import draw_pass_curves
+        from eaopd_megatron.reporting.plots import to_png
+
+        content = {"settings": self.settings(), "figures": tables.figures(result), **result.to_json()}
+        write_atomically(self.results_file, json.dumps(content) + "\n")
+        write_atomically(self.path / "table.md", tables.markdown(result))
+        write_atomically(self.path / "pass_at_k.png", to_png(draw_pass_curves({"": result})))
+
+
+def fingerprint(model: Path) -> str:
+    """A digest of a model's folder: of config.json, and of each weights file its size and three parts of a MiB."""
+    digest = hashlib.sha256((model / "config.json").read_bytes())
+    for file in sorted(model.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for start in (0, max(0, size // 2), max(0, size - _SAMPLED_BYTES)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,146 @@
+r"""The lenient pass: answers that are equal once notation is read as a person reads it.
+
+math-verify takes `4.5e33` for 4.5 times Euler's number plus 33, `n!^2` for nothing, and a list of names for text. Here
+numbers are read exactly (`4.5 \times 10^{33} \text{ erg/s}` is `4.5e33`, and `2.88e-19` is not `2.89e-19`), a name
+before `=` and units after a number are left out, `x > 2` is `(2, \infty)`, and lists are compared answer by answer.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from eaopd_megatron.evaluation.extraction import answers_of, normalise
+
+Equal = Callable[[str, str], bool | None]
+"""The strict comparison of (gold, answer), None where it failed; a set may equal a relation."""
+
+LARGEST_EXPONENT = 400
+LARGEST_POWER = 10_000
+MOST_ANSWERS = 8
+"""Longer lists are compared by the strict pass alone."""
+
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
+_DECIMAL = re.compile(rf"({_NUMBER})(?:[eE]([-+]?\d{{1,4}}))?")
+_SCIENTIFIC = re.compile(
+    rf"(?:({_NUMBER})(?:\\times|\\cdot|\*|×|·))?(?<![\d.])10(?:\^|\*\*)(?:\{{([-+]?\d{{1,4}})\}}|([-+]?\d{{1,4}}))"
+)
+_TOWER = re.compile(r"(?<=[\d)}])(?:\^\{*\d+)+")
+_FACTORIAL = re.compile(r"(\d{5,})!")
+_FRACTION = re.compile(rf"([-+]?)\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}")
+_EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)")
+_GOLDS_NAME = re.compile(r"\s*\\?[A-Za-z]\s*(?:_\s*(?:\w|\{[^{}]*\})\s*)?(?:\([A-Za-z]\)\s*)?")  # x, f(x), X_{d}
+
+_MACRO = r"\\(?:text|textrm|textbf|mathrm|mbox|rm|operatorname)\s*\{[^{}]*\}"
+_WORD = (
+    r"(?:(?:k|c|m|n|M|G|d)?(?:m|s|g|W|J|V|A|N|K|C|L|T|Hz|Pa|eV|pc)|erg|dyn|rad|sr|mol|AU|ly|yr|h|hr|min|hours?|days?"
+    r"|years?|minutes?|seconds?|meters?|metres?|grams?|cents?|dollars?|inch|inches|in|ft|feet|miles?|degrees?|units?)"
+)
+_POWER = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d+\s*\}))?"
+_JOIN = r"(?:\s|~|\\[,;: ]|/|\\cdot|\\times|\*|\\quad)*"
+_MARKED_UNITS = re.compile(rf"(?:{_JOIN}(?:{_MACRO}{_POWER}|\^\s*\{{?\s*\\circ\s*\}}?|\\degree|\\?%))+{_JOIN}\Z")
+_BARE_UNITS = re.compile(rf"(?<=[\d}}])(?:\s|~|\\[,;: ])+{_WORD}{_POWER}(?:{_JOIN}{_WORD}{_POWER})*\s*\Z")
+_RELATION = re.compile(r"[<>]|\\[lg]e|\\in(?![a-z])")
+_PRIME = re.compile(r"([A-Za-z])(?:\^\{\\prime\}|\^\\prime|')")
+
+
+def leniently_equal(gold: str, answer: str, equal: Equal) -> bool | None:
+    """Whether an answer that the strict pass refused is right in another notation; None where a comparison failed."""
+
+    def compare(one: str, other: str) -> bool | None:
+        asked = (normalise(one), normalise(other)) == (normalise(gold), normalise(answer))
+        return False if asked and not _RELATION.search(gold + answer) else equal(one, other)
+
+    golds, answers = answers_of(gold), answers_of(answer)
+    if not 0 < len(golds) == len(answers) <= MOST_ANSWERS:
+        return False
+    failed = False
+    for one in golds:
+        for other in answers:
+            verdict = _same(one, other, compare)
+            failed |= verdict is None
+            if verdict:
+                answers.remove(other)
+                break
+        else:
+            return None if failed else False
+    return True
+
+
+def exact_number(text: str) -> Fraction | None:
+    r"""The number that `1,234.5`, `4.5e33`, `4.5\times10^{33}`, `-1./3` or `\frac{1}{3}` writes; None for any other."""
+    text = re.sub(r"\\[,;: !]|~|\\left|\\right", "", normalise(text)).replace("−", "-")
+    if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", text):
+        text = text.replace(",", "")
+    if len(text) > 2 * LARGEST_EXPONENT:
+        return None
+    if match := _FRACTION.fullmatch(text):
+        return _quotient(Fraction(f"{match[1]}1"), _decimal(match[2]), _decimal(match[3]))
+    above, slash, below = text.partition("/")
+    return _quotient(Fraction(1), _decimal(above), _decimal(below)) if slash else _decimal(above)
+
+
+def _quotient(sign: Fraction, above: Fraction | None, below: Fraction | None) -> Fraction | None:
+    return None if above is None or not below else sign * above / below
+
+
+def immense(text: str) -> bool:
+    """Whether a number's power, or factorial, of more than `LARGEST_POWER` stands in a text: `10^{10^{10}}`."""
+    text = normalise(text)
+    for tower in _TOWER.findall(text):
+        power = 1.0
+        for number in reversed(re.findall(r"\d+", tower)):
+            digits = power * math.log10(max(1, int(number[:300])))
+            if len(number) > 300 or digits > math.log10(LARGEST_POWER):
+                return True
+            power = 10**digits
+    return any(int(number[:9]) > LARGEST_POWER for number in _FACTORIAL.findall(text))
+
+
+def misread(text: str) -> bool:
+    """Whether math-verify takes the e of `1e-5` for Euler's number."""
+    match = _DECIMAL.fullmatch(normalise(text))
+    return match is not None and match[2] is not None
+
+
+def _decimal(text: str) -> Fraction | None:
+    if match := _DECIMAL.fullmatch(text):
+        mantissa, exponent = match[1], int(match[2] or 0)
+    elif match := _SCIENTIFIC.fullmatch(text):
+        mantissa, exponent = match[1] or "1", int(match[2] or match[3])
+    else:
+        return None
+    return Fraction(mantissa) * Fraction(10) ** exponent if abs(exponent) <= LARGEST_EXPONENT else None
+
+
+def _same(gold: str, answer: str, equal: Equal) -> bool | None:
+    gold, answer = _right_sides(gold, answer)
+    gold, answer = _MARKED_UNITS.sub("", gold), _MARKED_UNITS.sub("", answer)
+    answer = _BARE_UNITS.sub("", answer)  # a gold's last letter is a variable: \frac{37}{4} m
+    numbers = exact_number(gold), exact_number(answer)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    gold, answer = _readable(gold), _readable(answer)
+    if not gold or not answer:
+        return False
+    return normalise(gold) == normalise(answer) or equal(gold, answer)
+
+
+def _right_sides(gold: str, answer: str) -> tuple[str, str]:
+    """What stands after `=` where only one of the two has it; of a gold only after a name of one letter."""
+    of_gold, of_answer = _EQUALS.split(gold), _EQUALS.split(answer)
+    if len(of_gold) == 1 < len(of_answer):
+        return gold, of_answer[-1]
+    if len(of_gold) == 2 > len(of_answer) and _GOLDS_NAME.fullmatch(of_gold[0]):
+        return of_gold[1], answer
+    return gold, answer
+
+
+def _readable(text: str) -> str:
+    """The same in LaTeX that math-verify reads: powers of ten, numpy's names, indices, factorials in powers, primes."""
+    text = re.sub(rf"({_NUMBER})[eE]([-+]?\d{{1,4}})(?![\w.])", r"\1 \\cdot 10^{\2}", text)
+    text = re.sub(r"\bnp\.(?=[a-z])", r"\\", text)
+    text = re.sub(r"(\d)\.(?!\d)", r"\1", text)
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    text = re.sub(r"(\w!|\([^()]*\)!)\^", r"(\1)^", text)
+    return _PRIME.sub(r"\1_{prime}", text)

@@ -1,0 +1,75 @@
+"""`eaopd evaluate` continued after a kill, graded again, refused, and served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation.command import Request, evaluate
+from eaopd_megatron.rollout.sglang.server import SGLANG_VENV
+from tests.end_to_end.runs import ROOT, Command
+from tests.sglang.student_double import stand_in
+
+Start = Callable[..., Command]
+STUDENT = str(ROOT / "recipes/countdown/student")
+SMALL = ("--benchmarks", "countdown", "--problems", "12", "--samples", "4", "--max-response-tokens", "16")
+
+
+def responses(folder: Path) -> list[str]:
+    return sorted((folder / "generations/countdown.jsonl").read_text().splitlines())
+
+
+def done(command: Command) -> str:
+    code, out, err = command.wait()
+    assert code == 0, err
+    return out
+
+
+def test_an_evaluation_that_was_killed_comes_to_other_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut to what a kill leaves: whole lines, and one that was not written to its end."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    request = Request(STUDENT, ["countdown"], 4, 12, max_response_tokens=16, batch_size=8, out=whole)
+    assert evaluate(request) == 0
+    assert "| countdown | 12 × 4 |" in capsys.readouterr().out
+    shutil.copytree(whole, broken)
+    for name in ("results.json", "table.md", "pass_at_k.png"):
+        (broken / name).unlink()
+    kept = broken / "generations/countdown.jsonl"
+    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:5]) + b'{"problem": 2, "samp')
+    before = kept.read_bytes().splitlines()[:5]
+    assert evaluate(replace(request, out=broken), compare=whole) == 0
+    said = capsys.readouterr().out
+    assert "43 of 48 responses are to be generated" in said
+    assert "+0.0 [+0.0, +0.0]" in said
+    assert kept.read_bytes().splitlines()[:5] == before
+    assert responses(broken) == responses(whole)
+    assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    assert {"table.md", "pass_at_k.png"} <= {path.name for path in broken.iterdir()}
+
+    # graded again without the model, and not mixed with responses to something else
+    (broken / "results.json").unlink()
+    assert evaluate(Request("gone", [], out=broken), regrade=True) == 0
+    assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    with pytest.raises(UserError, match=r"holds an evaluation with seed=1234, here it is 7: choose another --out"):
+        evaluate(replace(request, out=broken, seed=7))
+    with pytest.raises(UserError, match=r"--max-response-tokens 128: the model has 128 positions"):
+        evaluate(replace(request, max_response_tokens=128))
+
+
+@pytest.mark.server
+def test_servers_lose_responses_or_stay_behind(eaopd: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By doubles that hold the student."""
+    monkeypatch.setenv(SGLANG_VENV, str(stand_in(tmp_path / "doubles")))
+    out = tmp_path / "out"
+    said = done(eaopd("evaluate", STUDENT, *SMALL, "--engine", "sglang", "--servers", "2", "--out", str(out)))
+    assert "countdown: 48 of 48 responses" in said
+    places = [(row["problem"], row["sample"]) for row in map(json.loads, responses(out))]
+    assert sorted(places) == [(problem, sample) for problem in range(12) for sample in range(4)]

@@ -1,0 +1,17 @@
+"""What the ranks do with the responses that servers wrote."""
+
+from eaopd_megatron.data.samples import Prompt, Sample, Sampling
+from eaopd_megatron.rollout.interface import Wanted
+from eaopd_megatron.rollout.sglang.engine import ServedRollout, _Begun
+
+
+def test_an_id_that_a_teacher_lacks_reaches_the_trainer() -> None:
+    """Servers sample from all of the student's rows."""
+    prompts = [Prompt(str(i), (1,), {}) for i in range(2)]
+    written = [Sample(prompt, [3, 250 - i, 4], "stop", [0.0] * 3, 0, i) for i, prompt in enumerate(prompts)]
+    rollout = object.__new__(ServedRollout)  # of its parts none but these is asked
+    rollout._vocab_size, rollout._part_tokens, rollout._ahead = 250, 1, None
+    rollout._hear = lambda news: iter([written])  # type: ignore[method-assign]
+    (found,) = rollout.responses(_Begun(Wanted(prompts, [(0,), (1,)], [0, 1], Sampling(1.0, 1.0, 3, ()))))
+    assert [sample.response_ids for sample in found] == [[3], [3, 249, 4]]
+    assert [sample.finish_reason for sample in found] == ["length", "stop"]

@@ -1,0 +1,68 @@
+"""The paper's other figures: high-entropy tokens, forward KL on gated tokens, and how often the first choice changed.
+
+    python tools/compare_distributions.py --student DIR --teacher DIR [--before DIR] --responses runs/x/rollouts/*.jsonl
+
+Models are Hugging Face folders, loaded by transformers. The states are those of the responses that a run has recorded
+(run.log_rollouts). Prints one JSON object; `eaopd_megatron/evaluation/distributions.py` says what the figures are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
+from eaopd_megatron.data.sources import read_jsonl
+from eaopd_megatron.evaluation.distributions import Sums, compare, means, response_logits
+from eaopd_megatron.guard import guarded
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="A student's distributions beside its teacher's.", allow_abbrev=False)
+    parser.add_argument("--student", required=True, metavar="DIR")
+    parser.add_argument("--teacher", required=True, metavar="DIR")
+    parser.add_argument("--before", metavar="DIR", help="the student before training")
+    parser.add_argument("--responses", required=True, nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--threshold", type=float, default=0.8, help="nats (default 0.8)")
+    return parser.parse_args(arguments)
+
+
+def load(folder: HfFolder) -> Any:
+    """The model on the GPU where there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=folder.dtype).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compares and prints. Raises UserError."""
+    student = HfFolder.open(options.student, "--student")
+    teacher = HfFolder.open(options.teacher, "--teacher")
+    check_same_tokenizer(teacher, student)
+    before = None if options.before is None else HfFolder.open(options.before, "--before")
+    models = [None if folder is None else load(folder) for folder in (student, teacher, before)]
+
+    def parts() -> Iterator[Sums]:
+        for row in (row for file in options.responses for row in read_jsonl(file)):
+            if not row["response_ids"]:
+                continue
+            ids = (row["prompt_ids"], row["response_ids"])
+            logits = [None if model is None else response_logits(model, *ids) for model in models]
+            assert logits[0] is not None and logits[1] is not None
+            yield compare(logits[0], logits[1], logits[2], options.threshold)
+
+    print(json.dumps({"threshold": options.threshold, **means(parts())}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: run(parse(sys.argv[1:]))))
