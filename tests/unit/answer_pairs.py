@@ -113,6 +113,7 @@ WRONG = [
     (r"1+\sqrt{3} i", r"1-i\sqrt3"),
     ("np.arcsin(10/13)", r"\arcsin(10/14)"),
     ("MR=SRMC", "MR=LRMC"),
+    (r"\hbar \omega(v+1 / 2)-\frac{E_{0}^{2} e^{2}}{2 m \omega^{2}}", "2"),
     ("$f(x)=2 x$", "f(x)=x"),
     (r"$k \geqslant 2$", "k>2"),
     (r"$\binom{2n}{n}$", r"\binom{2n}{n+1}"),
