@@ -68,6 +68,7 @@ NOTATION = [
     ("1e-5", "10^{-5}"),
     ("2.88e-19", r"L = 2.88\times10^{-19} \mathrm{J}"),
     ("62.5%", "62.5"),
+    ("5", r"\approx 5"),
     ("np.arcsin(10/13)", r"\sin^{-1}(10/13)"),
     (r"$\binom{2n}{n}$", r"\frac{(2n)!}{n!^2}"),
     (r"y^{\prime}+r y-r x(t)=0", "y'+ry=rx(t)"),
