@@ -4,9 +4,10 @@ In: {"gold", "answer", "relations": whether a set may equal a relation}, or {"go
 mathematics rather than as text. Out: {"equal": bool} or {"error": why there is no verdict}; first of all
 {"ready": true}.
 
-The verdict is math-verify's, but for two of its faults. It rounds decimals to six places, so that 2.88e-19 equals
-2.89e-19: six significant digits must agree as well. And it takes the last letter of `6m` for a unit: units are left
-out only where that takes no symbol from the gold.
+The verdict is math-verify's, but for three of its faults. It rounds decimals to six places, so that 2.88e-19 equals
+2.89e-19: six significant digits must agree as well. It takes the last letter of `6m` for a unit: units are left out
+only where that takes no symbol from the gold. And where it cannot read an expression, it takes a number in it for the
+whole: here that is text, which equals the same text alone.
 
 Run as a script by `math_grader.Worker`; it imports only math-verify. A symbolic comparison can run for ever inside one
 big multiplication (`10^{10^{10}}`), where a Python signal handler, and so math-verify's own time limit, never gets its
@@ -74,7 +75,7 @@ def _serve(equal: Callable[..., bool], replies: TextIO, cpu_seconds: float) -> N
 
 def _comparison() -> Callable[..., bool]:
     from latex2sympy2_extended import NormalizationConfig
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr
 
     logging.disable(logging.CRITICAL)  # among others its warning that its own time limit is off
@@ -83,7 +84,7 @@ def _comparison() -> Callable[..., bool]:
         normalisation = NormalizationConfig(
             basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="all", equations=False
         )
-        targets[units] = (LatexExtractionConfig(normalization_config=normalisation), ExprExtractionConfig())
+        targets[units] = (LatexExtractionConfig(normalization_config=normalisation),)
 
     def read(text: str, units: bool) -> list[Any]:
         boxed = f"\\boxed{{{text}}}"

@@ -28,7 +28,7 @@ _SCIENTIFIC = re.compile(
 _TOWER = re.compile(r"(?<=[\d)}])(?:\^\{*\d+)+")
 _FACTORIAL = re.compile(r"(\d{5,})!")
 _FRACTION = re.compile(rf"([-+]?)\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}")
-_EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)")
+_EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)|\\approx(?![a-z])")
 _GOLDS_NAME = re.compile(r"\s*\\?[A-Za-z]\s*(?:_\s*(?:\w|\{[^{}]*\})\s*)?(?:\([A-Za-z]\)\s*)?")  # x, f(x), X_{d}
 
 _MACRO = r"\\(?:text|textrm|textbf|mathrm|mbox|rm|operatorname)\s*\{[^{}]*\}"
