@@ -32,6 +32,7 @@ def faults(nodes: Sequence[Node], wanted: Sequence[str], gpus: int, said: str = 
 
     wanted: the job's nodes. gpus: that each should have. said: what srun wrote, which tells why a node is silent.
     """
+    nodes = sorted(nodes, key=lambda node: wanted.index(node.name))
     by_problem: dict[str, list[str]] = {}
     for node in nodes:
         for problem in node.problems:

@@ -30,7 +30,7 @@ def test_a_container_hides_the_checkout_or_the_model(site: Site, tmp_path: Path)
     (tmp_path / "image.sif").touch()
     (tmp_path / "models").mkdir()
     student = ROOT / "recipes/countdown/student"
-    small = ("--samples", "1", "--problems", "4", "--max-response-tokens", "8", "--top-p", "1")
+    small = ("--samples", "1", "--problems", "4", "--max-response-tokens", "8", "--out", str(tmp_path / "evaluation"))
     job = site.submit(
         *("evaluate.sh", str(student), "--benchmarks", "countdown", *small),
         changes={
@@ -45,7 +45,7 @@ def test_a_container_hides_the_checkout_or_the_model(site: Site, tmp_path: Path)
     assert (
         f"apptainer: --nv\napptainer: --bind\napptainer: {binds}\napptainer: --pwd\napptainer: {ROOT}\n" in job.output
     )
-    assert "countdown (4 problems x 1 samples): " in job.output
+    assert "| countdown | 4 × 1 |" in job.output
 
 
 def test_a_conversion_does_not_end(site: Site, tmp_path: Path) -> None:
