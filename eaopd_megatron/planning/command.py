@@ -14,6 +14,7 @@ from eaopd_megatron.planning.hardware import gpu_named
 from eaopd_megatron.planning.layouts import Layout
 from eaopd_megatron.planning.planner import Plan, Planner
 from eaopd_megatron.planning.scorer import Scorer
+from eaopd_megatron.planning.servers import Servers
 from eaopd_megatron.planning.show import show
 from eaopd_megatron.planning.workload import Workload
 
@@ -40,6 +41,7 @@ def plan(
         work=Workload.of(loaded),
         gpu=chosen,
         limit=gpu_memory or chosen.memory,
+        servers=Servers.of(loaded),
     )
     layout = Layout.of(loaded.student, gpus)
     found = Plan(planner, layout, gpus or layout.gpus)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from eaopd_megatron.planning.hardware import GiB
 from eaopd_megatron.planning.planner import Option, Plan, Separate
+from eaopd_megatron.planning.servers import Servers
 from eaopd_megatron.planning.show import short
 
 
@@ -27,6 +29,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             }
             for key, model in (("student", planner.student), *((one.key, one.model) for one in planner.teachers))
         },
+        "servers": planner.servers and _servers_json(planner.servers, plan),
         "elsewhere": [_elsewhere_json(one) for one in plan.elsewhere],
         "recipe": plan.own and _option_json(plan.own, plan),
         "layouts": [_option_json(option, plan) for option in plan.together.options],
@@ -34,6 +37,20 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "student_alone": [_option_json(option, plan) for option in alone],
         "separate_teacher": separate and _elsewhere_json(separate),
         "assumptions": list(planner.assumed.lines(planner.gpu)),
+    }
+
+
+def _servers_json(servers: Servers, plan: Plan) -> dict[str, Any]:
+    planner = plan.planner
+    shape, element = planner.student.shape, planner.work.student_element
+    return {
+        "count": servers.count,
+        "gpus": servers.gpus,
+        "placement": servers.placement,
+        "weight_bytes": servers.weights(shape, element),
+        "cached_tokens": int(servers.cached_tokens(shape, element, planner.limit * GiB)),
+        "weight_sync_bytes": planner.weight_sync(servers, plan.layout).bytes,
+        "refusals": plan.unserved,
     }
 
 

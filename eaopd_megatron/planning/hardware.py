@@ -57,9 +57,11 @@ class Assumptions:
     bandwidth_share: float = 0.70  # of the memory's, in decoding and in the optimiser
     link_share: float = 0.70  # of a link's
     decode_layer: float = 0.5e-3  # seconds a layer and decoded token at least, launched one by one
+    graph_layer: float = 0.05e-3  # the same in a CUDA graph, on a server
     response_share: float = 0.5  # mean response over the longest allowed
     prompt_share: float = 0.25  # the same of prompts
     reserve: float = 5.0  # GiB for CUDA, NCCL, libraries and fragmentation
+    server_process: float = 3.0  # GiB that a colocated server keeps in the trainer's turn
 
     def lines(self, gpu: Gpu) -> Sequence[str]:
         """In words."""
@@ -73,7 +75,9 @@ class Assumptions:
             "nothing overlaps with computation",
             f"mean prompt: {self.prompt_share:.0%}, mean response: {self.response_share:.0%} of the longest allowed",
             "the longest response of a batch is the longest allowed",
-            f"decoding in process takes at least {self.decode_layer * 1e3:g} ms a layer and token",
-            f"{self.reserve:g} GiB a GPU for CUDA, NCCL and fragmentation",
+            f"decoding takes at least {self.decode_layer * 1e3:g} ms a layer and token in process, "
+            f"{self.graph_layer * 1e3:g} on a server",
+            f"{self.reserve:g} GiB a GPU for CUDA, NCCL and fragmentation; "
+            f"a colocated server keeps {self.server_process:g} more",
             "experts get equal numbers of tokens",
         )

@@ -13,7 +13,9 @@ from eaopd_megatron.planning.scorer import Scorer
 from eaopd_megatron.planning.shapes import ModelShape, Parameters
 from eaopd_megatron.planning.workload import Workload
 
-Phase = Literal["always", "generation", "scoring", "update", "step"]
+Phase = Literal["always", "training", "generation", "scoring", "update", "step"]
+"""training: in all moments but generation."""
+MOMENTS: tuple[Phase, ...] = ("generation", "scoring", "update", "step")
 TILE = 2**26  # elements; objective/linear_head.py
 TEACHER_LOGITS = 2**27  # elements; megatron/forward.py
 EXCHANGED = 300  # bytes a token and rank, at most; objective/linear_head.py
@@ -41,21 +43,30 @@ class Memory:
         """What a phase adds, or (always) what stays."""
         return sum(part.bytes for part in self.parts if part.phase == phase)
 
+    def there(self, moment: Phase) -> list[Phase]:
+        """The phases whose parts are there at a moment; only those that have any."""
+        phases: list[Phase] = ["always", moment] if moment == "generation" else ["always", "training", moment]
+        return [phase for phase in phases if any(part.phase == phase for part in self.parts)]
+
+    def at(self, moment: Phase) -> float:
+        """Bytes at a moment, with the reserve."""
+        return self.reserve + sum(map(self.of, self.there(moment)))
+
     @property
     def fullest(self) -> Phase:
-        """The phase that needs most."""
-        phases: tuple[Phase, ...] = ("generation", "scoring", "update", "step")
-        return max(phases, key=self.of)
+        """The moment that needs most."""
+        return max(MOMENTS, key=self.at)
 
     @property
     def peak(self) -> float:
         """Bytes at the fullest moment, with the reserve."""
-        return self.reserve + self.of("always") + self.of(self.fullest)
+        return self.at(self.fullest)
 
     @property
     def largest(self) -> Part:
         """Of the parts that are there at that moment."""
-        return max((part for part in self.parts if part.phase in ("always", self.fullest)), key=lambda part: part.bytes)
+        there = self.there(self.fullest)
+        return max((part for part in self.parts if part.phase in there), key=lambda part: part.bytes)
 
 
 def weights(parameters: Parameters, element: int) -> float:
@@ -90,7 +101,11 @@ def kv_cache(shape: ModelShape, layers: int, layout: Layout, element: int) -> fl
 
 @dataclass(frozen=True)
 class Colocated:
-    """Student and its rollouts on the same GPUs in the same layout, and what of its teachers is there."""
+    """Student and its rollouts on the same GPUs in the same layout, and what of its teachers is there.
+
+    writer: who writes the responses. server: bytes of a GPU that a server on it takes while it does, and (process) all
+    the time.
+    """
 
     student: ModelShape
     teachers: Sequence[Scorer]
@@ -98,6 +113,9 @@ class Colocated:
     work: Workload
     reserve: float
     path: Path = "fused"
+    writer: Literal["trainer", "colocated servers", "servers elsewhere"] = "trainer"
+    server: float = 0.0
+    process: float = 0.0
 
     def memory(self) -> Memory:
         """Of the stage that needs most."""
@@ -118,9 +136,11 @@ class Colocated:
         batch, count = work.micro_batch(layout), work.micro_batches(layout)
         model = self.activations(self.student, element)
         yield Part("student", "weights", weights(held, element), "always")
-        yield Part("student", "gradients (fp32)", gradients(held), "always")
-        yield Part("student", "main parameters", main_parameters(held, layout, element, distributed=spread), "always")
-        when: Phase = "step" if work.offloaded_moments else "always"
+        # colocated servers get this memory in their turn: megatron/offload.py
+        kept: Phase = "training" if self.writer == "colocated servers" else "always"
+        yield Part("student", "gradients (fp32)", gradients(held), kept)
+        yield Part("student", "main parameters", main_parameters(held, layout, element, distributed=spread), kept)
+        when: Phase = "step" if work.offloaded_moments else kept
         yield Part("student", "Adam's moments", moments(held, layout, distributed=spread), when)
         yield Part("student", "activations", model.peak(batch, stage, count), "update")
         yield Part("student", "backward's workspace", model.workspace(batch), "update")
@@ -143,6 +163,13 @@ class Colocated:
         return max(logits, linear + rows * EXCHANGED * self.layout.tensor_parallel)
 
     def _rollout(self, stage: int) -> Iterator[Part]:
+        if self.writer == "trainer":
+            yield from self._decoding(stage)
+        elif self.writer == "colocated servers":
+            yield Part("rollout", "server: weights and cache", self.server, "generation")
+            yield Part("rollout", "server: CUDA and NCCL", self.process, "always")
+
+    def _decoding(self, stage: int) -> Iterator[Part]:
         work, layout, element, shape = self.work, self.layout, self.work.student_element, self.student
         sequences = work.generated(layout)
         layers = len(layout.layers_of(stage, shape.layers))

@@ -10,8 +10,9 @@ from eaopd_megatron.planning import traffic
 from eaopd_megatron.planning.configs import Model
 from eaopd_megatron.planning.hardware import Assumptions, GiB, Gpu
 from eaopd_megatron.planning.layouts import Layout, faults, layouts
-from eaopd_megatron.planning.memory import Colocated, Memory, separate_teacher, served_teacher
+from eaopd_megatron.planning.memory import MOMENTS, Colocated, Memory, separate_teacher, served_teacher
 from eaopd_megatron.planning.scorer import Scorer
+from eaopd_megatron.planning.servers import Servers
 from eaopd_megatron.planning.shapes import ModelShape
 from eaopd_megatron.planning.times import Clock
 from eaopd_megatron.planning.workload import Workload
@@ -37,11 +38,13 @@ class Option:
     work: Workload
     memory: Memory
     seconds: dict[str, float]  # of an iteration: generation, teacher (scoring), student (forward, backward), ...
+    ahead: bool = False  # the next responses are written meanwhile
 
     @property
     def total(self) -> float:
         """Estimated seconds of an iteration."""
-        return sum(self.seconds.values())
+        generation, whole = self.seconds["generation"], sum(self.seconds.values())
+        return max(generation, whole - generation) if self.ahead else whole
 
     def overrides(self, layout: Layout, work: Workload) -> str:
         """What makes a recipe of that layout and workload this option, ready to be pasted; its changes come first."""
@@ -75,6 +78,7 @@ class Planner:
     gpu: Gpu
     limit: float  # GiB of a GPU
     assumed: Assumptions = field(default_factory=Assumptions)
+    servers: Servers | None = None  # none: the trainer writes the responses
 
     @property
     def reserve(self) -> float:
@@ -92,20 +96,35 @@ class Planner:
 
     def memory(self, layout: Layout, work: Workload, *, apart: bool = False) -> Memory:
         """Of the student's GPUs."""
-        return Colocated(self.student.shape, self.scorers(apart), layout, work, self.reserve).memory()
+        mine = Colocated(self.student.shape, self.scorers(apart), layout, work, self.reserve)
+        if self.servers is None:
+            return mine.memory()
+        if not self.servers.colocated:
+            return replace(mine, writer="servers elsewhere").memory()
+        server, process = self.servers.memory_fraction * self.limit * GiB, self.assumed.server_process * GiB
+        return replace(mine, writer="colocated servers", server=server, process=process).memory()
 
     def option(self, layout: Layout, work: Workload, *, apart: bool = False) -> Option:
         """Memory and time of one choice. Teachers elsewhere take no time here: they score during generation."""
         memory = self.memory(layout, work, apart=apart)
         clock = self.clock(work)
         share = work.updates
-        seconds = {"generation": clock.generation(self.student.shape, layout)}
+        student, servers = self.student.shape, self.servers
+        if servers is None:
+            seconds = {"generation": clock.generation(student, layout)}
+        else:
+            seconds = {"generation": clock.served(student, servers, self.limit * GiB)}
         if here := [scorer for scorer in self.scorers(apart) if scorer.colocated]:
             seconds["teacher"] = sum(self._scoring(scorer, layout, clock, len(here)) for scorer in here)
-        seconds["student"] = share * clock.update(self.student.shape, layout)
-        seconds["optimiser"] = share * clock.step(self.student.shape, layout)
-        seconds["weight sync"] = 0.0  # rollouts run on the weights that are trained
-        return Option(layout, work, memory, seconds)
+        seconds["student"] = share * clock.update(student, layout)
+        seconds["optimiser"] = share * clock.step(student, layout)
+        seconds["weight sync"] = 0.0 if servers is None else clock.sent([self.weight_sync(servers, layout)])
+        return Option(layout, work, memory, seconds, ahead=servers is not None and servers.ahead)
+
+    def weight_sync(self, servers: Servers, layout: Layout) -> traffic.Flow:
+        """Of an iteration."""
+        span = layout.gpus if servers.colocated else layout.gpus + servers.gpus
+        return traffic.weight_sync(self.student.shape, servers.count, self.work.student_element, span)
 
     def _scoring(self, scorer: Scorer, layout: Layout, clock: Clock, teachers: int) -> float:
         """Seconds of an iteration. Of several each is taken to have as many of the responses as the others."""
@@ -227,13 +246,33 @@ class Plan:
         return found + self.planner.refusals(self.layout)
 
     @cached_property
+    def unserved(self) -> list[str]:
+        """Why the servers cannot write the student's responses."""
+        servers = self.planner.servers
+        if servers is None:
+            return []
+        student, work, limit = self.planner.student.shape, self.planner.work, self.planner.limit
+        if found := faults(student, servers.layout, section="servers"):
+            return found
+        room = servers.cached_tokens(student, work.student_element, limit * GiB)
+        if room >= work.longest:
+            return []
+        held = servers.weights(student, work.student_element) / GiB
+        return [
+            f"servers.memory_fraction={servers.memory_fraction:g} of {limit:g} GiB holds the student's weights "
+            f"({held:.1f} GiB a GPU) and {max(0, int(room)):,} tokens, fewer than the {work.longest:,} of a prompt and "
+            "its response; raise servers.memory_fraction or servers.tensor_parallel"
+        ]
+
+    @cached_property
     def own(self) -> Option | None:
         return None if self.refusals else self.planner.option(self.layout, self.planner.work)
 
     @cached_property
     def fits(self) -> bool:
         """Whether the recipe can be run as it is."""
-        return self.own is not None and self.planner.fits(self.own.memory) and not self.too_large
+        fits = self.own is not None and self.planner.fits(self.own.memory)
+        return fits and not self.too_large and not self.unserved
 
     @cached_property
     def elsewhere(self) -> list[Separate]:
@@ -269,6 +308,8 @@ class Plan:
         planner = self.planner
         if self.own is None:
             why = self.refusals[0]
+        elif self.unserved:
+            return self.unserved[0]
         elif self.planner.fits(self.own.memory):
             return self._remedy_elsewhere(self.too_large[0])
         else:
@@ -281,12 +322,23 @@ class Plan:
             keys = self.overrides(self.together.options[0])
             return f"{why}; change {keys.partition('=')[0]}; the best layout that fits: {keys}"
         here = [scorer.key for scorer in planner.teachers if scorer.colocated]
+        if share := self._server_share():
+            return f"{why}; change servers.memory_fraction, to at most {share:g}"
         if not here:
             return f"{why}; no layout of {self.gpus} GPUs holds student.model: take more --gpus"
         return (
             f"{why}; no layout of {self.gpus} GPUs holds student.model and {', '.join(f'{key}.model' for key in here)} "
             f"together: take a smaller {here[0]}.model, more --gpus, or {here[0]}.placement=separate"
         )
+
+    def _server_share(self) -> float:
+        """Of a GPU, for colocated servers, that the recipe's layout leaves; 0: nothing can be won there."""
+        if self.own is None or self.planner.servers is None or not self.planner.servers.colocated:
+            return 0.0
+        memory, limit = self.own.memory, self.planner.limit * GiB
+        if memory.fullest != "generation" or any(memory.at(moment) > limit for moment in MOMENTS[1:]):
+            return 0.0
+        return max(0, int(100 * (1 - (memory.at("generation") - memory.of("generation")) / limit))) / 100
 
     def _remedy_elsewhere(self, one: Separate) -> str:
         scorer, found = one.scorer, self.planner.separate(one.scorer)

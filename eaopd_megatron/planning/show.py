@@ -12,8 +12,9 @@ from eaopd_megatron.planning import traffic
 from eaopd_megatron.planning.configs import Model
 from eaopd_megatron.planning.hardware import GiB
 from eaopd_megatron.planning.layouts import Layout
-from eaopd_megatron.planning.memory import Memory, kv_cache
+from eaopd_megatron.planning.memory import Memory
 from eaopd_megatron.planning.planner import TEACHER_GPUS, Option, Plan, Search, Separate
+from eaopd_megatron.planning.servers import Servers
 
 WIDTH = 100
 SHOWN = 5  # layouts
@@ -56,8 +57,8 @@ def show(plan: Plan, console: Console | None = None) -> None:
     _options(console, plan, plan.together, f"layouts of {here} that fit, best first")
     if not plan.together.options:
         _apart(console, plan)
-    if server := _server(plan):
-        console.print(server)
+    if server := _servers(plan):
+        console.print(f"\n{server}", soft_wrap=True)
     console.print("\nassumed (times are estimates from these; none was measured):")
     for line in planner.assumed.lines(planner.gpu):
         console.print(f"  {line}")
@@ -99,7 +100,7 @@ def _memory(memory: Memory, limit: float) -> Table:
         role = part.role
     table.add_row("", "reserve", _gib(memory.reserve), "always")
     full = "fits" if memory.peak <= limit * GiB else "does not fit"
-    table.add_row("peak", f"always + {memory.fullest}", _gib(memory.peak), f"of {limit:g}: {full}")
+    table.add_row("peak", " + ".join(memory.there(memory.fullest)), _gib(memory.peak), f"of {limit:g}: {full}")
     return table
 
 
@@ -146,7 +147,7 @@ def _options(console: Console, plan: Plan, search: Search, title: str) -> None:
                 _seconds(option.total),
                 *(_seconds(option.seconds[phase]) if phase in option.seconds else "" for phase in PHASES),
                 f"{option.work.micro_batch_tokens} tokens",
-                str(option.work.generated(option.layout)),
+                str(option.work.generated(option.layout)) if plan.planner.servers is None else "served",
                 _saved(option, plan),
             )
         console.print(table)
@@ -202,18 +203,29 @@ def separate_line(separate: Separate) -> str:
     )
 
 
-def _server(plan: Plan) -> str:
-    """The student on an SGLang server, for comparison with rollouts in process."""
-    planner, shape = plan.planner, plan.planner.student.shape
-    element = planner.work.student_element
-    held = shape.whole().total * element
-    cache = planner.limit * GiB * SERVER_SHARE - held
-    if cache <= 0:
-        return ""
-    tokens = cache / kv_cache(shape, shape.layers, Layout(), element)
-    sync = traffic.weight_sync(shape, 1, element)
+def _servers(plan: Plan) -> str:
+    """The student on its SGLang servers, or on one for comparison with rollouts in process."""
+    planner, shape, element = plan.planner, plan.planner.student.shape, plan.planner.work.student_element
+    servers = planner.servers or Servers(memory_fraction=SERVER_SHARE)
+    tokens = servers.cached_tokens(shape, element, planner.limit * GiB)
+    said = (
+        f"{servers.memory_fraction:.0%} of its memory: weights {_gib(servers.weights(shape, element))} GiB, key-value "
+        f"cache of {max(0, tokens):,.0f} tokens"
+    )
+    if planner.servers is None:
+        sync = traffic.weight_sync(shape, 1, element)
+        return (
+            f"the student on an SGLang server of one GPU (the plan counts rollouts by the trainer), {said}; "
+            f"{_gib(sync.bytes)} GiB a weight update"
+            if tokens > 0
+            else ""
+        )
+    if plan.unserved:
+        return f"the recipe's servers cannot work: {plan.unserved[0]}"
+    sync = planner.weight_sync(servers, plan.layout)
+    where = "the trainer's GPUs" if servers.colocated else f"{servers.gpus} more GPUs"
     return (
-        f"\nthe student on an SGLang server of one GPU, {SERVER_SHARE:.0%} of its memory (the plan counts rollouts "
-        f"by the trainer): weights {_gib(held)} GiB, key-value cache {_gib(cache)} GiB = {tokens:,.0f} tokens; "
-        f"{_gib(sync.bytes)} GiB a weight update"
+        f"servers: {servers.count} on {where}, {short(servers.layout)} each, {said}: "
+        f"{int(tokens // planner.work.longest):,} of the longest responses at a time, at most {servers.max_running}; "
+        f"{_gib(sync.bytes)} GiB an iteration for weights"
     )

@@ -10,6 +10,7 @@ from eaopd_megatron.planning.flops import BACKWARD, forward_flops
 from eaopd_megatron.planning.hardware import Assumptions, Gpu
 from eaopd_megatron.planning.layouts import GPUS_PER_HOST, Layout
 from eaopd_megatron.planning.memory import kv_cache, moments
+from eaopd_megatron.planning.servers import Servers
 from eaopd_megatron.planning.shapes import ModelShape
 from eaopd_megatron.planning.workload import Workload
 
@@ -38,9 +39,27 @@ class Clock:
 
     def generation(self, shape: ModelShape, layout: Layout) -> float:
         """Decoding in process, one token a step until the longest response ends; stages work one after the other."""
-        work, assumed, element = self.work, self.assumed, self.work.student_element
+        work, assumed = self.work, self.assumed
         together = work.generated(layout)
         batches = -(-work.prompts // (layout.generators * together))
+        step = self._decoded(shape, layout, together, assumed.decode_layer)
+        prompts = together * assumed.prompt_share * work.longest_prompt
+        return batches * (work.longest_response * step + self.scoring(shape, layout, prompts, head=False))
+
+    def served(self, shape: ModelShape, servers: Servers, limit: float) -> float:
+        """Generation by servers whose GPUs have so many bytes: a response that ends makes room for the next one."""
+        work, layout = self.work, servers.layout
+        each = -(-work.prompts // servers.count)
+        room = servers.cached_tokens(shape, work.student_element, limit) / self.sequence
+        together = max(1, min(servers.max_running, each, int(room)))
+        step = self._decoded(shape, layout, together, self.assumed.graph_layer)
+        steps = max(work.longest_response, each * self.response / together)
+        prompts = each * self.assumed.prompt_share * work.longest_prompt
+        return steps * step + self.scoring(shape, layout, prompts, head=False)
+
+    def _decoded(self, shape: ModelShape, layout: Layout, together: int, least: float) -> float:
+        """A token of so many sequences. least: seconds of a layer."""
+        work, assumed, element = self.work, self.assumed, self.work.student_element
         whole = shape.whole()
         read = whole.dense / layout.tensor_parallel
         if shape.experts:
@@ -52,9 +71,7 @@ class Clock:
         cache = together * length * kv_cache(shape, shape.layers, layout, element)
         seconds = (read * element + cache) / (self.gpu.bandwidth * assumed.bandwidth_share)
         latency = 2 * shape.layers * COLLECTIVE if layout.tensor_parallel > 1 else 0.0
-        step = max(seconds + latency, shape.layers * assumed.decode_layer)  # launches run ahead of the GPU
-        prompts = together * assumed.prompt_share * work.longest_prompt
-        return batches * (work.longest_response * step + self.scoring(shape, layout, prompts, head=False))
+        return max(seconds + latency, shape.layers * least)  # launches run ahead of the GPU
 
     def scoring(
         self, shape: ModelShape, layout: Layout, tokens: float, *, head: bool = True, element: int | None = None

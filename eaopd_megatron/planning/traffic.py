@@ -65,9 +65,9 @@ def answers(rows: float, row_bytes: int, gpus: int) -> Flow:
     return Flow("teacher's answers (HTTP)", rows * row_bytes / gpus, 10**6)
 
 
-def weight_sync(shape: ModelShape, gpus: int, element: int) -> Flow:
-    """The student's weights to servers, each GPU sending its share."""
-    return Flow("weights to a server", shape.whole().total * element / gpus, 10**6)
+def weight_sync(shape: ModelShape, servers: int, element: int, span: int = 10**6) -> Flow:
+    """The student's weights from the first rank's GPU to each server."""
+    return Flow("weights to servers", shape.whole().total * element * servers, span)
 
 
 def _layers(shape: ModelShape, layout: Layout, tokens: float, element: int, *, backward: bool) -> list[Flow]:

@@ -1,0 +1,63 @@
+"""Recipes and models that the plan's tests share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from eaopd_megatron.config import load_recipe
+from eaopd_megatron.planning.configs import find_model
+from eaopd_megatron.planning.hardware import gpu_named
+from eaopd_megatron.planning.layouts import Layout
+from eaopd_megatron.planning.memory import Colocated, Memory
+from eaopd_megatron.planning.planner import Planner
+from eaopd_megatron.planning.scorer import Scorer
+from eaopd_megatron.planning.workload import Workload
+
+ROOT = Path(__file__).resolve().parents[3]
+COUNTDOWN = str(ROOT / "recipes/countdown/eopd.yaml")
+RECIPES = sorted((ROOT / "recipes/qwen3").glob("*.yaml"))
+USUAL = ROOT / "recipes/qwen3/4b_from_8b.yaml"
+SIZES = {
+    "vocab_size": 310,
+    "hidden_size": 64,
+    "intermediate_size": 144,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "llama": {},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    },
+}
+
+
+def of_family(kind: str) -> dict[str, Any]:
+    return {"model_type": kind, **SIZES, **FAMILIES[kind]}
+
+
+def planner(teacher: str = "8B", *, limit: float = 80, **changes: Any) -> Planner:
+    work = replace(Workload.of(load_recipe(USUAL)), **changes)
+    student, other = (find_model(f"Qwen/Qwen3-{size}", "student.model") for size in ("4B-Base", teacher))
+    return Planner(student, (Scorer(other),), work, gpu_named("h100"), limit)
+
+
+def colocated(*scorers: Scorer, layout: Layout | None = None, student: str = "4B-Base", **changes: Any) -> Memory:
+    """Memory of the student's GPUs."""
+    shape = find_model(f"Qwen/Qwen3-{student}", "student.model").shape
+    return Colocated(shape, scorers, layout or Layout(), planner(**changes).work, 0).memory()
+
+
+def held(memory: Memory, name: str) -> list[tuple[float, str]]:
+    """Bytes and phase of the teachers' parts of this name."""
+    return [(part.bytes, part.phase) for part in memory.parts if (part.role, part.name) == ("teacher", name)]
