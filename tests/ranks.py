@@ -1,8 +1,8 @@
 """Start N gloo ranks once and run many checks on them, each with its own outcome.
 
 A check is a function ``check_xxx(group, **arguments)`` in a module that can be imported from its path. Every rank calls
-it; ``group`` is the process group of all ranks (gloo, 127.0.0.1). A check passes when no rank raises. The ranks import
-torch and what the check module imports, nothing else, and they import a module once. A test module looks like this::
+it; ``group`` is the process group of all ranks (gloo, 127.0.0.1). A check passes when no rank raises. Ranks are forked
+from one process that has imported torch and Megatron-Core, so new ones cost little. A test module looks like this::
 
     CHECKS = Path(__file__).with_name("checks_pipeline.py")
 
@@ -17,7 +17,8 @@ torch and what the check module imports, nothing else, and they import a module 
 
 ``run`` raises `RankFailure` (an AssertionError) with the traceback of each rank that failed, the first one first, and
 what the check printed. A failure in one check does not disturb the next: the world is rebuilt, and ranks that died or
-hung are started anew. A check has ``limit`` seconds; a rank that takes longer dies and its stack is in the report. The
+hung are started anew. So are ranks that a check leaves with many threads: those of gloo's groups poll for as long as
+the process lives. A check has ``limit`` seconds; a rank that takes longer dies and its stack is in the report. The
 state that a check leaves in its modules (Megatron's global groups, say) stays for the next check: a check must clean up
 after itself, and module-level caches must not hold process groups.
 
@@ -33,22 +34,36 @@ import faulthandler
 import gc
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Mapping
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
+IMPORTED = [
+    "pytest",
+    "eaopd_megatron.training.build",
+    "eaopd_megatron.training.step",
+    "eaopd_megatron.checkpoint.conversion",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3", "qwen3_moe")),
+    "transformers.tokenization_utils_base",
+    "tests.tiny_models",
+    "tests.ranks",
+]
+"""By the process from which ranks are forked."""
+MOST_THREADS = 40
 
 
 class RankFailure(AssertionError):
@@ -65,11 +80,12 @@ class Ranks:
     """N gloo ranks that wait for checks. A context manager; the ranks start with the first check."""
 
     def __init__(self, world_size: int, *, limit: float = 60.0, environment: Mapping[str, str] | None = None) -> None:
-        """limit: seconds for one check. environment: extra variables for the ranks."""
+        """limit: seconds for one check. environment: extra variables for the ranks, which then import all on their
+        own."""
         self.world_size = world_size
         self.limit = limit
         self._environment = dict(environment or {})
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[BaseProcess] = []
         self._store: dist.TCPStore | None = None
         self._folder: Path | None = None
         self._orders = 0
@@ -96,6 +112,8 @@ class Ranks:
         outcomes, dead = self._collect(store, order)
         failures = sorted((done for done in outcomes.values() if done["report"]), key=lambda done: done["time"])
         if not failures and not dead:
+            if any(done["threads"] > MOST_THREADS for done in outcomes.values()):
+                self.close()
             return
         report = [f"{check} failed on {self.world_size} ranks"]
         report += [f"--- rank {done['rank']} raised\n{done['report']}" for done in failures]
@@ -113,7 +131,7 @@ class Ranks:
         for process in self._processes:
             process.kill()
         for process in self._processes:
-            process.wait()
+            process.join()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._processes, self._store, self._folder, self._orders = [], None, None, 0
@@ -122,23 +140,23 @@ class Ranks:
         # The parent hosts the store on a port that the system chooses, so no other process can take it in between.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-        for rank in range(self.world_size):
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "OMP_WAIT_POLICY": "PASSIVE",
-                "GLOO_SOCKET_IFNAME": "lo",
-                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.world_size),
-                **self._environment,
-            }
-            command = [sys.executable, str(Path(__file__).resolve()), str(self._store.port), str(self.limit)]
-            with open(self._folder / f"{rank}.txt", "wb") as log:
-                self._processes.append(
-                    subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-                )
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            **self._environment,
+        }
+        context: Any = multiprocessing.get_context("spawn" if self._environment else "forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        with mock.patch.dict(os.environ, environment):
+            for rank in range(self.world_size):
+                log = self._folder / f"{rank}.txt"
+                log.touch()
+                arguments = (rank, self.world_size, self._store.port, self.limit, log)
+                process = context.Process(target=_serve, args=arguments)
+                process.start()
+                self._processes.append(process)
 
     def _logs(self) -> list[Path]:
         assert self._folder is not None
@@ -149,7 +167,7 @@ class Ranks:
         outcomes: dict[int, dict[str, Any]] = {}
         deadline = time.monotonic() + self.limit + 60 * (order == 0) + 10  # the first check includes the imports
         while True:
-            alive = [process.poll() is None for process in self._processes]
+            alive = [process.is_alive() for process in self._processes]
             for rank in range(self.world_size):
                 if rank not in outcomes and store.check([f"outcome/{order}/{rank}"]):
                     outcomes[rank] = json.loads(store.get(f"outcome/{order}/{rank}"))
@@ -158,7 +176,7 @@ class Ranks:
                 return outcomes, {}
             gone = [rank for rank in missing if not alive[rank]]
             if gone or time.monotonic() > deadline:
-                codes = {rank: f"died with exit code {self._processes[rank].returncode}" for rank in gone}
+                codes = {rank: f"died with exit code {self._processes[rank].exitcode}" for rank in gone}
                 return outcomes, codes or dict.fromkeys(missing, f"gave no answer within {self.limit:g} s")
             time.sleep(0.005)
 
@@ -186,9 +204,11 @@ def _leave_world() -> None:
         gc.collect()
 
 
-def _serve(port: int, limit: float) -> None:
+def _serve(rank: int, world_size: int, port: int, limit: float, log: Path) -> None:
     """A rank's life: take an order, run the check, report."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), *[os.open(log, os.O_WRONLY | os.O_APPEND)] * 2)):
+        os.dup2(file, number)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(days=1))
     world = -1
     order = 0
@@ -214,15 +234,10 @@ def _serve(port: int, limit: float) -> None:
             report = traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
         sys.stdout.flush()
-        outcome = {"rank": rank, "time": time.time(), "report": report}
+        outcome = {"rank": rank, "time": time.time(), "report": report, "threads": len(os.listdir("/proc/self/task"))}
         if report:
             world = -1
             with contextlib.suppress(Exception):
                 _leave_world()
         store.set(f"outcome/{order}/{rank}", json.dumps(outcome))
         order += 1
-
-
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
-    _serve(int(sys.argv[1]), float(sys.argv[2]))

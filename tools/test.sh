@@ -58,7 +58,7 @@ if (($#)); then
 fi
 
 # Two sessions side by side: ranks, servers and jobs spend half of their time waiting.
-beside=(tests/unit tests/teacher tests/sglang)
+beside=(tests/unit tests/teacher tests/sglang tests/end_to_end)
 said="$(mktemp)"
 pytest -p no:cacheprovider "${beside[@]}" >"$said" 2>&1 &
 second=$!
