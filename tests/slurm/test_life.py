@@ -41,8 +41,11 @@ def variable(process: psutil.Process, name: str) -> str | None:
 
 
 def test_student_teacher_and_servers_do_not_find_each_other(site: Site, doubles: Path) -> None:
-    """Three nodes, every node looked at; a server that is killed is started again, and the job ends well."""
+    """Three nodes, every node looked at, models on disks of their own; a server that is killed is started again."""
+    stage = site.folder / "own_disk"  # of every node
+    stage.mkdir()
     site.more = {**ROLES, "EAOPD_SGLANG_VENV": str(doubles), "EAOPD_PREFLIGHT": "", "EAOPD_PROBE": "yes"}
+    site.more["EAOPD_STAGE"] = str(stage)
     job = site.submit("qwen3_4b.sh", "train.iterations=12")
     job.wait_for_iteration(2)
     key = (job.own_folder / "key").read_text().strip()
@@ -58,6 +61,9 @@ def test_student_teacher_and_servers_do_not_find_each_other(site: Site, doubles:
     assert len([record for record in records(job.folder) if "objective/loss" in record]) == 12
     assert "server_0 died and is started again: error: the rollout server at http://127.0.0.1" in job.output
     assert "gloo: 1 ranks reach each other" in job.output
+    config = (job.folder / "config.yaml").read_text()
+    staged = [folder for folder in stage.iterdir() if folder.is_dir()]
+    assert len(staged) == 2 and all(f"model: {folder}\n" in config for folder in staged), config
     table = [line.split() for line in job.output.splitlines() if line.startswith("n")]
     assert [(row[0], row[-1]) for row in table[1:]] == [(f"n{i}", "ok") for i in range(3)]
     assert not [log for log in job.folder.rglob("*") if log.is_file() and key in log.read_text(errors="replace")]
