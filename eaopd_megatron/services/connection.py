@@ -61,9 +61,15 @@ class Address:
             raise UserError(f"{url} is no URL of a server: it must be http://HOST:PORT or https://HOST:PORT")
         secure = parts.scheme == "https"
         self.port, self.prefix = port or (443 if secure else 80), parts.path.rstrip("/")
-        self.tls: ssl.SSLContext | None = httpx.create_ssl_context(trust_env=False) if secure else None
+        self.tls: ssl.SSLContext | None = httpx.create_ssl_context() if secure else None
         lines = {"Host": parts.netloc.rpartition("@")[2], **headers}
         self.headers = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+
+    def untrusted(self, error: ssl.SSLCertVerificationError) -> UserError:
+        return UserError(
+            f"https://{self.host}:{self.port} is not trusted: {error.verify_message}; SSL_CERT_FILE names the file of "
+            "the authority that signed its certificate"
+        )
 
     def request(self, method: str, path: str, body: bytes) -> bytes:
         head = f"{method} {self.prefix}{path} HTTP/1.1\r\n{self.headers}Content-Length: {len(body)}\r\n\r\n"
@@ -87,7 +93,8 @@ class Connection:
         return not reader.at_eof() and not writer.is_closing()
 
     async def send(self, method: str, path: str, body: bytes, *, seconds: float, connect: float) -> Response:
-        """seconds: for the answer to be complete, `connect` of them for the connection. Raises ServerGone."""
+        """seconds: for the answer to be complete, `connect` of them for the connection. Raises ServerGone, and
+        UserError for a certificate that is not trusted."""
         finished = False
         within = min(connect, seconds)
         try:
@@ -121,6 +128,8 @@ class Connection:
             return await asyncio.open_connection(to.host, to.port, ssl=to.tls, limit=BUFFER)
         except ConnectionRefusedError:
             raise ServerGone("the connection is refused") from None
+        except ssl.SSLCertVerificationError as error:
+            raise to.untrusted(error) from None
         except OSError as error:
             raise ServerGone(f"it cannot be connected to ({error})") from None
 

@@ -10,6 +10,7 @@ import asyncio
 import http.client
 import json
 import socket
+import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -159,7 +160,7 @@ class _Wire:
         self, method: str, path: str, body: bytes | None, headers: dict[str, str], most: int, seconds: float
     ) -> tuple[int, torch.Tensor]:
         """Status and body [bytes] uint8. most: bytes of a body that is read. seconds: for the answer to be complete.
-        Raises ServerGone."""
+        Raises ServerGone, and UserError for a certificate that is not trusted."""
         self._busy = True
         try:
             deadline = _Deadline(self._open(), seconds)
@@ -170,6 +171,8 @@ class _Wire:
             return answer.status, tensor
         except TimeoutError:
             raise ServerGone(f"no answer to {path} within {seconds:g} s") from None
+        except ssl.SSLCertVerificationError as error:
+            raise self._address.untrusted(error) from None
         except OSError as error:
             raise ServerGone(f"the connection was dropped ({type(error).__name__})") from None
         except http.client.HTTPException as error:

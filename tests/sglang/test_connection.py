@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import ssl
 import struct
+import subprocess
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -27,11 +30,13 @@ class Script:
         self.answers, self.closes, self.connections = list(answers), closes or resets, 0
         self.resets = resets
 
-    async def serve(self, work: Callable[[Client], Awaitable[None]]) -> None:
-        server = await asyncio.start_server(self._connection, "127.0.0.1")
-        client = Client(
-            f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", patience=Patience(silence=5, control=5)
-        )
+    async def serve(
+        self, work: Callable[[Client], Awaitable[None]], tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+    ) -> None:
+        server = await asyncio.start_server(self._connection, "127.0.0.1", ssl=tls)
+        port = server.sockets[0].getsockname()[1]
+        scheme = "http" if tls is None else "https"
+        client = Client(f"{scheme}://{host}:{port}", patience=Patience(silence=5, control=5))
         try:
             await work(client)
         finally:
@@ -155,3 +160,28 @@ def test_a_certificate_is_not_looked_at() -> None:
         "POST /behind/a/path/generate HTTP/1.1\r\nHost: host\r\nAuthorization: Bearer key\r\nContent-Length: 2\r\n"
     )
     assert head.decode() == f"{expected}\r\n{{}}"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_any_certificate_or_none_is_trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A site's own authority is trusted where SSL_CERT_FILE names it; without, one line says so at once."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    options = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-nodes", "-days", "1")
+    made = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-keyout", str(key), "-out", str(certificate), *options)
+    subprocess.run(made, check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+
+    async def work(client: Client) -> None:
+        for _ in range(2):
+            assert await client.call("GET", "/info") == {"a": 1}
+
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with pytest.raises(UserError, match=r"https://localhost:\d+ is not trusted: self.signed.*; SSL_CERT_FILE names"):
+        asyncio.run(Script().serve(work, tls, "localhost"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    script = Script(WHOLE, WHOLE)
+    asyncio.run(script.serve(work, tls, "localhost"))
+    assert script.connections == 1
+    with pytest.raises(UserError, match=r"127.0.0.1:\d+ is not trusted: .*mismatch"):
+        asyncio.run(Script().serve(work, tls))
