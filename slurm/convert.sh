@@ -7,7 +7,6 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=02:00:00
-#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out

@@ -77,16 +77,23 @@ class HfFolder:
 
     @functools.cached_property
     def eos_ids(self) -> list[int]:
-        """Every id that ends a sequence, those of generation_config.json first."""
+        """Every id that ends a sequence, those of generation_config.json first; of several the tokenizer's own is the
+        first: an instructed Llama 3 lists the end of a text before that of a turn, with which it ends."""
         found: list[int] = []
         sources = [getattr(self.config, "eos_token_id", None)]
         if (self.path / "generation_config.json").exists():
             sources.insert(0, read_json(self.path / "generation_config.json", self.label).get("eos_token_id"))
         for value in sources:
-            for token in value if isinstance(value, list) else [value]:
-                if token is not None and token not in found:
-                    found.append(int(token))
+            ids = value if isinstance(value, list) else [value]
+            if len(ids) > 1 and self._has_tokenizer:
+                own = self.tokenizer().eos_token_id
+                ids = sorted(ids, key=lambda token: token != own)
+            found += [int(token) for token in ids if token is not None and token not in found]
         return found
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return any((self.path / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
     @functools.cached_property
     def files(self) -> TensorFiles:
@@ -140,7 +147,7 @@ class HfFolder:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        if not any((self.path / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        if not self._has_tokenizer:
             raise UserError(f"{self.label}: no tokenizer: tokenizer.json is missing")
         try:
             return AutoTokenizer.from_pretrained(self.path)

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from eaopd_megatron import doctor
-from eaopd_megatron.cluster.places import hold_port, node_address
+from eaopd_megatron.cluster.places import INTERFACE, hold_port, node_address
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.reporting.commit import commit
 
@@ -57,6 +57,9 @@ def look(token: Path, holds: str, models: Sequence[str], stage: str | None) -> N
     try:
         address = node_address()
         hold_port(address)
+        alone = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
+        if address.startswith("127.") and not alone and not os.environ.get(INTERFACE):
+            problems.append(f"its name has the address {address}, which no other node reaches: set {INTERFACE}")
     except UserError as error:
         problems.append(str(error))
     gpus = _gpus(facts, problems)

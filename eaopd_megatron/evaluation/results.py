@@ -145,7 +145,7 @@ class EvaluationResult:
 
     def write(self, folder: Path) -> Path:
         """Writes folder/XXXXXX.json (the iteration), whole or not at all, and returns its path."""
-        path = folder / f"{self.iteration:06d}.json"
+        path = folder / file_name(self.iteration)
         write_atomically(path, json.dumps(self.to_json()) + "\n")
         return path
 
@@ -167,6 +167,11 @@ def read_evaluations(folder: Path) -> list[EvaluationResult]:
     """All evaluations of a run's evaluation folder by iteration; an absent folder has none. UserError as for `read`."""
     found = [EvaluationResult.read(path) for path in sorted(folder.glob("*.json"))]
     return sorted(found, key=lambda evaluation: evaluation.iteration)
+
+
+def file_name(iteration: int) -> str:
+    """Of the result of an iteration."""
+    return f"{iteration:06d}.json"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -105,6 +105,7 @@ class ServerProcess(ABC):
         changes: dict[str, str | None] = {
             **dict.fromkeys(RANKS_VARIABLES),
             **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+            **self._without_proxy(),
             **self.environment(),
             LAUNCHER_PID: str(os.getpid()),
         }
@@ -121,6 +122,11 @@ class ServerProcess(ABC):
         self._copying = threading.Thread(target=self._copy, args=(self._process,), daemon=True)
         self._copying.start()
         threading.Thread(target=self._await_exit, args=(self._process,), daemon=True).start()
+
+    def _without_proxy(self) -> dict[str, str]:
+        """SGLang asks itself whether it serves, and would ask a site's proxy for its own address."""
+        given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{given},{self.host}" if given else self.host)
 
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None

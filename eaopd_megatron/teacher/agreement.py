@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,12 +28,14 @@ none (nan: it is not among the top-k). Nats."""
 
 def check_agreement(recipe: str, overrides: Sequence[str]) -> int:
     """Starts the recipe's ranks on this host and prints what they find. 1 where a pair does not agree, or they fail."""
-    with tempfile.TemporaryDirectory(prefix="eaopd-doctor-") as scratch:
-        changed = [*overrides, f"run.folder={scratch}", "evaluation.benchmarks=[]"]
-        loaded = load_recipe(recipe, changed)
-        if code := launch(["agreement", recipe, *changed], local_world_size(loaded.student)):
-            return code
-        found = [Agreement(**one) for one in json.loads((Path(scratch) / FOUND).read_text())]
+    load_recipe(recipe, overrides)  # a wrong key leaves no folder
+    scratch = tempfile.mkdtemp(prefix="eaopd-doctor-")
+    changed = [*overrides, f"run.folder={scratch}", "evaluation.benchmarks=[]"]
+    loaded = load_recipe(recipe, changed)
+    if code := launch(["agreement", recipe, *changed], local_world_size(loaded.student)):
+        return code  # errors name logs in the folder
+    found = [Agreement(**one) for one in json.loads((Path(scratch) / FOUND).read_text())]
+    shutil.rmtree(scratch, ignore_errors=True)
     student = HfFolder.open(loaded.student.model, "student.model")
     texts = student.tokenizer().convert_ids_to_tokens(list(range(student.vocab_size)))
     for agreement in found:

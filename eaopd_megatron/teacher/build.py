@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.fp8 import check_fp8
 from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.megatron.hosts import ranks_beside_the_first
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.head import load_head
@@ -69,9 +69,17 @@ class Surroundings:
 def build_teachers(around: Surroundings) -> Teachers:
     """Every teacher of the recipe. Raises UserError."""
     named: dict[str, Teacher] = {}
-    gpus = _first_gpus(around.recipe, around.parallel)
+    beside = ranks_beside_the_first(around.parallel)
+    gpus = _first_gpus(around.recipe, beside)
     for name, options in around.recipe.named_teachers().items():
         terminal = TerminalMap.between(options.terminal_map, around.student.eos_ids, around.folders[name].eos_ids)
+        _check_label(around.recipe, name, terminal)
+        if options.started and beside != around.parallel.world_size:
+            raise UserError(
+                f"{key_of(name)}.placement={options.placement} starts replicas on the first rank's host, where "
+                f"{beside} of the {around.parallel.world_size} ranks are, and others cannot reach them: start them "
+                f"elsewhere and give {key_of(name)}.urls"
+            )
         if options.placement == "colocated":
             named[name] = _colocated(around, name, options, terminal)
         elif options.placement == "separate":
@@ -81,10 +89,23 @@ def build_teachers(around: Surroundings) -> Teachers:
     return Teachers(named)
 
 
-def _first_gpus(recipe: Recipe, parallel: Parallel) -> dict[str, int]:
+def _check_label(recipe: Recipe, name: str, terminal: TerminalMap) -> None:
+    """label leaves the teacher's distribution as it is: terms over the whole vocabulary would punish the student's end,
+    whose looked-up log-prob looks well."""
+    settings = recipe.objective.build()
+    exact = [key for key in ("reverse_kl", "forward_kl") if getattr(settings, key) == "exact"]
+    if terminal.kind == "label" and exact:
+        raise UserError(
+            f"{key_of(name)}.terminal_map=label looks up the sampled token alone, and objective.{exact[0]}=exact "
+            f"compares all: the student, which ends with {terminal.student_id}, the teacher with "
+            f"{terminal.teacher_id}, would unlearn to stop; set {key_of(name)}.terminal_map=swap"
+        )
+
+
+def _first_gpus(recipe: Recipe, ranks: int) -> dict[str, int]:
     """The first GPU of each teacher's replicas that are started on the main rank's host: after the ranks' own, those of
-    the rollout's servers, and those of the teachers before it."""
-    free = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.world_size))
+    the rollout's servers, and those of the teachers before it. ranks: on that host."""
+    free = ranks
     servers = recipe.servers
     if recipe.rollout.engine == "sglang" and servers.started and servers.placement == "separate":
         free += servers.count * servers.tensor_parallel

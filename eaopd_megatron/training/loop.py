@@ -12,8 +12,7 @@ def train(run: Run) -> None:
     Every random number is a function of (seed, purpose, iteration, sample), and the learning rate of the completed
     updates, so a resumed run repeats the uninterrupted one.
     """
-    if run.iteration == 0:
-        run.evaluate()
+    run.evaluate_if_due()
     while run.iteration < run.recipe.train.iterations:
         run.publish()  # π_old ← π_θ
         samples: list[Sample] = []

@@ -19,7 +19,7 @@ from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.cursor import PromptCursor
 from eaopd_megatron.data.samples import Sample
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.results import write_atomically
+from eaopd_megatron.evaluation.results import file_name, write_atomically
 from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.reporting.environment import environment
 from eaopd_megatron.reporting.metrics import MetricsWriter
@@ -169,9 +169,12 @@ class Run:
             self.say(line)
         self._write_rollouts(samples)
         last = self.iteration == self.recipe.train.iterations
-        interval = self.recipe.evaluation.interval
-        if last or (interval and self.iteration % interval == 0):
-            record |= self._evaluation()
+        try:
+            if self._evaluation_is_due():
+                record |= self._evaluation()
+        except (Asked, ServiceFailed):  # the evaluation is made up for when the run goes on
+            self._record(record | self._rates(record))
+            raise
         self._record(record | self._rates(record))
         asked = self._any_rank_was_asked_to_stop()
         save = self.recipe.run.save_interval
@@ -206,10 +209,19 @@ class Run:
         saved = f"the run is saved after iteration {self.iteration}" if self.iteration else "nothing was trained yet"
         return f"{saved}; the same command continues"
 
-    def evaluate(self) -> None:
-        """The evaluation before training."""
-        self._record(self._evaluation())
-        self._times.clear()
+    def evaluate_if_due(self) -> None:
+        """The evaluation before training, or the one in which the run was stopped."""
+        missing = torch.tensor([not (self.folder.evaluation / file_name(self.iteration)).exists()])
+        missing = missing.to(self.parallel.device)
+        dist.broadcast(missing, 0)
+        stopped = self.parts.evaluator.benchmarks and self._evaluation_is_due() and bool(missing)
+        if not self.iteration or stopped:
+            self._record(self._evaluation())
+            self._times.clear()
+
+    def _evaluation_is_due(self) -> bool:
+        interval = self.recipe.evaluation.interval
+        return self.iteration == self.recipe.train.iterations or bool(interval and self.iteration % interval == 0)
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""

@@ -83,8 +83,9 @@ def agreements(recipe: Recipe, parts: Parts, parallel: Parallel) -> list[Agreeme
 def _prompts(recipe: Recipe, parts: Parts) -> list[Prompt]:
     """The first PROMPTS of each teacher."""
     problems = load_problems(recipe.data.source, recipe.data.split)
-    prompts, _ = prompt_builder(recipe, parts.tokenizer, recipe.data.suffix).build(problems, recipe.data.source)
-    return [p for name in recipe.named_teachers() for p in islice((p for p in prompts if p.teacher == name), PROMPTS)]
+    names = list(recipe.named_teachers())
+    prompts, _ = prompt_builder(recipe, parts.tokenizer, recipe.data.suffix, names).build(problems, recipe.data.source)
+    return [p for name in names for p in islice((p for p in prompts if p.teacher == name), PROMPTS)]
 
 
 def _limit(recipe: Recipe) -> int:

@@ -5,7 +5,7 @@
 #       Trains on N nodes for each role. A role without nodes is where the recipe puts it: the teacher on the student's
 #       ranks, responses by the student itself or by servers that the trainer starts on its own node.
 #   on_one_node ARGUMENTS...
-#       What the environment's Python is given, on the job's only node.
+#       What the environment's Python is given, on the job's only node. A signal ends it; what it has done must be kept.
 #
 # site.sh: what differs between clusters; steps.sh: srun; preflight.sh: before anything starts; services.sh: teachers and
 # servers; life.sh: signals, requeue, restarts and the end.
@@ -102,7 +102,12 @@ alone_in_the_folder() {
 on_one_node() {
     begin
     ((${#nodes[@]} == 1)) || finish 1 "error: this script is for one node, the job has ${#nodes[@]}"
-    on 1 1 "${nodes[0]}" "$python" "$@" &
-    await $!
-    finish $?
+    (session=(setsid)
+        on 1 1 "${nodes[0]}" "$python" "$@") &
+    trainer=$!
+    await "$trainer"
+    local code=$?
+    trainer=""
+    [[ -z $asked ]] || stopped
+    finish "$code"
 }

@@ -21,7 +21,7 @@ begin() {
 # trainer finishes what it can, saves and stops at USR1.
 on_signal() {
     asked="$1"
-    say "SIG$1: the trainer saves its state and stops"
+    if [[ -n $folder ]]; then say "SIG$1: the trainer saves its state and stops"; else say "SIG$1: stopping"; fi
     [[ -z $folder ]] || touch "$folder/ending"
     [[ -z $trainer ]] || kill -USR1 "$trainer" 2>/dev/null
 }
@@ -108,14 +108,15 @@ job_state() { scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' 
 # The state is saved. The job goes back into the queue, unless it was cancelled (Slurm requeues a preempted one itself),
 # or the site wants a chain of jobs instead.
 stopped() {
-    touch "$folder/ending"
-    if [[ "$(job_state)" != RUNNING ]]; then
-        finish 143 "ended by Slurm; submitted again, the run goes on; $(newest_checkpoint) is there"
-    fi
-    [[ ${EAOPD_REQUEUE:-yes} != no ]] || finish 0 "stopped; $(newest_checkpoint) is there, the next job goes on"
+    local there="what is done is kept"
+    [[ -z $folder ]] || there="$(newest_checkpoint) is there"
     end_services
-    rm -f "$folder/key"
-    say "stopped; $(newest_checkpoint) is there, back into the queue"
+    if [[ "$(job_state)" != RUNNING ]]; then
+        finish 143 "ended by Slurm; submitted again, the run goes on; $there"
+    fi
+    [[ ${EAOPD_REQUEUE:-yes} != no ]] || finish 0 "stopped; $there, the next job goes on"
+    [[ -z $folder ]] || rm -f "$folder/key"
+    say "stopped; $there, back into the queue"
     scontrol requeue "$SLURM_JOB_ID" || finish 1 "error: the job cannot be requeued: set EAOPD_REQUEUE=no and submit a chain"
     trap '' TERM USR1
     sleep 60 # Slurm ends this process

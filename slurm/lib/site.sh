@@ -63,7 +63,7 @@ EAOPD_VENV to its folder or EAOPD_CONTAINER to pyxis or apptainer"
 # The checkout, the site's folders, and EAOPD_MOUNTS, each at its own place.
 container_mounts() {
     local place mounts="$root:$root"
-    for place in "${EAOPD_SHARED:-}" "${EAOPD_MODELS:-}" "${EAOPD_STAGE:-}"; do
+    for place in "${EAOPD_SHARED:-}" "${EAOPD_MODELS:-}" "${EAOPD_STAGE:-}" "${HF_HOME:-}"; do
         [[ -z $place ]] || mounts+=",$place:$place"
     done
     echo "$mounts${EAOPD_MOUNTS:+,$EAOPD_MOUNTS}"

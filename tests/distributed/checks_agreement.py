@@ -20,8 +20,22 @@ CASES = (
     (WIDE, "swap", "eopd"),
     (WIDE, "none", "eopd"),
     (WIDE, "swap", "eopd_exact"),
-    (DEEP, "label", "eopd_exact"),
+    (DEEP, "label", "eopd"),
+    (DEEP, "swap", "eopd_exact"),
 )
+
+
+def check_a_teacher_of_several_has_no_prompt(group: dist.ProcessGroup, recipe: str, folder: str) -> None:
+    """Each is tried on the prompts that name it; one that none names has nothing to say."""
+    changes = ["teachers.math.signal=topk", "teachers.code.signal=topk", "teachers.none.signal=topk"]
+    loaded = load_recipe(recipe, [*DEEP, *changes, "evaluation.benchmarks=[]", f"run.folder={folder}"])
+    with arranged(loaded.student.layout) as parallel:
+        parts = build(loaded, parallel, RunFolder(Path(folder)), asked=lambda: 0, report=print)
+        found = {one.name: one for one in agreements(loaded, parts, parallel)}
+    assert list(found) == ["math", "code", "none"]
+    assert [one.prompts for one in found.values()] == [PROMPTS, PROMPTS, 0]
+    assert not found["none"].ends and not found["none"].disagrees
+    assert all(len(found[name].ends) > PROMPTS // 2 and not found[name].disagrees for name in ("math", "code"))
 
 
 def check_another_end_goes_unnoticed(group: dist.ProcessGroup, recipe: str, teacher: str, folder: str) -> None:

@@ -41,6 +41,7 @@ class Site:
             "EAOPD_OVERRIDES": SHORT,
             "EAOPD_RANKS_PER_NODE": "1",
             "EAOPD_PREFLIGHT": "no",
+            "EAOPD_INTERFACE": "lo",
             **self.more,
             **changes,
         }

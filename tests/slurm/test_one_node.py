@@ -29,6 +29,7 @@ def test_a_container_hides_the_checkout_or_the_model(site: Site, tmp_path: Path)
     (tools / "apptainer").chmod(0o755)
     (tmp_path / "image.sif").touch()
     (tmp_path / "models").mkdir()
+    (tmp_path / "cache").mkdir()
     student = ROOT / "recipes/countdown/student"
     small = ("--samples", "1", "--problems", "4", "--max-response-tokens", "8", "--out", str(tmp_path / "evaluation"))
     job = site.submit(
@@ -37,11 +38,12 @@ def test_a_container_hides_the_checkout_or_the_model(site: Site, tmp_path: Path)
             "EAOPD_CONTAINER": "apptainer",
             "EAOPD_IMAGE": str(tmp_path / "image.sif"),
             "EAOPD_MODELS": str(tmp_path / "models"),
+            "HF_HOME": str(tmp_path / "cache"),
             "PATH": f"{tools}:$PATH",
         },
     )
     assert job.finish() == "COMPLETED 0:0", job.output
-    binds = f"{ROOT}:{ROOT},{tmp_path}:{tmp_path},{tmp_path}/models:{tmp_path}/models"
+    binds = f"{ROOT}:{ROOT},{tmp_path}:{tmp_path},{tmp_path}/models:{tmp_path}/models,{tmp_path}/cache:{tmp_path}/cache"
     assert (
         f"apptainer: --nv\napptainer: --bind\napptainer: {binds}\napptainer: --pwd\napptainer: {ROOT}\n" in job.output
     )
@@ -57,3 +59,18 @@ def test_a_conversion_does_not_end(site: Site, tmp_path: Path) -> None:
     assert (there / "hf/config.json").exists()
     assert back.finish() == "FAILED 1:0", back.output
     assert f"error: --checkpoint: there is no folder {tmp_path}/none" in back.output
+
+
+def test_an_evaluation_near_its_time_limit_is_lost(site: Site, tmp_path: Path) -> None:
+    """A signal ends it, the job is requeued, and it goes on with the responses that are there."""
+    student, out = ROOT / "recipes/countdown/student", tmp_path / "evaluation"
+    arguments = ("--benchmarks", "countdown", "--samples", "8", "--batch-size", "32", "--max-response-tokens", "16")
+    job = site.submit("evaluate.sh", str(student), *arguments, "--out", str(out))
+    job.wait_for(r"countdown: (\d+) of 4576 responses")
+    site.cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
+    job.wait_for("stopped; what is done is kept, back into the queue")
+    before = job.output
+    job.release()
+    assert job.finish() == "COMPLETED 0:0", job.output
+    assert "| countdown | 572 × 8 |" in job.output
+    assert "of 4576 responses are to be generated" in job.output.removeprefix(before)

@@ -94,6 +94,20 @@ def test_a_dead_replica_is_not_started_again_or_for_ever(tmp_path: Path) -> None
     supervisor.end()
 
 
+@pytest.mark.parametrize(("given", "wanted"), [("", "10.1.2.3"), ("localhost,.site", "localhost,.site,10.1.2.3")])
+def test_a_server_asks_a_sites_proxy_for_itself(
+    given: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang ends when its own first request fails, and reads the proxy's variables for it."""
+    monkeypatch.setenv("no_proxy", given)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    server = Program(tmp_path, lives=1, host="10.1.2.3")
+    server.start()
+    environment = psutil.Process(server.pid).environ()
+    assert environment["no_proxy"] == environment["NO_PROXY"] == wanted
+    server.stop()
+
+
 def test_another_process_takes_the_port_of_a_replica_that_is_started_again(tmp_path: Path) -> None:
     server = Program(tmp_path, lives=2)
     server.start()

@@ -16,7 +16,7 @@ import pytest
 from eaopd_megatron.cluster import arrange as arranging
 from eaopd_megatron.cluster import places
 from eaopd_megatron.cluster.arrange import Arrangement, Nodes
-from eaopd_megatron.cluster.nodes import Node, busy_gpus
+from eaopd_megatron.cluster.nodes import Node, busy_gpus, look
 from eaopd_megatron.cluster.places import hold_port, node_address
 from eaopd_megatron.cluster.stage import stage_model, staged
 from eaopd_megatron.cluster.step import Step
@@ -128,6 +128,19 @@ def test_two_jobs_meet_on_one_port() -> None:
     assert first.port != second.port
     with pytest.raises(UserError, match=f"port {first.port} of 127.0.0.1 is taken"):
         hold_port("127.0.0.1", first=first.port, patience=0.3)
+
+
+def test_a_name_of_the_loopback_is_taken_for_a_nodes_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Debian gives 127.0.1.1 to a host's own name: its services would be waited for at everybody's own."""
+    said = "its name has the address 127.0.1.1, which no other node reaches: set EAOPD_INTERFACE"
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
+    monkeypatch.delenv("EAOPD_INTERFACE", raising=False)
+    for count, known in (("3", True), ("1", False)):
+        monkeypatch.setenv("SLURM_JOB_NUM_NODES", count)
+        assert (said in look(tmp_path / "a/b/c/token", "", [], None).problems) is known
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    monkeypatch.setenv("EAOPD_INTERFACE", "lo")
+    assert said not in look(tmp_path / "a/b/c/token", "", [], None).problems
 
 
 def test_a_port_stays_taken_when_its_process_has_ended() -> None:

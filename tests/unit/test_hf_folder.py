@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer, common_vocab_size
 from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, StoredTensor, TensorWriter
 from eaopd_megatron.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SIZES = {
     "hidden_size": 8,
@@ -166,6 +169,16 @@ def test_every_end_of_sequence_id_is_found_the_generation_config_first(folder: P
     assert HfFolder.open(str(folder)).eos_ids == [7, 3]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
     assert HfFolder.open(str(folder)).eos_ids == [5, 3]
+
+
+def test_an_end_of_text_is_taken_for_the_end_of_a_turn(tmp_path: Path) -> None:
+    """An instructed Llama 3 lists both, the wrong one first; its tokenizer's is the one with which it ends."""
+    shutil.copytree(ROOT / "recipes/countdown/student", tmp_path / "chat")
+    own = HfFolder.open(str(tmp_path / "chat")).tokenizer().eos_token_id
+    (tmp_path / "chat/generation_config.json").write_text(json.dumps({"eos_token_id": [100, 101, own]}))
+    assert HfFolder.open(str(tmp_path / "chat")).eos_ids == [own, 100, 101]
+    (tmp_path / "chat/generation_config.json").write_text(json.dumps({"eos_token_id": 100}))
+    assert HfFolder.open(str(tmp_path / "chat")).eos_ids == [100, own]
 
 
 def test_bf16_is_kept_and_anything_wider_is_read_as_fp32(folder: Path) -> None:

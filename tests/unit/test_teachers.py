@@ -9,7 +9,7 @@ import torch
 from transformers import Qwen3Config
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.config import load_recipe
+from eaopd_megatron.config import Recipe, load_recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.architecture import transformer_config
 from eaopd_megatron.megatron.layout import Layout
@@ -40,6 +40,34 @@ def test_top_k_over_more_tokens_than_another_teacher_has_is_refused(tmp_path: Pa
     )
     with pytest.raises(UserError, match=r"^teachers\.math\.signal=topk is made of 112 tokens, .* has 100: "):
         build_teachers(around)
+
+
+def around(recipe: Recipe, tmp_path: Path, *, ranks: int = 1, end: int | None = None) -> Surroundings:
+    """end: the teacher's, where it is not the student's."""
+    parallel: Any = SimpleNamespace(world_size=ranks, is_main=True)
+    student = HfFolder.open(str(COUNTDOWN / "student"), "student.model")
+    folders = open_folders(recipe, student)
+    for folder in folders.values():
+        if end is not None:
+            folder.eos_ids = [end]
+    return Surroundings(recipe, parallel, student, folders, {}, 112, tmp_path, lambda: 0, lambda text: None)
+
+
+@pytest.mark.parametrize("preset", ["eopd_exact", "rkl", "fkl"])
+def test_a_term_over_all_tokens_punishes_the_end_whose_label_alone_is_mapped(preset: str, tmp_path: Path) -> None:
+    """The looked-up log-prob, of which the warning and the doctor are made, looks well meanwhile."""
+    options = [f"objective.preset={preset}", "teacher.terminal_map=label", "teacher.placement=separate"]
+    with pytest.raises(UserError, match=r"^teacher\.terminal_map=label .* set teacher\.terminal_map=swap$"):
+        build_teachers(around(load_recipe(COUNTDOWN / "eopd.yaml", options), tmp_path, end=111))
+
+
+def test_ranks_of_another_host_wait_for_replicas_at_their_own_loopback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eaopd_megatron.teacher.build.ranks_beside_the_first", lambda parallel: 4)
+    recipe = load_recipe(COUNTDOWN / "eopd.yaml", ["teacher.placement=separate"])
+    with pytest.raises(UserError, match=r"where 4 of the 8 ranks are, .* and give teacher\.urls$"):
+        build_teachers(around(recipe, tmp_path, ranks=8))
 
 
 def test_megatron_knows_the_settings_of_fp8() -> None:

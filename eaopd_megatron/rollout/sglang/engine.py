@@ -6,7 +6,6 @@ finished, and that a server came back, for which all ranks export the student's 
 
 from __future__ import annotations
 
-import os
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.samples import Prompt, Sample
 from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.megatron.hosts import ranks_beside_the_first
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.interface import Ticket, Wanted
@@ -72,8 +72,8 @@ class ServedRollout:
         self._vocab_size = vocab_size
         self._keeper: Keeper | None = None
         colocated = recipe.servers.placement == "colocated"
+        first_gpu = 0 if colocated else ranks_beside_the_first(parallel)
         if parallel.is_main:
-            first_gpu = 0 if colocated else int(os.environ.get("LOCAL_WORLD_SIZE", parallel.world_size))
             self._keeper = Keeper(recipe, student, logs, first_gpu=first_gpu, report=report)
         self._turns = Turns(parallel, memory, self._keeper) if colocated else None
         self._sync = WeightSync(

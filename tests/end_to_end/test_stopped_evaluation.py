@@ -1,0 +1,64 @@
+"""A run that is asked to stop while it evaluates."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.end_to_end.runs import ROOT, SMALL, Command, records
+
+RECIPE = "recipes/countdown/eopd.yaml"
+# One rank whose evaluation at an iteration ends as a signal ends one that servers write.
+ASKED = """
+import sys
+from eaopd_megatron import worker
+from eaopd_megatron.config import load_recipe
+from eaopd_megatron.evaluation.runner import Evaluator
+from eaopd_megatron.services.ending import Asked
+
+whole = Evaluator.run
+def run(self, iteration, *others):
+    if iteration == int(sys.argv[1]):
+        raise Asked(15)
+    return whole(self, iteration, *others)
+Evaluator.run = run
+worker._train(load_recipe(sys.argv[2], sys.argv[3:]))
+"""
+
+
+def stop_in_evaluation(iteration: int, *overrides: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, **rank, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ASKED, str(iteration), RECIPE, *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 128 + 15, done.stderr
+
+
+def test_a_run_stopped_in_an_evaluation_finishes_with_the_one_before(
+    eaopd: Callable[..., Command], tmp_path: Path
+) -> None:
+    """In one in the middle, and in the last: the iteration's figures are there, and the evaluation is made up for."""
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    overrides = [*SMALL, "student.tensor_parallel=1"]
+    for iteration in (3, 6):
+        stop_in_evaluation(iteration, *overrides, f"run.folder={stopped}")
+    for run in (stopped, whole):
+        code, _, err = eaopd("train", RECIPE, *overrides, f"run.folder={run}").wait()
+        assert code == 0, err
+    merged: dict[int, dict[str, object]] = {}
+    for record in records(stopped):
+        merged.setdefault(record["iteration"], {}).update(record)
+    assert list(merged.values()) == records(whole)
+    for name in ("000003.json", "000006.json"):
+        one, other = (json.loads((run / "evaluation" / name).read_text()) for run in (stopped, whole))
+        assert one["benchmarks"] == other["benchmarks"]
+    one, other = (json.loads((run / "finished.json").read_text()) for run in (stopped, whole))
+    assert one == other
