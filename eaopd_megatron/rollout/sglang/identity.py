@@ -12,10 +12,14 @@ from typing import Any
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Limits
-from eaopd_megatron.services.client import Client
+from eaopd_megatron.services.client import Busy, Client
 
 SGLANG_VERSION = "0.5.21"
 """The release whose interface this package speaks."""
+
+
+class Paused(Busy):
+    """The server takes requests and answers none, be it one that it has to refuse."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ SHAPE_KEYS = (
 async def identify(client: Client, expected: Expected) -> Limits:
     """What the server can take, once it is known to be the expected one.
 
-    Raises UserError with the first difference, and ServerGone. Harmless to a server of any model: nothing is sent that
-    it might not have in its vocabulary before its vocabulary is known.
+    Raises UserError with the first difference, Paused, Busy and ServerGone. Harmless to a server of any model: nothing
+    is sent that it might not have in its vocabulary before its vocabulary is known.
     """
     settings = await client.server_info()
     version = settings.get("version")
@@ -67,6 +71,8 @@ async def identify(client: Client, expected: Expected) -> Limits:
     if expected.architecture not in architectures:
         raise UserError(f"{serves}, a {'/'.join(architectures)}; the {expected.role} is a {expected.architecture}")
     _check_shape(serves, str(model.get("model_path")), expected)
+    if not await client.ready():
+        raise Paused(f"{client.url} is paused")
     vocab_size = await _vocab_size(client)
     if vocab_size != expected.vocab_size:
         raise UserError(
@@ -115,7 +121,8 @@ async def _vocab_size(client: Client) -> int:
         "token_ids_logprob": [-1],
     }
     try:
-        await client.generate(body)
+        # it generates nothing: one that is paused at this very moment is not waited for as long as for a response
+        await client.call("POST", "/generate", body, seconds=client.patience.control)
     except UserError as refusal:
         if found := re.search(r"valid range is \[0, (\d+)\)", str(refusal)):
             return int(found[1])

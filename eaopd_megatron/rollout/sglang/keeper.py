@@ -14,11 +14,12 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.interface import Wanted
-from eaopd_megatron.rollout.sglang.identity import Expected, identify
+from eaopd_megatron.rollout.sglang.identity import Expected, Paused, identify
 from eaopd_megatron.rollout.sglang.router import READY_PATH, admit_workers, worker_urls
 from eaopd_megatron.rollout.sglang.server import Server, ServerSettings
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, Limits
 from eaopd_megatron.rollout.sglang.writing import Writing
+from eaopd_megatron.rollout.weight_sync.session import resume
 from eaopd_megatron.services.arrival import Arrival
 from eaopd_megatron.services.client import Busy, Client, ServerGone, read_api_key
 from eaopd_megatron.services.loop import Loop, until_done
@@ -202,10 +203,19 @@ class Keeper:
 
     async def _identify_all(self) -> None:
         """Raises UserError where one is not what it should be, or none is there."""
-        await self._arrival.of_all(self.clients, partial(identify, expected=self.expected))
+        await self._arrival.of_all(self.clients, self._identify_first)
         if not self.clients:
             assert self._router is not None
             raise UserError(f"the router {self._router.url} has no servers: start it with --worker-urls")
+
+    async def _identify_first(self, client: Client) -> Limits:
+        """Before any update of this run: a server that is paused was left so by a run that was killed in one."""
+        try:
+            return await identify(client, self.expected)
+        except Paused:
+            self._report(f"rollout server {client.url} is paused by an update that broke off: it is continued")
+            await resume(client)
+            return await identify(client, self.expected)
 
     async def _admit(self, client: Client) -> Limits:
         """What `Pool` asks of each server before it gets work."""
@@ -223,6 +233,9 @@ class Keeper:
         except ServerGone:
             self._stale.pop(client, None)
             raise
+        except Paused as paused:  # an update may be running: only new weights, which end it, let the server continue
+            self._stale[client] = None
+            raise Busy(f"{paused} and waits for the student's weights") from None
         if version not in self._wanted:
             self._stale[client] = None
             raise Busy(f"it has weights '{version}' and waits for the student's")
