@@ -62,7 +62,7 @@ def test_a_server_that_a_killed_trainer_left_paused_is_waited_for(tmp_path: Path
 
     async def work() -> None:
         async with Double() as double:
-            client = Client(double.url, patience=QUICK)
+            client = Client(double.url, patience=replace(QUICK, control=0.3))
             await Session(5.0).begin(client)
             double.session = in_session
             keeper.clients = [client]
@@ -82,7 +82,7 @@ def test_a_server_is_continued_in_the_middle_of_an_update(tmp_path: Path) -> Non
 
     async def work() -> None:
         async with Double() as double:
-            client = Client(double.url, patience=QUICK)
+            client = Client(double.url, patience=replace(QUICK, control=0.3))
             await Session(5.0).begin(client)
             with pytest.raises(Busy, match="is paused and waits for the student's weights"):
                 await keeper._admit_server(client)
@@ -97,7 +97,7 @@ def test_a_server_is_continued_in_the_middle_of_an_update(tmp_path: Path) -> Non
 def test_a_server_that_is_paused_while_it_is_identified_is_waited_for_like_a_response() -> None:
     class Late(Client):
         async def ready(self) -> bool:
-            """It is paused right after this."""
+            """It is paused right after this, for a moment."""
             return True
 
     async def work() -> None:
@@ -106,6 +106,22 @@ def test_a_server_that_is_paused_while_it_is_identified_is_waited_for_like_a_res
             await Session(5.0).begin(client)
             with pytest.raises(ServerGone):
                 await identify(client, EXPECTED)
+            await client.close()
+
+    asyncio.run(work())
+
+
+def test_a_server_that_warms_up_counts_as_paused() -> None:
+    """... or one that was found unhealthy: both call themselves not ready, as a paused one does."""
+
+    class WarmingUp(Client):
+        async def ready(self) -> bool:
+            return False
+
+    async def work() -> None:
+        async with Double() as double:
+            client = WarmingUp(double.url, patience=QUICK)
+            assert (await identify(client, EXPECTED)).vocab_size == 112
             await client.close()
 
     asyncio.run(work())

@@ -12,10 +12,13 @@ from typing import Any
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Limits
-from eaopd_megatron.services.client import Busy, Client
+from eaopd_megatron.services.client import Busy, Client, ServerGone
 
 SGLANG_VERSION = "0.5.21"
 """The release whose interface this package speaks."""
+PAUSE_SECONDS = 5.0
+"""A server that calls itself not ready and says nothing for so long is paused; one that warms up, or was found unhealthy
+once, is not ready either, but refuses at once what it has to."""
 
 
 class Paused(Busy):
@@ -71,8 +74,6 @@ async def identify(client: Client, expected: Expected) -> Limits:
     if expected.architecture not in architectures:
         raise UserError(f"{serves}, a {'/'.join(architectures)}; the {expected.role} is a {expected.architecture}")
     _check_shape(serves, str(model.get("model_path")), expected)
-    if not await client.ready():
-        raise Paused(f"{client.url} is paused")
     vocab_size = await _vocab_size(client)
     if vocab_size != expected.vocab_size:
         raise UserError(
@@ -120,9 +121,16 @@ async def _vocab_size(client: Client) -> int:
         "return_logprob": True,
         "token_ids_logprob": [-1],
     }
+    # nothing is generated, so this is not waited for as long as a response is
+    seconds = client.patience.control
+    if not await client.ready():
+        seconds = min(seconds, PAUSE_SECONDS)
     try:
-        # it generates nothing: one that is paused at this very moment is not waited for as long as for a response
-        await client.call("POST", "/generate", body, seconds=client.patience.control)
+        await client.call("POST", "/generate", body, seconds=seconds)
+    except ServerGone:
+        if await client.ready():
+            raise
+        raise Paused(f"{client.url} is paused") from None
     except UserError as refusal:
         if found := re.search(r"valid range is \[0, (\d+)\)", str(refusal)):
             return int(found[1])
