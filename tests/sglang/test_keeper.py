@@ -14,6 +14,7 @@ from eaopd_megatron.rollout.sglang.identity import Probe, identify
 from eaopd_megatron.rollout.sglang.keeper import DEATHS, Keeper
 from eaopd_megatron.rollout.weight_sync.session import Session
 from eaopd_megatron.services.client import Busy, Client, ServerGone
+from eaopd_megatron.services.pool import Held
 from tests.sglang.double import Double
 from tests.sglang.test_pool import EXPECTED, QUICK
 
@@ -87,6 +88,27 @@ def test_a_server_is_continued_in_the_middle_of_an_update(tmp_path: Path) -> Non
             with pytest.raises(Busy, match="is paused and waits for the student's weights"):
                 await keeper._admit_server(client)
             assert double.paused and double.session and keeper.stale() == [client]
+            await client.close()
+
+    asyncio.run(work())
+    keeper.close()
+
+
+@pytest.mark.timeout(20)
+def test_a_server_that_cannot_be_given_weights_is_waited_for_without_end(tmp_path: Path) -> None:
+    """One that waits for them is, while the trainer trains."""
+    keeper = keeper_of(tmp_path, [])
+    keeper._wanted = frozenset({"1"})
+
+    async def work() -> None:
+        async with Double() as double:
+            client = Client(double.url, patience=QUICK)
+            with pytest.raises(Held, match="it has weights '0' and waits for the student's weights"):
+                await keeper._admit_server(client)
+            keeper.given([client], {client: "its disk is full"})
+            with pytest.raises(Busy) as raised:
+                await keeper._admit_server(client)
+            assert not isinstance(raised.value, Held)
             await client.close()
 
     asyncio.run(work())

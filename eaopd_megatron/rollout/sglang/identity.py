@@ -17,8 +17,8 @@ from eaopd_megatron.services.client import Busy, Client, ServerGone
 SGLANG_VERSION = "0.5.21"
 """The release whose interface this package speaks."""
 PAUSE_SECONDS = 5.0
-"""A server that calls itself not ready and says nothing for so long is paused; one that warms up, or was found unhealthy
-once, is not ready either, but refuses at once what it has to."""
+"""A server that calls itself not ready and says nothing for so long is paused; one that warms up, or was once found
+unhealthy, is not ready either, but refuses at once what it has to."""
 
 
 class Paused(Busy):
