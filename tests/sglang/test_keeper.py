@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from eaopd_megatron.services.client import Busy, Client, ServerGone
 from eaopd_megatron.services.pool import Held
 from tests.sglang.double import Double
 from tests.sglang.test_pool import EXPECTED, QUICK
+from tests.sglang.test_router import RouterDouble
 
 COUNTDOWN = Path(__file__).resolve().parents[2] / "recipes/countdown"
 
@@ -147,3 +151,33 @@ def test_a_server_that_warms_up_counts_as_paused() -> None:
             await client.close()
 
     asyncio.run(work())
+
+
+@pytest.mark.timeout(20)
+def test_servers_behind_a_router_get_the_work_of_one(tmp_path: Path) -> None:
+    ports = queue.SimpleQueue[str]()
+    ended = threading.Event()
+
+    async def serve() -> None:
+        async with Double() as one, Double() as two:
+            router = RouterDouble(one, two)
+            await router.start()
+            ports.put(router.url)
+            await asyncio.to_thread(ended.wait)
+            await router.die()
+
+    with ThreadPoolExecutor(1) as thread:
+        serving = thread.submit(asyncio.run, serve())
+        chosen = ("rollout.engine=sglang", f"servers.router={ports.get(timeout=10)}", "servers.max_running=5")
+        keeper = keeper_of(tmp_path, [], *chosen)
+        try:
+            keeper.start(16, 16)
+            keeper.expected = EXPECTED
+            for _ in keeper.until_there():
+                pass
+            assert keeper._router is not None and keeper._router.connections == 2 * 5
+            assert [client.connections for client in keeper.clients] == [5, 5]
+        finally:
+            keeper.close()
+            ended.set()
+        serving.result()

@@ -87,6 +87,7 @@ class Keeper:
             self._router = self._client(chosen.router, READY_PATH)
             urls = yield from until_done(self.loop.begin(self._arrival.of(self._router, worker_urls)))
             self.clients = [self._client(url) for url in urls]
+            self._router.connections *= max(1, len(urls))  # it is one client for the work of all of them
         yield from until_done(self.loop.begin(self._identify_all()))
         for client, server in self._server_of.items():
             server.forget_key_file()
