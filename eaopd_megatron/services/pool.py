@@ -59,6 +59,10 @@ class Unfit(Exception):
     """The server answers, and must not work on: what it has is not what it was admitted with."""
 
 
+class Held(Busy):
+    """The server is there, and gets work once whoever uses the pool has done something about it."""
+
+
 class Call(Protocol[C_contra, L_contra, T_co]):
     """Work that any of the servers can do."""
 
@@ -79,6 +83,7 @@ class _Member(Generic[C]):
 
     client: C
     alive: bool = False
+    held: bool = False  # not alive, but there
     reason: str = "not asked yet"  # why it is not alive
     gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when it dies, for those who wait for that
     check: asyncio.Task[bool] | None = None  # whether it is still there, and still the same
@@ -94,7 +99,8 @@ class Pool(Generic[C, L]):
     """Runs calls on servers. Everything happens in one event loop; `open` comes first and `close` last.
 
     admit: asked of each server before it gets work, at first and when it has come back. It returns what the server can
-    take, or raises ServerGone or Busy (not yet) or UserError (never: the pool fails).
+    take, or raises ServerGone or Busy (not yet), Held (not yet, and however late, it is no server that is down) or
+    UserError (never: the pool fails).
     """
 
     def __init__(
@@ -108,16 +114,18 @@ class Pool(Generic[C, L]):
         return_wait: float = 0.2,
         report: Callable[[str], None] = say,
     ) -> None:
-        """kind: what messages call a server. all_down: seconds without any server before the pool gives up. heartbeat:
-        seconds between two looks at a server that works. return_wait: seconds before one that is gone is asked again;
-        they grow."""
+        """kind: what messages call a server. all_down: seconds that calls wait without any server before the pool
+        gives up. heartbeat: seconds between two looks at a server that works. return_wait: seconds before one that is
+        gone is asked again; they grow."""
         self._members = [_Member(client) for client in clients]
         self._admit, self._all_down, self._heartbeat = admit, all_down, heartbeat
         self._return_wait, self._report, self._kind = return_wait, report, kind
         self._waiting: deque[asyncio.Future[_Member[C]]] = deque()  # calls without a server
         self._watches: list[asyncio.Task[None]] = []
-        self._giving_up: asyncio.TimerHandle | None = None  # runs while no server is there
+        self._waiters = 0  # how many of them
+        self._giving_up: asyncio.TimerHandle | None = None  # runs while they wait and no server is there
         self._failure: Exception | None = None
+        self._gave_up: Exception | None = None  # the failure, if it is that no server was there
         self._limits: L | None = None
         self._lost: set[C] = set()
 
@@ -131,7 +139,8 @@ class Pool(Generic[C, L]):
         """One answer a call, each as soon as it is there.
 
         All calls are checked before the first attempt. Raises UserError for a bad one, for a server that answers
-        nonsense, and when no server has been there for `all_down` seconds. Close the iterator to give the rest up.
+        nonsense, and when calls have waited for `all_down` seconds without a server. Close the iterator to give the
+        rest up.
         """
         if len({call.id for call in calls}) != len(calls):
             raise ValueError("two calls have the same id")
@@ -215,12 +224,17 @@ class Pool(Generic[C, L]):
         seat: asyncio.Future[_Member[C]] = asyncio.get_running_loop().create_future()
         self._waiting.append(seat)
         self._assign()
+        self._waiters += 1
+        self._time()
         try:
             return await seat
         except asyncio.CancelledError:
             if seat.done() and not seat.cancelled():  # it came together with the cancellation
                 self._leave(seat.result())
             raise
+        finally:
+            self._waiters -= 1
+            self._time()
 
     def _leave(self, member: _Member[C]) -> None:
         member.running -= 1
@@ -251,15 +265,16 @@ class Pool(Generic[C, L]):
         try:
             limits = await self._admit(member.client)
         except (ServerGone, Busy) as error:
-            member.reason = str(error)
+            member.reason, member.held = str(error), isinstance(error, Held)
+            self._time()
             return False
         # of servers that differ, what all can take
         self._limits = limits if self._limits is None else self._limits.both(limits)
         member.alive = True
         member.gone.clear()
-        if self._giving_up is not None:
-            self._giving_up.cancel()
-            self._giving_up = None
+        if self._failure is self._gave_up:
+            self._failure = self._gave_up = None
+        self._time()
         self._assign()
         return True
 
@@ -283,7 +298,7 @@ class Pool(Generic[C, L]):
     def _lose(self, member: _Member[C], reason: str) -> None:
         if not member.alive:
             return
-        member.alive, member.reason = False, reason
+        member.alive, member.held, member.reason = False, False, reason
         self._lost.add(member.client)
         member.gone.set()
         for call in member.calls:
@@ -293,11 +308,21 @@ class Pool(Generic[C, L]):
         self._note_down()
 
     def _note_down(self) -> None:
-        if self._giving_up is not None or any(member.alive for member in self._members):
-            return
-        self._report(f"all {self._kind}s are down: waiting for one of them, for {self._all_down:g} s at the most")
-        self._giving_up = asyncio.get_running_loop().call_later(self._all_down, self._give_up)
+        if not any(member.alive for member in self._members):
+            self._report(f"all {self._kind}s are down: waiting for one of them, for {self._all_down:g} s at the most")
+            self._time()
+
+    def _time(self) -> None:
+        """The time until the pool gives up runs as long as calls wait and no server is there."""
+        if self._failure is None and self._waiters and not any(m.alive or m.held for m in self._members):
+            if self._giving_up is None:
+                self._giving_up = asyncio.get_running_loop().call_later(self._all_down, self._give_up)
+        elif self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
 
     def _give_up(self) -> None:
+        self._giving_up = None
         reasons = "; ".join(f"{m.client.url}: {m.reason}" for m in self._members)
-        self._fail(UserError(f"no {self._kind} has been there for {self._all_down:g} s ({reasons})"))
+        self._gave_up = UserError(f"no {self._kind} has been there for {self._all_down:g} s ({reasons})")
+        self._fail(self._gave_up)

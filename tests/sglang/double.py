@@ -167,6 +167,7 @@ class Double(Controlled):
         }
 
     async def _post_generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        await self.going.wait()  # before a look at the request, as the real one
         sampling = body.get("sampling_params") or {}
         ids: list[int] = body.get("input_ids", [])
         new, wanted = sampling.get("max_new_tokens", 128), body.get("token_ids_logprob") or []
@@ -181,7 +182,6 @@ class Double(Controlled):
         started = time.monotonic()
         self.running.add(rid)
         try:
-            await self.going.wait()
             if (
                 not all(0 <= token < self.vocab_size for token in ids)
                 or body.get("top_logprobs_num", 0) > self.vocab_size

@@ -1,15 +1,26 @@
-"""Which dead servers are started again."""
+"""Which dead servers are started again, and which of those that are there are given work."""
 
 from __future__ import annotations
 
+import asyncio
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
+from eaopd_megatron.rollout.sglang.identity import Probe, identify
 from eaopd_megatron.rollout.sglang.keeper import DEATHS, Keeper
-from eaopd_megatron.services.client import Client
+from eaopd_megatron.rollout.weight_sync.session import Session
+from eaopd_megatron.services.client import Busy, Client, ServerGone
+from eaopd_megatron.services.pool import Held
+from tests.sglang.double import Double
+from tests.sglang.test_pool import EXPECTED, QUICK
+from tests.sglang.test_router import RouterDouble
 
 COUNTDOWN = Path(__file__).resolve().parents[2] / "recipes/countdown"
 
@@ -23,12 +34,18 @@ class CountedServer:
         self.starts += 1
 
 
+def keeper_of(folder: Path, said: list[str], *overrides: str) -> Keeper:
+    student = HfFolder.open(str(COUNTDOWN / "student"))
+    keeper = Keeper(load_recipe(COUNTDOWN / "eopd.yaml", overrides), student, folder, first_gpu=0, report=said.append)
+    keeper.expected = EXPECTED
+    return keeper
+
+
 @pytest.mark.parametrize(("took_weights", "starts"), [(True, 3 * DEATHS), (False, DEATHS - 1)])
 def test_a_server_that_is_killed_often_is_given_up(tmp_path: Path, took_weights: bool, starts: int) -> None:
     """But for one that never comes up whole."""
     said: list[str] = []
-    folder = HfFolder.open(str(COUNTDOWN / "student"))
-    keeper = Keeper(load_recipe(COUNTDOWN / "eopd.yaml"), folder, tmp_path, first_gpu=0, report=said.append)
+    keeper = keeper_of(tmp_path, said)
     client, server = Client("http://127.0.0.1:1"), CountedServer()
     keeper._server_of[client] = server  # type: ignore[assignment]
     for _ in range(3 * DEATHS):
@@ -38,3 +55,129 @@ def test_a_server_that_is_killed_often_is_given_up(tmp_path: Path, took_weights:
     keeper.close()
     assert server.starts == starts
     assert any("is not started again" in line for line in said) != took_weights
+
+
+@pytest.mark.parametrize("in_session", [True, False])
+@pytest.mark.timeout(20)
+def test_a_server_that_a_killed_trainer_left_paused_is_waited_for(tmp_path: Path, in_session: bool) -> None:
+    """... as long as for a response, silently; or what a part of an update made of it counts as the student."""
+    said: list[str] = []
+    keeper = keeper_of(tmp_path, said)
+    keeper.expected = replace(EXPECTED, probe=Probe([1, 2, 3], [100.0, 100.0], versions={"0"}))
+
+    async def work() -> None:
+        async with Double() as double:
+            client = Client(double.url, patience=replace(QUICK, control=0.3))
+            await Session(5.0).begin(client)
+            double.session = in_session
+            keeper.clients = [client]
+            await keeper._identify_all()
+            assert not double.paused and not double.session
+            await client.close()
+
+    asyncio.run(work())
+    assert len(said) == 1 and "is paused by an update that broke off" in said[0]
+    keeper.close()
+
+
+@pytest.mark.timeout(20)
+def test_a_server_is_continued_in_the_middle_of_an_update(tmp_path: Path) -> None:
+    keeper = keeper_of(tmp_path, [])
+    keeper._wanted = frozenset({"0"})
+
+    async def work() -> None:
+        async with Double() as double:
+            client = Client(double.url, patience=replace(QUICK, control=0.3))
+            await Session(5.0).begin(client)
+            with pytest.raises(Busy, match="is paused and waits for the student's weights"):
+                await keeper._admit_server(client)
+            assert double.paused and double.session and keeper.stale() == [client]
+            await client.close()
+
+    asyncio.run(work())
+    keeper.close()
+
+
+@pytest.mark.timeout(20)
+def test_a_server_that_cannot_be_given_weights_is_waited_for_without_end(tmp_path: Path) -> None:
+    """One that waits for them is, while the trainer trains."""
+    keeper = keeper_of(tmp_path, [])
+    keeper._wanted = frozenset({"1"})
+
+    async def work() -> None:
+        async with Double() as double:
+            client = Client(double.url, patience=QUICK)
+            with pytest.raises(Held, match="it has weights '0' and waits for the student's weights"):
+                await keeper._admit_server(client)
+            keeper.given([client], {client: "its disk is full"})
+            with pytest.raises(Busy) as raised:
+                await keeper._admit_server(client)
+            assert not isinstance(raised.value, Held)
+            await client.close()
+
+    asyncio.run(work())
+    keeper.close()
+
+
+@pytest.mark.timeout(20)
+def test_a_server_that_is_paused_while_it_is_identified_is_waited_for_like_a_response() -> None:
+    class Late(Client):
+        async def ready(self) -> bool:
+            """It is paused right after this, for a moment."""
+            return True
+
+    async def work() -> None:
+        async with Double() as double:
+            client = Late(double.url, patience=replace(QUICK, control=0.3))
+            await Session(5.0).begin(client)
+            with pytest.raises(ServerGone):
+                await identify(client, EXPECTED)
+            await client.close()
+
+    asyncio.run(work())
+
+
+def test_a_server_that_warms_up_counts_as_paused() -> None:
+    """... or one that was found unhealthy: both call themselves not ready, as a paused one does."""
+
+    class WarmingUp(Client):
+        async def ready(self) -> bool:
+            return False
+
+    async def work() -> None:
+        async with Double() as double:
+            client = WarmingUp(double.url, patience=QUICK)
+            assert (await identify(client, EXPECTED)).vocab_size == 112
+            await client.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.timeout(20)
+def test_servers_behind_a_router_get_the_work_of_one(tmp_path: Path) -> None:
+    ports = queue.SimpleQueue[str]()
+    ended = threading.Event()
+
+    async def serve() -> None:
+        async with Double() as one, Double() as two:
+            router = RouterDouble(one, two)
+            await router.start()
+            ports.put(router.url)
+            await asyncio.to_thread(ended.wait)
+            await router.die()
+
+    with ThreadPoolExecutor(1) as thread:
+        serving = thread.submit(asyncio.run, serve())
+        chosen = ("rollout.engine=sglang", f"servers.router={ports.get(timeout=10)}", "servers.max_running=5")
+        keeper = keeper_of(tmp_path, [], *chosen)
+        try:
+            keeper.start(16, 16)
+            keeper.expected = EXPECTED
+            for _ in keeper.until_there():
+                pass
+            assert keeper._router is not None and keeper._router.connections == 2 * 5
+            assert [client.connections for client in keeper.clients] == [5, 5]
+        finally:
+            keeper.close()
+            ended.set()
+        serving.result()

@@ -16,7 +16,7 @@ from eaopd_megatron.rollout.sglang.identity import Expected, identify
 from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
 from eaopd_megatron.rollout.sglang.writing import Generation
 from eaopd_megatron.services.client import Client, Patience
-from eaopd_megatron.services.pool import Pool
+from eaopd_megatron.services.pool import Held, Pool
 from tests.sglang.double import Double
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8, stop_ids=(109,))
@@ -151,6 +151,63 @@ def test_waiting_for_dead_servers_has_no_end() -> None:
                 await collect(pool, requests(3))
             with pytest.raises(UserError, match="no rollout server"):  # and it does not start waiting anew
                 await collect(pool, requests(1))
+
+    run(work())
+
+
+def test_a_server_that_is_down_while_nobody_asks_ends_the_run() -> None:
+    async def work() -> None:
+        said: list[str] = []
+        async with Double() as one, pool_of(one, all_down=0.3, said=said) as pool:
+            await one.die()
+            pool.lost(pool.alive()[0], "it was killed by 9")
+            await asyncio.sleep(0.5)  # the trainer trains
+            answers = asyncio.create_task(collect(pool, requests(2)))
+            await asyncio.sleep(0.1)
+            await one.start()
+            each_once(await answers, requests(2))
+            assert sum("all rollout servers are down" in line for line in said) == 1, said
+
+    run(work())
+
+
+def test_a_server_that_waits_for_weights_counts_as_down() -> None:
+    """Responses are written ahead while the trainer trains, which gives it the weights afterwards."""
+
+    async def work() -> None:
+        async with Double() as one:
+            stale = False
+
+            async def admit_unless_stale(client: Client) -> Limits:
+                if stale:
+                    raise Held("it waits for the student's weights")
+                return await admit(client)
+
+            client = Client(one.url, patience=QUICK)
+            pool = Pool([client], admit_unless_stale, all_down=0.2, return_wait=0.001, report=lambda _: None)
+            await pool.open()
+            stale = True
+            pool.lost(client, "it was killed by 9")
+            answers = asyncio.create_task(collect(pool, requests(2)))
+            await asyncio.sleep(0.5)
+            stale = False
+            each_once(await answers, requests(2))
+            await pool.close()
+
+    run(work())
+
+
+def test_a_server_that_comes_back_after_the_pool_gave_up_gets_no_work() -> None:
+    async def work() -> None:
+        said: list[str] = []
+        async with Double() as one, pool_of(one, all_down=0.05, said=said) as pool:
+            await one.die()
+            with pytest.raises(UserError, match="no rollout server"):
+                await collect(pool, requests(1))
+            await one.start()
+            while not any("is back" in line for line in said):
+                await asyncio.sleep(0.001)
+            each_once(await collect(pool, requests(2)), requests(2))
 
     run(work())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import inspect
+import os
 import pickle
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.multiprocessing import reductions
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.weight_sync import tensor as in_request
 from eaopd_megatron.rollout.weight_sync.buckets import GATHERED_COPIES, Bucket, Placed, buckets, capacity
-from eaopd_megatron.rollout.weight_sync.group import UpdateGroup, own_address
+from eaopd_megatron.rollout.weight_sync.group import ERROR_HANDLING, UpdateGroup, own_address
 from eaopd_megatron.rollout.weight_sync.session import Session
 from eaopd_megatron.services.client import Busy, Client
 from tests.sglang.double import Double
@@ -81,6 +83,27 @@ def test_torch_has_moved_what_update_groups_are_made_of() -> None:
         group.broadcast(data).wait()
         assert torch.equal(data, torch.ones(4)) and not dist.is_initialized()
         group.leave()
+
+
+@pytest.mark.parametrize("before", [None, "3"])
+@pytest.mark.parametrize(("backend", "inside"), [("nccl", "0"), ("gloo", None)])
+def test_a_server_that_dies_in_an_nccl_update_ends_the_trainer(
+    monkeypatch: pytest.MonkeyPatch, backend: str, inside: str | None, before: str | None
+) -> None:
+    """Its group is told to leave errors to us, and no other group is. NCCL itself is not run."""
+    seen: list[str | None] = []
+
+    def made(*_: object, **__: object) -> None:
+        seen.append(os.environ.get(ERROR_HANDLING))
+        raise RuntimeError("no GPU")
+
+    monkeypatch.delenv(ERROR_HANDLING, raising=False)
+    if before is not None:
+        monkeypatch.setenv(ERROR_HANDLING, before)
+    monkeypatch.setattr(distributed_c10d, "_new_process_group_helper", made)
+    with pytest.raises(RuntimeError, match="no GPU"):
+        UpdateGroup("weights", 1, "127.0.0.1", seconds=0.3).join(backend)
+    assert seen == [inside or before] and os.environ.get(ERROR_HANDLING) == before
 
 
 def test_a_server_that_never_comes_is_waited_for_without_end() -> None:

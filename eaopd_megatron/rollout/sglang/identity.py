@@ -12,10 +12,17 @@ from typing import Any
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Limits
-from eaopd_megatron.services.client import Client
+from eaopd_megatron.services.client import Busy, Client, ServerGone
 
 SGLANG_VERSION = "0.5.21"
 """The release whose interface this package speaks."""
+PAUSE_SECONDS = 5.0
+"""A server that calls itself not ready and says nothing for so long is paused; one that warms up, or was once found
+unhealthy, is not ready either, but refuses at once what it has to."""
+
+
+class Paused(Busy):
+    """The server takes requests and answers none, be it one that it has to refuse."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,8 @@ SHAPE_KEYS = (
 async def identify(client: Client, expected: Expected) -> Limits:
     """What the server can take, once it is known to be the expected one.
 
-    Raises UserError with the first difference, and ServerGone. Harmless to a server of any model: nothing is sent that
-    it might not have in its vocabulary before its vocabulary is known.
+    Raises UserError with the first difference, Paused, Busy and ServerGone. Harmless to a server of any model: nothing
+    is sent that it might not have in its vocabulary before its vocabulary is known.
     """
     settings = await client.server_info()
     version = settings.get("version")
@@ -114,8 +121,16 @@ async def _vocab_size(client: Client) -> int:
         "return_logprob": True,
         "token_ids_logprob": [-1],
     }
+    # nothing is generated, so this is not waited for as long as a response is
+    seconds = client.patience.control
+    if not await client.ready():
+        seconds = min(seconds, PAUSE_SECONDS)
     try:
-        await client.generate(body)
+        await client.call("POST", "/generate", body, seconds=seconds)
+    except ServerGone:
+        if await client.ready():
+            raise
+        raise Paused(f"{client.url} is paused") from None
     except UserError as refusal:
         if found := re.search(r"valid range is \[0, (\d+)\)", str(refusal)):
             return int(found[1])

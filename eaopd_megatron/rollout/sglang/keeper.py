@@ -14,15 +14,16 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.interface import Wanted
-from eaopd_megatron.rollout.sglang.identity import Expected, identify
+from eaopd_megatron.rollout.sglang.identity import Expected, Paused, identify
 from eaopd_megatron.rollout.sglang.router import READY_PATH, admit_workers, worker_urls
 from eaopd_megatron.rollout.sglang.server import Server, ServerSettings
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, Limits
 from eaopd_megatron.rollout.sglang.writing import Writing
+from eaopd_megatron.rollout.weight_sync.session import resume
 from eaopd_megatron.services.arrival import Arrival
 from eaopd_megatron.services.client import Busy, Client, ServerGone, read_api_key
 from eaopd_megatron.services.loop import Loop, until_done
-from eaopd_megatron.services.pool import Pool
+from eaopd_megatron.services.pool import Held, Pool
 from eaopd_megatron.services.process import stop_all, wait_ready
 
 DEATHS = 5
@@ -46,6 +47,7 @@ class Keeper:
         self._router: Client | None = None
         self._wanted: frozenset[str] = frozenset()  # versions of weights that may answer
         self._stale: dict[Client, None] = {}  # there, with weights of another version
+        self._refused: set[Client] = set()  # could not be given weights when they were last sent
         self._started: list[Server] = []
         self._server_of: dict[Client, Server] = {}
         self._deaths: Counter[Client] = Counter()
@@ -85,6 +87,7 @@ class Keeper:
             self._router = self._client(chosen.router, READY_PATH)
             urls = yield from until_done(self.loop.begin(self._arrival.of(self._router, worker_urls)))
             self.clients = [self._client(url) for url in urls]
+            self._router.connections *= max(1, len(urls))  # it is one client for the work of all of them
         yield from until_done(self.loop.begin(self._identify_all()))
         for client, server in self._server_of.items():
             server.forget_key_file()
@@ -122,8 +125,10 @@ class Keeper:
         for client in clients:
             self._stale.pop(client, None)
             if client not in failed:
+                self._refused.discard(client)
                 self._deaths[client] = 0  # it came up whole, whatever ends it before it has been asked for anything
         for client, reason in failed.items():
+            self._refused.add(client)
             if self._pool is not None and self._router is None:
                 self.loop.call(self._pool.lost, client, reason)
             else:
@@ -202,18 +207,31 @@ class Keeper:
 
     async def _identify_all(self) -> None:
         """Raises UserError where one is not what it should be, or none is there."""
-        await self._arrival.of_all(self.clients, partial(identify, expected=self.expected))
+        await self._arrival.of_all(self.clients, self._identify_first)
         if not self.clients:
             assert self._router is not None
             raise UserError(f"the router {self._router.url} has no servers: start it with --worker-urls")
+
+    async def _identify_first(self, client: Client) -> Limits:
+        """Before any update of this run: a server that is paused was left so by a run that was killed in one."""
+        try:
+            return await identify(client, self.expected)
+        except Paused:
+            self._report(f"rollout server {client.url} is paused by an update that broke off: it is continued")
+            await resume(client)
+            return await identify(client, self.expected)
 
     async def _admit(self, client: Client) -> Limits:
         """What `Pool` asks of each server before it gets work."""
         if client is not self._router:
             return await self._admit_server(client)
-        limits = await admit_workers(client, self._admit_server, self._client)
+        try:
+            limits = await admit_workers(client, self._admit_server, self._client)
+        except ServerGone:
+            if not self._stale:
+                raise
         if self._stale:  # the router would send requests to those as well
-            raise Busy("some of its servers wait for the student's weights")
+            raise self._waits("some of its servers wait", *self._stale)
         return limits
 
     async def _admit_server(self, client: Client) -> Limits:
@@ -223,14 +241,24 @@ class Keeper:
         except ServerGone:
             self._stale.pop(client, None)
             raise
+        except Paused as paused:  # an update may be running: only new weights, which end it, let the server continue
+            self._stale[client] = None
+            raise self._waits(f"{paused} and waits", client) from None
         if version not in self._wanted:
             self._stale[client] = None
-            raise Busy(f"it has weights '{version}' and waits for the student's")
+            raise self._waits(f"it has weights '{version}' and waits", client)
         self._stale.pop(client, None)
+        self._refused.discard(client)
         self._deaths[client] = 0
         if client in self._server_of:
             self._server_of[client].forget_key_file()
         return limits
+
+    def _waits(self, what: str, *clients: Client) -> Busy:
+        """For weights, which come when the main thread has time: it may train. Not so for ever, where they have come
+        and could not be taken."""
+        why = f"{what} for the student's weights"
+        return Busy(why) if self._refused.intersection(clients) else Held(why)
 
     async def _close(self) -> None:
         if self._pool is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -12,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.errors import UserError
+
+ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 def join(store: dist.Store, name: str, rank: int, world_size: int, backend: str, seconds: float) -> dist.ProcessGroup:
@@ -22,17 +26,39 @@ def join(store: dist.Store, name: str, rank: int, world_size: int, backend: str,
     """
     from torch.distributed.distributed_c10d import GroupName, _new_process_group_helper, _world
 
-    group, _ = _new_process_group_helper(
-        world_size,
-        rank,
-        [],
-        dist.Backend(backend),
-        dist.PrefixStore(name, store),
-        group_name=GroupName(name),
-        timeout=timedelta(seconds=seconds),
-    )
+    with _errors_left_to_us(backend):
+        group, _ = _new_process_group_helper(
+            world_size,
+            rank,
+            [],
+            dist.Backend(backend),
+            dist.PrefixStore(name, store),
+            group_name=GroupName(name),
+            timeout=timedelta(seconds=seconds),
+        )
     _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     return group
+
+
+@contextmanager
+def _errors_left_to_us(backend: str) -> Iterator[None]:
+    """An NCCL group that is made in here has a watchdog that does not end the process.
+
+    By default it does when a server dies in the middle of an update, or when the group is aborted, for which torch asks
+    for this. The trainer's own groups keep their watchdogs. NCCL has not been run.
+    """
+    if backend != "nccl":
+        yield
+        return
+    before = os.environ.get(ERROR_HANDLING)
+    os.environ[ERROR_HANDLING] = "0"  # a group reads it once, when it is made
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ERROR_HANDLING]
+        else:
+            os.environ[ERROR_HANDLING] = before
 
 
 def abort(group: dist.ProcessGroup) -> None:

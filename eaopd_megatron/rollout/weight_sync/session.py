@@ -10,6 +10,9 @@ from typing import Any
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.services.client import Client
 
+BROKEN_OFF = "broken off"
+"""The version of weights of which an update may have changed a part."""
+
 
 @dataclass(frozen=True)
 class Session:
@@ -51,11 +54,7 @@ class Session:
     async def load(self, client: Client, folder: Path, version: str) -> None:
         """It reads weights from a folder, whatever it did before, and generates again."""
         await self._pause(client)
-        try:
-            await say(client, "/end_weight_update", {})  # of an update that broke off
-        except UserError as refusal:
-            if "no weight-update session is open" not in str(refusal):
-                raise
+        await _end_broken_off(client)
         body = {"model_path": str(folder), "weight_version": version}
         await self.post(client, "/update_weights_from_disk", body)
         await self._resume(client, version)
@@ -80,6 +79,22 @@ class Session:
         found = (await client.model_info()).get("weight_version")
         if found != version:
             raise UserError(f"it has weights '{found}' after an update to '{version}'")
+
+
+async def resume(client: Client) -> None:
+    """A server that an update which broke off left paused generates again. Raises as `Session` does."""
+    await _end_broken_off(client)
+    await say(client, "/update_weight_version", {"new_version": BROKEN_OFF, "abort_all_requests": False})
+    await say(client, "/continue_generation", {})
+
+
+async def _end_broken_off(client: Client) -> None:
+    """End the session of an update that broke off, if there is one."""
+    try:
+        await say(client, "/end_weight_update", {})
+    except UserError as refusal:
+        if "no weight-update session is open" not in str(refusal):
+            raise
 
 
 async def say(client: Client, path: str, body: Mapping[str, Any]) -> None:
