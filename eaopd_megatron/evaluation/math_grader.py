@@ -115,8 +115,10 @@ def _question(problem: Problem, text: str) -> _Question | None:
         return None
     gold, answer = str(gold).strip(), found[-1]
     wanted = len(answers_of(gold))
-    several = 1 < wanted <= len(found) and len(answer) <= MAX_ANSWER_LENGTH and len(answers_of(answer)) == 1
-    return gold, answer, ", ".join(found[-wanted:]) if several else answer
+    if len(answer) > MAX_ANSWER_LENGTH or not 1 < wanted <= len(found) or len(answers_of(answer)) != 1:
+        return gold, answer, answer
+    boxes = ", ".join(found[-wanted:])
+    return gold, answer, boxes if len(boxes) <= MAX_ANSWER_LENGTH else answer
 
 
 def _quick_verdict(gold: str, answer: str) -> bool | None:

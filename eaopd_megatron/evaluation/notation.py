@@ -34,10 +34,11 @@ _GOLDS_NAME = re.compile(r"\s*\\?[A-Za-z]\s*(?:_\s*(?:\w|\{[^{}]*\})\s*)?(?:\([A
 _MACRO = r"\\(?:text|textrm|textbf|mathrm|mbox|rm|operatorname)\s*\{[^{}]*\}"
 _WORD = (
     r"(?:(?:k|c|m|n|M|G|d)?(?:m|s|g|W|J|V|A|N|K|C|L|T|Hz|Pa|eV|pc)|erg|dyn|rad|sr|mol|AU|ly|yr|h|hr|min|hours?|days?"
-    r"|years?|minutes?|seconds?|meters?|metres?|grams?|cents?|dollars?|inch|inches|in|ft|feet|miles?|degrees?|units?)"
+    r"|years?|minutes?|seconds?|meters?|metres?|grams?|cents?|dollars?|inch|inches|in|ft|feet|miles?|degrees?|units?"
+    r"|[kMG]?Wh|Nm|Js)(?![A-Za-z])"  # a whole word: `hours` is also h, h and s, and a row of them 2^n units
 )
 _POWER = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d+\s*\}))?"
-_JOIN = r"(?:\s|~|\\[,;: ]|/|\\cdot|\\times|\*|\\quad)*"
+_JOIN = r"(?:\s|~|\\[,;: ]|/|\\cdot|\\times|\*|\\quad)*+"
 _MARKED_UNITS = re.compile(rf"(?:{_JOIN}(?:{_MACRO}{_POWER}|\^\s*\{{?\s*\\circ\s*\}}?|\\degree|\\?%))+{_JOIN}\Z")
 _BARE_UNITS = re.compile(rf"(?<=[\d}}])(?:\s|~|\\[,;: ])+{_WORD}{_POWER}(?:{_JOIN}{_WORD}{_POWER})*\s*\Z")
 _RELATION = re.compile(r"[<>]|\\[lg]e|\\in(?![a-z])")
