@@ -110,7 +110,12 @@ def _begin(request: Request, folder: EvaluationFolder, model: HfFolder, names: d
         check_golds(source, problems, say)
         suffixes[name] = ("" if name == "countdown" else SUFFIX) if request.suffix is None else request.suffix
         builder = PromptBuilder(
-            tokenizer, template=template, suffix=suffixes[name], field="problem", max_tokens=longest
+            tokenizer,
+            template=template,
+            suffix=suffixes[name],
+            field="problem",
+            max_tokens=longest,
+            limit="the model's positions less --max-response-tokens",
         )
         prompts[name], dropped = builder.build(problems, source)
         if dropped:
