@@ -12,6 +12,7 @@ from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.samples import Sampling
+from eaopd_megatron.evaluation.grading import named
 from eaopd_megatron.evaluation.local_generation import check_length
 from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
@@ -169,7 +170,7 @@ def evaluator(
         tokenizer,
         [
             Benchmark.load(source, builder, chosen.problems, report if parallel.is_main else None)
-            for source in chosen.benchmarks
+            for source in named(chosen.benchmarks).values()
         ],
         chosen.samples,
         Sampling(chosen.temperature, chosen.top_p, chosen.max_response_tokens, stop_ids),

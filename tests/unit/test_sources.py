@@ -255,6 +255,14 @@ def test_a_problem_longer_than_training_prompts_is_not_evaluated(tmp_path: Path)
     assert evaluated(tmp_path, 4)[0].longest() == 0
 
 
+def test_a_run_evaluates_one_of_two_files_of_one_short_name(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    with pytest.raises(UserError, match=r"a/test.jsonl and .*b/test.jsonl are both reported as test: rename one"):
+        evaluated(tmp_path, 10, "a/test.jsonl", "b/test.jsonl")
+    assert len(evaluated(tmp_path, 10, "own.jsonl", "own.jsonl")[0].benchmarks) == 1
+
+
 @pytest.mark.shared_data
 def test_qwen3_prompts_have_other_ids_or_think() -> None:
     from transformers import AutoTokenizer
