@@ -178,6 +178,29 @@ def test_a_turn_of_phrase_costs_a_problem() -> None:
     assert len(clean.clean(problems[:10])[0]) == 0
 
 
+def test_copies_of_an_evaluation_problem_are_a_turn_of_phrase() -> None:
+    clean = Decontamination({"bench": [{"id": "b", "problem": PASSAGE}]})
+    copies = [{"id": i, "problem": f"{PASSAGE} Prove it."} for i in range(11)]
+    assert clean.clean(copies)[0] == []
+
+
+def test_a_short_evaluation_problem_inside_of_a_longer_one_is_trained_on() -> None:
+    """One of 8 to 12 words is a passage as a whole, a shorter one is not."""
+    bench = ["How many primes are less than one hundred", "What is the sum of all digits"]  # 8 words, 7 words
+    clean = Decontamination({"bench": [{"id": i, "problem": text} for i, text in enumerate(bench)]})
+    kept, matches = clean.clean(
+        [
+            {"id": "inside", "problem": f"Solve this problem, please. {bench[0]}? Give an integer as the answer."},
+            {"id": "part", "problem": f"{bench[1]} of the number 2^10?"},
+            {"id": "near", "problem": "Tell me: how many primes are less than two hundred, and which ones are they?"},
+        ]
+    )
+    assert [problem["id"] for problem in kept] == ["part", "near"]
+    assert [(m.id, m.benchmark_id, m.kind, m.passage) for m in matches] == [
+        ("inside", "0", "n-gram", bench[0].lower()),
+    ]
+
+
 def test_a_run_does_not_say_which_problems_it_left_out(tmp_path: Path) -> None:
     train = jsonl(tmp_path / "train.jsonl", {"question": PASSAGE}, {"question": "How many primes are below 10?"})
     bench = jsonl(tmp_path / "bench.jsonl", {"problem": PASSAGE, "answer": "0"})
