@@ -45,6 +45,11 @@ PATHOLOGICAL = (
     "\x00\ud83d\ude00\\boxed{\U0001f600}",
     r"\boxed{'; import os; os.abort()}",
     r"\boxed{__import__('os').abort()}",
+    r"\boxed{10 " + "hours " * 60 + "!}",
+    r"\boxed{10 " + "m" * 60 + "!}",
+    r"\boxed{10" + r"\,\text{m}" * 90 + "!}",
+    r"\boxed{" + " ~" * 200 + "^" + " " * 500 + "!}",
+    r"\boxed{" + "9" * 900 + "!!e}",
 )
 
 

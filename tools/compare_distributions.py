@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
+from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer, common_vocab_size
 from eaopd_megatron.data.sources import read_jsonl
 from eaopd_megatron.evaluation.distributions import Sums, compare, means, response_logits
 from eaopd_megatron.guard import guarded
@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     teacher = HfFolder.open(options.teacher, "--teacher")
     check_same_tokenizer(teacher, student)
     before = None if options.before is None else HfFolder.open(options.before, "--before")
+    size = common_vocab_size([student, teacher])  # logits of padded vocabularies have columns that only some have
     models = [None if folder is None else load(folder) for folder in (student, teacher, before)]
 
     def parts() -> Iterator[Sums]:
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
             if not row["response_ids"]:
                 continue
             ids = (row["prompt_ids"], row["response_ids"])
-            logits = [None if model is None else response_logits(model, *ids) for model in models]
+            logits = [None if model is None else response_logits(model, *ids, size) for model in models]
             assert logits[0] is not None and logits[1] is not None
             yield compare(logits[0], logits[1], logits[2], options.threshold)
 

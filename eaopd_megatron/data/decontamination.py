@@ -15,7 +15,11 @@ from eaopd_megatron.data.sources import Problem
 
 Words = tuple[str, ...]
 COMMON = 10
-"""A passage that more training problems have is a turn of phrase: `relatively prime positive integers. Find m + n`."""
+"""A passage that more different training problems have is a turn of phrase: `relatively prime positive integers. Find
+m + n`."""
+
+SHORTEST = 8
+"""Words of a benchmark problem that is looked for inside of longer problems; a shorter one may be a part of many."""
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -34,31 +38,36 @@ class Match:
 class Decontamination:
     """Compares problems with those of benchmarks, as sequences of words: letters and digits, without case and signs.
 
-    ngram: so many words in a row that both have are a match, unless more than `COMMON` of the compared problems have
-    them; shorter benchmark problems match as a whole alone.
+    ngram: so many words in a row that both have are a match, unless more than `COMMON` different ones of the compared
+    problems have them. A benchmark problem of fewer words, but of `SHORTEST`, is such a passage as a whole; a still
+    shorter one matches no more than the same problem.
     """
 
     def __init__(self, benchmarks: Mapping[str, Sequence[Problem]], ngram: int = 13) -> None:
         self.ngram = ngram
         self._exact: dict[Words, tuple[str, str]] = {}
         self._passages: dict[Words, tuple[str, str]] = {}
+        lengths = {ngram}
         for name, problems in benchmarks.items():
             for problem in problems:
                 found, where = words(str(problem["problem"])), (name, str(problem["id"]))
                 self._exact.setdefault(found, where)
-                for passage in _passages(found, ngram):
+                length = min(ngram, len(found)) if len(found) >= SHORTEST else ngram
+                lengths.add(length)
+                for passage in _passages(found, length):
                     self._passages.setdefault(passage, where)
+        self._lengths = sorted(lengths, reverse=True)
 
     def clean(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[Match]]:
         """The problems without a match, in their order, and the first match of each of the others."""
         texts = [words(str(problem["problem"])) for problem in problems]
-        shared = [self._passages.keys() & set(_passages(text, self.ngram)) for text in texts]
-        common = {passage for passage, count in Counter(chain.from_iterable(shared)).items() if count > COMMON}
+        shared = {text: [p for p in self._passages_of(text) if p in self._passages] for text in set(texts)}
+        counts = Counter(chain.from_iterable(map(set, shared.values())))
         kept: list[Problem] = []
         matches: list[Match] = []
-        for problem, text, passages in zip(problems, texts, shared, strict=True):
+        for problem, text in zip(problems, texts, strict=True):
             named = str(problem["id"])
-            passage = next((p for p in _passages(text, self.ngram) if p in passages - common), None)
+            passage = next((p for p in shared[text] if counts[p] <= COMMON), None)
             if text in self._exact:
                 matches.append(Match(named, *self._exact[text], "exact", " ".join(text)))
             elif passage is not None:
@@ -66,6 +75,9 @@ class Decontamination:
             else:
                 kept.append(problem)
         return kept, matches
+
+    def _passages_of(self, text: Words) -> Iterator[Words]:
+        return chain.from_iterable(_passages(text, length) for length in self._lengths)
 
 
 def words(text: str) -> Words:

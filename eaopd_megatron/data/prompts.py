@@ -16,6 +16,8 @@ class PromptBuilder:
     block); `base`, question and answer as plain text, for models that know no chat; `raw`, the problem alone. suffix: a
     line after the problem.
 
+    max_tokens: longer prompts are left out; limit: what sets it, for the message where none is left.
+
     teachers: names of which each problem has one under teacher_field; of a single one all problems are.
     """
 
@@ -29,13 +31,14 @@ class PromptBuilder:
         max_tokens: int,
         teachers: Sequence[str] = ("",),
         teacher_field: str = "teacher",
+        limit: str = "data.max_prompt_tokens",
     ) -> None:
         if template == "chat" and not getattr(tokenizer, "chat_template", None):
             raise RecipeError(
                 "data.template=chat, but the student's tokenizer has no chat template; use data.template=base or raw"
             )
         self.tokenizer, self.template, self.suffix = tokenizer, template, suffix
-        self.field, self.max_tokens = field, max_tokens
+        self.field, self.max_tokens, self.limit = field, max_tokens, limit
         self.teachers, self.teacher_field = teachers, teacher_field
 
     def token_ids(self, text: str) -> list[int]:
@@ -65,7 +68,7 @@ class PromptBuilder:
             teacher = self._teacher(problem, f"{source}, record {number}")
             prompts.append(Prompt(str(problem.get("id", number - 1)), tuple(ids), problem, teacher))
         if not prompts:
-            raise UserError(f"{source}: every prompt is longer than data.max_prompt_tokens={self.max_tokens}")
+            raise UserError(f"{source}: every prompt is longer than {self.max_tokens} tokens ({self.limit})")
         return prompts, dropped
 
     def _teacher(self, problem: dict[str, Any], where: str) -> str:

@@ -15,9 +15,9 @@ from eaopd_megatron.data.sources import Fields
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import local_generation, tables
 from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
-from eaopd_megatron.evaluation.folder import EvaluationFolder, fingerprint
-from eaopd_megatron.evaluation.generations import Place, write_prompts
-from eaopd_megatron.evaluation.grading import benchmark_name
+from eaopd_megatron.evaluation.folder import EvaluationFolder, digest, fingerprint
+from eaopd_megatron.evaluation.generations import Place, read_prompts, write_prompts
+from eaopd_megatron.evaluation.grading import named
 from eaopd_megatron.evaluation.results import EvaluationResult
 from eaopd_megatron.evaluation.served_generation import ServerChoice
 from eaopd_megatron.evaluation.served_generation import generate as generate_served
@@ -76,11 +76,11 @@ def _generate(request: Request, folder: EvaluationFolder) -> int:
     """Everything up to the last response. The exit code."""
     path, exported = _weights(request.model, folder)
     model = HfFolder.open(str(path), "MODEL")
-    names = {benchmark_name(source): source for source in request.benchmarks}
+    names = named(request.benchmarks)
     _begin(request, folder, model, names)
     missing: dict[str, list[Place]] = {}
     for name in names:
-        count = len(folder.prompts(name).read_text(encoding="utf-8").splitlines())
+        count = len(read_prompts(folder.prompts(name)))
         store = folder.generations(name)
         store.mend()
         if places := store.missing(count, request.samples):
@@ -110,7 +110,12 @@ def _begin(request: Request, folder: EvaluationFolder, model: HfFolder, names: d
         check_golds(source, problems, say)
         suffixes[name] = ("" if name == "countdown" else SUFFIX) if request.suffix is None else request.suffix
         builder = PromptBuilder(
-            tokenizer, template=template, suffix=suffixes[name], field="problem", max_tokens=longest
+            tokenizer,
+            template=template,
+            suffix=suffixes[name],
+            field="problem",
+            max_tokens=longest,
+            limit="the model's positions less --max-response-tokens",
         )
         prompts[name], dropped = builder.build(problems, source)
         if dropped:
@@ -126,6 +131,7 @@ def _begin(request: Request, folder: EvaluationFolder, model: HfFolder, names: d
             "template": template,
             "suffixes": suffixes,
             "engine": request.engine,
+            "prompts": {name: digest(some) for name, some in prompts.items()},
         }
     )
     for name, some in prompts.items():

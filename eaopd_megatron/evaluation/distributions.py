@@ -43,9 +43,9 @@ def means(parts: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
     return {name: value / count if count else float("nan") for name, (value, count) in totals.items()}
 
 
-def response_logits(model: torch.nn.Module, prompt: list[int], response: list[int]) -> Tensor:
-    """[len(response), V]: what a transformers model says before each response token."""
+def response_logits(model: torch.nn.Module, prompt: list[int], response: list[int], vocab_size: int) -> Tensor:
+    """[len(response), vocab_size]: what a transformers model says before each response token, of the first ids."""
     device = next(model.parameters()).device
     with torch.inference_mode():
         logits: Tensor = model(torch.tensor([prompt + response], device=device)).logits[0]
-    return logits[len(prompt) - 1 : -1]
+    return logits[len(prompt) - 1 : -1, :vocab_size]

@@ -11,6 +11,9 @@ _SEPARATOR = re.compile(
     re.DOTALL,
 )
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
+_DRESS = re.compile(r"\\(?:(mathbf|boldsymbol|underline)|text|textrm|textbf|mathrm|mbox)\s*+\{(.*)\}", re.DOTALL)
+_BOLD = re.compile(r"\{?\s*+\\bf(?![A-Za-z])(.*)", re.DOTALL)
+_PLAIN = re.compile(r"\(?\s*+([-+−]?\s*+(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*|/\d+)?|[-+−]?\.\d+)\s*+\)?")
 
 
 def boxed(text: str) -> list[str]:
@@ -40,6 +43,38 @@ def normalise(answer: str) -> str:
     text = re.sub(r"\\(left|right)(?![a-zA-Z])", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     return re.sub(r"\s+", "", text).rstrip(".")
+
+
+def undressed(answer: str) -> str:
+    r"""`17` for an answer that is wholly `\mathbf{17}`, `\bf 17`, `\text{17}` or `\textbf{(17)}`, any other as it is.
+
+    Around words \text stays: math-verify knows it, and `\text{east}` is no product of four symbols.
+    """
+    text = answer.strip().rstrip(".")
+    if len(text) > 1 and text[0] == text[-1] == "$":
+        text = text[1:-1].strip()
+    if match := _BOLD.fullmatch(text):
+        inner = match[1].strip()
+        inner = inner.removesuffix("}") if text.startswith("{") else inner
+        return undressed(inner) if _balanced(inner) else answer
+    match = _DRESS.fullmatch(text)
+    if match is None or not _balanced(match[2]):
+        return answer
+    if match[1]:
+        return undressed(match[2])
+    number = _PLAIN.fullmatch(match[2].strip())
+    return number[1] if number else answer
+
+
+def _balanced(text: str) -> bool:
+    """Whether every brace of a text has its other one in the text."""
+    depth = 0
+    for match in _BRACES.finditer(text):
+        token = match.group()
+        depth += 1 if token == "{" or token.startswith("\\boxed") else -(token == "}")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def answers_of(text: str) -> list[str]:

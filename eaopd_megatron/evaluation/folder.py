@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eaopd_megatron.data.samples import Prompt
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import tables
 from eaopd_megatron.evaluation.generations import Generations, read_prompts
@@ -107,6 +108,12 @@ class EvaluationFolder:
         write_atomically(self.results_file, json.dumps(content) + "\n")
         write_atomically(self.path / "table.md", tables.markdown(result))
         write_atomically(self.path / "pass_at_k.png", to_png(draw_pass_curves({"": result})))
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """Of what responses answer. Golds are not in it: they may be corrected and the responses graded again."""
+    content = json.dumps([(prompt.id, prompt.token_ids) for prompt in prompts])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def fingerprint(model: Path) -> str:

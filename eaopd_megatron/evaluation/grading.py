@@ -6,6 +6,7 @@ A grader that throws or runs out of time gives `Grade(False, ..., error=True)`; 
 from collections.abc import Sequence
 from pathlib import Path
 
+from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.grade import Grade, Grader, Problem
 from eaopd_megatron.evaluation.math_grader import MAX_KEY_LENGTH, MathGrader, shared_math_grader
 
@@ -14,6 +15,16 @@ def benchmark_name(name_or_path: str) -> str:
     """The short name under which a benchmark is reported: the name itself, or a path's file name without its ending."""
     path = Path(name_or_path)
     return path.stem if path.suffix in (".jsonl", ".parquet") else name_or_path.strip("/").split("/")[-1]
+
+
+def named(sources: Sequence[str]) -> dict[str, str]:
+    """The sources by their short names. UserError for two that would be reported under one."""
+    found: dict[str, str] = {}
+    for source in sources:
+        other = found.setdefault(benchmark_name(source), source)
+        if other != source:
+            raise UserError(f"{other} and {source} are both reported as {benchmark_name(source)}: rename one")
+    return found
 
 
 def grader_for(name_or_path: str) -> Grader:

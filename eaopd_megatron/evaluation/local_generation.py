@@ -79,11 +79,11 @@ def on_rank(work: dict[str, Any]) -> None:
     groups.stop()
 
 
-def check_length(positions: int, response: int) -> int:
-    """The longest prompt (tokens) that leaves room for the response. UserError where none does."""
+def check_length(positions: int, response: int, setting: str = "--max-response-tokens ") -> int:
+    """The longest prompt (tokens) that leaves room for the response. UserError, which names the setting, where none
+    does."""
     if positions <= response:
         raise UserError(
-            f"--max-response-tokens {response}: the model has {positions} positions for prompt and response together; "
-            "lower it"
+            f"{setting}{response}: the model has {positions} positions for prompt and response together; lower it"
         )
     return positions - response

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.extraction import answers_of, boxed, normalise
+from eaopd_megatron.evaluation.extraction import answers_of, boxed, normalise, undressed
 from eaopd_megatron.evaluation.grade import Grade, Problem
 from eaopd_megatron.evaluation.notation import exact_number, immense, leniently_equal, misread
 
@@ -96,6 +96,7 @@ class MathGrader:
         return Grade(False, key, error=lenient is None, lenient=bool(lenient))
 
     def _reading(self, gold: str) -> str:
+        gold = undressed(gold)
         if exact_number(gold) is not None:
             return "mathematics"
         return {True: "mathematics", False: "text", None: "nothing"}[self.ask(gold=gold)]
@@ -113,10 +114,14 @@ def _question(problem: Problem, text: str) -> _Question | None:
     found, gold = boxed(text), problem.get("answer")
     if not found or gold is None:
         return None
-    gold, answer = str(gold).strip(), found[-1]
+    gold, answer = undressed(str(gold).strip()), found[-1]
+    if len(answer) <= MAX_ANSWER_LENGTH:
+        answer = undressed(answer)
     wanted = len(answers_of(gold))
-    several = 1 < wanted <= len(found) and len(answer) <= MAX_ANSWER_LENGTH and len(answers_of(answer)) == 1
-    return gold, answer, ", ".join(found[-wanted:]) if several else answer
+    if len(answer) > MAX_ANSWER_LENGTH or not 1 < wanted <= len(found) or len(answers_of(answer)) != 1:
+        return gold, answer, answer
+    boxes = ", ".join(found[-wanted:])
+    return gold, answer, boxes if len(boxes) <= MAX_ANSWER_LENGTH else answer
 
 
 def _quick_verdict(gold: str, answer: str) -> bool | None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from eaopd_megatron.evaluation.extraction import answers_of, normalise
+from eaopd_megatron.evaluation.extraction import answers_of, normalise, undressed
 
 Equal = Callable[[str, str], bool | None]
 """The strict comparison of (gold, answer), None where it failed; a set may equal a relation."""
@@ -34,12 +34,16 @@ _GOLDS_NAME = re.compile(r"\s*\\?[A-Za-z]\s*(?:_\s*(?:\w|\{[^{}]*\})\s*)?(?:\([A
 _MACRO = r"\\(?:text|textrm|textbf|mathrm|mbox|rm|operatorname)\s*\{[^{}]*\}"
 _WORD = (
     r"(?:(?:k|c|m|n|M|G|d)?(?:m|s|g|W|J|V|A|N|K|C|L|T|Hz|Pa|eV|pc)|erg|dyn|rad|sr|mol|AU|ly|yr|h|hr|min|hours?|days?"
-    r"|years?|minutes?|seconds?|meters?|metres?|grams?|cents?|dollars?|inch|inches|in|ft|feet|miles?|degrees?|units?)"
+    r"|years?|minutes?|seconds?|meters?|metres?|grams?|cents?|dollars?|inch|inches|in|ft|feet|miles?|degrees?|units?"
+    r"|[kMG]?Wh|Nm|Js)(?![A-Za-z])"  # a whole word: `hours` is also h, h and s, and a row of them 2^n units
 )
 _POWER = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d+\s*\}))?"
-_JOIN = r"(?:\s|~|\\[,;: ]|/|\\cdot|\\times|\*|\\quad)*"
+_JOIN = r"(?:\s|~|\\[,;: ]|/|\\cdot|\\times|\*|\\quad)*+"
 _MARKED_UNITS = re.compile(rf"(?:{_JOIN}(?:{_MACRO}{_POWER}|\^\s*\{{?\s*\\circ\s*\}}?|\\degree|\\?%))+{_JOIN}\Z")
 _BARE_UNITS = re.compile(rf"(?<=[\d}}])(?:\s|~|\\[,;: ])+{_WORD}{_POWER}(?:{_JOIN}{_WORD}{_POWER})*\s*\Z")
+_TEXT_WITH_UNITS = re.compile(
+    rf"\\(?:text|textrm|textbf|mathrm|mbox)\s*+\{{\s*+({_NUMBER}\s++[A-Za-z][A-Za-z\s^\d]*+)\}}\Z"
+)
 _RELATION = re.compile(r"[<>]|\\[lg]e|\\in(?![a-z])")
 _PRIME = re.compile(r"([A-Za-z])(?:\^\{\\prime\}|\^\\prime|')")
 
@@ -114,7 +118,8 @@ def _decimal(text: str) -> Fraction | None:
 
 
 def _same(gold: str, answer: str, equal: Equal) -> bool | None:
-    gold, answer = _right_sides(gold, answer)
+    gold, answer = _right_sides(undressed(gold), undressed(answer))
+    answer = _TEXT_WITH_UNITS.sub(r"\1", answer)
     gold, answer = _MARKED_UNITS.sub("", gold), _MARKED_UNITS.sub("", answer)
     answer = _BARE_UNITS.sub("", answer)  # a gold's last letter is a variable: \frac{37}{4} m
     numbers = exact_number(gold), exact_number(answer)

@@ -31,12 +31,14 @@ class Benchmark:
     def load(
         cls, source: str, builder: PromptBuilder, first: int | None, report: Callable[[str], None] | None
     ) -> Benchmark:
-        """What `load_benchmark` knows; `first`: only so many problems. report: of `check_golds`; None: another rank
-        checks them."""
+        """What `load_benchmark` knows; `first`: only so many problems. report: of `check_golds` and of problems that
+        are longer than the builder's prompts; None: another rank checks them."""
         problems = load_benchmark(source)[:first]
         if report is not None:
             check_golds(source, problems, report)
-        prompts, _ = builder.build(problems, source)
+        prompts, dropped = builder.build(problems, source)
+        if dropped and report is not None:
+            report(f"{source}: {dropped} problems are longer than {builder.max_tokens} tokens and left out")
         return cls(benchmark_name(source), prompts, grader_for(source))
 
 
@@ -56,6 +58,10 @@ class Evaluator:
     def prompts(self) -> list[Prompt]:
         """Of all benchmarks."""
         return [prompt for benchmark in self.benchmarks for prompt in benchmark.prompts]
+
+    def longest(self) -> int:
+        """Tokens of a prompt and its response, at the most; 0 without benchmarks."""
+        return max((len(prompt.token_ids) + self.sampling.max_new_tokens for prompt in self.prompts()), default=0)
 
     def run(self, iteration: int, notify: Callable[[str], None] = lambda text: None) -> EvaluationResult | None:
         """All ranks enter; the main rank gets the result, the others None."""

@@ -35,8 +35,8 @@ class Ticket:
 class Rollout(Protocol):
     """All ranks make the same calls with the same arguments, but for `Wanted.mine`."""
 
-    def open(self, prompts: Sequence[Prompt], longest_response: int) -> None:
-        """Comes first. prompts: all that may come; longest_response: of any of them, tokens."""
+    def open(self, prompts: Sequence[Prompt], longest: int) -> None:
+        """Comes first. prompts: all that may come; longest: tokens of one and its response, at the most."""
 
     def publish(self, version: int) -> None:
         """From now on responses are written by the model's weights as they are, under this version."""

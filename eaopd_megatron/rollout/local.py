@@ -26,7 +26,7 @@ class LocalRollout:
         self.vocab_size, self.batch_size = vocab_size, batch_size
         self._version = 0
 
-    def open(self, prompts: Sequence[Prompt], longest_response: int) -> None:
+    def open(self, prompts: Sequence[Prompt], longest: int) -> None:
         """Nothing: the model is there."""
 
     def publish(self, version: int) -> None:

@@ -12,6 +12,8 @@ from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.samples import Sampling
+from eaopd_megatron.evaluation.grading import named
+from eaopd_megatron.evaluation.local_generation import check_length
 from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.architecture import check_config
@@ -121,20 +123,17 @@ def build(
         teacher,
         rollout,
         Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
-        evaluator(recipe, parallel, rollout, tokenizer, stop_ids, report),
+        evaluator(recipe, parallel, rollout, student_folder, tokenizer, stop_ids, report),
     )
 
 
-def prompt_builder(
-    recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequence[str] = ("",), *, field: str | None = None
-) -> PromptBuilder:
-    """The recipe's template with the training's or the evaluation's suffix; teachers: whom the prompts are for; field:
-    of the problems' text, where it is not the training's."""
+def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequence[str] = ("",)) -> PromptBuilder:
+    """Of training prompts, with the recipe's template; teachers: whom the prompts are for."""
     return PromptBuilder(
         tokenizer,
         template=recipe.data.template,
         suffix=suffix,
-        field=field or recipe.data.prompt_field,
+        field=recipe.data.prompt_field,
         max_tokens=recipe.data.max_prompt_tokens,
         teachers=teachers,
         teacher_field=recipe.data.teacher_field,
@@ -145,20 +144,33 @@ def evaluator(
     recipe: Recipe,
     parallel: Parallel,
     rollout: Rollout,
+    student: HfFolder,
     tokenizer: Any,
     stop_ids: tuple[int, ...],
     report: Callable[[str], None],
 ) -> Evaluator:
-    """The recipe's benchmarks, ready to be run on the model that the rollout generates with."""
-    chosen = recipe.evaluation
-    builder = prompt_builder(recipe, tokenizer, chosen.suffix, field="problem")
+    """The recipe's benchmarks, ready to be run on the model that the rollout generates with.
+
+    data.max_prompt_tokens is the training's: a problem is left out only where it has no room for its response.
+    """
+    chosen, positions = recipe.evaluation, student.config.max_position_embeddings
+    builder = PromptBuilder(
+        tokenizer,
+        template=recipe.data.template,
+        suffix=chosen.suffix,
+        field="problem",
+        max_tokens=check_length(positions, chosen.max_response_tokens, "evaluation.max_response_tokens=")
+        if chosen.benchmarks
+        else positions,
+        limit="the student's positions less evaluation.max_response_tokens",
+    )
     return Evaluator(
         rollout,
         parallel,
         tokenizer,
         [
             Benchmark.load(source, builder, chosen.problems, report if parallel.is_main else None)
-            for source in chosen.benchmarks
+            for source in named(chosen.benchmarks).values()
         ],
         chosen.samples,
         Sampling(chosen.temperature, chosen.top_p, chosen.max_response_tokens, stop_ids),

@@ -100,9 +100,10 @@ class Run:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         rollout = self.recipe.rollout
-        longest = max(rollout.max_response_tokens, self.recipe.evaluation.max_response_tokens)
-        self.parts.rollout.open([*self.prompts, *self.parts.evaluator.prompts()], longest)
-        self.teacher.open(max(len(p.token_ids) for p in self.prompts) + rollout.max_response_tokens)
+        longest = max(len(p.token_ids) for p in self.prompts) + rollout.max_response_tokens
+        evaluator = self.parts.evaluator
+        self.parts.rollout.open([*self.prompts, *evaluator.prompts()], max(longest, evaluator.longest()))
+        self.teacher.open(longest)
 
     # One iteration
 

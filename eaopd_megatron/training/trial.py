@@ -107,8 +107,9 @@ def _ends(
 ) -> dict[str, list[Ends]]:
     """Of each teacher, those of this rank's responses that stopped, on one rank of each data-parallel copy."""
     limit, count = _limit(recipe), len(prompts)
-    parts.rollout.open(prompts, limit)
-    parts.teacher.open(max(len(prompt.token_ids) for prompt in prompts) + limit)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + limit
+    parts.rollout.open(prompts, longest)
+    parts.teacher.open(longest)
     parts.rollout.publish(0)
     wanted = Wanted(
         prompts,

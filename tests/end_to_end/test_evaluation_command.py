@@ -12,6 +12,8 @@ import pytest
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.command import Request, evaluate
+from eaopd_megatron.evaluation.folder import EvaluationFolder
+from eaopd_megatron.evaluation.generations import Generation, Place
 from eaopd_megatron.rollout.sglang.server import SGLANG_VENV
 from tests.end_to_end.runs import ROOT, Command
 from tests.sglang.student_double import stand_in
@@ -62,6 +64,37 @@ def test_an_evaluation_that_was_killed_comes_to_other_results(
         evaluate(replace(request, out=broken, seed=7))
     with pytest.raises(UserError, match=r"--max-response-tokens 128: the model has 128 positions"):
         evaluate(replace(request, max_response_tokens=128))
+
+
+def test_other_problems_in_the_same_file_are_graded_against_old_responses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a record with a line separator that is no line feed counts twice."""
+    asked: list[int] = []
+
+    def answer(folder: EvaluationFolder, model: Path, missing: dict[str, list[Place]], *_: int) -> int:
+        asked.append(len(missing["own"]))
+        folder.generations("own").append(Generation(*place, "\\boxed{2}", 1, "stop") for place in missing["own"])
+        return 0
+
+    monkeypatch.setattr("eaopd_megatron.evaluation.local_generation.generate", answer)
+    file = tmp_path / "own.jsonl"
+    request = Request(STUDENT, [str(file)], 1, max_response_tokens=4, suffix="", out=tmp_path / "out")
+    for problem, gold in (("1 + 1", "2"), ("1 + 1", "1")):  # a gold may be corrected
+        rows = [{"problem": problem, "answer": gold}, {"problem": "1\u2028+ 2", "answer": "3"}]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert evaluate(request) == 0
+    assert asked == [2]
+    file.write_text(file.read_text().replace("1 + 1", "1 + 2"))
+    with pytest.raises(UserError, match="holds an evaluation with prompts="):
+        evaluate(request)
+
+
+def test_of_two_benchmarks_of_one_short_name_one_is_lost(tmp_path: Path) -> None:
+    files = [tmp_path / name / "test.jsonl" for name in "ab"]
+    with pytest.raises(UserError, match=rf"{files[0]} and {files[1]} are both reported as test: rename one") as caught:
+        evaluate(Request(STUDENT, [str(file) for file in files], out=tmp_path / "out"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.server

@@ -46,7 +46,7 @@ def test_a_run_that_is_stopped_while_servers_write_cannot_be_saved(
     turns = Turns(*stand_ins, keeper)
     try:
         turns.begin()
-        keeper.start(longest_prompt=16, longest_response=16)
+        keeper.start(32)
         for _ in keeper.until_there():
             pass
         keeper.serve([0])

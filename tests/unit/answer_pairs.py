@@ -57,6 +57,28 @@ RIGHT = [
     (r"I(0) e^{-\frac{t}{R C}}", r"I(t)=I(0)e^{-t/(RC)}"),
     (r"\frac{1}{\sqrt{2}}c", r"v=\frac{c}{\sqrt2}"),
     ("17", "17."),
+    # a number in another font
+    *[
+        ("17", dressed)
+        for dressed in (
+            *(r"\text{17}", r"\mathbf{17}", r"\textbf{17}", r"\mathrm{17}", r"\boldsymbol{17}", r"\bf 17", r"{\bf 17}"),
+            *(
+                r"\mbox{17}",
+                r"\textrm{ 17 }",
+                r"$\mathbf{17}$",
+                r"\underline{\text{17}}.",
+                r"\boldsymbol{\textbf{(17)}}",
+            ),
+        )
+    ],
+    ("-2", r"\text{-2}"),
+    ("204", r"\textbf{(204)}"),
+    ("204", r"\underline{204}"),
+    ("1,234", r"\text{1,234}"),
+    ("1234", r"\text{1,234}"),
+    (r"\frac12", r"\mathbf{\frac12}"),
+    (r"\text{17}", "17"),
+    (r"\text{(C)}", r"\mathbf{C}"),
 ]
 
 NOTATION = [
@@ -69,6 +91,9 @@ NOTATION = [
     ("2.88e-19", r"L = 2.88\times10^{-19} \mathrm{J}"),
     ("62.5%", "62.5"),
     ("5", r"\approx 5"),
+    ("5", "5 kWh"),
+    ("17", r"\text{17 units}"),
+    ("17", r"\textbf{17 cm}"),
     ("np.arcsin(10/13)", r"\sin^{-1}(10/13)"),
     (r"$\binom{2n}{n}$", r"\frac{(2n)!}{n!^2}"),
     (r"y^{\prime}+r y-r x(t)=0", "y'+ry=rx(t)"),
@@ -125,6 +150,13 @@ WRONG = [
     (r"\text{(C)}", "D"),
     ("5", r"5 \text{ or } 6"),
     ("5", "4<5"),
+    ("17", r"\text{18}"),
+    ("17", r"\text{-17}"),
+    ("17", r"\mathbf{1}+\mathbf{7}"),
+    ("17", r"\mathbf{17"),
+    ("17", r"\text{17 or 18}"),
+    ("17", r"\text{1 7}"),
+    ("1,3", r"\mathbf{13}"),
     ("5", ""),
     ("5", r"\}^^\frac{"),
 ]

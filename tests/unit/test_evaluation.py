@@ -4,6 +4,7 @@ import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,21 @@ def test_pass_at_k_curves_are_drawn_for_every_k() -> None:
 
 
 # Distributions
+
+
+def test_vocabularies_of_one_tokenizer_that_are_padded_otherwise_cannot_be_compared() -> None:
+    """As Qwen3's of 151,936 and Qwen2.5's of 152,064 columns."""
+
+    class Model(torch.nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> Any:
+            return SimpleNamespace(logits=super().forward(ids))
+
+    wide = Model(6, 12)
+    narrow = Model.from_pretrained(wide.weight[:, :10].detach())
+    student, teacher = (distributions.response_logits(model, [1, 2], [3, 4, 5], 10) for model in (narrow, wide))
+    assert torch.equal(student, wide.weight[2:5, :10])
+    found = distributions.means([distributions.compare(student, teacher, None, 0.1)])
+    assert (found["top1_teacher"], found["forward_kl_gated"]) == (0, 0)
 
 
 def test_gated_figures_are_taken_over_other_tokens_or_the_kl_is_turned_round() -> None:

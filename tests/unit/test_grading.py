@@ -19,7 +19,7 @@ from eaopd_megatron.evaluation.extraction import answers_of, last_boxed, normali
 from eaopd_megatron.evaluation.grade import Grade
 from eaopd_megatron.evaluation.grading import benchmark_name, grade_all, grader_for
 from eaopd_megatron.evaluation.math_grader import MAX_ANSWER_LENGTH, MathGrader
-from eaopd_megatron.evaluation.notation import exact_number, immense
+from eaopd_megatron.evaluation.notation import exact_number, immense, leniently_equal
 from eaopd_megatron.evaluation.results import ProblemResult
 from tests.unit.answer_pairs import NOTATION, RIGHT, WRONG
 
@@ -190,6 +190,28 @@ def test_an_answer_longer_than_any_gold_is_wrong_and_costs_no_comparison(monkeyp
     for grade in grade_all(grader, [({"answer": "1,3"}, rf"\boxed{{{answer}}}") for answer in answers]):
         assert (grade.correct, grade.error) == (False, False)
         assert grade.key is None or len(grade.key) <= 200
+
+
+@pytest.mark.timeout(20, method="signal")  # the search holds the lock that a thread would need to end it
+@pytest.mark.parametrize(
+    "text",
+    [
+        "10 " + "hours " * 60 + "!",
+        "10 " + "m" * 60 + "!",
+        "10 " + "m s" * 60 + "!",
+        "10" + r"\,\text{m}" * 90 + "!",
+        " ~" * 200 + "^" + " " * 500 + "!",
+        "9" * 900 + "!!e",
+        r"\text{" * 150,
+    ],
+)
+def test_an_answer_with_many_units_is_searched_for_ever(text: str) -> None:
+    assert not leniently_equal("10", text, lambda one, other: False)
+
+
+@pytest.mark.timeout(20, method="signal")
+def test_the_first_of_several_boxes_is_longer_than_any_answer_and_searched(grader: MathGrader) -> None:
+    assert not grader({"answer": "1,3"}, rf"\boxed{{{'9' * 200_000}}} and \boxed{{3}}").lenient
 
 
 def test_golds_are_known_for_what_math_verify_makes_of_them(grader: MathGrader) -> None:

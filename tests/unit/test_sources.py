@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.sources import Fields, load_problems, read_jsonl
 from eaopd_megatron.errors import RecipeError, UserError
 from eaopd_megatron.evaluation.benchmarks import BENCHMARKS, check_golds, load_benchmark
+from eaopd_megatron.evaluation.runner import Evaluator
+from eaopd_megatron.training.build import evaluator
 from eaopd_megatron.training.problems import training_problems
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -175,6 +178,29 @@ def test_a_turn_of_phrase_costs_a_problem() -> None:
     assert len(clean.clean(problems[:10])[0]) == 0
 
 
+def test_copies_of_an_evaluation_problem_are_a_turn_of_phrase() -> None:
+    clean = Decontamination({"bench": [{"id": "b", "problem": PASSAGE}]})
+    copies = [{"id": i, "problem": f"{PASSAGE} Prove it."} for i in range(11)]
+    assert clean.clean(copies)[0] == []
+
+
+def test_a_short_evaluation_problem_inside_of_a_longer_one_is_trained_on() -> None:
+    """One of 8 to 12 words is a passage as a whole, a shorter one is not."""
+    bench = ["How many primes are less than one hundred", "What is the sum of all digits"]  # 8 words, 7 words
+    clean = Decontamination({"bench": [{"id": i, "problem": text} for i, text in enumerate(bench)]})
+    kept, matches = clean.clean(
+        [
+            {"id": "inside", "problem": f"Solve this problem, please. {bench[0]}? Give an integer as the answer."},
+            {"id": "part", "problem": f"{bench[1]} of the number 2^10?"},
+            {"id": "near", "problem": "Tell me: how many primes are less than two hundred, and which ones are they?"},
+        ]
+    )
+    assert [problem["id"] for problem in kept] == ["part", "near"]
+    assert [(m.id, m.benchmark_id, m.kind, m.passage) for m in matches] == [
+        ("inside", "0", "n-gram", bench[0].lower()),
+    ]
+
+
 def test_a_run_does_not_say_which_problems_it_left_out(tmp_path: Path) -> None:
     train = jsonl(tmp_path / "train.jsonl", {"question": PASSAGE}, {"question": "How many primes are below 10?"})
     bench = jsonl(tmp_path / "bench.jsonl", {"problem": PASSAGE, "answer": "0"})
@@ -222,6 +248,42 @@ def test_templates_give_other_ids() -> None:
     assert ids(tokenizer, "chat", "two", "briefly") == [0, 7, 8, 1, 2, 3, 4]
     assert ids(tokenizer, "base", "two", "briefly") == [5, 7, 8, 6]
     assert ids(tokenizer, "raw", "two", "") == [7]
+
+
+def evaluated(tmp_path: Path, positions: int, *names: str) -> tuple[Evaluator, list[str]]:
+    """A recipe's evaluator by a student with so many positions, and what it reported; the problems have 2 and 6 tokens,
+    their responses 4, training prompts 3 at the most."""
+    files = [jsonl(tmp_path / n, *({"problem": "two " * k, "answer": "2"} for k in (2, 6))) for n in names]
+    (tmp_path / "r.yaml").write_text(
+        "run: {folder: x}\nstudent: {model: s}\nteacher: {model: t}\ntrain: {iterations: 1}\n"
+        "data: {source: countdown, template: raw, max_prompt_tokens: 3}\n"
+        f"evaluation: {{benchmarks: [{', '.join(files)}], max_response_tokens: 4}}\n"
+    )
+    student: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+    parallel: Any = SimpleNamespace(is_main=True)
+    rollout: Any = None
+    said: list[str] = []
+    recipe = load_recipe(tmp_path / "r.yaml")
+    return evaluator(recipe, parallel, rollout, student, small_tokenizer(), (), said.append), said
+
+
+def test_a_problem_longer_than_training_prompts_is_not_evaluated(tmp_path: Path) -> None:
+    found, said = evaluated(tmp_path, 10, "own.jsonl")
+    assert [len(prompt.token_ids) for prompt in found.prompts()] == [2, 6]
+    assert (found.longest(), said) == (10, [])
+    found, said = evaluated(tmp_path, 9, "own.jsonl")
+    assert (found.longest(), said) == (6, [f"{tmp_path}/own.jsonl: 1 problems are longer than 5 tokens and left out"])
+    with pytest.raises(UserError, match=r"evaluation.max_response_tokens=4: the model has 4 positions"):
+        evaluated(tmp_path, 4, "own.jsonl")
+    assert evaluated(tmp_path, 4)[0].longest() == 0
+
+
+def test_a_run_evaluates_one_of_two_files_of_one_short_name(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    with pytest.raises(UserError, match=r"a/test.jsonl and .*b/test.jsonl are both reported as test: rename one"):
+        evaluated(tmp_path, 10, "a/test.jsonl", "b/test.jsonl")
+    assert len(evaluated(tmp_path, 10, "own.jsonl", "own.jsonl")[0].benchmarks) == 1
 
 
 @pytest.mark.shared_data

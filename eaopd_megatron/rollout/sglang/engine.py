@@ -91,14 +91,13 @@ class ServedRollout:
         self._version: int | None = None  # of the weights that the servers have
         self._ahead: _Begun | None = None  # may be written while the caller trains
 
-    def open(self, prompts: Sequence[Prompt], longest_response: int) -> None:
+    def open(self, prompts: Sequence[Prompt], longest: int) -> None:
         """The servers begin to start; `publish` waits for them."""
-        longest = max(prompts, key=lambda prompt: len(prompt.token_ids)).token_ids
-        self._probe_ids = longest[:PROBE_TOKENS]
+        self._probe_ids = max(prompts, key=lambda prompt: len(prompt.token_ids)).token_ids[:PROBE_TOKENS]
         if self._turns is not None:
             self._turns.begin()
         if self._keeper is not None:
-            self._keeper.start(len(longest), longest_response)
+            self._keeper.start(longest)
 
     def publish(self, version: int) -> None:
         """The servers get the model's weights, once what they write with older ones is finished."""

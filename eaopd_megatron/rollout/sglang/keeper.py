@@ -57,9 +57,10 @@ class Keeper:
         self._starting: Future[None] | None = None
         self._key: str | None = None
 
-    def start(self, longest_prompt: int, longest_response: int) -> None:
-        """Begins to start the servers, if it is the trainer that starts them. Lengths in tokens."""
-        chosen, total = self._recipe.servers, longest_prompt + longest_response
+    def start(self, total: int) -> None:
+        """Begins to start the servers, if it is the trainer that starts them. total: tokens of a prompt and its
+        response, at the most."""
+        chosen = self._recipe.servers
         config = self._folder.config.to_dict()
         self.expected = Expected(self._folder.family.architecture, self._folder.vocab_size, total, config=config)
         self.loop.__enter__()
