@@ -24,10 +24,13 @@ def serve(recipe: Recipe, listen: str, key_file: Path, log: Path) -> None:
     """
     host, _, port = listen.rpartition(":")
     student = HfFolder.open(recipe.student.model, "student.model")
-    longest = max(recipe.rollout.max_response_tokens, recipe.evaluation.max_response_tokens)
-    settings = server_settings(recipe, student, recipe.data.max_prompt_tokens + longest, read_api_key(key_file))
+    positions = student.config.max_position_embeddings
+    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
+    if recipe.evaluation.benchmarks:  # whose problems are as long as they are
+        longest = positions
+    settings = server_settings(recipe, student, longest, read_api_key(key_file))
     # the prompts may be shorter than the recipe lets them be, and SGLang refuses more than the model has positions for
-    context = min(settings.context_length, student.config.max_position_embeddings)
+    context = min(settings.context_length, positions)
     server = Server(replace(settings, context_length=context, host=host), log)
     server.port = int(port)
     asked, ended = threading.Event(), threading.Event()

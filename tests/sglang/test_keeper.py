@@ -171,7 +171,7 @@ def test_servers_behind_a_router_get_the_work_of_one(tmp_path: Path) -> None:
         chosen = ("rollout.engine=sglang", f"servers.router={ports.get(timeout=10)}", "servers.max_running=5")
         keeper = keeper_of(tmp_path, [], *chosen)
         try:
-            keeper.start(16, 16)
+            keeper.start(32)
             keeper.expected = EXPECTED
             for _ in keeper.until_there():
                 pass
