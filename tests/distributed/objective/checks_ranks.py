@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
+from signal import SIGSEGV
 from unittest import mock
 
 import torch
@@ -293,3 +296,12 @@ def check_failure(group: ProcessGroup, rank: int | None) -> None:
     ones = torch.ones(1)
     dist.all_reduce(ones, group=group)
     assert ones == group.size()
+
+
+def check_crash(group: ProcessGroup, counter: str, times: int) -> None:
+    """The last rank has a segmentation fault, so many times."""
+    if group.rank() == group.size() - 1:
+        count = len(Path(counter).read_text())
+        Path(counter).write_text("x" * (count + 1))
+        if count < times:
+            os.kill(os.getpid(), SIGSEGV)

@@ -15,7 +15,7 @@ from tests.ranks import RankFailure, Ranks, checks_in
 
 CHECKS = Path(__file__).with_name("checks_ranks.py")
 LINEAR_CHECKS = Path(__file__).with_name("checks_linear.py")
-WITH_ARGUMENTS = ("check_preset", "check_variants", "check_failure")
+WITH_ARGUMENTS = ("check_preset", "check_variants", "check_failure", "check_crash")
 LINEAR_WITH_ARGUMENTS = ("check_linear_presets", "check_linear_variants")
 
 
@@ -65,3 +65,14 @@ def test_a_failure_on_one_rank_is_reported_and_leaves_the_ranks_usable(ranks: Ra
         with pytest.raises(RankFailure, match=f"rank {rank} raised(.|\n)*rank {rank} fails alone"):
             ranks.run(CHECKS, "check_failure", rank=rank)
         ranks.run(CHECKS, "check_failure", rank=None)
+
+
+def test_a_crash_passes_unseen_or_one_of_gloo_fails_a_check(ranks: Ranks, tmp_path: Path) -> None:
+    """A rank that has a segmentation fault every time fails; one that had it once does not."""
+    counter = tmp_path / "crashes"
+    counter.touch()
+    ranks.run(CHECKS, "check_crash", counter=str(counter), times=1)
+    with pytest.raises(RankFailure, match="died with exit code -11"):
+        ranks.run(CHECKS, "check_crash", counter=str(counter), times=4)
+    assert len(counter.read_text()) == 4
+    ranks.run(CHECKS, "check_failure", rank=None)
