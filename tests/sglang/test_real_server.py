@@ -96,6 +96,7 @@ async def admit(client: Client) -> Limits:
     return await identify(client, EXPECTED)
 
 
+GREEDY = {"temperature": 0, "ignore_eos": True}
 GENERATE = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}}
 LOGPROBS = {**GENERATE, "return_logprob": True}
 SCORED = {
@@ -121,7 +122,7 @@ EXCHANGES: list[tuple[str, str, Any]] = [
     ("POST", "/generate", {**FLAT, "return_flat_raw_top_logprobs_b64": True, "token_ids_logprob": [3]}),
     ("POST", "/generate", {**FLAT, "return_flat_raw_top_logprobs_b64": True, "top_logprobs_num": 112}),
     ("POST", "/generate", {**LOGPROBS, "sampling_params": {"max_new_tokens": 9, "stop_token_ids": list(range(112))}}),
-    ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 100, "sampling_params": {"max_new_tokens": 28}}),
+    ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 100, "sampling_params": {**GREEDY, "max_new_tokens": 28}}),
     ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 122, "sampling_params": {"max_new_tokens": 1}}),
     ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 121, "sampling_params": {"max_new_tokens": 1}}),
     ("POST", "/generate", {**LOGPROBS, "input_ids": [1] * 128, "sampling_params": {"max_new_tokens": 0}}),

@@ -104,7 +104,7 @@ def _preempted(site: Site) -> list[Job]:
 def _orphan(site: Site) -> list[Job]:
     """Its node dies; it goes on at another one."""
     job = site.submit(ONE_NODE)
-    job.wait_for_iteration()
+    job.wait_for_iteration(8)  # checkpoints are written beside the training: by now there is one
     node = site.cluster.job(job.number)["NodeList"]
     site.cluster.kill_node(node)
     job.release()
