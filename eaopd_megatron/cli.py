@@ -12,7 +12,7 @@ import typer
 
 from eaopd_megatron import __version__
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.guard import of_the_user
+from eaopd_megatron.launch.entrypoint import of_the_user
 
 app = typer.Typer(
     help="On-policy distillation for Megatron-Core with the entropy-aware objective.",
@@ -36,7 +36,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Starts its own ranks on this host; under torchrun or srun it joins theirs.
     """
-    from eaopd_megatron.launch import joined, launch, local_world_size
+    from eaopd_megatron.launch.local import joined, launch, local_world_size
 
     arguments = ["train", recipe, *(overrides or [])]
     if joined():
@@ -44,7 +44,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
         return
 
     from eaopd_megatron.config import load_recipe
-    from eaopd_megatron.training.folder import already_finished
+    from eaopd_megatron.training.run_folder import already_finished
 
     loaded = load_recipe(recipe, overrides or [])
     if finished := already_finished(loaded):
@@ -66,7 +66,7 @@ def teach(
 
     Starts its own ranks on this host; under torchrun or srun it joins theirs.
     """
-    from eaopd_megatron.launch import joined, launch, teacher_world_size
+    from eaopd_megatron.launch.local import joined, launch, teacher_world_size
 
     arguments = ["teach", recipe, teacher, *(overrides or [])]
     if joined():
@@ -144,7 +144,7 @@ def evaluate(
     from eaopd_megatron.data.sources import Fields
     from eaopd_megatron.evaluation.command import Request
     from eaopd_megatron.evaluation.command import evaluate as run
-    from eaopd_megatron.evaluation.served_generation import ServerChoice
+    from eaopd_megatron.evaluation.generate import ServerChoice
 
     names = [name.strip() for part in [*(benchmarks or []), *(more or [])] for name in part.split(",") if name.strip()]
     request = Request(
@@ -237,12 +237,12 @@ def doctor(
     With a recipe its student writes a few responses, on ranks of their own, and its teachers score how they stop: exit
     code 1 as well where the two do not agree.
     """
-    from eaopd_megatron.doctor import main as examine
+    from eaopd_megatron.diagnostics.machine import main as examine
 
     harmful = examine()
     if recipe is None:
         raise typer.Exit(harmful)
-    from eaopd_megatron.teacher.agreement import check_agreement
+    from eaopd_megatron.diagnostics.eos_check import check_agreement
 
     raise typer.Exit(check_agreement(recipe, overrides or []) or harmful)
 
@@ -250,7 +250,7 @@ def doctor(
 def _join(arguments: list[str]) -> None:
     """This process is the rank that torchrun or srun started."""
     from eaopd_megatron import worker
-    from eaopd_megatron.launch import joined_environment
+    from eaopd_megatron.launch.local import joined_environment
 
     os.environ.update(joined_environment())
     if code := worker.main(arguments):

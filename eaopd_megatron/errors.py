@@ -1,4 +1,6 @@
-"""Errors that a user can mend: one line that names the key, file or server, and the remedy."""
+"""Why an iteration that was begun cannot be finished. The trainer's own state is whole."""
+
+from __future__ import annotations
 
 
 class UserError(Exception):
@@ -11,3 +13,11 @@ class RecipeError(UserError):
     """A recipe that cannot be run as it stands (exit 2)."""
 
     exit_code = 2
+
+
+class Asked(Exception):
+    """A signal asked the run to stop while it waited for another role. Its argument is the signal's number."""
+
+
+class ServiceFailed(UserError):
+    """What the other role gives cannot be had any more."""

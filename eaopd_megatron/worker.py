@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from eaopd_megatron.config import Recipe, load_recipe
-from eaopd_megatron.guard import guarded, say
-from eaopd_megatron.launch import die_with_parent
+from eaopd_megatron.launch.entrypoint import guarded
+from eaopd_megatron.utils.lifetime import die_with_parent
+from eaopd_megatron.utils.log import say
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,14 +33,14 @@ def main(arguments: Sequence[str]) -> int:
 def _train(recipe: Recipe) -> None:
     import torch
 
-    from eaopd_megatron.megatron import groups
-    from eaopd_megatron.services.ending import Asked, ServiceFailed
-    from eaopd_megatron.training import flight_recorder
+    from eaopd_megatron.distributed import flight_recorder
+    from eaopd_megatron.distributed import parallel_state as groups
+    from eaopd_megatron.distributed.heartbeat import watched
+    from eaopd_megatron.errors import Asked, ServiceFailed
     from eaopd_megatron.training.ending import finish
-    from eaopd_megatron.training.folder import RunFolder, already_finished
     from eaopd_megatron.training.loop import train
-    from eaopd_megatron.training.run import Run
-    from eaopd_megatron.training.watch import watched
+    from eaopd_megatron.training.run_folder import RunFolder, already_finished
+    from eaopd_megatron.training.trainer import Run
 
     if finished := already_finished(recipe):
         say(finished)
@@ -74,13 +75,13 @@ def _teach(recipe: Recipe, teacher: str) -> None:
 
 
 def _agreement(recipe: Recipe) -> None:
-    from eaopd_megatron.training.trial import agreement_on_rank
+    from eaopd_megatron.diagnostics.eos_trial import agreement_on_rank
 
     agreement_on_rank(recipe)
 
 
 def _evaluate(options: Path) -> None:
-    from eaopd_megatron.evaluation.local_generation import on_rank
+    from eaopd_megatron.evaluation.generate import on_rank
 
     on_rank(json.loads(options.read_text()))
 

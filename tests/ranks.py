@@ -55,9 +55,9 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = [
     "pytest",
-    "eaopd_megatron.training.build",
+    "eaopd_megatron.training.components",
     "eaopd_megatron.training.step",
-    "eaopd_megatron.checkpoint.conversion",
+    "eaopd_megatron.checkpoint.convert",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3", "qwen3_moe")),
     "transformers.tokenization_utils_base",
     "tests.tiny_models",

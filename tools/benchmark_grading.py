@@ -24,7 +24,7 @@ import psutil
 from eaopd_megatron.evaluation.benchmarks import load_benchmark
 from eaopd_megatron.evaluation.grade import Problem
 from eaopd_megatron.evaluation.math_grader import MathGrader
-from eaopd_megatron.guard import guarded
+from eaopd_megatron.launch.entrypoint import guarded
 
 PATHOLOGICAL = (
     r"\boxed{10^{10^{10}}}",

@@ -31,9 +31,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron import launch
-from eaopd_megatron.guard import guarded, say
-from eaopd_megatron.megatron import groups
+from eaopd_megatron.distributed import parallel_state as groups
+from eaopd_megatron.launch import local as launch
+from eaopd_megatron.launch.entrypoint import guarded
 from eaopd_megatron.megatron.cross_entropy import cross_entropy
 from eaopd_megatron.objective import (
     Objective,
@@ -44,6 +44,7 @@ from eaopd_megatron.objective import (
     linear_entropy_aware_loss,
     summarise_teacher,
 )
+from eaopd_megatron.utils.log import say
 from tools.lib.live_bytes import LiveBytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -24,13 +24,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from eaopd_megatron.data.samples import Sampling  # noqa: E402
+from eaopd_megatron.data.types import Sampling  # noqa: E402
+from eaopd_megatron.rollout.sglang.generation import Generation  # noqa: E402
 from eaopd_megatron.rollout.sglang.identity import Expected, identify  # noqa: E402
 from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings  # noqa: E402
 from eaopd_megatron.rollout.sglang.wire import Limits, Request  # noqa: E402
-from eaopd_megatron.rollout.sglang.writing import Generation  # noqa: E402
-from eaopd_megatron.services.client import Client, read_api_key  # noqa: E402
-from eaopd_megatron.services.pool import Pool  # noqa: E402
+from eaopd_megatron.serving.client import Client, read_api_key  # noqa: E402
+from eaopd_megatron.serving.pool import Pool  # noqa: E402
 
 STUDENT = ROOT / "recipes/countdown/student"
 CONCURRENT = 64

@@ -34,16 +34,15 @@ sys.path.insert(0, str(ROOT))
 
 warnings.simplefilter("ignore")  # about optional packages
 
-from eaopd_megatron.config.tree import Teacher as Options  # noqa: E402
-from eaopd_megatron.data.samples import Prompt, Sample  # noqa: E402
-from eaopd_megatron.megatron.groups import Layout, Parallel  # noqa: E402
+from eaopd_megatron.config.schema import Teacher as Options  # noqa: E402
+from eaopd_megatron.data.types import Prompt, Sample  # noqa: E402
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel  # noqa: E402
 from eaopd_megatron.teacher.client import TeacherClient  # noqa: E402
+from eaopd_megatron.teacher.eos_map import TerminalMap  # noqa: E402
 from eaopd_megatron.teacher.remote import RemoteTeacher  # noqa: E402
+from eaopd_megatron.teacher.router import Teachers  # noqa: E402
 from eaopd_megatron.teacher.separate import Scoring, SeparateSource  # noqa: E402
-from eaopd_megatron.teacher.service.listener import Listener  # noqa: E402
-from eaopd_megatron.teacher.service.queue import Queue  # noqa: E402
-from eaopd_megatron.teacher.several import Teachers  # noqa: E402
-from eaopd_megatron.teacher.terminal import TerminalMap  # noqa: E402
+from eaopd_megatron.teacher.service.listener import Listener, Queue  # noqa: E402
 from eaopd_megatron.teacher.wire import Info  # noqa: E402
 from eaopd_megatron.training.loop import train  # noqa: E402
 

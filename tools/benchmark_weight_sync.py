@@ -33,14 +33,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from eaopd_megatron.checkpoint.conversion import one_process  # noqa: E402
+from eaopd_megatron.checkpoint.convert import one_process  # noqa: E402
 from eaopd_megatron.checkpoint.hf_folder import HfFolder  # noqa: E402
-from eaopd_megatron.config import tree  # noqa: E402
+from eaopd_megatron.config import schema as tree  # noqa: E402
 from eaopd_megatron.megatron.model import build_model  # noqa: E402
-from eaopd_megatron.rollout.weight_sync.group import UpdateGroup  # noqa: E402
+from eaopd_megatron.rollout.weight_sync.distributed import UpdateGroup  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.session import Session  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.sync import WeightSync  # noqa: E402
-from eaopd_megatron.services.client import Client  # noqa: E402
+from eaopd_megatron.serving.client import Client  # noqa: E402
 from tests.distributed.memory_of_conversion import growth  # noqa: E402
 from tests.sglang.double import Double  # noqa: E402
 from tests.sglang.processes import in_a_loop  # noqa: E402

@@ -24,19 +24,19 @@ sys.path.insert(0, str(ROOT))
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, common_vocab_size  # noqa: E402
 from eaopd_megatron.data.prompts import PromptBuilder  # noqa: E402
-from eaopd_megatron.data.samples import Prompt, Sample, Sampling  # noqa: E402
 from eaopd_megatron.data.sources import load_problems  # noqa: E402
-from eaopd_megatron.guard import guarded  # noqa: E402
+from eaopd_megatron.data.types import Prompt, Sample, Sampling  # noqa: E402
+from eaopd_megatron.launch.entrypoint import guarded  # noqa: E402
 from eaopd_megatron.objective import Objective, TeacherTopK, entropy_bounds  # noqa: E402
-from eaopd_megatron.objective.terms import gate_of  # noqa: E402
+from eaopd_megatron.objective.token_losses import gate_of  # noqa: E402
+from eaopd_megatron.rollout.sglang.generation import Generation  # noqa: E402
 from eaopd_megatron.rollout.sglang.identity import Expected, identify  # noqa: E402
 from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings  # noqa: E402
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, Request  # noqa: E402
-from eaopd_megatron.rollout.sglang.writing import Generation  # noqa: E402
-from eaopd_megatron.services.client import Client  # noqa: E402
-from eaopd_megatron.services.pool import Pool  # noqa: E402
+from eaopd_megatron.serving.client import Client  # noqa: E402
+from eaopd_megatron.serving.pool import Pool  # noqa: E402
+from eaopd_megatron.teacher.eos_map import TerminalMap  # noqa: E402
 from eaopd_megatron.teacher.served import Scoring, ServedSource  # noqa: E402
-from eaopd_megatron.teacher.terminal import TerminalMap  # noqa: E402
 
 PAIR = ROOT / "recipes/countdown"
 RUNNING = 16

@@ -18,11 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from eaopd_megatron import launch
-from eaopd_megatron.checkpoint import atomic
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.guard import guarded, say
+from eaopd_megatron.launch import local as launch
+from eaopd_megatron.launch.entrypoint import guarded
+from eaopd_megatron.utils import files as atomic
+from eaopd_megatron.utils.log import say
 
 KINDS = ("tensor", "pipeline", "expert")
 
@@ -54,8 +55,8 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         HfFolder.open(options.hf, "--hf").check_tensors()  # before any rank is started; also the one download
         if ranks > 1:
             return launch.launch(arguments, ranks, command=(sys.executable, str(Path(__file__).resolve())))
-    from eaopd_megatron.checkpoint import conversion
-    from eaopd_megatron.megatron import groups
+    from eaopd_megatron.checkpoint import convert as conversion
+    from eaopd_megatron.distributed import parallel_state as groups
 
     layout = groups.Layout(
         tensor_parallel=sizes["tensor"],

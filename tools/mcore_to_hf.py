@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from eaopd_megatron.checkpoint import atomic
-from eaopd_megatron.guard import guarded, say
+from eaopd_megatron.launch.entrypoint import guarded
+from eaopd_megatron.utils import files as atomic
+from eaopd_megatron.utils.log import say
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -34,7 +35,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def convert(options: argparse.Namespace) -> int:
     """Export. Returns the exit code; raises UserError."""
     atomic.check_new(options.out, "--out")
-    from eaopd_megatron.checkpoint import conversion
+    from eaopd_megatron.checkpoint import convert as conversion
 
     conversion.export_checkpoint(options.checkpoint, options.out, verify=options.verify, say=say)
     return 0

@@ -11,16 +11,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.checkpoint.agreement import agree
-from eaopd_megatron.checkpoint.atomic import whole_folder
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.checkpoint.hf_import import placement_of, shard_shape
-from eaopd_megatron.checkpoint.mapping import Entry
-from eaopd_megatron.checkpoint.placement import Seats
+from eaopd_megatron.checkpoint.hf_import import Seats, placement_of, shard_shape
 from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, TensorWriter, read_json
+from eaopd_megatron.distributed.errors import agree
+from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
+from eaopd_megatron.models.mapping import Entry
+from eaopd_megatron.utils.files import whole_folder
 
 T = TypeVar("T")
 Tensors = Iterator[tuple[str, torch.Tensor]]

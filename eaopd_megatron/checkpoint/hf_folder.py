@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from eaopd_megatron.checkpoint.families import family_of
-from eaopd_megatron.checkpoint.mapping import Family
 from eaopd_megatron.checkpoint.tensor_files import DTYPES, StoredTensor, TensorFiles, read_json
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.models.mapping import Family
+from eaopd_megatron.models.registry import family_of
 
 COMPANIONS = (
     "config.json",

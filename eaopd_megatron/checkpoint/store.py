@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
@@ -25,12 +26,44 @@ from typing import Any
 
 import torch.distributed as dist
 
-from eaopd_megatron.checkpoint.agreement import agree
-from eaopd_megatron.checkpoint.atomic import sync
-from eaopd_megatron.checkpoint.background import Background
-from eaopd_megatron.checkpoint.distributed import Prepared, load_sharded, prepare_sharded, write_sharded
+from eaopd_megatron.checkpoint.dist_checkpoint import Prepared, load_sharded, prepare_sharded, write_sharded
+from eaopd_megatron.distributed.errors import agree
+from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.utils.files import sync
+
+
+class Background:
+    """One piece of work at a time. Its error is raised where it is waited for, and nowhere else.
+
+    The thread does not keep a process alive that ends for another reason.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, work: Callable[[], object]) -> None:
+        """Begin the work, once the work before it has ended (whose error it raises)."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the work, if there is any, and raise its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._error = error
+
 
 SHARDED, STATE, MANIFEST = "sharded", "state.json", "manifest.json"
 INCOMPLETE, REPLACED, REMOVED, DAMAGED = ".incomplete", ".replaced", ".removed", ".damaged"

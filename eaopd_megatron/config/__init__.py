@@ -1,7 +1,7 @@
 """The recipe: a typed, frozen tree of settings, read from YAML and checked before anything starts."""
 
-from eaopd_megatron.config.load import differences, dump, load_recipe, setting
-from eaopd_megatron.config.tree import (
+from eaopd_megatron.config.loader import differences, dump, load_recipe, setting
+from eaopd_megatron.config.schema import (
     Data,
     Distributed,
     Evaluation,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from eaopd_megatron.config.tree import Recipe
+from eaopd_megatron.config.schema import Recipe
 
 LEAST_LIKENESS = 0.6
 TEACHER_NAME = re.compile(r"[A-Za-z0-9_-]+")

@@ -93,7 +93,7 @@ def summary(matches: Sequence[Match]) -> str:
 
 def write_report(path: Path, matches: Sequence[Match], *, problems: int, ngram: int) -> None:
     """All matches as JSON: {"problems", "left_out", "ngram", "matches": [{"id", "benchmark", ...}]}."""
-    from eaopd_megatron.evaluation.results import write_atomically
+    from eaopd_megatron.utils.files import write_atomically
 
     report: dict[str, Any] = {"problems": problems, "left_out": len(matches), "ngram": ngram}
     report["matches"] = [vars(match) for match in matches]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eaopd_megatron.data.samples import MicroBatch, Sample
+from eaopd_megatron.data.types import MicroBatch, Sample
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from eaopd_megatron.data.sources import KINDS, Fields, Problem, load_problems
 from eaopd_megatron.errors import RecipeError, UserError
-from eaopd_megatron.evaluation.extraction import last_boxed
+from eaopd_megatron.evaluation.answers import last_boxed
 from eaopd_megatron.evaluation.grading import grader_for
 from eaopd_megatron.evaluation.math_grader import MathGrader
 

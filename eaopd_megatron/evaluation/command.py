@@ -10,18 +10,17 @@ from typing import Literal
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.data.prompts import PromptBuilder
-from eaopd_megatron.data.samples import Sampling
 from eaopd_megatron.data.sources import Fields
+from eaopd_megatron.data.types import Sampling
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation import local_generation, tables
+from eaopd_megatron.evaluation import generate as local_generation
+from eaopd_megatron.evaluation import tables
 from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
-from eaopd_megatron.evaluation.folder import EvaluationFolder, digest, fingerprint
-from eaopd_megatron.evaluation.generations import Place, read_prompts, write_prompts
+from eaopd_megatron.evaluation.folder import EvaluationFolder, Place, digest, fingerprint, read_prompts, write_prompts
+from eaopd_megatron.evaluation.generate import ServerChoice, generate_on_servers
 from eaopd_megatron.evaluation.grading import named
 from eaopd_megatron.evaluation.results import EvaluationResult
-from eaopd_megatron.evaluation.served_generation import ServerChoice
-from eaopd_megatron.evaluation.served_generation import generate as generate_served
-from eaopd_megatron.guard import say
+from eaopd_megatron.utils.log import say
 
 SUFFIX = "Please reason step by step, and put your final answer within \\boxed{}."
 """Of mathematical benchmarks, whose answers are looked for in a box."""
@@ -88,9 +87,11 @@ def _generate(request: Request, folder: EvaluationFolder) -> int:
             say(f"{name}: {len(places)} of {count * request.samples} responses are to be generated")
     code = 0
     if missing and request.engine == "local":
-        code = local_generation.generate(folder, model.path, missing, request.tensor_parallel, request.batch_size)
+        code = local_generation.generate_on_ranks(
+            folder, model.path, missing, request.tensor_parallel, request.batch_size
+        )
     elif missing:
-        generate_served(folder, model, missing, request.servers, say)
+        generate_on_servers(folder, model, missing, request.servers, say)
     if exported and not code:
         shutil.rmtree(path)
     return code
@@ -154,7 +155,7 @@ def _weights(model: str, folder: EvaluationFolder) -> tuple[Path, bool]:
         return HfFolder.open(model, "MODEL").path, False
     made = folder.path / "model"
     if not made.exists():
-        from eaopd_megatron.checkpoint.conversion import export_checkpoint
+        from eaopd_megatron.checkpoint.convert import export_checkpoint
 
         folder.path.mkdir(parents=True, exist_ok=True)
         export_checkpoint(path, made, verify=False, say=say)

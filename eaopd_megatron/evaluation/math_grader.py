@@ -17,9 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.extraction import answers_of, boxed, normalise, undressed
+from eaopd_megatron.evaluation.answers import (
+    answers_of,
+    boxed,
+    exact_number,
+    immense,
+    leniently_equal,
+    misread,
+    normalise,
+    undressed,
+)
 from eaopd_megatron.evaluation.grade import Grade, Problem
-from eaopd_megatron.evaluation.notation import exact_number, immense, leniently_equal, misread
 
 MAX_KEY_LENGTH = 200  # characters; a run-on answer must not swell the results file
 MAX_ANSWER_LENGTH = 1000

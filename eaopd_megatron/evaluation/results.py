@@ -1,7 +1,6 @@
 """What an evaluation found: figures of each benchmark, the grades behind them, and their JSON file."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.estimators import FloatArray, IntArray, avg_at_k, majority, pass_at_k, pass_ks
 from eaopd_megatron.evaluation.grade import Grade
+from eaopd_megatron.utils.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -172,22 +172,6 @@ def read_evaluations(folder: Path) -> list[EvaluationResult]:
 def file_name(iteration: int) -> str:
     """Of the result of an iteration."""
     return f"{iteration:06d}.json"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file by `content`, so that a reader or a crash meets the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _problem_from_json(row: Mapping[str, Any]) -> ProblemResult:

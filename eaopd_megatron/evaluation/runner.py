@@ -10,12 +10,12 @@ from typing import Any
 import torch.distributed as dist
 
 from eaopd_megatron.data.prompts import PromptBuilder
-from eaopd_megatron.data.samples import Prompt, Sample, Sampling
+from eaopd_megatron.data.types import Prompt, Sample, Sampling
+from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
 from eaopd_megatron.evaluation.grade import Grader
 from eaopd_megatron.evaluation.grading import benchmark_name, grade_all, grader_for
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, ProblemResult, summarise
-from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.rollout.interface import Rollout, Wanted
 
 

@@ -12,9 +12,9 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 
-from eaopd_megatron.data.samples import MicroBatch
-from eaopd_megatron.megatron.attention import PackedSequences
-from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.data.types import MicroBatch
+from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.megatron.layers import PackedSequences
 from eaopd_megatron.megatron.model import ModelChunks, gpt_of
 from eaopd_megatron.megatron.overlap import gathered
 

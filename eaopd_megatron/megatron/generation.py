@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 
 

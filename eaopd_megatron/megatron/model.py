@@ -10,14 +10,13 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from eaopd_megatron.megatron import cpu
-from eaopd_megatron.megatron.architecture import Recompute, padded_vocab_size, transformer_config
-from eaopd_megatron.megatron.fp8 import take_any_length
-from eaopd_megatron.megatron.groups import Layout
-from eaopd_megatron.megatron.layers import layer_spec
-from eaopd_megatron.megatron.names import global_name
+from eaopd_megatron.distributed import cpu_compat as cpu
+from eaopd_megatron.distributed.parallel_state import Layout
+from eaopd_megatron.megatron.layers import layer_spec, take_any_length
 from eaopd_megatron.megatron.overlap import gathered
-from eaopd_megatron.megatron.rotary import rotary_base, set_attention_factor, set_frequencies
+from eaopd_megatron.megatron.param_names import global_name
+from eaopd_megatron.models.architecture import Recompute, padded_vocab_size, transformer_config
+from eaopd_megatron.models.rotary import rotary_base, set_attention_factor, set_frequencies
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Of what is computed, and of weights but fp8's (`build_model(..., fp8=True)`)."""

@@ -15,8 +15,8 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
-from eaopd_megatron.megatron.cpu import cuda_literals
-from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.distributed.cpu_compat import cuda_literals
+from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import keep_moments_on_host
 from eaopd_megatron.megatron.optimizer_state import complete_states

@@ -24,7 +24,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from eaopd_megatron.megatron.cpu import cuda_literals
+from eaopd_megatron.distributed.cpu_compat import cuda_literals
 from eaopd_megatron.megatron.offload import MOMENTS, require_states
 
 MAIN = "fp32_param"

@@ -11,9 +11,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from eaopd_megatron.data.packing import Packing, collate, cut
-from eaopd_megatron.data.samples import MicroBatch, Prompt, Sample
+from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.megatron.forward import head_of, rows_of, stage_output, whole
-from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, gpt_of
 
 LastStage = Callable[[int, torch.Tensor], torch.Tensor | None]

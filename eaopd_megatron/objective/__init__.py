@@ -1,10 +1,16 @@
 """The paper's objective: what is minimised, over vocabulary shards, with exact gradients. Imports torch alone."""
 
-from .entropy_aware import entropy_aware_loss, token_statistics
-from .linear_head import linear_entropy_aware_loss, linear_token_statistics
-from .losses import TokenLosses, TokenStatistics
-from .settings import Objective
-from .teacher import TeacherHidden, TeacherLogits, TeacherTopK, entropy_bounds, summarise_teacher
+from eaopd_megatron.objective.entropy_aware import entropy_aware_loss, token_statistics
+from eaopd_megatron.objective.linear import linear_entropy_aware_loss, linear_token_statistics
+from eaopd_megatron.objective.settings import Objective
+from eaopd_megatron.objective.teacher import (
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTopK,
+    entropy_bounds,
+    summarise_teacher,
+)
+from eaopd_megatron.objective.token_losses import TokenLosses, TokenStatistics
 
 __all__ = [
     "Objective",

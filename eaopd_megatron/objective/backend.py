@@ -40,7 +40,7 @@ def kernels_for(*logits: Tensor | None) -> ModuleType | None:
     wanted = all(value.is_cuda for value in given) if _wanted is None else _wanted
     if not wanted or not all(_served(value) for value in given) or not _installed():
         return None
-    return importlib.import_module(".launch", __package__)
+    return importlib.import_module(".triton_launch", __package__)
 
 
 def _served(logits: Tensor) -> bool:

@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .checks import Checks, require_shape
-from .contribution import Wanted, contribution, join
-from .evidence import check_top_k, from_both, from_top_k, wanted_of
-from .gradient import Recipe, once, write_gradient
-from .losses import TokenLosses, TokenStatistics, check_old_logprobs, check_tokens, judge
-from .settings import Objective, Signal
-from .teacher import TeacherLogits, TeacherTopK
-from .vocab_parallel import Shard, Softmax
+from eaopd_megatron.objective.checks import Checks, require_shape
+from eaopd_megatron.objective.gradient import Recipe, once, write_gradient
+from eaopd_megatron.objective.partial_stats import (
+    Wanted,
+    check_top_k,
+    contribution,
+    from_both,
+    from_top_k,
+    join,
+    wanted_of,
+)
+from eaopd_megatron.objective.settings import Objective, Signal
+from eaopd_megatron.objective.teacher import TeacherLogits, TeacherTopK
+from eaopd_megatron.objective.token_losses import TokenLosses, TokenStatistics, check_old_logprobs, check_tokens, judge
+from eaopd_megatron.objective.vocab_parallel import Shard, Softmax
 
 
 def entropy_aware_loss(

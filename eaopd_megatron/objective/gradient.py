@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .backend import kernels_for
-from .terms import Coefficients
-from .vocab_parallel import Shard, Softmax, longest, shift, times, zero_at
+from eaopd_megatron.objective.backend import kernels_for
+from eaopd_megatron.objective.vocab_parallel import Shard, Softmax, longest, shift, times, zero_at
+
+if TYPE_CHECKING:
+    from eaopd_megatron.objective.token_losses import Coefficients
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .checks import Checks, require_integers, require_shape
-from .top_k import first_k, shard_top_k
-from .vocab_parallel import Shard, look_up, merge, partial_sums, times
+from eaopd_megatron.objective.checks import Checks, require_integers, require_shape
+from eaopd_megatron.objective.top_k import first_k, shard_top_k
+from eaopd_megatron.objective.vocab_parallel import Shard, look_up, merge, partial_sums, times
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .vocab_parallel import Shard
+from eaopd_megatron.objective.vocab_parallel import Shard
 
 BLOCK = 64  # columns under one maximum: the k largest logits lie in the k blocks with the largest maxima
 SPARE = 16  # candidates beyond k: equal logits at the k-th place are settled among them, without reading the row again

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .backend import kernels_for
-from .checks import require_matrix
+from eaopd_megatron.objective.backend import kernels_for
+from eaopd_megatron.objective.checks import require_matrix
 
 CPU_CHUNK_ELEMENTS = 1 << 17  # per thread: the four buffers of a chunk then fit a core's second-level cache
 GPU_CHUNK_ELEMENTS = 1 << 25

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning.layouts import Layout
-from eaopd_megatron.planning.shapes import ModelShape
 
 Path = Literal["torch", "fused"]
 Recompute = Literal["none", "selective", "full"]

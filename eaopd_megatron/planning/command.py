@@ -8,15 +8,13 @@ from pathlib import Path
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.planning.configs import find_model
-from eaopd_megatron.planning.export import as_json
+from eaopd_megatron.models.known_models import find_model
 from eaopd_megatron.planning.hardware import gpu_named
 from eaopd_megatron.planning.layouts import Layout
+from eaopd_megatron.planning.memory import Servers
 from eaopd_megatron.planning.planner import Plan, Planner
-from eaopd_megatron.planning.scorer import Scorer
-from eaopd_megatron.planning.servers import Servers
-from eaopd_megatron.planning.show import show
-from eaopd_megatron.planning.workload import Workload
+from eaopd_megatron.planning.report import as_json, show
+from eaopd_megatron.planning.workload import Scorer, Workload
 
 
 def plan(

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from eaopd_megatron.megatron.layout import Layout as ModelLayout
+from eaopd_megatron.config.parallel import Layout as ModelLayout
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import Student
-    from eaopd_megatron.planning.shapes import ModelShape
+    from eaopd_megatron.models.shapes import ModelShape
 
 GPUS_PER_HOST = 8
 

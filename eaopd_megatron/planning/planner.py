@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 
+from eaopd_megatron.models.known_models import Model
+from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning import traffic
-from eaopd_megatron.planning.configs import Model
 from eaopd_megatron.planning.hardware import Assumptions, GiB, Gpu
 from eaopd_megatron.planning.layouts import Layout, faults, layouts
-from eaopd_megatron.planning.memory import MOMENTS, Colocated, Memory, separate_teacher, served_teacher
-from eaopd_megatron.planning.scorer import Scorer
-from eaopd_megatron.planning.servers import Servers
-from eaopd_megatron.planning.shapes import ModelShape
+from eaopd_megatron.planning.memory import MOMENTS, Colocated, Memory, Servers, separate_teacher, served_teacher
 from eaopd_megatron.planning.times import Clock
-from eaopd_megatron.planning.workload import Workload
+from eaopd_megatron.planning.workload import Scorer, Workload
 
 TEACHER_GPUS = (1, 2, 4, 8, 16, 32, 64)
 KEYS = {

@@ -5,14 +5,51 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning import traffic
-from eaopd_megatron.planning.flops import BACKWARD, forward_flops
 from eaopd_megatron.planning.hardware import Assumptions, Gpu
 from eaopd_megatron.planning.layouts import GPUS_PER_HOST, Layout
-from eaopd_megatron.planning.memory import kv_cache, moments
-from eaopd_megatron.planning.servers import Servers
-from eaopd_megatron.planning.shapes import ModelShape
+from eaopd_megatron.planning.memory import Servers, kv_cache, moments
 from eaopd_megatron.planning.workload import Workload
+
+BACKWARD = 2  # products with the transposed weights and with the transposed inputs, for each forward one
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one token, forward."""
+
+    layers: float  # the layers' matrices
+    attention: float  # queries with keys, and probabilities with values
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.layers + self.attention + self.head
+
+
+def forward_flops(shape: ModelShape, context_length: float) -> Flops:
+    """Of a token of a causal sequence of context_length tokens, on average: it attends to half of them."""
+    expert_layers = len(shape.expert_layers)
+    mlp = 3 * shape.hidden * shape.intermediate
+    experts = shape.hidden * (shape.experts + 3 * shape.expert_intermediate * shape.experts_per_token)
+    weights = shape.layers * shape.attention_weights + (shape.layers - expert_layers) * mlp + expert_layers * experts
+    keys = (context_length + 1) / 2
+    return Flops(2 * weights, 4 * shape.layers * shape.query_width * keys, 2 * shape.hidden * shape.vocab)
+
+
+def flops_per_token(shape: ModelShape, context_length: float, *, training: bool = False) -> float:
+    """Model FLOPs of a token of a sequence of context_length tokens: forward, or (training) forward and backward.
+
+    shape: `ModelShape.of(config)`. Every token is counted with the output layer; activation recompute is not counted.
+    """
+    return forward_flops(shape, context_length).total * (1 + BACKWARD if training else 1)
+
+
+def utilisation(flops: float, seconds: float, gpus: int, peak: float) -> float:
+    """Model FLOPs utilisation: FLOPs of all GPUs in so many seconds over what gpus · peak (FLOP/s) could have done."""
+    return flops / (seconds * gpus * peak)
+
 
 COLLECTIVE = 20e-6  # seconds that a small one takes
 OPTIMIZER_BYTES = 30  # read and written of a parameter: gradient, three fp32 states twice, the weight

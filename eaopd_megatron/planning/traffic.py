@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from eaopd_megatron.models.shapes import ModelShape, Parameters
 from eaopd_megatron.planning.activations import FP32
 from eaopd_megatron.planning.layouts import Layout
-from eaopd_megatron.planning.shapes import ModelShape, Parameters
 
 OBJECTIVE_ROWS = 16  # fp32 numbers a token that each rank gives to the objective's one exchange, about
 

@@ -1,15 +1,19 @@
-"""What a recipe asks of its models in an iteration, in samples and tokens."""
+"""A recipe's teacher as a plan sees it: its sizes, where it is, and what it hands over."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
+from eaopd_megatron.models.known_models import Model, find_model
+from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning.activations import MicroBatch, Recompute
 from eaopd_megatron.planning.layouts import Layout
+from eaopd_megatron.teacher.payload_sizes import hidden_bytes, topk_bytes
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import Recipe
+
 
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 """Of an activation, and of weights but fp8's."""
@@ -77,3 +81,80 @@ class Workload:
     def response_rows(self, batch: MicroBatch, layout: Layout) -> float:
         """Positions of a micro-batch that have a loss."""
         return batch.tokens * self.longest_response / self.longest / layout.context_parallel
+
+
+FP8 = 1  # bytes of a weight in the layers' matrices; norms are counted with them
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """key: its section in the recipe. layout, replicas, memory_fraction: of its own GPUs, where it is not colocated."""
+
+    model: Model
+    key: str = "teacher"
+    placement: Literal["colocated", "separate", "served"] = "colocated"
+    signal: Literal["topk", "hidden", "logits"] = "topk"
+    top_k: int = 16
+    element: int = 2  # bytes of an activation, and of a weight that is not fp8
+    fp8: bool = False
+    swapped_rows: bool = False  # of the output layer, which is then no part of the embedding
+    offloaded: bool = False  # weights in host memory while it does not score
+    layout: Layout = field(default_factory=Layout)
+    replicas: int = 1
+    memory_fraction: float = 1.0
+
+    @classmethod
+    def all_of(cls, recipe: Recipe) -> tuple[Scorer, ...]:
+        """The recipe's teachers. UserError for a model whose sizes cannot be found."""
+        found = []
+        for name, options in recipe.named_teachers().items():
+            key = f"teachers.{name}" if name else "teacher"
+            scorer = cls(
+                model=find_model(options.model, f"{key}.model"),
+                key=key,
+                placement=options.placement,
+                signal=recipe.signal(options),
+                top_k=recipe.objective.build().top_k,
+                element=BYTES[options.precision],
+                fp8=options.precision == "fp8",
+                swapped_rows=options.terminal_map == "swap",  # at most: where the end tokens differ
+                offloaded=options.offload == "weights",
+                layout=Layout(**asdict(options.layout), data_parallel=options.layout.smallest_copies),
+                replicas=options.replicas,
+                memory_fraction=options.memory_fraction,
+            )
+            found.append(scorer)
+        return tuple(found)
+
+    def elsewhere(self) -> Scorer:
+        """The same teacher, on GPUs of its own."""
+        return replace(self, placement="separate", signal="hidden", offloaded=False) if self.colocated else self
+
+    @property
+    def role(self) -> str:
+        """teacher, or teacher NAME."""
+        return self.key.replace("teachers.", "teacher ")
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.model.shape
+
+    @property
+    def colocated(self) -> bool:
+        return self.placement == "colocated"
+
+    @property
+    def row_bytes(self) -> int:
+        """Of what it hands over of a response token; elsewhere than on the student's GPUs these travel."""
+        if self.signal == "topk":
+            return topk_bytes(self.top_k, entropy=self.placement != "served")
+        return hidden_bytes(self.shape.hidden, self.element)
+
+    def weights(self, layout: Layout, stage: int, output_vocab: int | None = None) -> float:
+        """Bytes of its weights on a rank. output_vocab: as `ModelShape.on_rank`."""
+        shape = replace(self.shape, tied=False) if self.swapped_rows else self.shape
+        held = shape.on_rank(layout, stage, output_vocab).total
+        if not self.fp8:
+            return held * self.element
+        layers = sum(shape.layer(number, layout).total for number in layout.layers_of(stage, shape.layers))
+        return layers * FP8 + (held - layers) * self.element

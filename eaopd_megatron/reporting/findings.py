@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from eaopd_megatron.config.tree import Rollout, Train
+from eaopd_megatron.config.schema import Rollout, Train
 from eaopd_megatron.evaluation.estimators import Estimate, estimate
 from eaopd_megatron.evaluation.results import BenchmarkResult
+from eaopd_megatron.reporting.alerts import signs
 from eaopd_megatron.reporting.run_data import RunData
-from eaopd_megatron.reporting.signs import signs
 
 TRUNCATION_CEILING = 0.5  # of an evaluation's answers
 

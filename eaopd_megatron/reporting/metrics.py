@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.results import write_atomically
+from eaopd_megatron.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

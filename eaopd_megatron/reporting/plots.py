@@ -16,8 +16,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from eaopd_megatron.evaluation.estimators import FloatArray, estimate
 from eaopd_megatron.evaluation.results import BenchmarkResult
-from eaopd_megatron.reporting.axes import finish, panels
-from eaopd_megatron.reporting.pass_curves import pass_curve
+from eaopd_megatron.plotting.curves import finish, panels, pass_curve
 from eaopd_megatron.reporting.run_data import RunData
 
 TEACHER, STUDENT, FORWARD, REVERSE, NEUTRAL = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#333333"

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from eaopd_megatron.evaluation.estimators import Estimate
-from eaopd_megatron.evaluation.results import write_atomically
 from eaopd_megatron.reporting.findings import Comparison, compare_evaluations, find_warnings, summary_of
 from eaopd_megatron.reporting.plots import PLOTS, Missing, to_png
 from eaopd_megatron.reporting.run_data import RunData
+from eaopd_megatron.utils.files import write_atomically
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px;

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from eaopd_megatron.data.samples import Prompt, Sample, Sampling
+from eaopd_megatron.data.types import Prompt, Sample, Sampling
 
 Key = tuple[int | str, ...]
 

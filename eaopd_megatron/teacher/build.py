@@ -9,24 +9,22 @@ from pathlib import Path
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.config.tree import Teacher as Options
+from eaopd_megatron.config.schema import Teacher as Options
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel, ranks_beside_the_first
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron.architecture import check_config
-from eaopd_megatron.megatron.fp8 import check_fp8
-from eaopd_megatron.megatron.groups import Layout, Parallel
-from eaopd_megatron.megatron.hosts import ranks_beside_the_first
+from eaopd_megatron.megatron.layers import check_fp8
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
+from eaopd_megatron.models.architecture import check_config
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
-from eaopd_megatron.teacher.head import load_head
-from eaopd_megatron.teacher.identity import identity
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import Teacher
-from eaopd_megatron.teacher.remote import RemoteTeacher
+from eaopd_megatron.teacher.remote import RemoteTeacher, load_head
 from eaopd_megatron.teacher.replicas import Replicas
+from eaopd_megatron.teacher.router import Teachers
 from eaopd_megatron.teacher.separate import SeparateSource
 from eaopd_megatron.teacher.served import ServedSource
 from eaopd_megatron.teacher.service.choice import key_of
-from eaopd_megatron.teacher.several import Teachers
-from eaopd_megatron.teacher.terminal import TerminalMap
+from eaopd_megatron.teacher.wire import identity
 
 
 def open_folders(recipe: Recipe, student: HfFolder) -> dict[str, HfFolder]:

@@ -19,8 +19,8 @@ import torch
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.services.client import Busy, Patience
-from eaopd_megatron.services.connection import KEEP_ALIVE, Address, ServerGone
+from eaopd_megatron.serving.client import Busy, Patience
+from eaopd_megatron.serving.connection import KEEP_ALIVE, Address, ServerGone
 from eaopd_megatron.teacher.wire import Info
 
 CONTROL_THREADS = 2

@@ -8,18 +8,17 @@ from dataclasses import fields
 
 import torch
 
-from eaopd_megatron.data.samples import MicroBatch, Sample
+from eaopd_megatron.data.types import MicroBatch, Sample
+from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.forward import head_of, whole
-from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import FrozenWeights
 from eaopd_megatron.megatron.pipeline import forward, micro_batches
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import TeacherSignal, require_whole
-from eaopd_megatron.teacher.kept import keep, kept
-from eaopd_megatron.teacher.rows import TopKRows
-from eaopd_megatron.teacher.summary import summarise_rows
-from eaopd_megatron.teacher.terminal import TerminalMap
+from eaopd_megatron.teacher.payload import TopKRows, keep, kept
+from eaopd_megatron.teacher.service.scorer import summarise_rows
 
 
 class ColocatedTeacher:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from eaopd_megatron.data.samples import MicroBatch, Sample
+from eaopd_megatron.data.types import MicroBatch, Sample
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
 
 TeacherSignal = TeacherTopK | TeacherHidden | TeacherLogits

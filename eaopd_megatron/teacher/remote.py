@@ -19,20 +19,51 @@ from typing import Any, Generic, Protocol
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.checkpoint.agreement import agree
-from eaopd_megatron.config.tree import Teacher as Options
-from eaopd_megatron.data.samples import MicroBatch, Sample
-from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.checkpoint.hf_import import load_output_head
+from eaopd_megatron.config.schema import Teacher as Options
+from eaopd_megatron.data.types import MicroBatch, Sample
+from eaopd_megatron.distributed.broadcast import relay, wait_together
+from eaopd_megatron.distributed.errors import agree
+from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.megatron.model import DTYPES
 from eaopd_megatron.objective import TeacherHidden
-from eaopd_megatron.services.arrival import Arrival
-from eaopd_megatron.services.client import read_api_key
-from eaopd_megatron.services.loop import POLL_SECONDS, Loop, until_done
-from eaopd_megatron.services.pool import C, Call, L, Pool
-from eaopd_megatron.services.relay import relay, wait_together
+from eaopd_megatron.serving.client import read_api_key
+from eaopd_megatron.serving.pool import C, Call, L, Pool
+from eaopd_megatron.serving.readiness import POLL_SECONDS, Arrival, Loop, until_done
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import TeacherSignal, require_count
-from eaopd_megatron.teacher.kept import keep, kept
-from eaopd_megatron.teacher.rows import Rows, TopKRows
-from eaopd_megatron.teacher.terminal import TerminalMap
+from eaopd_megatron.teacher.payload import Rows, TopKRows, keep, kept
+
+
+def load_head(
+    folder: HfFolder,
+    parallel: Parallel,
+    *,
+    student_rows: int,
+    vocab_size: int,
+    precision: str,
+    terminal: TerminalMap,
+) -> torch.Tensor | None:
+    """This rank's rows of the teacher's head in the student's layout and padding [V_padded/tp, h_T], under the terminal
+    map; None before the last pipeline stage.
+
+    student_rows: the student's vocabulary without padding. vocab_size: that of both models, beyond which the rows are
+    padding. precision: of the teacher's scoring; its hidden states are multiplied in it ("fp8" is of the weights of
+    layers alone: the head is bf16 then). Raises UserError where the folder does not hold what its config.json says.
+    """
+    if not parallel.is_last_stage:
+        return None
+    head = load_output_head(
+        folder,
+        tp_rank=parallel.tp_rank,
+        tp_size=parallel.tp_size,
+        rows=student_rows,
+        vocab_size=vocab_size,
+        row_map=terminal.row_map(),
+    )
+    return head.to(parallel.device, DTYPES.get(precision, torch.bfloat16))
+
 
 KIND = "teacher replica"
 """What messages call one."""

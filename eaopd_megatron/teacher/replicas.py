@@ -12,16 +12,16 @@ import torch
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe, dump
-from eaopd_megatron.config.tree import Teacher as Options
+from eaopd_megatron.config.schema import Teacher as Options
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.results import write_atomically
 from eaopd_megatron.rollout.sglang.server import Server, ServerSettings
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS
-from eaopd_megatron.services.client import read_api_key
-from eaopd_megatron.services.loop import until_done
-from eaopd_megatron.services.process import ServerProcess
-from eaopd_megatron.services.supervisor import Supervisor
+from eaopd_megatron.serving.client import read_api_key
+from eaopd_megatron.serving.process import ServerProcess
+from eaopd_megatron.serving.readiness import until_done
+from eaopd_megatron.serving.supervisor import Supervisor
 from eaopd_megatron.teacher.service.choice import key_of
+from eaopd_megatron.utils.files import write_atomically
 
 KIND = "teacher replica"
 

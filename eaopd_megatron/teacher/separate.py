@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from eaopd_megatron.data.packing import cut
-from eaopd_megatron.data.samples import Sample
+from eaopd_megatron.data.types import Sample
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.services.client import Busy
+from eaopd_megatron.serving.client import Busy
 from eaopd_megatron.teacher.client import TeacherClient
-from eaopd_megatron.teacher.terminal import TerminalMap
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.wire import Info, Scored, ScoreRequest
 
 

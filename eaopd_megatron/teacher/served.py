@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.data.samples import Sample
+from eaopd_megatron.data.types import Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.objective import TeacherTopK
 from eaopd_megatron.objective.top_k import first_k
 from eaopd_megatron.rollout.sglang.identity import Expected, identify
 from eaopd_megatron.rollout.sglang.wire import Limits, meta_of, reading
-from eaopd_megatron.services.client import Client
-from eaopd_megatron.teacher.rows import TopKRows
-from eaopd_megatron.teacher.terminal import TerminalMap
+from eaopd_megatron.serving.client import Client
+from eaopd_megatron.teacher.eos_map import TerminalMap
+from eaopd_megatron.teacher.payload import TopKRows
 
 SLACK = 1e-3
 """Nats by which rounding may lift a log-prob above 0, or move it between two places of an answer."""

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_export import export_hf
 from eaopd_megatron.reporting.report import summary_line, write_report
-from eaopd_megatron.training.run import Run
+from eaopd_megatron.training.trainer import Run
 
 
 def finish(run: Run) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from eaopd_megatron.data.samples import Sample
-from eaopd_megatron.training.run import Run
+from eaopd_megatron.data.types import Sample
+from eaopd_megatron.training.trainer import Run
 
 
 def train(run: Run) -> None:

@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.data.samples import MicroBatch, Prompt, Sample
+from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
+from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.forward import head_of, hidden_grad, row_logits, whole
-from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import forward, forward_backward, from_last_stage, micro_batches
 from eaopd_megatron.objective import (
@@ -28,9 +28,8 @@ from eaopd_megatron.objective import (
     linear_token_statistics,
 )
 from eaopd_megatron.teacher.interface import TeacherSignal
-from eaopd_megatron.teacher.several import Teachers
-from eaopd_megatron.training.averages import Averages
-from eaopd_megatron.training.importance import ImportanceWeights
+from eaopd_megatron.teacher.router import Teachers
+from eaopd_megatron.training.metrics import Averages, ImportanceWeights
 
 
 class Student:

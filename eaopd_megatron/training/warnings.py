@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.reporting.signs import signs
+from eaopd_megatron.reporting.alerts import signs
 
 
 class Warnings:

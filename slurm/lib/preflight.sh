@@ -9,7 +9,7 @@ preflight() {
     echo "$mark" >"$folder/token"
     list="$(joined_by_comma "${nodes[@]}")"
     (step_options=(--kill-on-bad-exit=0)
-        on "${#nodes[@]}" 1 "$list" "$python" -m eaopd_megatron.cluster look --token "$folder/token" --holds "$mark" \
+        on "${#nodes[@]}" 1 "$list" "$python" -m eaopd_megatron.slurm_job look --token "$folder/token" --holds "$mark" \
             --stage "${EAOPD_STAGE:-}" "${arranged_models[@]}") >"$folder/nodes" 2>"$folder/nodes.srun" &
     await $!
     ended_by_signal
@@ -21,7 +21,7 @@ preflight() {
 probe_network() {
     command -v nvidia-smi >/dev/null || [[ ${EAOPD_PROBE:-} == yes ]] || return 0
     [[ ${EAOPD_PROBE:-} != no ]] || return 0
-    as_rank probe "" "$python" -m eaopd_megatron.cluster probe
+    as_rank probe "" "$python" -m eaopd_megatron.slurm_job probe
     (on "${#student_nodes[@]}" "$arranged_student_tasks" "$(joined_by_comma "${student_nodes[@]}")" "${ranked[@]}") &
     await $! || finish 1 "error: the network does not carry the ranks (above)"
     ended_by_signal
@@ -33,7 +33,7 @@ stage_models() {
     [[ -n ${EAOPD_STAGE:-} ]] || return 0
     say "copying models to $EAOPD_STAGE of every node"
     list="$(joined_by_comma "${nodes[@]}")"
-    (on "${#nodes[@]}" 1 "$list" "$python" -m eaopd_megatron.cluster stage --stage "$EAOPD_STAGE" \
+    (on "${#nodes[@]}" 1 "$list" "$python" -m eaopd_megatron.slurm_job stage --stage "$EAOPD_STAGE" \
         "${arranged_models[@]}") &
     await $! || finish 1 "error: the models could not be copied (above)"
     ended_by_signal

@@ -35,7 +35,7 @@ start_teacher() {
 start_server() {
     local number="$1" part=""
     ((gpus == 0)) || part="$((number % arranged_servers * arranged_server_gpus)):$arranged_server_gpus"
-    as_rank "server_$number" "$part" "$python" -m eaopd_megatron.cluster serve --listen {listen} \
+    as_rank "server_$number" "$part" "$python" -m eaopd_megatron.slurm_job serve --listen {listen} \
         --key-file "$folder/key" --log "$arranged_folder/servers/server_$number.log" \
         "$arranged_recipe" "${arranged_overrides[@]}"
     keep "server_$number" 1 1 "${servers_nodes[number / arranged_servers]}" "${ranked[@]}" &

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# srun: which nodes, how many tasks, in which container; and the small programs of eaopd_megatron/cluster.
+# srun: which nodes, how many tasks, in which container; and the small programs of eaopd_megatron/slurm_job.
 
 step_options=() # more of srun's
 session=()      # what srun is started by
@@ -20,15 +20,15 @@ on() {
 as_rank() {
     local name="$1" part="$2"
     shift 2
-    ranked=("$python" -m eaopd_megatron.cluster step --name "$name" --folder "$folder" --gpus "$part" "$@")
+    ranked=("$python" -m eaopd_megatron.slurm_job step --name "$name" --folder "$folder" --gpus "$part" "$@")
 }
 
 # tool VERB ARGUMENTS...: on this node, in the container where there is one.
 tool() {
     if ((${#container[@]})); then
-        (on 1 1 "${nodes[0]}" "$python" -m eaopd_megatron.cluster "$@")
+        (on 1 1 "${nodes[0]}" "$python" -m eaopd_megatron.slurm_job "$@")
     else
-        "${in_container[@]}" "$python" -m eaopd_megatron.cluster "$@"
+        "${in_container[@]}" "$python" -m eaopd_megatron.slurm_job "$@"
     fi
 }
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from eaopd_megatron.megatron import groups
-from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.distributed import parallel_state as groups
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.data.countdown import EOS_ID
-from eaopd_megatron.training.build import build
-from eaopd_megatron.training.folder import RunFolder
-from eaopd_megatron.training.trial import PROMPTS, agreements
+from eaopd_megatron.diagnostics.eos_trial import PROMPTS, agreements
+from eaopd_megatron.training.components import build
+from eaopd_megatron.training.run_folder import RunFolder
 from tests.distributed.arranged import arranged
 
 WIDE = ("student.tensor_parallel=2", "student.sequence_parallel=true", "student.context_parallel=2")

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.checkpoint import store
-from eaopd_megatron.checkpoint.distributed import Prepared, load_sharded, restore, save_sharded, training_state
+from eaopd_megatron.checkpoint.dist_checkpoint import Prepared, load_sharded, restore, save_sharded, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import build_model
 from tests.distributed.trainer import LEARNING_RATES, Precision, Trainer, world
 

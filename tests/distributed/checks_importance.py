@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from eaopd_megatron.data.samples import Sample
-from eaopd_megatron.megatron.groups import Layout
+from eaopd_megatron.data.types import Sample
+from eaopd_megatron.distributed.parallel_state import Layout
 from eaopd_megatron.objective import Objective, TeacherLogits
-from eaopd_megatron.objective.dense import dense_loss
-from eaopd_megatron.training.averages import Averages
+from eaopd_megatron.objective.reference import dense_loss
+from eaopd_megatron.training.metrics import Averages
 from tests.distributed.arranged import arranged
 from tests.distributed.checks_training import Built, built, grad, samples
 from tests.tiny_models import on_disk

@@ -15,21 +15,21 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from eaopd_megatron.checkpoint.conversion import import_folder
-from eaopd_megatron.checkpoint.distributed import training_state
+from eaopd_megatron.checkpoint.convert import import_folder
+from eaopd_megatron.checkpoint.dist_checkpoint import training_state
 from eaopd_megatron.checkpoint.hf_export import export_hf, gather_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.checkpoint.store import CheckpointStore
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import overlap
-from eaopd_megatron.megatron.architecture import check_config
 from eaopd_megatron.megatron.forward import row_logits
 from eaopd_megatron.megatron.generation import Decoder, decoding
-from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, step, wrap
 from eaopd_megatron.megatron.pipeline import forward_backward, gathered_logits, whole_batch
+from eaopd_megatron.models.architecture import check_config
 from tests.distributed.arranged import arranged
 
 LIMIT = 1e-5

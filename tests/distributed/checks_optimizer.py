@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from eaopd_megatron.checkpoint.distributed import restore, training_state
+from eaopd_megatron.checkpoint.dist_checkpoint import restore, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.data.packing import collate
-from eaopd_megatron.megatron.attention import CoreAttention
+from eaopd_megatron.distributed.parallel_state import Layout
 from eaopd_megatron.megatron.forward import head_of, stage_output
-from eaopd_megatron.megatron.groups import Layout
+from eaopd_megatron.megatron.layers import CoreAttention
 from eaopd_megatron.megatron.offload import TrainerMemory
 from tests.distributed.trainer import LEARNING_RATES, OPTIMIZER, Precision, Trainer, gradients_of, sample_of, world
 

@@ -12,16 +12,16 @@ import torch.distributed as dist
 from transformers import AutoConfig
 
 from eaopd_megatron.data.packing import collate
-from eaopd_megatron.data.samples import MicroBatch as Packed
-from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.data.types import MicroBatch as Packed
+from eaopd_megatron.data.types import Prompt, Sample
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.megatron.forward import rows_of, stage_output
-from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, wrap
 from eaopd_megatron.megatron.pipeline import packing_of
+from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning import layouts, memory
 from eaopd_megatron.planning.activations import Activations, MicroBatch, Recompute
-from eaopd_megatron.planning.shapes import ModelShape
 from eaopd_megatron.planning.workload import BYTES
 from tests.distributed.arranged import arranged as groups_at
 

@@ -12,16 +12,15 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.config.tree import Teacher as Options
+from eaopd_megatron.config.schema import Teacher as Options
 from eaopd_megatron.data.packing import collate
-from eaopd_megatron.data.samples import Prompt, Sample
-from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.data.types import Prompt, Sample
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.errors import Asked, ServiceFailed
 from eaopd_megatron.objective import Objective, TeacherHidden
-from eaopd_megatron.services.ending import Asked, ServiceFailed
-from eaopd_megatron.teacher.head import load_head
-from eaopd_megatron.teacher.remote import RemoteTeacher
+from eaopd_megatron.teacher.eos_map import TerminalMap
+from eaopd_megatron.teacher.remote import RemoteTeacher, load_head
 from eaopd_megatron.teacher.separate import SeparateSource
-from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.teacher.wire import Info
 from tests.distributed.arranged import arranged
 from tests.distributed.checks_training import compare, reference, samples, teacher_logprobs, trained

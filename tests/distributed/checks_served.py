@@ -9,21 +9,21 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
-from eaopd_megatron.config.tree import Teacher as Options
+from eaopd_megatron.config.schema import Teacher as Options
 from eaopd_megatron.data.countdown import EOS_ID
 from eaopd_megatron.data.prompts import PromptBuilder
-from eaopd_megatron.data.samples import Prompt, Sample, Sampling
 from eaopd_megatron.data.sources import load_problems
-from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.data.types import Prompt, Sample, Sampling
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.megatron.pipeline import micro_batches
 from eaopd_megatron.objective import Objective, TeacherTopK, TokenLosses, linear_entropy_aware_loss
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import Teacher
 from eaopd_megatron.teacher.remote import RemoteTeacher
 from eaopd_megatron.teacher.served import ServedSource
-from eaopd_megatron.teacher.terminal import TerminalMap
 from tests.distributed.arranged import arranged
 
 MAPS_AND_K = (("none", 112), ("swap", 16), ("label", 4))

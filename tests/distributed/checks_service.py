@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
-from eaopd_megatron.megatron.groups import Layout
+from eaopd_megatron.distributed.parallel_state import Layout
 from eaopd_megatron.megatron.model import build_model
-from eaopd_megatron.teacher.rows import HiddenRows, TopKRows
+from eaopd_megatron.teacher.payload import HiddenRows, TopKRows
 from eaopd_megatron.teacher.service.scorer import Scorer
 from eaopd_megatron.teacher.wire import Scored, ScoreRequest
 from tests.distributed.arranged import arranged

@@ -16,9 +16,9 @@ from eaopd_megatron.checkpoint.hf_export import gather_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.data.packing import collate
-from eaopd_megatron.data.samples import MicroBatch, Prompt, Sample, Sampling
+from eaopd_megatron.data.types import MicroBatch, Prompt, Sample, Sampling
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
-from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.overlap import gathered
 from eaopd_megatron.megatron.pipeline import forward_backward, packing_of
@@ -26,10 +26,10 @@ from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_los
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.build import layouts_of
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import Teacher, TeacherSignal
-from eaopd_megatron.teacher.several import Teachers
-from eaopd_megatron.teacher.terminal import TerminalMap
-from eaopd_megatron.training.averages import Averages
+from eaopd_megatron.teacher.router import Teachers
+from eaopd_megatron.training.metrics import Averages
 from eaopd_megatron.training.step import Student
 from tests.distributed.arranged import arranged
 from tests.tiny_models import on_disk

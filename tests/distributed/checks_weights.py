@@ -15,15 +15,15 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
-from eaopd_megatron.config import tree
+from eaopd_megatron.config import schema as tree
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.rollout.weight_sync import distributed
 from eaopd_megatron.rollout.weight_sync import sync as module
 from eaopd_megatron.rollout.weight_sync.sync import WeightSync
 from eaopd_megatron.rollout.weight_sync.transport import Run
-from eaopd_megatron.services.client import Client, Patience
+from eaopd_megatron.serving.client import Client, Patience
 from tests.distributed.arranged import arranged
 from tests.sglang.processes import DoubleProcess, in_a_loop
 

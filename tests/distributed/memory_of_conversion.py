@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eaopd_megatron.checkpoint.conversion import one_process
+from eaopd_megatron.checkpoint.convert import one_process
 from eaopd_megatron.checkpoint.hf_export import export_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf

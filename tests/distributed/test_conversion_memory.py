@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eaopd_megatron.checkpoint.families import FAMILIES
 from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, TensorWriter
+from eaopd_megatron.models.registry import FAMILIES
 from tests.ranks import ROOT
 
 SCRIPT = Path(__file__).with_name("memory_of_conversion.py")

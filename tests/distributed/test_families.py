@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eaopd_megatron.checkpoint.conversion import export_checkpoint
+from eaopd_megatron.checkpoint.convert import export_checkpoint
 from tests import tiny_models
 from tests.ranks import Ranks
 

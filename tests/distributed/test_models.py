@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eaopd_megatron import launch
+from eaopd_megatron.launch import local as launch
 from tests import tiny_models
 from tests.ranks import ROOT, Ranks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eaopd_megatron.services.loop import Loop
+from eaopd_megatron.serving.readiness import Loop
 from tests.ranks import Ranks
 from tests.sglang.student_double import StudentDouble
 

@@ -17,17 +17,11 @@ from megatron.core.optimizer import ChainedOptimizer
 from eaopd_megatron.checkpoint.hf_export import gather_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
-from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.data.types import Prompt, Sample
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.megatron.forward import row_logits
-from eaopd_megatron.megatron.groups import Layout, Parallel
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
-from eaopd_megatron.megatron.optimizer import (
-    build_optimizer,
-    finish_gradients,
-    set_learning_rate,
-    step,
-    wrap,
-)
+from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, set_learning_rate, step, wrap
 from eaopd_megatron.megatron.pipeline import forward_backward, micro_batches
 from tests.distributed.arranged import arranged
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eaopd_megatron.teacher.agreement import check_agreement
+from eaopd_megatron.diagnostics.eos_check import check_agreement
 from tests.other_end import RECIPE, teacher_with_another_end
 
 

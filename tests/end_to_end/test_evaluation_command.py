@@ -12,8 +12,7 @@ import pytest
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.command import Request, evaluate
-from eaopd_megatron.evaluation.folder import EvaluationFolder
-from eaopd_megatron.evaluation.generations import Generation, Place
+from eaopd_megatron.evaluation.folder import EvaluationFolder, Generation, Place
 from eaopd_megatron.rollout.sglang.server import SGLANG_VENV
 from tests.end_to_end.runs import ROOT, Command
 from tests.sglang.student_double import stand_in
@@ -77,7 +76,7 @@ def test_other_problems_in_the_same_file_are_graded_against_old_responses(
         folder.generations("own").append(Generation(*place, "\\boxed{2}", 1, "stop") for place in missing["own"])
         return 0
 
-    monkeypatch.setattr("eaopd_megatron.evaluation.local_generation.generate", answer)
+    monkeypatch.setattr("eaopd_megatron.evaluation.generate.generate_on_ranks", answer)
     file = tmp_path / "own.jsonl"
     request = Request(STUDENT, [str(file)], 1, max_response_tokens=4, suffix="", out=tmp_path / "out")
     for problem, gold in (("1 + 1", "2"), ("1 + 1", "1")):  # a gold may be corrected

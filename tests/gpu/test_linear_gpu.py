@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from eaopd_megatron.objective import Objective, TeacherHidden, TeacherLogits, linear_entropy_aware_loss, linear_head
-from eaopd_megatron.objective.dense import dense_loss
+from eaopd_megatron.objective import Objective, TeacherHidden, TeacherLogits, linear_entropy_aware_loss
+from eaopd_megatron.objective import linear as linear_head
+from eaopd_megatron.objective.reference import dense_loss
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from eaopd_megatron.objective import Objective, TeacherLogits, TeacherTopK, entropy_aware_loss, token_statistics
 from eaopd_megatron.objective.backend import kernels_for, kernels_wanted
-from eaopd_megatron.objective.dense import dense_loss
 from eaopd_megatron.objective.gradient import write_gradient
+from eaopd_megatron.objective.reference import dense_loss
 from eaopd_megatron.objective.vocab_parallel import Shard, merge, partial_sums
 
 pytestmark = [
@@ -188,7 +188,7 @@ def test_minus_infinity_and_broken_rows(dtype: torch.dtype) -> None:
 
 def test_every_block_size_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any of the candidates may be the fastest somewhere."""
-    from eaopd_megatron.objective import launch
+    from eaopd_megatron.objective import triton_launch as launch
 
     for index in range(max(len(launch.SUMS), len(launch.GRADIENT))):
         monkeypatch.setattr(launch, "chosen", lambda candidates, *_, i=index: candidates[i % len(candidates)])
@@ -206,7 +206,7 @@ def test_every_block_size_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_block_sizes_are_chosen_by_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eaopd_megatron.objective import launch
+    from eaopd_megatron.objective import triton_launch as launch
 
     monkeypatch.setattr(launch, "_best", {})
     case, student, upstream = make("logits", torch.bfloat16, 600, VOCABULARY, VOCABULARY)

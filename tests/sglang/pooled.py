@@ -6,12 +6,12 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from eaopd_megatron.data.samples import Prompt, Sampling
+from eaopd_megatron.data.types import Prompt, Sampling
+from eaopd_megatron.rollout.sglang.generation import Writing
 from eaopd_megatron.rollout.sglang.wire import Limits
-from eaopd_megatron.rollout.sglang.writing import Writing
-from eaopd_megatron.services.client import Client
-from eaopd_megatron.services.loop import Loop
-from eaopd_megatron.services.pool import Pool
+from eaopd_megatron.serving.client import Client
+from eaopd_megatron.serving.pool import Pool
+from eaopd_megatron.serving.readiness import Loop
 
 
 @contextmanager

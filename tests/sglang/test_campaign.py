@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.config import Recipe, load_recipe
-from eaopd_megatron.data.cursor import PromptCursor
+from eaopd_megatron.data.prompts import PromptCursor
 from tools.campaign_checks import check_metrics, check_prompts, compare
 from tools.campaign_kills import RECIPE, doing
 

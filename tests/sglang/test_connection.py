@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.services import connection
-from eaopd_megatron.services.client import Client, Patience
-from eaopd_megatron.services.connection import Address, ServerGone
+from eaopd_megatron.serving import connection
+from eaopd_megatron.serving.client import Client, Patience
+from eaopd_megatron.serving.connection import Address, ServerGone
 
 pytestmark = pytest.mark.timeout(60)
 JSON = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"

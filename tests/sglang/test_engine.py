@@ -1,6 +1,6 @@
 """What the ranks do with the responses that servers wrote."""
 
-from eaopd_megatron.data.samples import Prompt, Sample, Sampling
+from eaopd_megatron.data.types import Prompt, Sample, Sampling
 from eaopd_megatron.rollout.interface import Wanted
 from eaopd_megatron.rollout.sglang.engine import ServedRollout, _Begun
 

@@ -14,10 +14,10 @@ import pytest
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.rollout.sglang.identity import Probe, identify
-from eaopd_megatron.rollout.sglang.keeper import DEATHS, Keeper
+from eaopd_megatron.rollout.sglang.server_manager import DEATHS, Keeper
 from eaopd_megatron.rollout.weight_sync.session import Session
-from eaopd_megatron.services.client import Busy, Client, ServerGone
-from eaopd_megatron.services.pool import Held
+from eaopd_megatron.serving.client import Busy, Client, ServerGone
+from eaopd_megatron.serving.pool import Held
 from tests.sglang.double import Double
 from tests.sglang.test_pool import EXPECTED, QUICK
 from tests.sglang.test_router import RouterDouble

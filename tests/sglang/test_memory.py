@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.memory import Colocated, release
-from eaopd_megatron.services.client import Client, Patience, ServerGone
+from eaopd_megatron.rollout.sglang.colocation import Colocated, release
+from eaopd_megatron.serving.client import Client, Patience, ServerGone
 from tests.sglang.double import Double
 
 PATIENCE = Patience(retries=1)

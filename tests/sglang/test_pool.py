@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from eaopd_megatron.data.samples import Sampling
+from eaopd_megatron.data.types import Sampling
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.rollout.sglang.generation import Generation
 from eaopd_megatron.rollout.sglang.identity import Expected, identify
 from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
-from eaopd_megatron.rollout.sglang.writing import Generation
-from eaopd_megatron.services.client import Client, Patience
-from eaopd_megatron.services.pool import Held, Pool
+from eaopd_megatron.serving.client import Client, Patience
+from eaopd_megatron.serving.pool import Held, Pool
 from tests.sglang.double import Double
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8, stop_ids=(109,))

@@ -24,18 +24,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.data.samples import Prompt, Sample, Sampling
+from eaopd_megatron.data.types import Prompt, Sample, Sampling
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity
+from eaopd_megatron.rollout.sglang.generation import Generation
 from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
 from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings, server_command
 from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
-from eaopd_megatron.rollout.sglang.writing import Generation
-from eaopd_megatron.services.client import Client
-from eaopd_megatron.services.pool import Pool
-from eaopd_megatron.services.process import HIDDEN
+from eaopd_megatron.serving.client import Client
+from eaopd_megatron.serving.pool import Pool
+from eaopd_megatron.serving.process import HIDDEN
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.served import ServedSource
-from eaopd_megatron.teacher.terminal import TerminalMap
 from tests.sglang.double import Double
 from tests.sglang.pooled import pooled
 from tests.sglang.student_double import StudentDouble

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from eaopd_megatron.data.samples import Prompt, Sampling
+from eaopd_megatron.data.types import Prompt, Sampling
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity
 from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
 from eaopd_megatron.rollout.sglang.wire import Aborted, Limits, Request, Span, completion
-from eaopd_megatron.services.client import Busy, Client, Patience, read_api_key
+from eaopd_megatron.serving.client import Busy, Client, Patience, read_api_key
 from tests.sglang.double import Double
 from tests.sglang.pooled import pooled
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.router import READY_PATH, admit_workers
+from eaopd_megatron.rollout.sglang.identity import READY_PATH, admit_workers
 from eaopd_megatron.rollout.sglang.wire import Limits
-from eaopd_megatron.services.client import Client
-from eaopd_megatron.services.pool import Pool
+from eaopd_megatron.serving.client import Client
+from eaopd_megatron.serving.pool import Pool
 from tests.sglang.double import Double
 from tests.sglang.plain_http import PlainServer, Refused
 from tests.sglang.test_pool import QUICK, admit, collect, each_once, requests, run

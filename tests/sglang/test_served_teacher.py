@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.objective import TeacherTopK
 from eaopd_megatron.rollout.sglang.wire import Aborted
-from eaopd_megatron.services.client import Client
+from eaopd_megatron.serving.client import Client
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.served import ServedSource
-from eaopd_megatron.teacher.terminal import TerminalMap
 from tests.sglang.double import Double, toy_policy
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ import torch
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import server as module
 from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
-from eaopd_megatron.services.process import HIDDEN, wait_ready
+from eaopd_megatron.serving.process import HIDDEN, wait_ready
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ServerSettings(ROOT / "recipes/countdown/student", context_length=64, precision="fp32", api_key="a'secret")

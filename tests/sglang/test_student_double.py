@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from eaopd_megatron.data.samples import Sampling
+from eaopd_megatron.data.types import Sampling
 from eaopd_megatron.rollout.sglang import server as module
+from eaopd_megatron.rollout.sglang.generation import Generation
 from eaopd_megatron.rollout.sglang.identity import Expected, identify
 from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
 from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
-from eaopd_megatron.rollout.sglang.writing import Generation
-from eaopd_megatron.services.client import Client
-from eaopd_megatron.services.pool import Pool
+from eaopd_megatron.serving.client import Client
+from eaopd_megatron.serving.pool import Pool
 from tests.sglang.student_double import stand_in
 
 STUDENT = Path(__file__).resolve().parents[2] / "recipes/countdown/student"

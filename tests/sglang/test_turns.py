@@ -13,8 +13,8 @@ import pytest
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.rollout.sglang import server
-from eaopd_megatron.rollout.sglang.keeper import Keeper
-from eaopd_megatron.rollout.sglang.turns import Turns
+from eaopd_megatron.rollout.sglang.colocation import Turns
+from eaopd_megatron.rollout.sglang.server_manager import Keeper
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOCATED = ["rollout.engine=sglang", "servers.placement=colocated", "weight_sync.transport=tensor"]

@@ -18,10 +18,10 @@ from torch.multiprocessing import reductions
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.weight_sync import tensor as in_request
-from eaopd_megatron.rollout.weight_sync.buckets import GATHERED_COPIES, Bucket, Placed, buckets, capacity
-from eaopd_megatron.rollout.weight_sync.group import ERROR_HANDLING, UpdateGroup, own_address
+from eaopd_megatron.rollout.weight_sync.distributed import ERROR_HANDLING, UpdateGroup, own_address
 from eaopd_megatron.rollout.weight_sync.session import Session
-from eaopd_megatron.services.client import Busy, Client
+from eaopd_megatron.rollout.weight_sync.transport import GATHERED_COPIES, Bucket, Placed, buckets, capacity
+from eaopd_megatron.serving.client import Busy, Client
 from tests.sglang.double import Double
 from tests.sglang.processes import in_a_loop
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.rendezvous import rendezvous
 
-from eaopd_megatron.rollout.weight_sync import group
+from eaopd_megatron.rollout.weight_sync import distributed as group
 
 SECONDS = 60.0
 """Limit on an operation of a group."""

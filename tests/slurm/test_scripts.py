@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from eaopd_megatron.cluster import ROLES
-from eaopd_megatron.cluster.arrange import Nodes, arrange
+from eaopd_megatron.slurm_job import ROLES
+from eaopd_megatron.slurm_job.allocate import Nodes, arrange
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import ROOT
 

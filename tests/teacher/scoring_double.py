@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from eaopd_megatron.objective import summarise_teacher
-from eaopd_megatron.services.loop import Loop
-from eaopd_megatron.teacher.rows import HiddenRows
+from eaopd_megatron.serving.readiness import Loop
+from eaopd_megatron.teacher.payload import HiddenRows
 from eaopd_megatron.teacher.wire import Info, ScoreRequest
 from tests.sglang.plain_http import Died, PlainServer, Refused
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.services.arrival import Arrival
-from eaopd_megatron.services.client import Busy, ServerGone
+from eaopd_megatron.serving.client import Busy, ServerGone
+from eaopd_megatron.serving.readiness import Arrival
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.teacher.service.listener import Listener, address_of
-from eaopd_megatron.teacher.service.queue import Queue
+from eaopd_megatron.teacher.service.listener import Listener, Queue, address_of
 from eaopd_megatron.teacher.wire import Info, Scored, ScoreRequest
 
 KEY = "a-key"

@@ -19,10 +19,10 @@ import torch
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.services.process import HIDDEN, ServerProcess
-from eaopd_megatron.services.supervisor import DEATHS, Supervisor
+from eaopd_megatron.serving.process import HIDDEN, ServerProcess
+from eaopd_megatron.serving.supervisor import DEATHS, Supervisor
+from eaopd_megatron.teacher.payload import TopKRows
 from eaopd_megatron.teacher.replicas import Replicas
-from eaopd_megatron.teacher.rows import TopKRows
 from eaopd_megatron.teacher.wire import Info, Scored, ScoreRequest
 
 ROOT = Path(__file__).resolve().parents[2]

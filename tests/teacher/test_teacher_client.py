@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.services.client import Busy, Patience
-from eaopd_megatron.services.connection import ServerGone
-from eaopd_megatron.services.pool import Pool
+from eaopd_megatron.serving.client import Busy, Patience
+from eaopd_megatron.serving.connection import ServerGone
+from eaopd_megatron.serving.pool import Pool
 from eaopd_megatron.teacher.client import TeacherClient
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.separate import SeparateSource, TokenLimit, compare
-from eaopd_megatron.teacher.terminal import TerminalMap
 from eaopd_megatron.teacher.wire import Info
 from tests.teacher.scoring_double import INFO, ScoringDouble
 

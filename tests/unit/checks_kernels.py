@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss, launch, token_statistics
+from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss, token_statistics
+from eaopd_megatron.objective import triton_launch as launch
 from eaopd_megatron.objective.backend import kernels_for, kernels_wanted
 from eaopd_megatron.objective.gradient import write_gradient
 from eaopd_megatron.objective.vocab_parallel import Shard, merge, merge_gap, partial_sums

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eaopd_megatron.teacher.agreement import Agreement
+from eaopd_megatron.diagnostics.eos_check import Agreement
 
 TEXTS = ["<a>", "<b>", "<c>"]
 NAN = math.nan

@@ -18,13 +18,13 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from transformers import AutoConfig
 
-from eaopd_megatron.checkpoint.families import FAMILIES, family_of
+from eaopd_megatron.distributed.parallel_state import Layout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import layers
-from eaopd_megatron.megatron.architecture import check_config, transformer_config
-from eaopd_megatron.megatron.groups import Layout
-from eaopd_megatron.megatron.names import global_name
-from eaopd_megatron.megatron.rotary import rotary_base, set_attention_factor
+from eaopd_megatron.megatron.param_names import global_name
+from eaopd_megatron.models.architecture import check_config, transformer_config
+from eaopd_megatron.models.registry import FAMILIES, family_of
+from eaopd_megatron.models.rotary import rotary_base, set_attention_factor
 from tests import tiny_models
 
 CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}

@@ -18,8 +18,8 @@ import torch
 
 from eaopd_megatron.checkpoint import store
 from eaopd_megatron.checkpoint.store import CheckpointStore, check_fingerprint, fingerprint
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron.groups import Layout, Parallel
 
 ALONE = Parallel(
     layout=Layout(),

@@ -13,17 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from eaopd_megatron.cluster import arrange as arranging
-from eaopd_megatron.cluster import places
-from eaopd_megatron.cluster.arrange import Arrangement, Nodes
-from eaopd_megatron.cluster.nodes import Node, busy_gpus, look
-from eaopd_megatron.cluster.places import hold_port, node_address
-from eaopd_megatron.cluster.stage import stage_model, staged
-from eaopd_megatron.cluster.step import Step
-from eaopd_megatron.cluster.table import faults, table
-from eaopd_megatron.cluster.verdict import verdict
-from eaopd_megatron.cluster.waiting import await_services
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.serving import ports as places
+from eaopd_megatron.serving.ports import hold_port, node_address
+from eaopd_megatron.slurm_job import allocate as arranging
+from eaopd_megatron.slurm_job.allocate import Arrangement, Nodes
+from eaopd_megatron.slurm_job.exec_as_rank import Step
+from eaopd_megatron.slurm_job.failure_report import verdict
+from eaopd_megatron.slurm_job.preflight import Node, busy_gpus, faults, look, table
+from eaopd_megatron.slurm_job.services import await_services, stage_model, staged
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTDOWN = str(ROOT / "recipes/countdown/eopd.yaml")
@@ -144,7 +142,7 @@ def test_a_name_of_the_loopback_is_taken_for_a_nodes_address(monkeypatch: pytest
 
 
 def test_a_port_stays_taken_when_its_process_has_ended() -> None:
-    code = "from eaopd_megatron.cluster.places import *; h = hold_port('127.0.0.1', seed=3); h.keep(); print(h.port)"
+    code = "from eaopd_megatron.serving.ports import *; h = hold_port('127.0.0.1', seed=3); h.keep(); print(h.port)"
     port = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert hold_port("127.0.0.1", first=port, patience=0.3).port == port
 
@@ -209,7 +207,7 @@ def test_a_service_that_is_started_again_is_sought_at_its_old_port(tmp_path: Pat
 
 
 def test_ranks_meet_where_those_of_the_last_start_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eaopd_megatron.cluster.step.MEETING_SECONDS", 0.3)
+    monkeypatch.setattr("eaopd_megatron.slurm_job.exec_as_rank.MEETING_SECONDS", 0.3)
     step = Step("student", tmp_path)
     step.prepare(["x"], task(0, 2, step="4"))
     with pytest.raises(UserError, match="does not say where the ranks of student meet"):

@@ -9,7 +9,7 @@ import pytest
 from eaopd_megatron.cli import main
 from eaopd_megatron.config import dump, load_recipe, setting
 from eaopd_megatron.errors import RecipeError, UserError
-from eaopd_megatron.training.folder import RunFolder
+from eaopd_megatron.training.run_folder import RunFolder
 from tests.unit.test_config import recipe, refusal
 
 __all__ = ["recipe"]  # the fixture

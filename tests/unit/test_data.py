@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from eaopd_megatron.data.cursor import PromptCursor
 from eaopd_megatron.data.packing import Packing, collate, context_part, cut
-from eaopd_megatron.data.prompts import PromptBuilder
-from eaopd_megatron.data.random import uniforms
-from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.data.prompts import PromptBuilder, PromptCursor, uniforms
+from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.errors import RecipeError, UserError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from eaopd_megatron import doctor
-from eaopd_megatron.doctor import Facts, Finding, findings
+from eaopd_megatron.diagnostics import machine as doctor
+from eaopd_megatron.diagnostics.machine import Facts, Finding, findings
 
 WELL = Facts(
     python=(3, 11, 7),

@@ -23,7 +23,7 @@ from eaopd_megatron.evaluation.estimators import (
     pass_ks,
 )
 from eaopd_megatron.evaluation.results import EvaluationResult, ProblemResult, read_evaluations, summarise
-from eaopd_megatron.reporting.pass_curves import draw_pass_curves
+from eaopd_megatron.plotting.curves import draw_pass_curves
 
 # Estimators
 
@@ -157,7 +157,7 @@ def test_a_crash_while_writing_leaves_the_old_file_whole(
     def fail(*arguments: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"eaopd_megatron.evaluation.results.os.{step}", fail)
+    monkeypatch.setattr(f"eaopd_megatron.utils.files.os.{step}", fail)
     with pytest.raises(OSError):
         results.write_atomically(path, "half")
     assert path.read_text() == before

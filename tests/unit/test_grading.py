@@ -15,11 +15,10 @@ import pytest
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import math_grader
-from eaopd_megatron.evaluation.extraction import answers_of, last_boxed, normalise
+from eaopd_megatron.evaluation.answers import answers_of, exact_number, immense, last_boxed, leniently_equal, normalise
 from eaopd_megatron.evaluation.grade import Grade
 from eaopd_megatron.evaluation.grading import benchmark_name, grade_all, grader_for
 from eaopd_megatron.evaluation.math_grader import MAX_ANSWER_LENGTH, MathGrader
-from eaopd_megatron.evaluation.notation import exact_number, immense, leniently_equal
 from eaopd_megatron.evaluation.results import ProblemResult
 from tests.unit.answer_pairs import NOTATION, RIGHT, WRONG
 

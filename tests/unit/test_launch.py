@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from eaopd_megatron import launch as launching
 from eaopd_megatron.config import Student
+from eaopd_megatron.config.parallel import Layout
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.launch import joined, joined_environment, launch, local_world_size, teacher_world_size
-from eaopd_megatron.megatron.layout import Layout
+from eaopd_megatron.launch import local as launching
+from eaopd_megatron.launch.local import joined, joined_environment, launch, local_world_size, teacher_world_size
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
@@ -264,7 +264,7 @@ def test_a_second_interrupt_waits_too(launcher: Callable[..., Launcher]) -> None
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's help is Linux's")
 def test_ranks_outlive_a_killed_launcher(launcher: Callable[..., Launcher]) -> None:
-    started = launcher("from eaopd_megatron.launch import die_with_parent\ndie_with_parent()\n" + DEAF)
+    started = launcher("from eaopd_megatron.launch.local import die_with_parent\ndie_with_parent()\n" + DEAF)
     pids = started.ready()
     started.process.kill()
     assert all(gone(pid) for pid in pids)

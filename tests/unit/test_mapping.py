@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from eaopd_megatron.checkpoint.mapping import (
+from eaopd_megatron.models.mapping import (
     COLUMN,
     GATED_MLP,
     OUTPUT,

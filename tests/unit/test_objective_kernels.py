@@ -16,7 +16,8 @@ from tests.ranks import Ranks, checks_in
 
 triton = pytest.importorskip("triton", reason="Triton is not installed here; the test extra brings it")
 
-from eaopd_megatron.objective import kernels, launch  # noqa: E402
+from eaopd_megatron.objective import triton_kernels as kernels  # noqa: E402
+from eaopd_megatron.objective import triton_launch as launch  # noqa: E402
 
 CHECKS = Path(__file__).with_name("checks_kernels.py")
 BY_DTYPE = {"check_sums": ("fp32", "bf16", "fp16"), "check_variants": ("fp32", "bf16")}

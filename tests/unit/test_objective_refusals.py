@@ -9,13 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eaopd_megatron.objective import (
-    Objective,
-    TeacherLogits,
-    entropy_aware_loss,
-    summarise_teacher,
-    token_statistics,
-)
+from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss, summarise_teacher, token_statistics
 from tests.distributed.objective.cases import TOP_K, Case, make_case
 
 

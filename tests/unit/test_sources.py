@@ -17,8 +17,7 @@ from eaopd_megatron.data.sources import Fields, load_problems, read_jsonl
 from eaopd_megatron.errors import RecipeError, UserError
 from eaopd_megatron.evaluation.benchmarks import BENCHMARKS, check_golds, load_benchmark
 from eaopd_megatron.evaluation.runner import Evaluator
-from eaopd_megatron.training.build import evaluator
-from eaopd_megatron.training.problems import training_problems
+from eaopd_megatron.training.components import evaluator, training_problems
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 ROOT = Path(__file__).resolve().parents[2]

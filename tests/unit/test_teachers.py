@@ -10,9 +10,9 @@ from transformers import Qwen3Config
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe, load_recipe
+from eaopd_megatron.config.parallel import Layout
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron.architecture import transformer_config
-from eaopd_megatron.megatron.layout import Layout
+from eaopd_megatron.models.architecture import transformer_config
 from eaopd_megatron.teacher.build import Surroundings, build_teachers, open_folders
 
 COUNTDOWN = Path(__file__).parents[2] / "recipes/countdown"

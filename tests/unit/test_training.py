@@ -12,17 +12,16 @@ import torch
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.data.packing import collate
-from eaopd_megatron.data.samples import Prompt, Sample
+from eaopd_megatron.data.types import Prompt, Sample
+from eaopd_megatron.distributed.parallel_state import Layout
 from eaopd_megatron.megatron.generation import decoding
-from eaopd_megatron.megatron.groups import Layout
 from eaopd_megatron.objective import Objective
-from eaopd_megatron.rollout.sampling import draw
+from eaopd_megatron.rollout.local import draw
 from eaopd_megatron.teacher.build import layouts_of
-from eaopd_megatron.teacher.terminal import TerminalMap
-from eaopd_megatron.training.averages import Averages
-from eaopd_megatron.training.profiler import ProfilerWindow
+from eaopd_megatron.teacher.eos_map import TerminalMap
+from eaopd_megatron.training.metrics import Averages
+from eaopd_megatron.training.profiling import ProfilerWindow, Throughput
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
-from eaopd_megatron.training.throughput import Throughput
 from eaopd_megatron.training.warnings import Warnings
 
 

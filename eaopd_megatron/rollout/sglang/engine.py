@@ -14,22 +14,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.data.samples import Prompt, Sample
-from eaopd_megatron.megatron.groups import Parallel
-from eaopd_megatron.megatron.hosts import ranks_beside_the_first
+from eaopd_megatron.data.types import Prompt, Sample
+from eaopd_megatron.distributed.broadcast import relay
+from eaopd_megatron.distributed.errors import agree
+from eaopd_megatron.distributed.parallel_state import Parallel, ranks_beside_the_first
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.interface import Ticket, Wanted
+from eaopd_megatron.rollout.sglang.colocation import Turns
+from eaopd_megatron.rollout.sglang.generation import Writing
 from eaopd_megatron.rollout.sglang.identity import Probe
-from eaopd_megatron.rollout.sglang.keeper import Keeper
-from eaopd_megatron.rollout.sglang.turns import Turns
-from eaopd_megatron.rollout.sglang.writing import Writing
+from eaopd_megatron.rollout.sglang.server_manager import Keeper
 from eaopd_megatron.rollout.weight_sync.sync import WeightSync
-from eaopd_megatron.services.client import Client
-from eaopd_megatron.services.relay import relay
+from eaopd_megatron.serving.client import Client
 
 POLL_SECONDS = 0.2
 REFRESH = "refresh"

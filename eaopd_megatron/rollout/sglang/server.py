@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.services.process import ROOT, ServerProcess, stop_all, wait_ready
+from eaopd_megatron.serving.process import ROOT, ServerProcess, stop_all, wait_ready
 
 SGLANG_VENV = "EAOPD_SGLANG_VENV"
 

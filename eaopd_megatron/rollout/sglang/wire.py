@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from eaopd_megatron.data.samples import Prompt, Sample, Sampling
+from eaopd_megatron.data.types import Prompt, Sample, Sampling
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.services.client import Busy
+from eaopd_megatron.serving.client import Busy
 
 RESERVED_TOKENS = 2
 """Positions of the context length that a server keeps: it cuts responses at context_length - 2."""

@@ -12,7 +12,7 @@ from eaopd_megatron.checkpoint.hf_export import Tensors, write_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.rollout.weight_sync.session import Session
 from eaopd_megatron.rollout.weight_sync.transport import Push, Run, Transport
-from eaopd_megatron.services.client import Client
+from eaopd_megatron.serving.client import Client
 
 
 class Disk(Transport):

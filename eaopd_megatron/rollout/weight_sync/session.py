@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.services.client import Client
+from eaopd_megatron.serving.client import Client
 
 BROKEN_OFF = "broken off"
 """The version of weights of which an update may have changed a part."""

@@ -10,21 +10,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.checkpoint.hf_export import Tensors, gather_hf, on_main
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.config import tree
+from eaopd_megatron.config import schema as tree
+from eaopd_megatron.distributed.errors import agree
+from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.guard import say
-from eaopd_megatron.megatron.groups import Parallel
 from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.rollout.weight_sync.buckets import capacity
 from eaopd_megatron.rollout.weight_sync.disk import Disk
 from eaopd_megatron.rollout.weight_sync.distributed import Distributed
 from eaopd_megatron.rollout.weight_sync.session import Session
 from eaopd_megatron.rollout.weight_sync.tensor import InRequest
-from eaopd_megatron.rollout.weight_sync.transport import Push, Run, Transport
-from eaopd_megatron.services.client import Client
+from eaopd_megatron.rollout.weight_sync.transport import Push, Run, Transport, capacity
+from eaopd_megatron.serving.client import Client
+from eaopd_megatron.utils.log import say
 
 
 class WeightSync:

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from eaopd_megatron.rollout.weight_sync.buckets import Bucket
-from eaopd_megatron.rollout.weight_sync.transport import BucketTransport, Calls, Push
-from eaopd_megatron.services.client import Client
+from eaopd_megatron.rollout.weight_sync.transport import Bucket, BucketTransport, Calls, Push
+from eaopd_megatron.serving.client import Client
 
 DEVICE_INDEX = 6
 """The place of the device among the arguments with which torch rebuilds a CUDA tensor."""

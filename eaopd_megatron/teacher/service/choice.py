@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.config.tree import Teacher
+from eaopd_megatron.config.schema import Teacher
 from eaopd_megatron.errors import RecipeError
 
 

@@ -10,29 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from eaopd_megatron.checkpoint.agreement import agree
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.config.tree import Teacher as Options
-from eaopd_megatron.errors import UserError
-from eaopd_megatron.guard import say
-from eaopd_megatron.megatron import groups
-from eaopd_megatron.megatron.architecture import check_config
-from eaopd_megatron.megatron.fp8 import check_fp8
-from eaopd_megatron.megatron.groups import Layout, Parallel
+from eaopd_megatron.config.schema import Teacher as Options
+from eaopd_megatron.distributed import parallel_state as groups
+from eaopd_megatron.distributed.broadcast import relay
+from eaopd_megatron.distributed.errors import agree
+from eaopd_megatron.distributed.heartbeat import watched
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.errors import Asked, UserError
+from eaopd_megatron.megatron.layers import check_fp8
 from eaopd_megatron.megatron.model import DTYPES, build_model
-from eaopd_megatron.services.client import read_api_key
-from eaopd_megatron.services.ending import Asked
-from eaopd_megatron.services.relay import relay
-from eaopd_megatron.teacher.identity import identity
+from eaopd_megatron.models.architecture import check_config
+from eaopd_megatron.serving.client import read_api_key
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.service.choice import chosen, key_of
-from eaopd_megatron.teacher.service.listener import Listener
-from eaopd_megatron.teacher.service.queue import Queue
+from eaopd_megatron.teacher.service.listener import Listener, Queue
 from eaopd_megatron.teacher.service.scorer import Scorer
-from eaopd_megatron.teacher.terminal import TerminalMap
-from eaopd_megatron.teacher.wire import Info, ScoreRequest
-from eaopd_megatron.training.watch import watched
+from eaopd_megatron.teacher.wire import Info, ScoreRequest, identity
+from eaopd_megatron.utils.log import say
 
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 60.0

@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
 
 from eaopd_megatron.data.packing import collate
-from eaopd_megatron.data.samples import MicroBatch, Prompt, Sample
-from eaopd_megatron.megatron.forward import head_of
-from eaopd_megatron.megatron.groups import Parallel
+from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
+from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.megatron.forward import head_of, logits_by_parts
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import forward, packing_of
-from eaopd_megatron.teacher.rows import HiddenRows, Rows
-from eaopd_megatron.teacher.summary import summarise_rows
+from eaopd_megatron.objective import TeacherTopK, summarise_teacher
+from eaopd_megatron.teacher.payload import HiddenRows, Rows
 from eaopd_megatron.teacher.wire import ScoreRequest
+
+
+def summarise_rows(
+    rows: torch.Tensor,
+    head: torch.Tensor,
+    tokens: torch.Tensor,
+    labels: torch.Tensor | None,
+    *,
+    top_k: int,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+) -> TeacherTopK:
+    """Of rows [n, h] under head [V_padded/tp, h]. Logits are made a part at a time.
+
+    tokens [n]; labels [n]: ids under which log p(y) is looked up, where they differ from the tokens. Collective over
+    the tensor-parallel group.
+    """
+    found = [
+        summarise_teacher(
+            logits,
+            tokens[part],
+            k=top_k,
+            vocab_size=vocab_size,
+            group=group,
+            teacher_tokens=None if labels is None else labels[part],
+        )
+        for part, logits in logits_by_parts(rows, head)
+    ]
+    joined = {field.name: torch.cat([getattr(part, field.name) for part in found]) for field in fields(TeacherTopK)}
+    return TeacherTopK(**joined)
 
 
 class Scorer:

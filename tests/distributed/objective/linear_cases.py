@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from eaopd_megatron.objective import (
-    Objective,
-    TeacherHidden,
-    TeacherTopK,
-    TokenLosses,
-    linear_entropy_aware_loss,
-    linear_head,
-)
+from eaopd_megatron.objective import Objective, TeacherHidden, TeacherTopK, TokenLosses, linear_entropy_aware_loss
+from eaopd_megatron.objective import linear as linear_head
 from tests.distributed.objective.cases import TOLERANCE, Case, assert_near, complete, dense, sizes, unchanged
 
 WIDTH, TEACHER_WIDTH = 9, 15

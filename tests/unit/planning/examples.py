@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.config import load_recipe
-from eaopd_megatron.planning.configs import find_model
+from eaopd_megatron.models.known_models import find_model
 from eaopd_megatron.planning.hardware import gpu_named
 from eaopd_megatron.planning.layouts import Layout
 from eaopd_megatron.planning.memory import Colocated, Memory
 from eaopd_megatron.planning.planner import Planner
-from eaopd_megatron.planning.scorer import Scorer
-from eaopd_megatron.planning.workload import Workload
+from eaopd_megatron.planning.workload import Scorer, Workload
 
 ROOT = Path(__file__).resolve().parents[3]
 COUNTDOWN = str(ROOT / "recipes/countdown/eopd.yaml")

@@ -14,13 +14,13 @@ import httpx
 import pytest
 import torch
 
-from eaopd_megatron.checkpoint.families import family_of
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.planning import flops
-from eaopd_megatron.planning.configs import Model, built_in, find_model
+from eaopd_megatron.models.known_models import Model, built_in, find_model
+from eaopd_megatron.models.registry import family_of
+from eaopd_megatron.models.shapes import ModelShape, Parameters
+from eaopd_megatron.planning import times as flops
 from eaopd_megatron.planning.layouts import Layout, faults, layouts
-from eaopd_megatron.planning.scorer import Scorer
-from eaopd_megatron.planning.shapes import ModelShape, Parameters
+from eaopd_megatron.planning.workload import Scorer
 from tests.unit.planning.examples import (
     ARCHITECTURES,
     FAMILIES,
@@ -216,8 +216,8 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
     """The plan proposes what the trainer lets pass, and nothing else that it has looked at."""
     from transformers import AutoConfig
 
-    from eaopd_megatron.megatron.architecture import check_config
-    from eaopd_megatron.megatron.groups import Layout as TrainerLayout
+    from eaopd_megatron.distributed.parallel_state import Layout as TrainerLayout
+    from eaopd_megatron.models.architecture import check_config
     from eaopd_megatron.teacher.build import layouts_of
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # gloo's own limit is no limit of a plan

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
+from eaopd_megatron.models.known_models import built_in, find_model
+from eaopd_megatron.models.shapes import Parameters
 from eaopd_megatron.planning import memory, traffic
 from eaopd_megatron.planning.activations import Activations, MicroBatch
-from eaopd_megatron.planning.configs import built_in, find_model
 from eaopd_megatron.planning.hardware import GiB
 from eaopd_megatron.planning.layouts import Layout
 from eaopd_megatron.planning.memory import Colocated
-from eaopd_megatron.planning.scorer import Scorer
-from eaopd_megatron.planning.shapes import Parameters
 from eaopd_megatron.planning.times import Clock
+from eaopd_megatron.planning.workload import Scorer
 from tests.unit.planning.examples import (
     colocated,
     held,

@@ -13,8 +13,8 @@ import pytest
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.planning.hardware import GiB
 from eaopd_megatron.planning.layouts import Layout
+from eaopd_megatron.planning.memory import Servers
 from eaopd_megatron.planning.planner import Plan
-from eaopd_megatron.planning.servers import Servers
 from tests.unit.planning.examples import ROOT, USUAL, planner
 
 LAYOUT = Layout(2, True, data_parallel=4)

@@ -1,0 +1,206 @@
+"""Imports and exports as folders: what tools/hf_to_mcore.py and tools/mcore_to_hf.py do.
+
+An import holds `sharded/` (the weights in torch_dist format), `hf/` (configuration and tokenizer) and
+`import.json`. A run's step folder holds the first two and `state.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+
+from eaopd_megatron.checkpoint.dist_checkpoint import MODEL, load_sharded, restore, save_sharded, training_state
+from eaopd_megatron.checkpoint.hf_export import DTYPE_WORDS, export_hf
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.checkpoint.hf_import import load_hf, placement_of, shard_shape
+from eaopd_megatron.checkpoint.store import CheckpointStore
+from eaopd_megatron.distributed import parallel_state as groups
+from eaopd_megatron.distributed.errors import agree
+from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.megatron.model import ModelChunks, build_model
+from eaopd_megatron.megatron.pipeline import gathered_logits
+from eaopd_megatron.models.architecture import check_config, padded_vocab_size
+from eaopd_megatron.models.mapping import EMBEDDING
+from eaopd_megatron.utils.files import check_new, partial_of, whole_folder, write_error
+
+TOLERANCE = 1e-5
+Say = Callable[[str], None]
+
+
+def check_import(hf: str, layout: Layout) -> HfFolder:
+    """The folder, when it can be imported at this layout (UserError otherwise). Reads headers only."""
+    folder = HfFolder.open(hf, "--hf")
+    check_config(folder.config, layout, folder.label)
+    folder.check_tensors()
+    return folder
+
+
+def describe(folder: HfFolder, layout: Layout) -> Iterator[str]:
+    """One line a parameter: its stage, its Megatron name, cut and shape on a rank, the tensors that it is made of."""
+    tied = folder.config.tie_word_embeddings
+    placement = placement_of(folder, layout)
+    dtype = DTYPE_WORDS[folder.dtype]
+    padded = padded_vocab_size(folder.vocab_size, layout.tensor_parallel)
+    vocabulary = f"vocabulary {folder.vocab_size}, padded to {padded}"
+    embeddings = "embeddings tied" if tied else "embeddings not tied"
+    yield f"{folder.path}: {folder.family.architecture}, {dtype}, {vocabulary}, {embeddings}"
+    yield "pipeline stage, expert-parallel rank: parameter [its shape on a rank] x ranks that share it = cut(tensors)"
+    for entry in folder.family.entries(folder.config, own_output=not tied or layout.pipeline_parallel > 1):
+        expert_rank = placement.expert_rank(entry)
+        where = f"stage {placement.stage(entry)}" + ("" if expert_rank is None else f", expert rank {expert_rank}")
+        shape = f"{list(shard_shape(entry, placement))} x {placement.shards(entry)}"
+        made_of = ", ".join(f"{name} {list(shape)}" for name, shape in entry.sources)
+        yield f"{where}: {entry.megatron} {shape} = {entry.cut.name}({made_of})"
+
+
+def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: Say) -> None:
+    """Write the Hugging Face folder's weights as a distributed checkpoint, in their own dtype. Collective.
+
+    `out` appears when it is complete (and, with verify, when what was written gives transformers' logits).
+    """
+    agree(parallel, lambda: check_new(out, "--out"))
+    folder = check_import(hf, parallel.layout)
+    model = build_model(folder.config, parallel.layout, folder.dtype)
+    load_hf(model, folder, parallel)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    say(f"loaded {folder.path}: {count:,} parameters on the first rank, {DTYPE_WORDS[folder.dtype]}")
+    with contextlib.ExitStack() as stack:
+        begin = (lambda: stack.enter_context(whole_folder(out))) if parallel.is_main else (lambda: partial_of(out))
+        partial = agree(parallel, begin)
+        try:
+            agree(parallel, lambda: _write_companions(partial, folder, parallel) if parallel.is_main else None)
+            save_sharded(partial / "sharded", training_state(model), parallel)
+        except OSError as error:  # on every rank
+            raise UserError(write_error(out, error)) from error
+        if verify:
+            del model
+            written = build_model(folder.config, parallel.layout, folder.dtype)
+            restore(written, None, load_sharded(partial / "sharded", training_state(written), parallel))
+            verify_logits(written, folder, parallel, say)
+    agree(parallel, lambda: None)  # none leaves before the folder has its name
+    say(f"wrote {out}")
+
+
+def export_checkpoint(checkpoint: Path, out: Path, *, verify: bool, say: Say) -> None:
+    """Write an import or a run's step folder, of any layout, as a Hugging Face folder of the same dtype.
+
+    Needs a single process. A folder that fails `verify` (UserError) stays, for a look at it.
+    """
+    check_new(out, "--out")
+    source = open_checkpoint(checkpoint)
+    with one_process() as parallel:
+        check_config(source.config, parallel.layout, source.label)
+        model = build_model(source.config, parallel.layout, stored_dtype(checkpoint))
+        restore(model, None, load_sharded(checkpoint / "sharded", training_state(model), parallel))
+        say(f"loaded {checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters")
+        export_hf(model, parallel, source, out)
+        say(f"wrote {out}")
+        if verify:
+            verify_logits(model, HfFolder.open(str(out), "--out"), parallel, say)
+
+
+def open_checkpoint(checkpoint: Path) -> HfFolder:
+    """Configuration and tokenizer of an import or a step folder. UserError where the folder is neither."""
+    if not checkpoint.is_dir():
+        raise UserError(f"--checkpoint: there is no folder {checkpoint}")
+    imported, saved = ((checkpoint / file).is_file() for file in ("import.json", "state.json"))
+    if not (imported or saved) or not (checkpoint / "sharded").is_dir():
+        raise UserError(
+            f"--checkpoint: {checkpoint} is neither an import nor a run's step folder "
+            "(checkpoints/step_...): it needs sharded/ and import.json or state.json"
+        )
+    if saved:
+        CheckpointStore.verify(checkpoint)
+    return HfFolder.open(str(checkpoint / "hf"), "--checkpoint")
+
+
+def stored_dtype(checkpoint: Path) -> torch.dtype:
+    """The dtype of a checkpoint's weights. UserError where the checkpoint holds no model or cannot be read."""
+    try:
+        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint / "sharded"))
+    except Exception as error:  # what a damaged pickle or JSON raises
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"--checkpoint: {checkpoint}/sharded cannot be read: {reason}") from error
+    if MODEL + EMBEDDING not in stored:
+        raise UserError(f"--checkpoint: {checkpoint}/sharded holds no model ({MODEL}{EMBEDDING} is missing)")
+    return stored[MODEL + EMBEDDING].dtype
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[Parallel]:
+    """Megatron's groups in this process alone."""
+    # The store is bound to a free port here, and held: no other process can take the port in between.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    before = dict(os.environ)
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    try:
+        yield groups.start(Layout())[0]
+    finally:
+        groups.stop()
+        os.environ.clear()
+        os.environ |= before
+
+
+def verify_logits(model: ModelChunks, reference: HfFolder, parallel: Parallel, say: Say) -> None:
+    """Compare the model's logits with transformers' on the same random tokens, both in fp32. Collective.
+
+    Turns the model into fp32. UserError where the logits differ by more than TOLERANCE · max(1, the largest logit).
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(reference.vocab_size, (2, 32), generator=generator).to(parallel.device)
+    logits = gathered_logits(_as_fp32(model).eval(), tokens, parallel)
+    agree(parallel, lambda: _compare(logits, tokens, reference, say) if parallel.is_main else None)
+
+
+def _as_fp32(model: ModelChunks) -> ModelChunks:
+    """The weights in fp32, and what pipeline stages exchange too."""
+    config = model.config
+    config.params_dtype = config.pipeline_dtype = torch.float32
+    config.bf16 = False
+    return model.float()
+
+
+def _compare(logits: torch.Tensor, tokens: torch.Tensor, reference: HfFolder, say: Say) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    theirs: torch.nn.Module = AutoModelForCausalLM.from_pretrained(reference.path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs.to(tokens.device).eval()(tokens).logits
+    difference = (logits[..., : reference.vocab_size] - expected).abs().max().item()
+    limit = TOLERANCE * max(1.0, expected.abs().max().item())
+    found = f"largest difference to transformers over {tokens.numel()} tokens' logits: {difference:.1e}"
+    say(f"verify: {found} (limit {limit:.1e})")
+    if not difference <= limit:  # also for NaN
+        raise UserError(f"{reference.label}: verify failed: {found}, more than {limit:.1e}")
+
+
+def _write_companions(out: Path, folder: HfFolder, parallel: Parallel) -> None:
+    (out / "hf").mkdir()
+    (out / "sharded").mkdir()
+    folder.copy_companions(out / "hf")
+    record = {
+        "architecture": folder.family.architecture,
+        "layout": {
+            kind: getattr(parallel.layout, kind) for kind in ("tensor_parallel", "pipeline_parallel", "expert_parallel")
+        },
+        "vocab_size": folder.vocab_size,
+        "padded_vocab_size": padded_vocab_size(folder.vocab_size, parallel.tp_size),
+        "dtype": DTYPE_WORDS[folder.dtype],
+    }
+    (out / "import.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""`eaopd doctor`: the machine, and whether student and teacher end responses alike."""

@@ -1,0 +1,160 @@
+"""One rank of `eaopd doctor RECIPE`: a handful of responses by the recipe's student, scored by its teachers.
+
+It goes the way that training goes, rollout and teachers of any kind included, up to the objective. No run's folder is
+touched: what a run would write goes to a temporary one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config import Recipe
+from eaopd_megatron.data.sources import load_problems
+from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
+from eaopd_megatron.diagnostics.eos_check import FOUND, Agreement, Ends
+from eaopd_megatron.distributed import parallel_state as groups
+from eaopd_megatron.distributed.heartbeat import watched
+from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.megatron.forward import whole
+from eaopd_megatron.objective import TeacherHidden, TeacherTopK, linear_token_statistics, token_statistics
+from eaopd_megatron.rollout.interface import Wanted
+from eaopd_megatron.teacher.build import open_folders
+from eaopd_megatron.teacher.eos_map import TerminalMap
+from eaopd_megatron.teacher.interface import TeacherSignal
+from eaopd_megatron.training.components import Parts, build, prompt_builder
+from eaopd_megatron.training.run_folder import RunFolder
+from eaopd_megatron.utils.log import say
+
+PROMPTS = 16
+"""Of each teacher."""
+TOKENS = 512
+"""The longest response, where the recipe's are not shorter."""
+
+
+def agreement_on_rank(recipe: Recipe) -> None:
+    """The main rank writes run.folder/FOUND."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    minutes = recipe.distributed.timeout_minutes
+    parallel, store = groups.start(recipe.student.layout, seed=recipe.seed, timeout_minutes=minutes)
+    with watched(store, parallel.rank, parallel.world_size):
+        folder = RunFolder(Path(recipe.run.folder))
+        parts = build(recipe, parallel, folder, asked=lambda: 0, report=say)
+        try:
+            found = agreements(recipe, parts, parallel)
+        finally:
+            parts.rollout.close()
+            parts.teacher.close()
+    if parallel.is_main:
+        (folder.path / FOUND).write_text(json.dumps([asdict(agreement) for agreement in found]))
+    groups.stop()
+
+
+def agreements(recipe: Recipe, parts: Parts, parallel: Parallel) -> list[Agreement]:
+    """Of each teacher, on every rank. Collective."""
+    prompts, maps = _prompts(recipe, parts), _maps(recipe, parts.student_folder)
+    mine = _ends(recipe, parts, parallel, prompts, maps)
+    everything = [mine] * parallel.world_size
+    dist.all_gather_object(everything, mine)
+    return [
+        Agreement(
+            name,
+            options.model,
+            maps[name].kind,
+            maps[name].student_id,
+            maps[name].teacher_id,
+            sum(prompt.teacher == name for prompt in prompts),
+            _limit(recipe),
+            [end for ends in everything for end in ends[name]],
+        )
+        for name, options in recipe.named_teachers().items()
+    ]
+
+
+def _prompts(recipe: Recipe, parts: Parts) -> list[Prompt]:
+    """The first PROMPTS of each teacher."""
+    problems = load_problems(recipe.data.source, recipe.data.split)
+    names = list(recipe.named_teachers())
+    prompts, _ = prompt_builder(recipe, parts.tokenizer, recipe.data.suffix, names).build(problems, recipe.data.source)
+    return [p for name in names for p in islice((p for p in prompts if p.teacher == name), PROMPTS)]
+
+
+def _limit(recipe: Recipe) -> int:
+    return min(TOKENS, recipe.rollout.max_response_tokens)
+
+
+def _maps(recipe: Recipe, student: HfFolder) -> dict[str, TerminalMap]:
+    """Of each teacher."""
+    return {
+        name: TerminalMap.between(options.terminal_map, student.eos_ids, folder.eos_ids)
+        for (name, options), folder in zip(
+            recipe.named_teachers().items(), open_folders(recipe, student).values(), strict=True
+        )
+    }
+
+
+def _ends(
+    recipe: Recipe, parts: Parts, parallel: Parallel, prompts: Sequence[Prompt], maps: Mapping[str, TerminalMap]
+) -> dict[str, list[Ends]]:
+    """Of each teacher, those of this rank's responses that stopped, on one rank of each data-parallel copy."""
+    limit, count = _limit(recipe), len(prompts)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + limit
+    parts.rollout.open(prompts, longest)
+    parts.teacher.open(longest)
+    parts.rollout.publish(0)
+    wanted = Wanted(
+        prompts,
+        [(recipe.seed, "doctor", i) for i in range(count)],
+        range(parallel.dp_rank, count, parallel.dp_size),
+        replace(parts.sampling, max_new_tokens=limit),
+    )
+    stopped: list[Sample] = []
+    for part in parts.rollout.responses(parts.rollout.begin(wanted)):
+        stopped += [sample for sample in part if sample.finish_reason == "stop"]
+    parts.rollout.rest()
+    parts.teacher.ask(stopped)
+    parts.teacher.wait(stopped)
+    batches = parts.teacher.micro_batches(stopped, recipe.train.micro_batch_tokens, parallel)
+    signal_of = parts.teacher.signals(batches)
+    found: dict[str, list[Ends]] = {name: [] for name in recipe.named_teachers()}
+    for index, batch in enumerate(batches if parallel.is_last_stage else []):
+        ends = _ends_of(batch, signal_of(index), parts, parallel, maps[batch.teacher])
+        if parallel.speaks and not parallel.cp_rank:
+            found[batch.teacher] += ends
+    return found
+
+
+def _ends_of(
+    batch: MicroBatch, signal: TeacherSignal, parts: Parts, parallel: Parallel, terminal: TerminalMap
+) -> list[Ends]:
+    """Of the samples of a micro-batch. Collective over the ranks of the stage."""
+    labels = parts.teacher.labels(batch)
+    shard = {"vocab_size": parts.vocab_size, "group": parallel.tp_group}
+    plain = _logprob(signal, terminal.exchanged(batch.tokens), shard)
+    mapped = (
+        signal.token_logprob
+        if isinstance(signal, TeacherTopK)
+        else _logprob(signal, batch.tokens if labels is None else labels, shard)
+    )
+    per_token = whole(batch, torch.stack([mapped, plain], 1), parallel)
+    last = [part[-1].tolist() for part in batch.split(per_token)]
+    return [(s.response_ids[-1], *both) for s, both in zip(batch.samples, last, strict=True)]
+
+
+def _logprob(signal: TeacherSignal, ids: torch.Tensor, shard: dict[str, Any]) -> torch.Tensor:
+    """[n] the teacher's log-prob of ids [n]; nan where a top-k does not have it."""
+    if isinstance(signal, TeacherTopK):
+        listed = torch.where(signal.ids == ids[:, None], signal.logprobs, -torch.inf).amax(1)
+        return listed.masked_fill(listed.isinf(), torch.nan)
+    if isinstance(signal, TeacherHidden):
+        return linear_token_statistics(signal.hidden, signal.head_weight, ids, **shard).logprob
+    return token_statistics(signal.logits, ids, **shard).logprob

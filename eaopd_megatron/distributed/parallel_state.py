@@ -1,0 +1,181 @@
+"""Start-up of torch.distributed and of Megatron-Core's process groups."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch.distributed.rendezvous import rendezvous
+
+from eaopd_megatron.config.parallel import Layout as Layout
+from eaopd_megatron.distributed import cpu_compat as cpu
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process's place: its rank, its groups and its device."""
+
+    layout: Layout
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_group: dist.ProcessGroup
+    dp_rank: int  # among the ranks with other samples; context-parallel ranks share theirs
+    dp_size: int
+    dp_group: dist.ProcessGroup
+    device: torch.device
+    pp_rank: int = 0
+    pp_group: dist.ProcessGroup | None = None
+    cp_rank: int = 0
+    cp_group: dist.ProcessGroup | None = None
+    stage_rank: int = 0  # among the tensor- and context-parallel ranks: one copy's share of a pipeline stage
+    stage_group: dist.ProcessGroup | None = None
+    ep_rank: int = 0
+    ep_group: dist.ProcessGroup | None = None
+    etp_rank: int = 0
+    etp_group: dist.ProcessGroup | None = None
+    expert_dp_rank: int = 0  # among the ranks with the same experts
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether figures of this rank's tokens enter the metrics: of the ranks that compute the same, one."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    @property
+    def tp_size(self) -> int:
+        return self.layout.tensor_parallel
+
+    @property
+    def pp_size(self) -> int:
+        return self.layout.pipeline_parallel
+
+    @property
+    def cp_size(self) -> int:
+        return self.layout.context_parallel
+
+    @property
+    def ep_size(self) -> int:
+        return self.layout.expert_parallel
+
+    @property
+    def stage_size(self) -> int:
+        return self.tp_size * self.cp_size
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer, and so the objective."""
+        return self.pp_rank == self.pp_size - 1
+
+    def tp_source(self) -> int:
+        """Global rank of the tensor-parallel group's first member, which samples for the others."""
+        return dist.get_global_rank(self.tp_group, 0)
+
+
+def start(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> tuple[Parallel, dist.Store]:
+    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT and make Megatron's groups.
+
+    The store is the one through which the ranks met. Raises UserError where the layout does not divide the number of
+    ranks. Call `stop` at the end.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    layout.check_world(world_size)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        backend = "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world_size, timeout=timeout
+    )
+    return arrange(layout, seed=seed, timeout_minutes=timeout_minutes), store
+
+
+def arrange(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> Parallel:
+    """Megatron's groups over the ranks of torch.distributed, which is initialised already. Undone by `disband`."""
+    cpu.install()
+    layout.check_world(dist.get_world_size())
+    interleaved = layout.virtual_pipeline > 1
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        context_parallel_size=layout.context_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel,
+        distributed_timeout_minutes=max(1, int(timeout_minutes)),
+    )
+    with cpu.cuda_literals():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    cuda = torch.cuda.is_available()
+    return Parallel(
+        layout=layout,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        stage_rank=parallel_state.get_tensor_and_context_parallel_rank(),
+        stage_group=parallel_state.get_tensor_and_context_parallel_group(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_group=parallel_state.get_expert_tensor_parallel_group(),
+        expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
+    )
+
+
+def disband() -> None:
+    """Undo `arrange`: Megatron's groups end, and with them their connections and threads (60 a rank on gloo)."""
+    made = list(parallel_state._global_process_group_list or [])
+    parallel_state.destroy_model_parallel()
+    RotaryEmbedding.forward.cache_clear()  # its arguments are kept, and with them models and their groups
+    for group in made:
+        if group is not None:  # the default group stays
+            with contextlib.suppress(ValueError):  # Megatron has ended it itself
+                dist.destroy_process_group(group)
+
+
+def stop() -> None:
+    """Leave Megatron's groups and torch.distributed."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def ranks_beside_the_first(parallel: Parallel) -> int:
+    """How many ranks are on the main rank's host, itself among them. Collective.
+
+    Neither srun nor a launcher of a site's own says it as torchrun does (LOCAL_WORLD_SIZE).
+    """
+    mine = socket.gethostname()
+    hosts = [mine] * parallel.world_size
+    if parallel.world_size > 1:
+        dist.all_gather_object(hosts, mine)
+    return hosts.count(hosts[0])

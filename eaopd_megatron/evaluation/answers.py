@@ -1,0 +1,249 @@
+r"""The lenient pass: answers that are equal once notation is read as a person reads it.
+
+math-verify takes `4.5e33` for 4.5 times Euler's number plus 33, `n!^2` for nothing, and a list of names for text. Here
+numbers are read exactly (`4.5 \times 10^{33} \text{ erg/s}` is `4.5e33`, and `2.88e-19` is not `2.89e-19`), a name
+before `=` and units after a number are left out, `x > 2` is `(2, \infty)`, and lists are compared answer by answer.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_SEPARATOR = re.compile(
+    r"\\(?:text|mbox|textrm|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}"  # \text{ or }
+    r"|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
+    r"|\\.|[,;()\[\]{}]",
+    re.DOTALL,
+)
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
+_DRESS = re.compile(r"\\(?:(mathbf|boldsymbol|underline)|text|textrm|textbf|mathrm|mbox)\s*+\{(.*)\}", re.DOTALL)
+_BOLD = re.compile(r"\{?\s*+\\bf(?![A-Za-z])(.*)", re.DOTALL)
+_PLAIN = re.compile(r"\(?\s*+([-+−]?\s*+(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*|/\d+)?|[-+−]?\.\d+)\s*+\)?")
+
+
+def boxed(text: str) -> list[str]:
+    r"""Contents of the complete \boxed{...} of a response, in the order in which they are opened."""
+    opened: list[tuple[bool, int]] = []
+    found: dict[int, str] = {}
+    for match in _BRACES.finditer(text):
+        token = match.group()
+        if token == "{" or token.startswith("\\boxed"):
+            opened.append((token != "{", match.end()))
+        elif token == "}" and opened:
+            is_box, start = opened.pop()
+            if is_box:
+                found[start] = text[start : match.start()].strip()
+    return [found[start] for start in sorted(found)]
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last complete \boxed{...} of a response (the inner one where they are nested), or None."""
+    boxes = boxed(text)
+    return boxes[-1] if boxes else None
+
+
+def normalise(answer: str) -> str:
+    """An answer's text without what carries no meaning: spaces, dollars, \\left, \\right, \\dfrac, a final stop."""
+    text = answer.replace("\\!", "").replace("\\,", "").replace("\\$", "").replace("$", "")
+    text = re.sub(r"\\(left|right)(?![a-zA-Z])", "", text)
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    return re.sub(r"\s+", "", text).rstrip(".")
+
+
+def undressed(answer: str) -> str:
+    r"""`17` for an answer that is wholly `\mathbf{17}`, `\bf 17`, `\text{17}` or `\textbf{(17)}`, any other as it is.
+
+    Around words \text stays: math-verify knows it, and `\text{east}` is no product of four symbols.
+    """
+    text = answer.strip().rstrip(".")
+    if len(text) > 1 and text[0] == text[-1] == "$":
+        text = text[1:-1].strip()
+    if match := _BOLD.fullmatch(text):
+        inner = match[1].strip()
+        inner = inner.removesuffix("}") if text.startswith("{") else inner
+        return undressed(inner) if _balanced(inner) else answer
+    match = _DRESS.fullmatch(text)
+    if match is None or not _balanced(match[2]):
+        return answer
+    if match[1]:
+        return undressed(match[2])
+    number = _PLAIN.fullmatch(match[2].strip())
+    return number[1] if number else answer
+
+
+def _balanced(text: str) -> bool:
+    """Whether every brace of a text has its other one in the text."""
+    depth = 0
+    for match in _BRACES.finditer(text):
+        token = match.group()
+        depth += 1 if token == "{" or token.startswith("\\boxed") else -(token == "}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def answers_of(text: str) -> list[str]:
+    r"""The answers of a list such as `1, 3`, `x=1 \text{ or } x=3` or `\{1,3\}`; `(1,3)` and `12,345` are one each."""
+    text = re.sub(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\!\s*|\\?\$", "", text).strip().rstrip(".")
+    inner = re.fullmatch(r"\\\{(.*)\\\}", text, re.DOTALL)
+    if inner and "\\}" not in inner[1]:
+        text = inner[1]
+    if _THOUSANDS.fullmatch(re.sub(r"\s", "", text)):
+        return [text]
+    return [part for part in map(str.strip, _split(text)) if part]
+
+
+def _split(text: str) -> Iterator[str]:
+    """At commas, semicolons, `and` and `or` outside of every bracket."""
+    depth = start = 0
+    for match in _SEPARATOR.finditer(text):
+        token = match.group()
+        if token in "([{":
+            depth += 1
+        elif token in ")]}":
+            depth -= 1
+        elif depth == 0 and (token in ",;" or "and" in token or "or" in token):
+            yield text[start : match.start()]
+            start = match.end()
+    yield text[start:]
+
+
+Equal = Callable[[str, str], bool | None]
+"""The strict comparison of (gold, answer), None where it failed; a set may equal a relation."""
+
+LARGEST_EXPONENT = 400
+LARGEST_POWER = 10_000
+MOST_ANSWERS = 8
+"""Longer lists are compared by the strict pass alone."""
+
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
+_DECIMAL = re.compile(rf"({_NUMBER})(?:[eE]([-+]?\d{{1,4}}))?")
+_SCIENTIFIC = re.compile(
+    rf"(?:({_NUMBER})(?:\\times|\\cdot|\*|×|·))?(?<![\d.])10(?:\^|\*\*)(?:\{{([-+]?\d{{1,4}})\}}|([-+]?\d{{1,4}}))"
+)
+_TOWER = re.compile(r"(?<=[\d)}])(?:\^\{*\d+)+")
+_FACTORIAL = re.compile(r"(\d{5,})!")
+_FRACTION = re.compile(rf"([-+]?)\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}")
+_EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)|\\approx(?![a-z])")
+_GOLDS_NAME = re.compile(r"\s*\\?[A-Za-z]\s*(?:_\s*(?:\w|\{[^{}]*\})\s*)?(?:\([A-Za-z]\)\s*)?")  # x, f(x), X_{d}
+
+_MACRO = r"\\(?:text|textrm|textbf|mathrm|mbox|rm|operatorname)\s*\{[^{}]*\}"
+_WORD = (
+    r"(?:(?:k|c|m|n|M|G|d)?(?:m|s|g|W|J|V|A|N|K|C|L|T|Hz|Pa|eV|pc)|erg|dyn|rad|sr|mol|AU|ly|yr|h|hr|min|hours?|days?"
+    r"|years?|minutes?|seconds?|meters?|metres?|grams?|cents?|dollars?|inch|inches|in|ft|feet|miles?|degrees?|units?"
+    r"|[kMG]?Wh|Nm|Js)(?![A-Za-z])"  # a whole word: `hours` is also h, h and s, and a row of them 2^n units
+)
+_POWER = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d+\s*\}))?"
+_JOIN = r"(?:\s|~|\\[,;: ]|/|\\cdot|\\times|\*|\\quad)*+"
+_MARKED_UNITS = re.compile(rf"(?:{_JOIN}(?:{_MACRO}{_POWER}|\^\s*\{{?\s*\\circ\s*\}}?|\\degree|\\?%))+{_JOIN}\Z")
+_BARE_UNITS = re.compile(rf"(?<=[\d}}])(?:\s|~|\\[,;: ])+{_WORD}{_POWER}(?:{_JOIN}{_WORD}{_POWER})*\s*\Z")
+_TEXT_WITH_UNITS = re.compile(
+    rf"\\(?:text|textrm|textbf|mathrm|mbox)\s*+\{{\s*+({_NUMBER}\s++[A-Za-z][A-Za-z\s^\d]*+)\}}\Z"
+)
+_RELATION = re.compile(r"[<>]|\\[lg]e|\\in(?![a-z])")
+_PRIME = re.compile(r"([A-Za-z])(?:\^\{\\prime\}|\^\\prime|')")
+
+
+def leniently_equal(gold: str, answer: str, equal: Equal) -> bool | None:
+    """Whether an answer that the strict pass refused is right in another notation; None where a comparison failed."""
+
+    def compare(one: str, other: str) -> bool | None:
+        asked = (normalise(one), normalise(other)) == (normalise(gold), normalise(answer))
+        return False if asked and not _RELATION.search(gold + answer) else equal(one, other)
+
+    golds, answers = answers_of(gold), answers_of(answer)
+    if not 0 < len(golds) == len(answers) <= MOST_ANSWERS:
+        return False
+    failed = False
+    for one in golds:
+        for other in answers:
+            verdict = _same(one, other, compare)
+            failed |= verdict is None
+            if verdict:
+                answers.remove(other)
+                break
+        else:
+            return None if failed else False
+    return True
+
+
+def exact_number(text: str) -> Fraction | None:
+    r"""The number that `1,234.5`, `4.5e33`, `4.5\times10^{33}`, `-1./3` or `\frac{1}{3}` writes; None for any other."""
+    text = re.sub(r"\\[,;: !]|~|\\left|\\right", "", normalise(text)).replace("−", "-")
+    if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", text):
+        text = text.replace(",", "")
+    if len(text) > 2 * LARGEST_EXPONENT:
+        return None
+    if match := _FRACTION.fullmatch(text):
+        return _quotient(Fraction(f"{match[1]}1"), _decimal(match[2]), _decimal(match[3]))
+    above, slash, below = text.partition("/")
+    return _quotient(Fraction(1), _decimal(above), _decimal(below)) if slash else _decimal(above)
+
+
+def _quotient(sign: Fraction, above: Fraction | None, below: Fraction | None) -> Fraction | None:
+    return None if above is None or not below else sign * above / below
+
+
+def immense(text: str) -> bool:
+    """Whether a number's power, or factorial, of more than `LARGEST_POWER` stands in a text: `10^{10^{10}}`."""
+    text = normalise(text)
+    for tower in _TOWER.findall(text):
+        power = 1.0
+        for number in reversed(re.findall(r"\d+", tower)):
+            digits = power * math.log10(max(1, int(number[:300])))
+            if len(number) > 300 or digits > math.log10(LARGEST_POWER):
+                return True
+            power = 10**digits
+    return any(int(number[:9]) > LARGEST_POWER for number in _FACTORIAL.findall(text))
+
+
+def misread(text: str) -> bool:
+    """Whether math-verify takes the e of `1e-5` for Euler's number."""
+    match = _DECIMAL.fullmatch(normalise(text))
+    return match is not None and match[2] is not None
+
+
+def _decimal(text: str) -> Fraction | None:
+    if match := _DECIMAL.fullmatch(text):
+        mantissa, exponent = match[1], int(match[2] or 0)
+    elif match := _SCIENTIFIC.fullmatch(text):
+        mantissa, exponent = match[1] or "1", int(match[2] or match[3])
+    else:
+        return None
+    return Fraction(mantissa) * Fraction(10) ** exponent if abs(exponent) <= LARGEST_EXPONENT else None
+
+
+def _same(gold: str, answer: str, equal: Equal) -> bool | None:
+    gold, answer = _right_sides(undressed(gold), undressed(answer))
+    answer = _TEXT_WITH_UNITS.sub(r"\1", answer)
+    gold, answer = _MARKED_UNITS.sub("", gold), _MARKED_UNITS.sub("", answer)
+    answer = _BARE_UNITS.sub("", answer)  # a gold's last letter is a variable: \frac{37}{4} m
+    numbers = exact_number(gold), exact_number(answer)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    gold, answer = _readable(gold), _readable(answer)
+    if not gold or not answer:
+        return False
+    return normalise(gold) == normalise(answer) or equal(gold, answer)
+
+
+def _right_sides(gold: str, answer: str) -> tuple[str, str]:
+    """What stands after `=` where only one of the two has it; of a gold only after a name of one letter."""
+    of_gold, of_answer = _EQUALS.split(gold), _EQUALS.split(answer)
+    if len(of_gold) == 1 < len(of_answer):
+        return gold, of_answer[-1]
+    if len(of_gold) == 2 > len(of_answer) and _GOLDS_NAME.fullmatch(of_gold[0]):
+        return of_gold[1], answer
+    return gold, answer
+
+
+def _readable(text: str) -> str:
+    """The same in LaTeX that math-verify reads: powers of ten, numpy's names, indices, factorials in powers, primes."""
+    text = re.sub(rf"({_NUMBER})[eE]([-+]?\d{{1,4}})(?![\w.])", r"\1 \\cdot 10^{\2}", text)
+    text = re.sub(r"\bnp\.(?=[a-z])", r"\\", text)
+    text = re.sub(r"(\d)\.(?!\d)", r"\1", text)
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    text = re.sub(r"(\w!|\([^()]*\)!)\^", r"(\1)^", text)
+    return _PRIME.sub(r"\1_{prime}", text)

@@ -1,0 +1,220 @@
+"""Responses by SGLang servers: started here and ended, or named by their URLs.
+
+The servers draw the tokens from random numbers of their own: an evaluation that was killed keeps every finished
+response and draws the others anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.data.types import Sampling
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation.folder import EvaluationFolder, Generation, Place, read_prompts
+from eaopd_megatron.rollout.sglang import generation as writing
+from eaopd_megatron.rollout.sglang.identity import Expected, identify
+from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings
+from eaopd_megatron.rollout.sglang.server_manager import DEATHS, SLACK_TOKENS
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Limits, Request
+from eaopd_megatron.serving.client import Client, read_api_key
+from eaopd_megatron.serving.pool import Pool
+from eaopd_megatron.serving.readiness import Loop
+
+
+def generate_on_ranks(
+    folder: EvaluationFolder, model: Path, missing: dict[str, list[Place]], tensor_parallel: int, batch_size: int
+) -> int:
+    """Generates what is missing of each benchmark. The exit code of the ranks."""
+    from eaopd_megatron.launch.local import launch
+
+    path = folder.path / "work.json"
+    work = {"model": str(model), "tensor_parallel": tensor_parallel, "batch_size": batch_size, "missing": missing}
+    path.write_text(json.dumps({**work, "folder": str(folder.path)}))
+    try:
+        return launch(["evaluate", str(path)], tensor_parallel)
+    finally:
+        path.unlink()
+
+
+def on_rank(work: dict[str, Any]) -> None:
+    """One rank of `generate`."""
+    import torch
+
+    from eaopd_megatron.checkpoint.hf_folder import HfFolder
+    from eaopd_megatron.checkpoint.hf_import import load_hf
+    from eaopd_megatron.data.types import Sampling
+    from eaopd_megatron.distributed import parallel_state as groups
+    from eaopd_megatron.megatron.model import build_model
+    from eaopd_megatron.models.architecture import check_config
+    from eaopd_megatron.rollout.local import LocalRollout
+
+    tensor_parallel, batch_size = work["tensor_parallel"], work["batch_size"]
+    layout = groups.Layout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # experts ask for it
+    parallel, _ = groups.start(layout)
+    source = HfFolder.open(work["model"], "MODEL")
+    check_config(source.config, layout, work["model"])
+    model = build_model(source.config, layout, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    load_hf(model, source, parallel)
+    rollout = LocalRollout(model, parallel, vocab_size=source.vocab_size, batch_size=batch_size)
+    folder, tokenizer = EvaluationFolder(Path(work["folder"])), source.tokenizer()
+    settings = folder.settings()
+    sampling = Sampling(**{**settings["sampling"], "stop_ids": tuple(settings["sampling"]["stop_ids"])})
+    for name, places in work["missing"].items():
+        prompts, store, missing = read_prompts(folder.prompts(name)), folder.generations(name), set(map(tuple, places))
+        every = [(problem, sample) for problem in range(len(prompts)) for sample in range(settings["samples"])]
+        for start in range(0, len(every), batch_size):
+            batch = every[start : start + batch_size]
+            if missing.isdisjoint(batch):
+                continue
+            keys = [(settings["seed"], "evaluation", name, *place) for place in batch]
+            samples = rollout.generate([prompts[problem] for problem, _ in batch], keys, sampling, 0)
+            if parallel.is_main:
+                made = zip(batch, samples, strict=True)
+                store.append(
+                    Generation(
+                        *place,
+                        tokenizer.decode(one.response_ids, skip_special_tokens=True),
+                        len(one.response_ids),
+                        one.finish_reason,
+                    )
+                    for place, one in made
+                    if place in missing
+                )
+                print(f"{name}: {min(start + batch_size, len(every))} of {len(every)} responses", flush=True)
+    groups.stop()
+
+
+def check_length(positions: int, response: int, setting: str = "--max-response-tokens ") -> int:
+    """The longest prompt (tokens) that leaves room for the response. UserError, which names the setting, where none
+    does."""
+    if positions <= response:
+        raise UserError(
+            f"{setting}{response}: the model has {positions} positions for prompt and response together; lower it"
+        )
+    return positions - response
+
+
+REPORT_EVERY = 100  # responses
+
+
+@dataclass(frozen=True)
+class ServerChoice:
+    """urls: of servers that run already; else `count` are started, each on `tensor_parallel` GPUs of this host."""
+
+    urls: Sequence[str] = ()
+    count: int = 1
+    tensor_parallel: int = 1
+    max_running: int = 64  # responses that a server writes at the same time
+    memory_fraction: float = 0.8  # of a GPU's memory
+    api_key_file: Path | None = None  # of servers that run already
+
+
+def generate_on_servers(
+    folder: EvaluationFolder,
+    model: HfFolder,
+    missing: dict[str, list[Place]],
+    choice: ServerChoice,
+    report: Callable[[str], None],
+) -> None:
+    """Generates what is missing of each benchmark. Raises UserError."""
+    settings = folder.settings()
+    sampling = Sampling(**{**settings["sampling"], "stop_ids": tuple(settings["sampling"]["stop_ids"])})
+    prompts = {name: read_prompts(folder.prompts(name)) for name in missing}
+    longest = max(len(prompt.token_ids) for some in prompts.values() for prompt in some) + sampling.max_new_tokens
+    config = model.config.to_dict()
+    expected = Expected(model.family.architecture, model.vocab_size, longest, config=config)
+    tokenizer = model.tokenizer()
+    with _pool(choice, model, longest, folder.path / "servers", expected, report) as (loop, pool):
+        for name, places in missing.items():
+            calls = [
+                writing.Generation(Request(f"{problem}-{sample}", prompts[name][problem].token_ids, sampling))
+                for problem, sample in places
+            ]
+            loop.run(_write(pool.run(calls), folder, name, len(places), tokenizer, report))
+
+
+async def _write(
+    answers: AsyncGenerator[Any],
+    folder: EvaluationFolder,
+    name: str,
+    count: int,
+    tokenizer: Any,
+    report: Callable[[str], None],
+) -> None:
+    store, finished = folder.generations(name), 0
+    async for answer in answers:
+        problem, sample = map(int, answer.id.split("-"))
+        text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        store.append([Generation(problem, sample, text, len(answer.token_ids), answer.finish_reason)])
+        finished += 1
+        if finished % REPORT_EVERY == 0 or finished == count:
+            report(f"{name}: {finished} of {count} responses")
+
+
+@contextlib.contextmanager
+def _pool(
+    choice: ServerChoice,
+    model: HfFolder,
+    longest: int,
+    logs: Path,
+    expected: Expected,
+    report: Callable[[str], None],
+) -> Iterator[tuple[Loop, Pool[Client, Limits]]]:
+    """The servers as one, and the loop in which it lives."""
+    with contextlib.ExitStack() as stack:
+        key = None if choice.api_key_file is None else read_api_key(choice.api_key_file)
+        servers: Servers | None = None
+        # the kernel ends the servers with the thread that started them: one thread starts them all, and lives on
+        starter = stack.enter_context(ThreadPoolExecutor(1))
+        urls = choice.urls
+        if not urls:
+            key = secrets.token_urlsafe(24)
+            settings = ServerSettings(
+                model.path,
+                longest + RESERVED_TOKENS + SLACK_TOKENS,
+                tensor_parallel=choice.tensor_parallel,
+                precision="bf16" if model.dtype.itemsize == 2 else "fp32",
+                memory_fraction=choice.memory_fraction,
+                max_running=choice.max_running,
+                api_key=key,
+            )
+            servers = Servers(settings, choice.count, logs)
+            starter.submit(servers.__enter__).result()
+            stack.callback(servers.__exit__)
+            urls = [server.url for server in servers.all]
+        loop = stack.enter_context(Loop())
+        clients = [Client(url, api_key=key, connections=choice.max_running) for url in urls]
+        pool = Pool(clients, partial(identify, expected=expected), report=report)
+        loop.run(pool.open())
+        stack.callback(lambda: loop.run(pool.close()))
+        for server, client in zip(servers.all if servers else (), clients, strict=False):
+            server.on_exit = _restart(server.start, starter, partial(loop.call, pool.lost, client), report)
+            stack.callback(setattr, server, "on_exit", None)
+        yield loop, pool
+
+
+def _restart(
+    start: Callable[[], None], starter: ThreadPoolExecutor, lost: Callable[[str], None], report: Callable[[str], None]
+) -> Callable[[str], None]:
+    """What is called when a server has died: it is started again, unless it dies again and again."""
+    deaths = 0
+
+    def died(why: str) -> None:
+        nonlocal deaths
+        deaths += 1
+        lost(why)
+        if deaths < DEATHS:
+            starter.submit(start)
+        else:
+            report(f"a server died {DEATHS} times and is not started again: it {why}")
+
+    return died

@@ -1,0 +1,58 @@
+"""How a rank, or a tool, ends: errors of the user in one line, to the launcher where one listens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.utils.lifetime import ERROR_FILE
+
+
+def guarded(work: Callable[[], int | None]) -> int:
+    """The exit code of `work` (None is 0). A UserError is reported without a traceback, anything else with one.
+
+    The report goes to `$EAOPD_ERROR_FILE.<rank>`, from which the launcher makes the one line that the user sees;
+    without a launcher to stderr.
+    """
+    # about optional packages (`eaopd doctor` tells what matters), and about names that libraries mean to change
+    warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    try:
+        return work() or 0
+    except SystemExit as stop:  # asked to stop by a signal, the state is saved
+        return stop.code if isinstance(stop.code, int) else 1
+    except BaseException as raised:
+        error = of_the_user(raised)
+        if error is None:
+            traceback.print_exc()
+            _report(f"{type(raised).__name__}: {raised}", 1, user=False)
+            return 1
+        _report(str(error), error.exit_code, user=True)
+        return error.exit_code
+
+
+def of_the_user(error: BaseException) -> UserError | None:
+    """The error as one line for the user, where it is the user's."""
+    if isinstance(error, OSError) and error.filename:  # a full disk, a folder without permission
+        return UserError(f"{error.filename}: {error.strerror}")
+    return error if isinstance(error, UserError) else None
+
+
+def _report(message: str, code: int, *, user: bool) -> None:
+    base, rank = os.environ.get(ERROR_FILE), int(os.environ.get("RANK", "0"))
+    if base is None:
+        print(f"error: {message}" if user else f"error: rank {rank}: {message}", file=sys.stderr, flush=True)
+        return
+    record = {"message": message, "exit_code": code, "rank": rank, "user": user, "time": time.time()}
+    path = Path(f"{base}.{rank}")
+    temporary = path.with_suffix(f".{rank}.tmp")
+    temporary.write_text(json.dumps(record))
+    temporary.replace(path)

@@ -1,0 +1,359 @@
+"""Starting the ranks of one host, watching them, and joining ranks that torchrun or srun started.
+
+The launcher is plain supervision of subprocesses rather than `torch.distributed.launcher.elastic_launch`: that one
+gives the ranks 30 seconds after a signal, whatever a checkpoint needs, sends the survivors of a dead rank a SIGTERM
+(which here means "save and stop", impossible without the dead rank), and reports a failure on a page of its own. What
+is kept of it is its store: the launcher holds the TCP store and the ranks are all clients. Its port is free because
+it is bound when it is chosen, and it outlives any rank, so that the ranks can still tell each other why one of them
+died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.utils.lifetime import ERROR_FILE, LAUNCHER_PID
+
+if TYPE_CHECKING:
+    from eaopd_megatron.config import Student
+    from eaopd_megatron.config.parallel import Layout
+
+WORKER = (sys.executable, "-m", "eaopd_megatron.worker")
+POLL_SECONDS = 0.1
+STOP_SECONDS = 60.0
+"""What a rank has for its checkpoint between a SIGTERM and a SIGKILL."""
+FAILURE_SECONDS = 5.0
+"""What the others have to say what they saw, once a rank has failed, before they are killed."""
+
+STOPPED_CODES = {128 + signal.SIGTERM, 128 + signal.SIGINT}
+"""Exit codes with which a rank may say that it stopped because it was asked to."""
+
+# A rank that dies by one of these was not brought down by the fall of another one.
+FIRST_HAND = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+
+
+def joined(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun, or an srun step of several tasks, has started this process as a rank."""
+    return _by_torchrun(environment) or _by_srun(environment)
+
+
+def _by_torchrun(environment: Mapping[str, str]) -> bool:
+    return all(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
+def _by_srun(environment: Mapping[str, str]) -> bool:
+    # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is no step.
+    tasks = environment.get("SLURM_NTASKS", "1")
+    return "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and tasks.isdigit() and int(tasks) > 1
+
+
+def joined_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What torch.distributed's env:// needs: torchrun's variables or, where they are missing, made from srun's."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: environment[name] for name in names if name in environment}
+    if _by_torchrun(environment):
+        return given
+    ours = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_NTASKS"],
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "MASTER_PORT": str(_slurm_port(environment)),
+    }
+    if "MASTER_ADDR" not in given:
+        ours["MASTER_ADDR"] = _first_host(environment)
+    return {**ours, **{name: given[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in given}}
+
+
+def _slurm_port(environment: Mapping[str, str]) -> int:
+    """A port that all tasks of a step agree on, another for each step, below the range that the kernel hands out."""
+    job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment["SLURM_STEP_ID"])
+    return 15000 + (job * 101 + step) % 15000
+
+
+def _first_host(environment: Mapping[str, str]) -> str:
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    if hosts and not set(hosts) & set("[,"):
+        return hosts
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+        return shown.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(
+            f"the first host of the Slurm step cannot be read from {hosts!r} with scontrol; set MASTER_ADDR to its name"
+        ) from None
+
+
+def local_world_size(student: Student) -> int:
+    """How many ranks this host starts for a student: data_parallel copies of it.
+
+    Without data_parallel in the recipe: as few as hold all experts on a CPU (1 without experts), as many as the devices
+    hold with GPUs.
+    """
+    devices = _devices()
+    layout, copies = student.layout, student.data_parallel
+    if copies is None:
+        least = layout.smallest_copies
+        copies = max(1, (devices or 0) // (layout.model_ranks * least)) * least
+    ranks = layout.model_ranks * copies
+    if devices is not None and ranks > devices:
+        raise UserError(
+            f"the student needs {layout.model_ranks} x {copies} ranks (tensor x pipeline x context x data_parallel), "
+            f"more than the {devices} GPUs of this host; lower them, or start the ranks of several hosts with srun or "
+            "torchrun"
+        )
+    return ranks
+
+
+def teacher_world_size(layout: Layout) -> int:
+    """How many ranks this host starts for a teacher in a role of its own: data-parallel ones only where the experts
+    need them."""
+    devices = _devices()
+    if devices is not None and layout.least_ranks > devices:
+        raise UserError(
+            f"the teacher needs {layout.least_ranks} ranks (tensor x pipeline x expert_parallel), more than the "
+            f"{devices} GPUs of this host; lower them, or start the ranks of several hosts with srun or torchrun"
+        )
+    return layout.least_ranks
+
+
+def _devices() -> int | None:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else None
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    log_start: int  # bytes that the log held before
+    ended: float | None = None  # when it was seen to have ended
+    killed: bool = False  # by us
+
+    @property
+    def failed(self) -> bool:
+        return self.process.returncode not in (None, 0)
+
+    def kill(self) -> None:
+        """SIGKILL to the rank and to what it started."""
+        self.killed = self.killed or self.process.poll() is None
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def launch(
+    arguments: Sequence[str], world_size: int, *, command: Sequence[str] = WORKER, log_folder: Path | None = None
+) -> int:
+    """Runs `command + arguments` once a rank on this host and returns the exit code of the whole.
+
+    0 when every rank ended well; a failed rank ends the others within FAILURE_SECONDS, and one line `error: ...` on
+    stderr names the cause: the earliest error that a rank reports as the user's, else the rank that failed first.
+    SIGINT, SIGTERM and SIGHUP reach the ranks as SIGTERM; STOP_SECONDS later, or at the second signal, they are
+    killed, and the code is 128 + the signal's number. Rank 0 has this process's stdout. All other output goes to
+    `log_folder`/rank_N.log (appended; without a folder: to a temporary one, kept only where a rank failed for a
+    reason that is not the user's). A rank reports an error as one JSON object, {"message", "exit_code", "rank",
+    "user", "time"}, in `$EAOPD_ERROR_FILE.RANK`.
+    """
+    with tempfile.TemporaryDirectory(prefix="eaopd-") as scratch, _signals() as received:
+        if log_folder is None:
+            logs = Path(tempfile.mkdtemp(prefix="eaopd-logs-"))
+        else:
+            logs = log_folder
+            logs.mkdir(parents=True, exist_ok=True)
+        store = _store()
+        ranks: list[_Rank] = []
+        try:
+            for number in range(world_size):
+                environment = _rank_environment(number, world_size, store.port, Path(scratch) / "error")
+                ranks.append(_start([*command, *arguments], number, environment, logs))
+            late = _supervise(ranks, received)
+        finally:
+            for rank in ranks:
+                if rank.process.poll() != 0:
+                    rank.kill()
+            for rank in ranks:
+                rank.process.wait()
+        errors = reports_of(Path(scratch))
+    code, line = _verdict(ranks, errors, received, late)
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    if log_folder is None and (code == 0 or str(logs) not in (line or "")):
+        for log in logs.iterdir():
+            log.unlink()
+        logs.rmdir()
+    return code
+
+
+def _store() -> Any:
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _rank_environment(number: int, world_size: int, port: int, error_file: Path) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "RANK": str(number),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(number),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # env:// then connects to the launcher's store, rank 0 too
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        ERROR_FILE: str(error_file),
+        LAUNCHER_PID: str(os.getpid()),
+    }
+
+
+def _start(command: Sequence[str], number: int, environment: Mapping[str, str], logs: Path) -> _Rank:
+    log = logs / f"rank_{number}.log"
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=None if number == 0 else stream,
+            stderr=stream,
+            # A terminal's Ctrl-C then reaches the launcher alone, and a rank is killed with its children.
+            start_new_session=True,
+        )
+        return _Rank(number, process, log, stream.tell())
+
+
+@contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """The signals received so far that ask the run to stop; the old handlers come back at the end."""
+    received: list[signal.Signals] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+
+    before = {}
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) != signal.SIG_IGN:  # nohup
+            before[name] = signal.signal(name, note)
+    try:
+        yield received
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def _supervise(ranks: Sequence[_Rank], received: Sequence[signal.Signals]) -> list[int]:
+    """Returns when all ranks have ended, or shall be killed; the ranks that did not end in time after a signal."""
+    stopped = failed = None
+    while True:
+        for rank in ranks:
+            if rank.ended is None and rank.process.poll() is not None:
+                rank.ended = time.time()
+        running = [rank for rank in ranks if rank.ended is None]
+        now = time.monotonic()
+        if not running:
+            return []
+        if received and stopped is None:
+            stopped = now
+            time_left = f"the ranks have {STOP_SECONDS:g} s to save their state; a second signal ends them at once"
+            print(f"{received[0].name}: {time_left}", file=sys.stderr, flush=True)
+            for rank in running:
+                rank.process.send_signal(signal.SIGTERM)
+        if failed is None and any(rank.failed and not _as_asked(rank, stopped is not None) for rank in ranks):
+            failed = now
+        if stopped is not None and (now - stopped > STOP_SECONDS or len(received) > 1):
+            return [rank.number for rank in running]
+        if failed is not None and now - failed > FAILURE_SECONDS:
+            return []
+        time.sleep(POLL_SECONDS)
+
+
+def _as_asked(rank: _Rank, asked: bool) -> bool:
+    """Whether a rank's exit code only says that it was told to stop, and it was."""
+    return asked and rank.process.returncode in STOPPED_CODES
+
+
+def reports_of(folder: Path) -> list[dict[str, Any]]:
+    """The ranks' own reports of their errors, written as `$EAOPD_ERROR_FILE=folder/error` says, earliest first."""
+    found = []
+    for path in folder.glob("error.*"):
+        with suppress(OSError, ValueError):
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(report, dict) and "message" in report:
+                found.append({"rank": int(path.suffix[1:]), "time": path.stat().st_mtime, **report})
+    return sorted(found, key=lambda report: float(report["time"]))
+
+
+def _verdict(
+    ranks: Sequence[_Rank], errors: Sequence[dict[str, Any]], received: Sequence[signal.Signals], late: Sequence[int]
+) -> tuple[int, str | None]:
+    """The exit code of the whole, and the one line to say."""
+    for error in errors:
+        if error.get("user"):
+            return int(error.get("exit_code", 1)) or 1, f"error: {_one_line(error['message'])}"
+    if received:
+        code = 128 + received[0]
+        if late:
+            return (
+                code,
+                f"error: stopped by {received[0].name}; rank {', '.join(map(str, late))} had not ended and was killed",
+            )
+        if all(
+            _as_asked(rank, True) or rank.process.returncode in (0, -signal.SIGTERM) or rank.killed for rank in ranks
+        ):
+            return code, f"stopped by {received[0].name}"
+    failed = [rank for rank in ranks if rank.failed and not rank.killed and not _as_asked(rank, bool(received))]
+    if not failed:
+        return 0, None
+    reports = {int(error["rank"]): error for error in reversed(errors)}
+
+    def order(rank: _Rank) -> tuple[int, float]:
+        report = reports.get(rank.number)
+        first_hand = rank.process.returncode < 0 and -rank.process.returncode in FIRST_HAND
+        return (0 if first_hand else 1), float(report["time"]) if report else rank.ended or 0.0
+
+    first = min(failed, key=order)
+    code = first.process.returncode
+    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+    said = reports[first.number]["message"] if first.number in reports else _last_error(first)
+    said = f": {_one_line(said)}" if said and (code >= 0 or first.number in reports) else ""
+    return (128 - code if code < 0 else code), f"error: rank {first.number} {how}{said} (log: {first.log})"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _last_error(rank: _Rank) -> str:
+    """The last line of the rank's log that reads like an exception, else the last line."""
+    with rank.log.open("rb") as stream:
+        stream.seek(max(rank.log_start, rank.log.stat().st_size - 65536))
+        text = stream.read().decode("utf-8", errors="replace")
+    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    exceptions = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
+    return (exceptions or lines or [""])[-1]
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split("\n")).strip()

@@ -1,0 +1,1 @@
+"""Clients, pools, processes and supervision for servers of another role."""

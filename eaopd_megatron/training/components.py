@@ -1,0 +1,202 @@
+"""Models, optimiser, teacher, rollout and data of a recipe, built on this rank."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eaopd_megatron.checkpoint.hf_folder import HfFolder, common_vocab_size
+from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.config import Recipe
+from eaopd_megatron.data.decontamination import Decontamination, summary, write_report
+from eaopd_megatron.data.prompts import PromptBuilder
+from eaopd_megatron.data.sources import Fields, Problem, load_problems
+from eaopd_megatron.data.types import Sampling
+from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.evaluation.benchmarks import load_benchmark
+from eaopd_megatron.evaluation.generate import check_length
+from eaopd_megatron.evaluation.grading import named
+from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
+from eaopd_megatron.megatron import optimizer as megatron_optimizer
+from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
+from eaopd_megatron.megatron.offload import TrainerMemory
+from eaopd_megatron.models.architecture import check_config
+from eaopd_megatron.rollout.interface import Rollout
+from eaopd_megatron.rollout.local import LocalRollout
+from eaopd_megatron.rollout.sglang.engine import ServedRollout
+from eaopd_megatron.teacher.build import Surroundings, build_teachers, layouts_of, open_folders
+from eaopd_megatron.teacher.router import Teachers
+from eaopd_megatron.training.run_folder import RunFolder
+from eaopd_megatron.training.step import Student
+
+
+def training_problems(recipe: Recipe, report: Path | None, say: Callable[[str], None]) -> list[Problem]:
+    """The problems of `data.source`, in its order, without those that `data.decontaminate` finds.
+
+    report: the file for what was left out; None: another rank writes it. Raises UserError where nothing is left.
+    """
+    chosen = recipe.data
+    problems = load_problems(chosen.source, chosen.split, Fields(problem=chosen.prompt_field))
+    if not chosen.decontaminate:
+        return problems
+    benchmarks = {name: load_benchmark(name) for name in chosen.decontaminate}
+    kept, matches = Decontamination(benchmarks, chosen.decontaminate_ngram).clean(problems)
+    say(f"{len(matches)} of {len(problems)} training problems are evaluation problems too: {summary(matches)}")
+    if report is not None:
+        write_report(report, matches, problems=len(problems), ngram=chosen.decontaminate_ngram)
+    if not kept:
+        raise UserError(f"data.decontaminate leaves nothing of {chosen.source}: name other benchmarks")
+    return kept
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of on this rank."""
+
+    student_folder: HfFolder
+    vocab_size: int  # that student and teachers have
+    tokenizer: Any
+    model: ModelChunks
+    student: Student
+    teacher: Teachers
+    rollout: Rollout
+    sampling: Sampling
+    evaluator: Evaluator
+
+
+def build(
+    recipe: Recipe, parallel: Parallel, folder: RunFolder, *, asked: Callable[[], int], report: Callable[[str], None]
+) -> Parts:
+    """Everything of the recipe but its prompts and its state. asked: the number of a signal that asks the run to stop,
+    or 0. Raises UserError for a pair that does not fit."""
+    student_folder = HfFolder.open(recipe.student.model, "student.model")
+    teacher_folders = open_folders(recipe, student_folder)
+    colocated = [name for name, one in recipe.named_teachers().items() if one.placement == "colocated"]
+    student_layout, *others = layouts_of(parallel.layout, [student_folder, *(teacher_folders[n] for n in colocated)])
+    check_config(student_folder.config, student_layout, recipe.student.model)
+    vocab_size = common_vocab_size([student_folder, *teacher_folders.values()])
+
+    precision, options = recipe.student.precision, recipe.optimizer
+    model = build_model(student_folder.config, student_layout, DTYPES[precision], recompute=recipe.student.recompute)
+    load_hf(model, student_folder, parallel)
+    layouts = dict(zip(colocated, others, strict=True))
+    teacher = build_teachers(
+        Surroundings(
+            recipe,
+            parallel,
+            student_folder,
+            teacher_folders,
+            layouts,
+            vocab_size,
+            logs=folder.teachers,
+            asked=asked,
+            report=report,
+        )
+    )
+
+    ddp = megatron_optimizer.wrap(model, parallel, distributed=options.distributed, overlap=options.overlap)
+    optimizer = megatron_optimizer.build_optimizer(
+        ddp,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        beta1=options.beta1,
+        beta2=options.beta2,
+        eps=options.eps,
+        clip_grad=options.clip_grad,
+        precision=precision,
+        offload=options.offload,
+    )
+    student = Student(
+        ddp,
+        optimizer,
+        parallel,
+        vocab_size=vocab_size,
+        budget=recipe.train.micro_batch_tokens,
+        failures=folder.failures,
+    )
+    rollout: Rollout
+    if recipe.rollout.engine == "local":
+        rollout = LocalRollout(model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size)
+    else:
+        rollout = ServedRollout(
+            recipe,
+            parallel,
+            model,
+            student_folder,
+            vocab_size=vocab_size,
+            logs=folder.servers,
+            scratch=folder.weights,
+            logprobs=student.logprobs,
+            memory=TrainerMemory(ddp, optimizer),
+            asked=asked,
+            report=report,
+        )
+    ends = [folder.eos_ids for folder in (student_folder, *teacher_folders.values())]
+    stop_ids = tuple(sorted({*itertools.chain(*ends), *recipe.rollout.stop_ids}))
+    tokenizer = student_folder.tokenizer()
+    return Parts(
+        student_folder,
+        vocab_size,
+        tokenizer,
+        model,
+        student,
+        teacher,
+        rollout,
+        Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
+        evaluator(recipe, parallel, rollout, student_folder, tokenizer, stop_ids, report),
+    )
+
+
+def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequence[str] = ("",)) -> PromptBuilder:
+    """Of training prompts, with the recipe's template; teachers: whom the prompts are for."""
+    return PromptBuilder(
+        tokenizer,
+        template=recipe.data.template,
+        suffix=suffix,
+        field=recipe.data.prompt_field,
+        max_tokens=recipe.data.max_prompt_tokens,
+        teachers=teachers,
+        teacher_field=recipe.data.teacher_field,
+    )
+
+
+def evaluator(
+    recipe: Recipe,
+    parallel: Parallel,
+    rollout: Rollout,
+    student: HfFolder,
+    tokenizer: Any,
+    stop_ids: tuple[int, ...],
+    report: Callable[[str], None],
+) -> Evaluator:
+    """The recipe's benchmarks, ready to be run on the model that the rollout generates with.
+
+    data.max_prompt_tokens is the training's: a problem is left out only where it has no room for its response.
+    """
+    chosen, positions = recipe.evaluation, student.config.max_position_embeddings
+    builder = PromptBuilder(
+        tokenizer,
+        template=recipe.data.template,
+        suffix=chosen.suffix,
+        field="problem",
+        max_tokens=check_length(positions, chosen.max_response_tokens, "evaluation.max_response_tokens=")
+        if chosen.benchmarks
+        else positions,
+        limit="the student's positions less evaluation.max_response_tokens",
+    )
+    return Evaluator(
+        rollout,
+        parallel,
+        tokenizer,
+        [
+            Benchmark.load(source, builder, chosen.problems, report if parallel.is_main else None)
+            for source in named(chosen.benchmarks).values()
+        ],
+        chosen.samples,
+        Sampling(chosen.temperature, chosen.top_p, chosen.max_response_tokens, stop_ids),
+        chosen.seed,
+    )

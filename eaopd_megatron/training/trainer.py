@@ -1,0 +1,329 @@
+"""A run: its parts, its place in time, and what it leaves behind after each iteration."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from eaopd_megatron.config import Recipe
+from eaopd_megatron.data.prompts import PromptCursor
+from eaopd_megatron.data.types import Sample
+from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.errors import Asked, ServiceFailed, UserError
+from eaopd_megatron.evaluation.results import file_name
+from eaopd_megatron.reporting.metrics import MetricsWriter
+from eaopd_megatron.reporting.progress import Progress
+from eaopd_megatron.rollout.interface import Ticket, Wanted
+from eaopd_megatron.training.checkpointing import TrainingCheckpoints
+from eaopd_megatron.training.components import build, prompt_builder, training_problems
+from eaopd_megatron.training.metrics import Averages
+from eaopd_megatron.training.profiling import ProfilerWindow, Throughput
+from eaopd_megatron.training.run_folder import RunFolder
+from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
+from eaopd_megatron.training.warnings import Warnings
+from eaopd_megatron.utils.environment import environment
+from eaopd_megatron.utils.files import write_atomically
+
+SAMPLE_FLOPS = "sample_flops"  # averaged like a metric, and not written
+
+
+class Interrupted(SystemExit):
+    """A signal asked the run to stop, and its checkpoint is written. Not an error: the launcher says what it did."""
+
+
+class Run:
+    """A run on this rank. `iteration` and `updates` count what is completed."""
+
+    def __init__(self, recipe: Recipe, parallel: Parallel) -> None:
+        self.recipe, self.parallel = recipe, parallel
+        self.folder = RunFolder(Path(recipe.run.folder))
+        self.progress = self._reporter()
+        teachers = ", ".join(
+            f"teacher {f'{name} ' if name else ''}{_shown(one.model)}" for name, one in recipe.named_teachers().items()
+        )
+        models = f"student {_shown(recipe.student.model)}, {teachers}"
+        self.say(f"{models}: loading on {parallel.world_size} ranks")
+        self._signal: int | None = None
+        self.parts = build(recipe, parallel, self.folder, asked=lambda: self._signal or 0, report=self.say)
+        self.student, self.teacher = self.parts.student, self.parts.teacher
+        report = self.folder.path / "decontamination.json" if parallel.is_main else None
+        problems = training_problems(recipe, report, self.say)
+        self._teacher_model = {name: one.model for name, one in recipe.named_teachers().items()}
+        builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix, list(self._teacher_model))
+        self.prompts, dropped = builder.build(problems, recipe.data.source)
+        if dropped:
+            self.say(
+                f"{dropped} prompts are longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}: left out"
+            )
+        self.cursor = PromptCursor(
+            len(self.prompts),
+            recipe.train.prompts_per_iteration,
+            recipe.seed,
+            recipe.data.shuffle,
+            recipe.data.last_batch,
+        )
+        updates = sum(-(-self.cursor.size(i) // recipe.train.mini_batch) for i in range(recipe.train.iterations))
+        options = recipe.optimizer
+        self.schedule = Schedule(
+            options.lr, updates, options.schedule, options.warmup_updates, options.lr * options.min_lr_ratio
+        )
+        chosen = recipe.objective
+        self.objective = ObjectiveSchedule(
+            chosen.build(), chosen.ramp_updates or updates, chosen.ramp, chosen.threshold_end, chosen.forward_weight_end
+        )
+        self.averages, self.warnings = Averages(), Warnings(recipe)
+        self.throughput = Throughput(self.parts.student_folder.config, parallel.world_size)
+        window = (recipe.reporting.profile_from, recipe.reporting.profile_iterations)
+        self.profiler = ProfilerWindow(self.folder.profile, parallel.rank, *window)
+        self._writer: MetricsWriter | None = None
+        self._times: dict[str, float] = defaultdict(float)
+        self._ahead: Ticket | None = None  # for the next iteration's responses, where they are written already
+        self.checkpoints = TrainingCheckpoints(recipe, parallel, self.folder, self.parts, self.prompts)
+        self.iteration, self.updates = self.checkpoints.resume(self.say)
+        self._saved = self.iteration
+        self._open_records()
+
+    def open(self) -> None:
+        """Comes first: the other roles are started, or found. From here on a signal asks the run to stop."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        rollout = self.recipe.rollout
+        longest = max(len(p.token_ids) for p in self.prompts) + rollout.max_response_tokens
+        evaluator = self.parts.evaluator
+        self.parts.rollout.open([*self.prompts, *evaluator.prompts()], max(longest, evaluator.longest()))
+        self.teacher.open(longest)
+
+    # One iteration
+
+    def publish(self) -> None:
+        """What writes the responses gets the student's weights."""
+        self.profiler.begin(self.iteration + 1)
+        self._publish()
+
+    def generate(self) -> Iterator[list[Sample]]:
+        """This rank's share of the iteration's responses, in parts, as they are finished; as many on every rank."""
+        ticket, self._ahead = self._ahead or self._begin(self.iteration), None
+        parts = self.parts.rollout.responses(ticket)
+        while True:
+            with self.clock("rollout"):
+                part = next(parts, None)
+            if part is None:
+                break
+            for sample in part:
+                sample.teacher = self._teacher_model[sample.prompt.teacher]
+                sample.stale = sample.weight_version != self.updates
+            yield part
+        self.parts.rollout.rest()
+        if self.recipe.rollout.max_lag and self.iteration + 1 < self.recipe.train.iterations:
+            self._ahead = self._begin(self.iteration + 1)
+
+    def _begin(self, iteration: int) -> Ticket:
+        mini, indices = self.recipe.train.mini_batch, self.cursor.indices(iteration)
+        wanted = Wanted(
+            [self.prompts[index] for index in indices],
+            [(self.recipe.seed, "rollout", iteration, i) for i in range(len(indices))],
+            [i for i in range(len(indices)) if i % mini % self.parallel.dp_size == self.parallel.dp_rank],
+            self.parts.sampling,
+        )
+        return self.parts.rollout.begin(wanted)
+
+    def _publish(self) -> None:
+        with self.clock("sync"):
+            self.parts.rollout.publish(self.updates)
+
+    def mini_batches(self, samples: list[Sample]) -> list[list[Sample]]:
+        """This rank's share of each mini-batch of the iteration, possibly empty; as many on every rank."""
+        mini = self.recipe.train.mini_batch
+        count = -(-self.cursor.size(self.iteration) // mini)
+        ordered = sorted(samples, key=lambda sample: sample.index)
+        return [[s for s in ordered if s.index // mini == number] for number in range(count)]
+
+    @contextlib.contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Adds the seconds spent inside to the iteration's time/<phase>."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._times[phase] += time.perf_counter() - start
+
+    def finish_iteration(self, samples: list[Sample]) -> None:
+        """Record the iteration, evaluate and save where it is time, and stop in good order if a signal asked for it."""
+        self.profiler.end()
+        self._measure(samples)
+        self.iteration += 1
+        record = self.averages.reduce(dist.group.WORLD)
+        self.averages = Averages()
+        for line in self.warnings.of(record):
+            self.say(line)
+        self._write_rollouts(samples)
+        last = self.iteration == self.recipe.train.iterations
+        try:
+            if self._evaluation_is_due():
+                record |= self._evaluation()
+        except (Asked, ServiceFailed):  # the evaluation is made up for when the run goes on
+            self._record(record | self._rates(record))
+            raise
+        self._record(record | self._rates(record))
+        asked = self._any_rank_was_asked_to_stop()
+        save = self.recipe.run.save_interval
+        if last or asked or (save and self.iteration % save == 0):
+            with self.clock("checkpoint"):
+                self._save(wait=bool(last or asked))
+        if asked and not last:
+            self._stopped(asked)
+
+    def stop_early(self, reason: Asked | ServiceFailed) -> NoReturn:
+        """The iteration that was begun cannot be finished: save what is completed. Raises Interrupted or UserError."""
+        self.parts.rollout.close()
+        self.teacher.close()
+        self.parts.rollout.rest()
+        self._save(wait=True)
+        if isinstance(reason, Asked):
+            self._stopped(reason.args[0])
+        raise UserError(f"{reason}; {self._where()}")
+
+    def _save(self, *, wait: bool) -> None:
+        if self._saved < self.iteration:
+            self.checkpoints.save(self.iteration, self.updates)
+            self._saved = self.iteration
+        if wait:
+            self.checkpoints.wait()
+
+    def _stopped(self, number: int) -> NoReturn:
+        self.say(f"stopped: {self._where()}")
+        raise Interrupted(128 + number)
+
+    def _where(self) -> str:
+        saved = f"the run is saved after iteration {self.iteration}" if self.iteration else "nothing was trained yet"
+        return f"{saved}; the same command continues"
+
+    def evaluate_if_due(self) -> None:
+        """The evaluation before training, or the one in which the run was stopped."""
+        missing = torch.tensor([not (self.folder.evaluation / file_name(self.iteration)).exists()])
+        missing = missing.to(self.parallel.device)
+        dist.broadcast(missing, 0)
+        stopped = self.parts.evaluator.benchmarks and self._evaluation_is_due() and bool(missing)
+        if not self.iteration or stopped:
+            self._record(self._evaluation())
+            self._times.clear()
+
+    def _evaluation_is_due(self) -> bool:
+        interval = self.recipe.evaluation.interval
+        return self.iteration == self.recipe.train.iterations or bool(interval and self.iteration % interval == 0)
+
+    def close(self) -> None:
+        """Close the files; a second call does nothing."""
+        if self._writer:
+            self._writer.close()
+        if self.progress:
+            self.progress.__exit__(None, None, None)
+        self._writer, self.progress = None, None
+        self.parts.rollout.close()
+        self.teacher.close()
+
+    # What an iteration leaves behind
+
+    def _measure(self, samples: list[Sample]) -> None:
+        if not self.parallel.speaks or self.parallel.cp_rank:  # context-parallel ranks have the same samples
+            return
+        add = self.averages.add
+        add("rollout/length", torch.tensor([len(s.response_ids) for s in samples]))
+        add("rollout/stopped", torch.tensor([s.finish_reason == "stop" for s in samples]))
+        add("rollout/truncated", torch.tensor([s.finish_reason == "length" for s in samples]))
+        if self.parts.vocab_size < self.parts.student_folder.vocab_size:
+            add("rollout/foreign_tokens", torch.tensor([s.foreign_tokens for s in samples]))
+        start = self.updates - len(self.mini_batches(samples))
+        add("rollout/version_lag", torch.tensor([start - s.weight_version for s in samples]))
+        add(SAMPLE_FLOPS, self.throughput.sample_flops(samples))
+        signals = [s.teacher_signal["logprobs"].exp().sum(-1) for s in samples if s.teacher_signal]
+        if signals:
+            add("teacher/topk_mass", torch.cat(signals))
+
+    def _rates(self, record: dict[str, float]) -> dict[str, float]:
+        rates = {f"time/{phase}": seconds for phase, seconds in self._times.items()}
+        responses, flops = self.cursor.size(self.iteration - 1), record.pop(SAMPLE_FLOPS)
+        rates |= self.throughput.rates(self._times, responses, record["rollout/length"], flops)
+        rates["memory/peak"] = float(
+            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+        )
+        self._times.clear()
+        return rates
+
+    def _evaluation(self) -> dict[str, float]:
+        evaluator = self.parts.evaluator
+        if evaluator.benchmarks:
+            self._publish()
+        with self.clock("evaluation"):
+            result = evaluator.run(self.iteration, self.say)
+            self.parts.rollout.rest()
+            return evaluator.write(result, self.folder.evaluation)
+
+    def _write_rollouts(self, samples: list[Sample]) -> None:
+        count = self.recipe.run.log_rollouts
+        if not self.parallel.is_main or not count:
+            return
+        decode = self.parts.tokenizer.decode
+        chosen = sorted(samples, key=lambda sample: sample.index)[:count]
+        lines = [json.dumps(s.record(decode(s.response_ids))) for s in chosen]
+        write_atomically(self.folder.rollouts / f"{self.iteration:06d}.jsonl", "\n".join(lines) + "\n")
+
+    def _record(self, figures: dict[str, float]) -> None:
+        if self._writer and self.progress:
+            record: dict[str, Any] = {"iteration": self.iteration, "update": self.updates, **figures}
+            self._writer.write(record)
+            self.progress.update(record)
+
+    # Start and stop
+
+    def _reporter(self) -> Progress | None:
+        if not self.parallel.is_main:
+            return None
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        progress = Progress(self.recipe.train.iterations, 0, self.folder.log)
+        progress.__enter__()
+        return progress
+
+    def _open_records(self) -> None:
+        if not self.parallel.is_main:
+            return
+        self.folder.write_config(self.recipe)
+        write_atomically(self.folder.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        options = self.recipe.reporting
+        wandb = {
+            "project": options.wandb_project,
+            "name": options.wandb_name,
+            "config": self.recipe.model_dump(),
+        }
+        resumed = self.iteration if self.iteration else None
+        self._writer = MetricsWriter(self.folder.path, options.tensorboard, wandb if options.wandb else None, resumed)
+        if resumed:
+            self.say(f"continuing after iteration {self.iteration}")
+
+    def say(self, text: str) -> None:
+        if self.progress:
+            self.progress.message(text)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signal = number
+
+    def _any_rank_was_asked_to_stop(self) -> int:
+        flag = torch.tensor([self._signal or 0], device=self.parallel.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+
+
+def _shown(model: str) -> str:
+    """A folder below the working directory without the directory."""
+    path = Path(model)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else model

@@ -1,0 +1,42 @@
+"""What a run ran on: versions of every package, the commit, the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def commit() -> str | None:
+    """With "-dirty" where the checkout has changes that are not in it; None outside of a checkout."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """JSON values; a commit with changes that are not in it ends in "-dirty", and is null outside a checkout."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": commit(),
+        "command": sys.argv,
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda if cuda else None,
+        "packages": {d.metadata["Name"]: d.version for d in sorted(metadata.distributions(), key=_name)},
+    }
+
+
+def _name(distribution: metadata.Distribution) -> str:
+    return str(distribution.metadata["Name"]).lower()
