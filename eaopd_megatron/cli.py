@@ -142,12 +142,12 @@ def evaluate(
 ) -> None:
     """Score a model on benchmarks: avg@k, pass@k, majority vote, with intervals."""
     from eaopd_megatron.data.sources import Fields
-    from eaopd_megatron.evaluation.command import Request
-    from eaopd_megatron.evaluation.command import evaluate as run
+    from eaopd_megatron.evaluation.evaluate import EvaluationRequest
+    from eaopd_megatron.evaluation.evaluate import run_evaluation as run
     from eaopd_megatron.evaluation.generate import ServerChoice
 
     names = [name.strip() for part in [*(benchmarks or []), *(more or [])] for name in part.split(",") if name.strip()]
-    request = Request(
+    request = EvaluationRequest(
         model=model,
         benchmarks=list(dict.fromkeys(names)),
         samples=samples,
@@ -177,9 +177,9 @@ def _one_of(option: str, value: str, *allowed: str) -> Any:
 @app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]) -> None:
     """Write report.html, with its plots, into a run's folder."""
-    from eaopd_megatron.reporting.report import write_report
+    from eaopd_megatron.reporting.run_report import write_run_report
 
-    print(write_report(run))
+    print(write_run_report(run))
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 from eaopd_megatron.config import Recipe, load_recipe
 from eaopd_megatron.launch.entrypoint import guarded
 from eaopd_megatron.utils.lifetime import die_with_parent
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,7 +43,7 @@ def _train(recipe: Recipe) -> None:
     from eaopd_megatron.training.trainer import Run
 
     if finished := already_finished(recipe):
-        say(finished)
+        log_rank0(finished)
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     collectives = RunFolder(Path(recipe.run.folder)).collectives
@@ -81,9 +81,9 @@ def _agreement(recipe: Recipe) -> None:
 
 
 def _evaluate(options: Path) -> None:
-    from eaopd_megatron.evaluation.generate import on_rank
+    from eaopd_megatron.evaluation.generate import generate_on_rank
 
-    on_rank(json.loads(options.read_text()))
+    generate_on_rank(json.loads(options.read_text()))
 
 
 if __name__ == "__main__":

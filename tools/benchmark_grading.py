@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 import psutil
 
+from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.evaluation.benchmarks import load_benchmark
-from eaopd_megatron.evaluation.grade import Problem
 from eaopd_megatron.evaluation.math_grader import MathGrader
 from eaopd_megatron.launch.entrypoint import guarded
 

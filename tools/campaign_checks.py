@@ -13,7 +13,7 @@ from typing import Any
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.prompts import PromptBuilder, PromptCursor
 from eaopd_megatron.data.sources import load_problems
-from eaopd_megatron.reporting.metrics import FILE_NAME, read_metrics
+from eaopd_megatron.reporting.metrics_log import FILE_NAME, read_metrics
 from eaopd_megatron.reporting.run_data import RunData
 
 COMPARED = (

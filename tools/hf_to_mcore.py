@@ -51,7 +51,7 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     ranks = sizes["pipeline"] * math.lcm(sizes["tensor"], sizes["expert"])  # experts are cut over a stage's ranks
     is_rank = launch.joined()
     if not is_rank and not options.dry_run:
-        atomic.check_new(options.out, "--out")
+        atomic.require_absent_or_empty(options.out, "--out")
         HfFolder.open(options.hf, "--hf").check_tensors()  # before any rank is started; also the one download
         if ranks > 1:
             return launch.launch(arguments, ranks, command=(sys.executable, str(Path(__file__).resolve())))

@@ -34,7 +34,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def convert(options: argparse.Namespace) -> int:
     """Export. Returns the exit code; raises UserError."""
-    atomic.check_new(options.out, "--out")
+    atomic.require_absent_or_empty(options.out, "--out")
     from eaopd_megatron.checkpoint import convert as conversion
 
     conversion.export_checkpoint(options.checkpoint, options.out, verify=options.verify, say=say)

@@ -28,7 +28,7 @@ from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.pipeline import gathered_logits
 from eaopd_megatron.models.architecture import check_config, padded_vocab_size
 from eaopd_megatron.models.mapping import EMBEDDING
-from eaopd_megatron.utils.files import check_new, partial_of, whole_folder, write_error
+from eaopd_megatron.utils.files import atomic_directory, partial_path, require_absent_or_empty, write_error_message
 
 TOLERANCE = 1e-5
 Say = Callable[[str], None]
@@ -65,20 +65,22 @@ def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: 
 
     `out` appears when it is complete (and, with verify, when what was written gives transformers' logits).
     """
-    agree(parallel, lambda: check_new(out, "--out"))
+    agree(parallel, lambda: require_absent_or_empty(out, "--out"))
     folder = check_import(hf, parallel.layout)
     model = build_model(folder.config, parallel.layout, folder.dtype)
     load_hf(model, folder, parallel)
     count = sum(parameter.numel() for parameter in model.parameters())
     say(f"loaded {folder.path}: {count:,} parameters on the first rank, {DTYPE_WORDS[folder.dtype]}")
     with contextlib.ExitStack() as stack:
-        begin = (lambda: stack.enter_context(whole_folder(out))) if parallel.is_main else (lambda: partial_of(out))
+        begin = (
+            (lambda: stack.enter_context(atomic_directory(out))) if parallel.is_main else (lambda: partial_path(out))
+        )
         partial = agree(parallel, begin)
         try:
             agree(parallel, lambda: _write_companions(partial, folder, parallel) if parallel.is_main else None)
             save_sharded(partial / "sharded", training_state(model), parallel)
         except OSError as error:  # on every rank
-            raise UserError(write_error(out, error)) from error
+            raise UserError(write_error_message(out, error)) from error
         if verify:
             del model
             written = build_model(folder.config, parallel.layout, folder.dtype)
@@ -93,7 +95,7 @@ def export_checkpoint(checkpoint: Path, out: Path, *, verify: bool, say: Say) ->
 
     Needs a single process. A folder that fails `verify` (UserError) stays, for a look at it.
     """
-    check_new(out, "--out")
+    require_absent_or_empty(out, "--out")
     source = open_checkpoint(checkpoint)
     with one_process() as parallel:
         check_config(source.config, parallel.layout, source.label)

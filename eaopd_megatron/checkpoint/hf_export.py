@@ -19,7 +19,7 @@ from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.models.mapping import Entry
-from eaopd_megatron.utils.files import whole_folder
+from eaopd_megatron.utils.files import atomic_directory
 
 T = TypeVar("T")
 Tensors = Iterator[tuple[str, torch.Tensor]]
@@ -118,7 +118,7 @@ def write_hf(
 ) -> None:
     """Write gathered tensors, with `source`'s configuration and tokenizer, as the folder `out` (see `export_hf`)."""
     plan = [PlannedTensor(name, shape, dtype) for entry in _entries(source) for name, shape in entry.sources]
-    with whole_folder(out) as folder:
+    with atomic_directory(out) as folder:
         needed, free = sum(tensor.nbytes for tensor in plan), shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(

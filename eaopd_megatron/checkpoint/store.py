@@ -30,7 +30,7 @@ from eaopd_megatron.checkpoint.dist_checkpoint import Prepared, load_sharded, pr
 from eaopd_megatron.distributed.errors import agree
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.utils.files import sync
+from eaopd_megatron.utils.files import fsync_path
 
 
 class Background:
@@ -290,13 +290,13 @@ def _complete(work: Path, final: Path, state: Mapping[str, Any], extra_files: Ca
     files = {name: {"bytes": (work / name).stat().st_size, "sha256": digests[name]} for name in names}
     (work / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
     for path in [*work.rglob("*"), work]:
-        sync(path)
+        fsync_path(path)
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     work.rename(final)
-    sync(final.parent)
+    fsync_path(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 

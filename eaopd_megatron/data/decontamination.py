@@ -93,11 +93,11 @@ def summary(matches: Sequence[Match]) -> str:
 
 def write_report(path: Path, matches: Sequence[Match], *, problems: int, ngram: int) -> None:
     """All matches as JSON: {"problems", "left_out", "ngram", "matches": [{"id", "benchmark", ...}]}."""
-    from eaopd_megatron.utils.files import write_atomically
+    from eaopd_megatron.utils.files import atomic_write
 
     report: dict[str, Any] = {"problems": problems, "left_out": len(matches), "ngram": ngram}
     report["matches"] = [vars(match) for match in matches]
-    write_atomically(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def _passages(found: Words, length: int) -> Iterator[Words]:

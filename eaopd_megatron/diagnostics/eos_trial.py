@@ -33,7 +33,7 @@ from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import TeacherSignal
 from eaopd_megatron.training.components import Parts, build, prompt_builder
 from eaopd_megatron.training.run_folder import RunFolder
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 
 PROMPTS = 16
 """Of each teacher."""
@@ -48,7 +48,7 @@ def agreement_on_rank(recipe: Recipe) -> None:
     parallel, store = groups.start(recipe.student.layout, seed=recipe.seed, timeout_minutes=minutes)
     with watched(store, parallel.rank, parallel.world_size):
         folder = RunFolder(Path(recipe.run.folder))
-        parts = build(recipe, parallel, folder, asked=lambda: 0, report=say)
+        parts = build(recipe, parallel, folder, asked=lambda: 0, report=log_rank0)
         try:
             found = agreements(recipe, parts, parallel)
         finally:

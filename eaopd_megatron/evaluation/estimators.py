@@ -73,17 +73,17 @@ class Estimate:
     high: float
 
     @property
-    def sure(self) -> bool:
+    def excludes_zero(self) -> bool:
         """Whether the interval leaves out 0: of a difference, that it has a sign."""
         return self.low > 0 or self.high < 0
 
 
-def estimate(values: FloatArray) -> Estimate:
+def estimate_mean(values: FloatArray) -> Estimate:
     """Mean of values [problems] with its interval."""
-    return mean_estimate([values])
+    return estimate_mean_of_groups([values])
 
 
-def mean_estimate(groups: Sequence[FloatArray]) -> Estimate:
+def estimate_mean_of_groups(groups: Sequence[FloatArray]) -> Estimate:
     """Mean of the groups' means, each group [problems] resampled by itself: an average over benchmarks."""
     low, high = _interval(np.mean([_resampled_means(values, 2000, seed) for seed, values in enumerate(groups)], 0))
     return Estimate(float(np.mean([values.mean() for values in groups])), low, high)

@@ -19,16 +19,16 @@ from typing import Any
 from eaopd_megatron.data.types import Prompt
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import tables
-from eaopd_megatron.evaluation.grading import grade_all, grader_for
+from eaopd_megatron.evaluation.grading import grade_responses, grader_for
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, ProblemResult, summarise
-from eaopd_megatron.utils.files import write_atomically
+from eaopd_megatron.utils.files import atomic_write
 
-Place = tuple[int, int]
+SampleIndex = tuple[int, int]
 """Number of the problem, number of the sample."""
 
 
 @dataclass(frozen=True)
-class Generation:
+class StoredResponse:
     """One response. tokens: its length; finish_reason: "stop" | "length"."""
 
     problem: int
@@ -38,34 +38,34 @@ class Generation:
     finish_reason: str
 
     @property
-    def place(self) -> Place:
+    def place(self) -> SampleIndex:
         return self.problem, self.sample
 
 
-class Generations:
+class ResponseFile:
     """The file of a benchmark's responses. What was being written when a process was killed is not there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> dict[Place, Generation]:
+    def read(self) -> dict[SampleIndex, StoredResponse]:
         """The responses by their place. UserError for a file that is damaged elsewhere than at its end."""
-        found: dict[Place, Generation] = {}
+        found: dict[SampleIndex, StoredResponse] = {}
         for number, line in enumerate(self._lines(), 1):
             try:
-                one = Generation(**json.loads(line))
+                one = StoredResponse(**json.loads(line))
             except (ValueError, TypeError):
                 raise UserError(f"{self.path}, line {number}: no response: remove the line and run again") from None
             found.setdefault(one.place, one)
         return found
 
-    def missing(self, problems: int, samples: int) -> list[Place]:
+    def missing(self, problems: int, samples: int) -> list[SampleIndex]:
         """The places without a response, in order."""
         found = self.read()
         places = [(problem, sample) for problem in range(problems) for sample in range(samples)]
         return [place for place in places if place not in found]
 
-    def append(self, finished: Iterable[Generation]) -> None:
+    def append(self, finished: Iterable[StoredResponse]) -> None:
         """Adds responses, which are on the disk afterwards."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in finished).encode()
@@ -89,7 +89,7 @@ class Generations:
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     """A benchmark's prompts, so that its responses can be generated and graded without the data set."""
     rows = [{"id": p.id, "token_ids": p.token_ids, "problem": p.problem} for p in prompts]
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -119,9 +119,9 @@ class EvaluationFolder:
         """The file of a benchmark's prompts."""
         return self.path / "prompts" / f"{name}.jsonl"
 
-    def generations(self, name: str) -> Generations:
+    def response_file(self, name: str) -> ResponseFile:
         """A benchmark's responses."""
-        return Generations(self.path / "generations" / f"{name}.jsonl")
+        return ResponseFile(self.path / "generations" / f"{name}.jsonl")
 
     def settings(self) -> dict[str, Any]:
         """What `begin` wrote. UserError where there is no evaluation."""
@@ -141,7 +141,7 @@ class EvaluationFolder:
                         f"{self.path} holds an evaluation with {key}={there.get(key)}, here it is {wanted[key]}: "
                         "choose another --out, or remove that one"
                     )
-        write_atomically(self.settings_file, json.dumps(wanted, indent=1) + "\n")
+        atomic_write(self.settings_file, json.dumps(wanted, indent=1) + "\n")
 
     def grade(self) -> EvaluationResult:
         """Grades every stored response. UserError where some are missing."""
@@ -152,7 +152,7 @@ class EvaluationFolder:
         return EvaluationResult(0, graded)
 
     def _graded(self, name: str, source: str, samples: int) -> BenchmarkResult:
-        prompts, found = read_prompts(self.prompts(name)), self.generations(name).read()
+        prompts, found = read_prompts(self.prompts(name)), self.response_file(name).read()
         places = [(problem, sample) for problem in range(len(prompts)) for sample in range(samples)]
         if missing := [place for place in places if place not in found]:
             raise UserError(
@@ -160,7 +160,7 @@ class EvaluationFolder:
                 "without --regrade"
             )
         responses = [found[place] for place in places]
-        grades = grade_all(grader_for(source), [(prompts[one.problem].problem, one.text) for one in responses])
+        grades = grade_responses(grader_for(source), [(prompts[one.problem].problem, one.text) for one in responses])
         rows = []
         for number, prompt in enumerate(prompts):
             part = slice(number * samples, (number + 1) * samples)
@@ -174,19 +174,19 @@ class EvaluationFolder:
         from eaopd_megatron.plotting.curves import draw_pass_curves
         from eaopd_megatron.reporting.plots import to_png
 
-        content = {"settings": self.settings(), "figures": tables.figures(result), **result.to_json()}
-        write_atomically(self.results_file, json.dumps(content) + "\n")
-        write_atomically(self.path / "table.md", tables.markdown(result))
-        write_atomically(self.path / "pass_at_k.png", to_png(draw_pass_curves({"": result})))
+        content = {"settings": self.settings(), "figures": tables.figures_json(result), **result.to_json()}
+        atomic_write(self.results_file, json.dumps(content) + "\n")
+        atomic_write(self.path / "table.md", tables.results_markdown(result))
+        atomic_write(self.path / "pass_at_k.png", to_png(draw_pass_curves({"": result})))
 
 
-def digest(prompts: Sequence[Prompt]) -> str:
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """Of what responses answer. Golds are not in it: they may be corrected and the responses graded again."""
     content = json.dumps([(prompt.id, prompt.token_ids) for prompt in prompts])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def fingerprint(model: Path) -> str:
+def weights_fingerprint(model: Path) -> str:
     """A digest of a model's folder: of config.json, and of each weights file its size and three parts of a MiB."""
     digest = hashlib.sha256((model / "config.json").read_bytes())
     for file in sorted(model.glob("*.safetensors")):

@@ -19,7 +19,7 @@ from typing import Any
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.data.types import Sampling
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.folder import EvaluationFolder, Generation, Place, read_prompts
+from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex, StoredResponse, read_prompts
 from eaopd_megatron.rollout.sglang import generation as writing
 from eaopd_megatron.rollout.sglang.identity import Expected, identify
 from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings
@@ -31,7 +31,7 @@ from eaopd_megatron.serving.readiness import Loop
 
 
 def generate_on_ranks(
-    folder: EvaluationFolder, model: Path, missing: dict[str, list[Place]], tensor_parallel: int, batch_size: int
+    folder: EvaluationFolder, model: Path, missing: dict[str, list[SampleIndex]], tensor_parallel: int, batch_size: int
 ) -> int:
     """Generates what is missing of each benchmark. The exit code of the ranks."""
     from eaopd_megatron.launch.local import launch
@@ -45,7 +45,7 @@ def generate_on_ranks(
         path.unlink()
 
 
-def on_rank(work: dict[str, Any]) -> None:
+def generate_on_rank(work: dict[str, Any]) -> None:
     """One rank of `generate`."""
     import torch
 
@@ -69,7 +69,11 @@ def on_rank(work: dict[str, Any]) -> None:
     settings = folder.settings()
     sampling = Sampling(**{**settings["sampling"], "stop_ids": tuple(settings["sampling"]["stop_ids"])})
     for name, places in work["missing"].items():
-        prompts, store, missing = read_prompts(folder.prompts(name)), folder.generations(name), set(map(tuple, places))
+        prompts, store, missing = (
+            read_prompts(folder.prompts(name)),
+            folder.response_file(name),
+            set(map(tuple, places)),
+        )
         every = [(problem, sample) for problem in range(len(prompts)) for sample in range(settings["samples"])]
         for start in range(0, len(every), batch_size):
             batch = every[start : start + batch_size]
@@ -80,7 +84,7 @@ def on_rank(work: dict[str, Any]) -> None:
             if parallel.is_main:
                 made = zip(batch, samples, strict=True)
                 store.append(
-                    Generation(
+                    StoredResponse(
                         *place,
                         tokenizer.decode(one.response_ids, skip_special_tokens=True),
                         len(one.response_ids),
@@ -121,7 +125,7 @@ class ServerChoice:
 def generate_on_servers(
     folder: EvaluationFolder,
     model: HfFolder,
-    missing: dict[str, list[Place]],
+    missing: dict[str, list[SampleIndex]],
     choice: ServerChoice,
     report: Callable[[str], None],
 ) -> None:
@@ -150,11 +154,11 @@ async def _write(
     tokenizer: Any,
     report: Callable[[str], None],
 ) -> None:
-    store, finished = folder.generations(name), 0
+    store, finished = folder.response_file(name), 0
     async for answer in answers:
         problem, sample = map(int, answer.id.split("-"))
         text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-        store.append([Generation(problem, sample, text, len(answer.token_ids), answer.finish_reason)])
+        store.append([StoredResponse(problem, sample, text, len(answer.token_ids), answer.finish_reason)])
         finished += 1
         if finished % REPORT_EVERY == 0 or finished == count:
             report(f"{name}: {finished} of {count} responses")

@@ -6,9 +6,10 @@ A grader that throws or runs out of time gives `Grade(False, ..., error=True)`; 
 from collections.abc import Sequence
 from pathlib import Path
 
+from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.grade import Grade, Grader, Problem
 from eaopd_megatron.evaluation.math_grader import MAX_KEY_LENGTH, MathGrader, shared_math_grader
+from eaopd_megatron.evaluation.results import Grade, Grader
 
 
 def benchmark_name(name_or_path: str) -> str:
@@ -17,7 +18,7 @@ def benchmark_name(name_or_path: str) -> str:
     return path.stem if path.suffix in (".jsonl", ".parquet") else name_or_path.strip("/").split("/")[-1]
 
 
-def named(sources: Sequence[str]) -> dict[str, str]:
+def sources_by_name(sources: Sequence[str]) -> dict[str, str]:
     """The sources by their short names. UserError for two that would be reported under one."""
     found: dict[str, str] = {}
     for source in sources:
@@ -35,7 +36,7 @@ def grader_for(name_or_path: str) -> Grader:
     return grade_countdown if benchmark_name(name_or_path) == "countdown" else shared_math_grader()
 
 
-def grade_all(grader: Grader, items: Sequence[tuple[Problem, str]]) -> list[Grade]:
+def grade_responses(grader: Grader, items: Sequence[tuple[Problem, str]]) -> list[Grade]:
     """Grades of (problem, response text) pairs, in order; mathematics in parallel. An exception is an error grade."""
     if isinstance(grader, MathGrader):
         return grader.grade_many(items)

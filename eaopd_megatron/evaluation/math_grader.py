@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.answers import (
     answers_of,
@@ -27,7 +28,7 @@ from eaopd_megatron.evaluation.answers import (
     normalise,
     undressed,
 )
-from eaopd_megatron.evaluation.grade import Grade, Problem
+from eaopd_megatron.evaluation.results import Grade
 
 MAX_KEY_LENGTH = 200  # characters; a run-on answer must not swell the results file
 MAX_ANSWER_LENGTH = 1000

@@ -8,10 +8,31 @@ from typing import Any
 
 import numpy as np
 
+from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.estimators import FloatArray, IntArray, avg_at_k, majority, pass_at_k, pass_ks
-from eaopd_megatron.evaluation.grade import Grade
-from eaopd_megatron.utils.files import write_atomically
+from eaopd_megatron.utils.files import atomic_write
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The grade of one response.
+
+    key: the answer that it gives, equal for equal answers; None if it gives none. error: the grader raised or ran out
+    of time; such a response counts as wrong. lenient: right once notation is read leniently (always where `correct`).
+    """
+
+    correct: bool
+    key: str | None
+    error: bool = False
+    lenient: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lenient", self.lenient or self.correct)
+
+
+Grader = Callable[[Problem, str], Grade]
+"""(problem, response text) -> grade."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +166,8 @@ class EvaluationResult:
 
     def write(self, folder: Path) -> Path:
         """Writes folder/XXXXXX.json (the iteration), whole or not at all, and returns its path."""
-        path = folder / file_name(self.iteration)
-        write_atomically(path, json.dumps(self.to_json()) + "\n")
+        path = folder / result_file_name(self.iteration)
+        atomic_write(path, json.dumps(self.to_json()) + "\n")
         return path
 
     @classmethod
@@ -169,7 +190,7 @@ def read_evaluations(folder: Path) -> list[EvaluationResult]:
     return sorted(found, key=lambda evaluation: evaluation.iteration)
 
 
-def file_name(iteration: int) -> str:
+def result_file_name(iteration: int) -> str:
     """Of the result of an iteration."""
     return f"{iteration:06d}.json"
 

@@ -13,9 +13,8 @@ from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.types import Prompt, Sample, Sampling
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
-from eaopd_megatron.evaluation.grade import Grader
-from eaopd_megatron.evaluation.grading import benchmark_name, grade_all, grader_for
-from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, ProblemResult, summarise
+from eaopd_megatron.evaluation.grading import benchmark_name, grade_responses, grader_for
+from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, Grader, ProblemResult, summarise
 from eaopd_megatron.rollout.interface import Rollout, Wanted
 
 
@@ -73,7 +72,9 @@ class Evaluator:
             if self.parallel.tp_rank or self.parallel.pp_rank or self.parallel.cp_rank:  # they have the same responses
                 continue
             texts = [self.tokenizer.decode(s.response_ids, skip_special_tokens=True) for s in responses]
-            grades = grade_all(benchmark.grader, [(s.prompt.problem, t) for s, t in zip(responses, texts, strict=True)])
+            grades = grade_responses(
+                benchmark.grader, [(s.prompt.problem, t) for s, t in zip(responses, texts, strict=True)]
+            )
             results: dict[int, ProblemResult] = {}
             for number, i in enumerate(mine):
                 part = slice(number * self.samples, (number + 1) * self.samples)

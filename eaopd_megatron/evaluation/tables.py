@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from eaopd_megatron.evaluation.estimators import Estimate, FloatArray, mean_estimate
+from eaopd_megatron.evaluation.estimators import Estimate, FloatArray, estimate_mean_of_groups
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult
 
 MEAN = "mean"
@@ -19,7 +19,7 @@ NOTE = (
 CHANGE_NOTE = "Differences with 95 % paired bootstrap intervals over problems; bold where the interval leaves out 0."
 
 
-def figures(result: EvaluationResult) -> dict[str, dict[str, Any]]:
+def figures_json(result: EvaluationResult) -> dict[str, dict[str, Any]]:
     """{benchmark, or `mean`: {figure: {"value", "low", "high"}, "pass_at_k": {k: the same}, "problems", "samples"}}.
 
     `stopped` is the share of samples that ended by themselves, the others are `truncated`.
@@ -38,7 +38,7 @@ def figures(result: EvaluationResult) -> dict[str, dict[str, Any]]:
     return found
 
 
-def markdown(result: EvaluationResult) -> str:
+def results_markdown(result: EvaluationResult) -> str:
     """A table with a row a benchmark and one for their mean."""
     heads = [
         "benchmark",
@@ -52,7 +52,7 @@ def markdown(result: EvaluationResult) -> str:
         "errors",
     ]
     rows = []
-    for name, row in figures(result).items():
+    for name, row in figures_json(result).items():
         samples = row["samples"]
         shares = [_percent(Estimate(**row[key])) for key in ("avg", f"pass@{samples}", "majority", "lenient_avg")]
         rows.append([name, f"{row['problems']} × {samples}", *shares, f"{row['stopped']['value']:.1%}",
@@ -60,7 +60,7 @@ def markdown(result: EvaluationResult) -> str:
     return f"{_table(heads, rows)}\n{NOTE}\n"
 
 
-def comparison(before: EvaluationResult, after: EvaluationResult) -> dict[str, dict[str, Estimate]]:
+def paired_changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, dict[str, Estimate]]:
     """after - before of avg and of pass at the largest common k, for each benchmark with the same problems in both, and
     for their mean."""
     pairs: dict[str, tuple[BenchmarkResult, BenchmarkResult]] = {}
@@ -72,17 +72,17 @@ def comparison(before: EvaluationResult, after: EvaluationResult) -> dict[str, d
     for name, chosen in _with_mean({name: [pair] for name, pair in pairs.items()}).items():
         k = min(benchmark.samples for pair in chosen for benchmark in pair)
         found[name] = {
-            figure: mean_estimate([_values(other, figure) - _values(one, figure) for one, other in chosen])
+            figure: estimate_mean_of_groups([_values(other, figure) - _values(one, figure) for one, other in chosen])
             for figure in ("avg", f"pass@{k}")
         }
     return found
 
 
-def comparison_markdown(changes: Mapping[str, Mapping[str, Estimate]]) -> str:
+def changes_markdown(changes: Mapping[str, Mapping[str, Estimate]]) -> str:
     """A table with a row a benchmark."""
     rows = []
     for name, row in changes.items():
-        shown = [(_percent(change, sign="+"), change.sure) for change in row.values()]
+        shown = [(_percent(change, sign="+"), change.excludes_zero) for change in row.values()]
         rows.append([name, *(f"**{cell}**" if sure else cell for cell, sure in shown), list(row)[1]])
     return f"{_table(['benchmark', 'avg@k', 'pass@k', 'k'], rows)}\n{CHANGE_NOTE}\n"
 
@@ -97,7 +97,7 @@ def _with_mean(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _mean(chosen: Sequence[BenchmarkResult], figure: str) -> Estimate:
-    return mean_estimate([_values(benchmark, figure) for benchmark in chosen])
+    return estimate_mean_of_groups([_values(benchmark, figure) for benchmark in chosen])
 
 
 def _values(benchmark: BenchmarkResult, figure: str) -> FloatArray:

@@ -6,11 +6,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from eaopd_megatron.evaluation.estimators import estimate, pass_ks
+from eaopd_megatron.evaluation.estimators import estimate_mean, pass_ks
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult
 
 
-def panels(count: int) -> tuple[Figure, list[Axes]]:
+def make_panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels, three in a row at the most."""
     columns = min(count, 3)
     rows = -(-count // columns)
@@ -19,7 +19,7 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, grid
 
 
-def finish(
+def style_axes(
     axes: Axes,
     title: str,
     ylabel: str,
@@ -52,7 +52,7 @@ COLOURS = ("#D55E00", "#777777", "#0072B2", "#009E73")
 def pass_curve(axes: Axes, benchmark: BenchmarkResult, label: str, colour: str) -> None:
     """The curve of one result, for every k from 1 to the number of samples."""
     ks = list(range(1, benchmark.samples + 1))
-    points = [estimate(benchmark.per_problem(f"pass@{k}")) for k in ks]
+    points = [estimate_mean(benchmark.per_problem(f"pass@{k}")) for k in ks]
     axes.plot(ks, [point.value for point in points], color=colour, marker="o", markersize=4, label=label)
     axes.fill_between(ks, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
@@ -64,10 +64,10 @@ def pass_curve(axes: Axes, benchmark: BenchmarkResult, label: str, colour: str) 
 def draw_pass_curves(results: Mapping[str, EvaluationResult]) -> Figure:
     """A panel a benchmark, a curve a result; results: label to result."""
     names = list(dict.fromkeys(name for result in results.values() for name in result.benchmarks))
-    figure, axes = panels(len(names))
+    figure, axes = make_panels(len(names))
     for panel, name in zip(axes, names, strict=True):
         for (label, result), colour in zip(results.items(), COLOURS, strict=False):
             if name in result.benchmarks:
                 pass_curve(panel, result.benchmarks[name], label, colour)
-        finish(panel, name, "pass@k", floor=True, percent=True, xlabel="k (samples)", legend=len(results) > 1)
+        style_axes(panel, name, "pass@k", floor=True, percent=True, xlabel="k (samples)", legend=len(results) > 1)
     return figure

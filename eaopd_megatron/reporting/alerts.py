@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ Values = TypeVar("Values", float, FloatArray)
 
 
 @dataclass(frozen=True)
-class Sign:
+class Alert:
     """An iteration's mean of `metric` beyond `limit` (below a floor, above a ceiling)."""
 
     metric: str
@@ -34,11 +34,11 @@ class Sign:
         return self.limit - values if self.floor else values - self.limit
 
 
-def signs(rollout: Rollout, updates: int, teachers: Collection[str] = ()) -> list[Sign]:
+def alert_rules(rollout: Rollout, updates: int, teachers: Collection[str] = ()) -> list[Alert]:
     """Those that the recipe's limits leave on. updates: of one iteration. teachers: names, where they are several."""
     gap, truncated, lag = rollout.warn_logprob_gap, rollout.warn_truncated, rollout.max_lag * updates
     terminal = [
-        Sign(
+        Alert(
             f"{f'teachers/{name}' if name else 'teacher'}/terminal_logprob",
             TERMINAL_LOGPROB_FLOOR,
             f"{f'teacher {name}' if name else 'the teacher'}'s log-probability of the stopping token is below "
@@ -51,21 +51,21 @@ def signs(rollout: Rollout, updates: int, teachers: Collection[str] = ()) -> lis
     ]
     found = [
         *terminal,
-        Sign(
+        Alert(
             "objective/kl_min",
             KL_FLOOR,
             f"the smallest KL of a token is below {KL_FLOOR:g} nats, more than rounding explains",
             "teacher and student may be normalised over different vocabularies",
             floor=True,
         ),
-        Sign(
+        Alert(
             "objective/gate_ambiguous",
             AMBIGUOUS_CEILING,
             f"more than {AMBIGUOUS_CEILING:.0%} of the tokens have a teacher entropy that its top-k leaves on either "
             "side of the threshold; their gate stays shut",
             "raise objective.top_k, or use a teacher.placement that knows the entropy (colocated, separate)",
         ),
-        Sign(
+        Alert(
             "rollout/version_lag",
             float(lag),
             f"responses were written by weights more than {lag} updates old, more than rollout.max_lag allows",
@@ -75,9 +75,31 @@ def signs(rollout: Rollout, updates: int, teachers: Collection[str] = ()) -> lis
     if gap is not None:
         text = f"the rollout's log-probabilities lie more than {gap:g} nats from the trainer's"
         remedy = "the rollout may have other weights or another precision: see weight_sync.verify, student.precision"
-        found.append(Sign("rollout/logprob_gap", gap, text, remedy))
+        found.append(Alert("rollout/logprob_gap", gap, text, remedy))
     if truncated is not None:
         text = f"more than {truncated:.0%} of the rollouts are cut off at the length limit"
         remedy = "see rollout.max_response_tokens and rollout.stop_ids"
-        found.append(Sign("rollout/truncated", truncated, text, remedy))
+        found.append(Alert("rollout/truncated", truncated, text, remedy))
     return found
+
+
+class AlertMonitor:
+    """Warn about an iteration's metrics, once per metric until its value is within the limit again."""
+
+    def __init__(self, rules: Sequence[Alert]) -> None:
+        self._rules = rules
+        self._raised: set[str] = set()
+
+    def check(self, record: Mapping[str, float]) -> list[str]:
+        """Return the new warnings of an iteration's metrics, a line each. A metric that is absent changes nothing."""
+        lines = []
+        for rule in self._rules:
+            if rule.metric not in record:
+                continue
+            value = record[rule.metric]
+            if rule.excess(value) <= 0:
+                self._raised.discard(rule.metric)
+            elif rule.metric not in self._raised:
+                self._raised.add(rule.metric)
+                lines.append(f"warning: {rule.text} ({value:.3g}): {rule.remedy}")
+        return lines

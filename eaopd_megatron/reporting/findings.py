@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from eaopd_megatron.config.schema import Rollout, Train
-from eaopd_megatron.evaluation.estimators import Estimate, estimate
+from eaopd_megatron.evaluation.estimators import Estimate, estimate_mean
 from eaopd_megatron.evaluation.results import BenchmarkResult
-from eaopd_megatron.reporting.alerts import signs
+from eaopd_megatron.reporting.alerts import alert_rules
 from eaopd_megatron.reporting.run_data import RunData
 
 TRUNCATION_CEILING = 0.5  # of an evaluation's answers
@@ -45,17 +45,19 @@ def compare_evaluations(run: RunData) -> list[Comparison]:
 def _compare(name: str, figure: str, before: BenchmarkResult, after: BenchmarkResult | None) -> Comparison:
     first = before.per_problem(figure)
     if after is None or figure not in after.figures:
-        return Comparison(name, figure, estimate(first), None, None)
+        return Comparison(name, figure, estimate_mean(first), None, None)
     second = after.per_problem(figure)
     same = [result.id for result in before.results] == [result.id for result in after.results]
-    return Comparison(name, figure, estimate(first), estimate(second), estimate(second - first) if same else None)
+    return Comparison(
+        name, figure, estimate_mean(first), estimate_mean(second), estimate_mean(second - first) if same else None
+    )
 
 
 def find_warnings(run: RunData) -> list[str]:
     """A line for each sign of a run that goes wrong, with the iteration where it is worst and what to look at."""
     lines = list(run.problems)
 
-    for sign in signs(_rollout_options(run), _updates(run), run.setting("teachers") or ()):
+    for sign in alert_rules(_rollout_options(run), _updates(run), run.setting("teachers") or ()):
         iterations, values = run.series(sign.metric)
         amount = sign.excess(values)
         if values.size and (amount > 0).any():

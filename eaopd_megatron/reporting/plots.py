@@ -14,23 +14,23 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from eaopd_megatron.evaluation.estimators import FloatArray, estimate
+from eaopd_megatron.evaluation.estimators import FloatArray, estimate_mean
 from eaopd_megatron.evaluation.results import BenchmarkResult
-from eaopd_megatron.plotting.curves import finish, panels, pass_curve
+from eaopd_megatron.plotting.curves import make_panels, pass_curve, style_axes
 from eaopd_megatron.reporting.run_data import RunData
 
-TEACHER, STUDENT, FORWARD, REVERSE, NEUTRAL = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#333333"
-SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
-PHASES = {"rollout": "#E69F00", "teacher": TEACHER, "student": STUDENT, "sync": REVERSE, "checkpoint": "#999999",
+_TEACHER, _STUDENT, _FORWARD, _REVERSE, _NEUTRAL = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#333333"
+_SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+_PHASES = {"rollout": "#E69F00", "teacher": _TEACHER, "student": _STUDENT, "sync": _REVERSE, "checkpoint": "#999999",
           "evaluation": "#56B4E9"}  # fmt: skip
-BY_K = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#004166", "#000000")
-GATED, OTHER = "-", (0, (4, 2))
-SMOOTH_FROM = 60  # points; with fewer every point is drawn as it is
+_BY_K = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#004166", "#000000")
+_GATED, _OTHER = "-", (0, (4, 2))
+_SMOOTH_FROM = 60  # points; with fewer every point is drawn as it is
 
 LineStyle = str | tuple[int, tuple[int, int]]
 
 
-class Missing(Exception):
+class MissingMetrics(Exception):
     """The metrics without which a picture cannot be drawn."""
 
     def __init__(self, *names: str) -> None:
@@ -64,14 +64,14 @@ def smooth(values: FloatArray) -> FloatArray:
 
 
 def draw_objective(run: RunData) -> Figure:
-    figure, (left, right) = panels(2)
+    figure, (left, right) = make_panels(2)
     _require(run, "objective/loss", "objective/reverse_kl")
-    _line(left, run, "objective/loss", "loss", NEUTRAL)
-    _line(right, run, "objective/reverse_kl", "reverse KL", REVERSE)
-    _line(right, run, "objective/forward_kl_gated", "forward KL, gated tokens", FORWARD, GATED)
-    _line(right, run, "objective/forward_kl_ungated", "forward KL, other tokens", FORWARD, OTHER)
-    finish(left, "Loss", "nats / token")
-    finish(right, "Divergences", "nats / token", floor=True)
+    _line(left, run, "objective/loss", "loss", _NEUTRAL)
+    _line(right, run, "objective/reverse_kl", "reverse KL", _REVERSE)
+    _line(right, run, "objective/forward_kl_gated", "forward KL, gated tokens", _FORWARD, _GATED)
+    _line(right, run, "objective/forward_kl_ungated", "forward KL, other tokens", _FORWARD, _OTHER)
+    style_axes(left, "Loss", "nats / token")
+    style_axes(right, "Divergences", "nats / token", floor=True)
     return figure
 
 
@@ -79,35 +79,35 @@ def draw_entropy(run: RunData) -> Figure:
     gated = [name for name in ("teacher/entropy_gated", "student/entropy_gated") if run.series(name)[1].size]
     if not gated:
         _require(run, "teacher/entropy", "student/entropy")
-        figure, (axes,) = panels(1)
-        _line(axes, run, "teacher/entropy", "teacher", TEACHER)
-        _line(axes, run, "student/entropy", "student", STUDENT)
-        finish(axes, "Entropy, all tokens", "nats", floor=True)
+        figure, (axes,) = make_panels(1)
+        _line(axes, run, "teacher/entropy", "teacher", _TEACHER)
+        _line(axes, run, "student/entropy", "student", _STUDENT)
+        style_axes(axes, "Entropy, all tokens", "nats", floor=True)
         return figure
-    figure, (left, right) = panels(2)
-    for role, colour in (("teacher", TEACHER), ("student", STUDENT)):
-        _line(left, run, f"{role}/entropy_gated", role, colour, GATED)
-        _line(right, run, f"{role}/entropy_ungated", role, colour, OTHER)
+    figure, (left, right) = make_panels(2)
+    for role, colour in (("teacher", _TEACHER), ("student", _STUDENT)):
+        _line(left, run, f"{role}/entropy_gated", role, colour, _GATED)
+        _line(right, run, f"{role}/entropy_ungated", role, colour, _OTHER)
     gate = run.gate()
     if gate is not None and gate.in_use and np.isfinite(gate.threshold):
         left.axhline(gate.threshold, color="#888888", linewidth=1, linestyle=":", label=f"threshold {gate.threshold:g}")
-    finish(left, "Entropy, gated tokens", "nats")
+    style_axes(left, "Entropy, gated tokens", "nats")
     left.margins(y=0.08)
-    finish(right, "Entropy, other tokens", "nats", floor=True)
+    style_axes(right, "Entropy, other tokens", "nats", floor=True)
     return figure
 
 
 def draw_gate(run: RunData) -> Figure:
     _require(run, "objective/gate_fraction")
     has_clip = bool(run.series("objective/clip_fraction")[1].size)
-    figure, axes = panels(2 if has_clip else 1)
-    _line(axes[0], run, "objective/gate_fraction", "gate open", FORWARD)
+    figure, axes = make_panels(2 if has_clip else 1)
+    _line(axes[0], run, "objective/gate_fraction", "gate open", _FORWARD)
     if run.series("objective/gate_ambiguous")[1].any():
-        _line(axes[0], run, "objective/gate_ambiguous", "gate uncertain", NEUTRAL)
-    finish(axes[0], "Gate fraction", "share of tokens", floor=True, percent=True)
+        _line(axes[0], run, "objective/gate_ambiguous", "gate uncertain", _NEUTRAL)
+    style_axes(axes[0], "Gate fraction", "share of tokens", floor=True, percent=True)
     if has_clip:
-        _line(axes[1], run, "objective/clip_fraction", "ratio clipped", REVERSE)
-        finish(axes[1], "Clip fraction", "share of tokens", floor=True, percent=True)
+        _line(axes[1], run, "objective/clip_fraction", "ratio clipped", _REVERSE)
+        style_axes(axes[1], "Clip fraction", "share of tokens", floor=True, percent=True)
     return figure
 
 
@@ -115,20 +115,20 @@ def draw_evaluation(run: RunData) -> Figure:
     names = _benchmarks(run)
     # with one right answer a problem the number of distinct ones is pass@K again
     several = [name for name in names if any(r.distinct_correct > 1 for _, b in _history(run, name) for r in b.results)]
-    figure, axes = panels(len(names) + bool(several))
+    figure, axes = make_panels(len(names) + bool(several))
     for panel, name in zip(axes, names, strict=False):
         history = _history(run, name)
         figures = _pass_figures(history[0][1])
         for figure_name, colour in zip(figures, _by_k(len(figures)), strict=True):
             label = f"{figure_name} = avg@{history[0][1].samples}" if figure_name == "pass@1" else figure_name
             _history_line(panel, history, figure_name, colour, bars=figure_name in (figures[0], figures[-1]), end=label)
-        finish(panel, name, "mean over problems", floor=True, percent=True)
+        style_axes(panel, name, "mean over problems", floor=True, percent=True)
     if several:
         for name, colour in zip(several, _cycle(len(several)), strict=True):
             alone = len(several) == 1
             label = "" if alone else name
             _history_line(axes[-1], _history(run, name), "distinct_correct", colour, bars=alone, label=label)
-        finish(axes[-1], "Distinct right answers", "answers / problem", floor=True)
+        style_axes(axes[-1], "Distinct right answers", "answers / problem", floor=True)
     for panel in axes:
         panel.set_xlim(-0.03 * max(run.last_iteration, 1), 1.03 * max(run.last_iteration, 1))
     return figure
@@ -146,7 +146,7 @@ def _history_line(
 ) -> None:
     """A figure over the evaluations; bars: with its interval; label: for the legend; end: written at its last point."""
     iterations = [iteration for iteration, _ in history]
-    points = [estimate(benchmark.per_problem(figure)) for _, benchmark in history]
+    points = [estimate_mean(benchmark.per_problem(figure)) for _, benchmark in history]
     values = [point.value for point in points]
     axes.plot(iterations, values, color=colour, marker="o", markersize=4, linewidth=1.6, label=label or None)
     if bars:
@@ -157,14 +157,14 @@ def _history_line(
 
 def draw_pass_at_k(run: RunData) -> Figure:
     names = _benchmarks(run)
-    figure, axes = panels(len(names))
+    figure, axes = make_panels(len(names))
     for panel, name in zip(axes, names, strict=False):
         history = _history(run, name)
         ends = [history[0]] if len(history) == 1 else [history[0], history[-1]]
-        for (iteration, benchmark), colour in zip(ends, ("#777777", STUDENT), strict=False):
+        for (iteration, benchmark), colour in zip(ends, ("#777777", _STUDENT), strict=False):
             label = "before training" if iteration == 0 else f"after iteration {iteration}"
             pass_curve(panel, benchmark, label, colour)
-        finish(panel, name, "pass@k", floor=True, percent=True, xlabel="k (samples)")
+        style_axes(panel, name, "pass@k", floor=True, percent=True, xlabel="k (samples)")
     return figure
 
 
@@ -172,17 +172,17 @@ def draw_rollout(run: RunData) -> Figure:
     _require(run, "rollout/length")
     shares = [name for name in ("rollout/stopped", "rollout/truncated") if run.series(name)[1].size]
     terminal = run.series("teacher/terminal_logprob")[1].size > 0
-    figure, axes = panels(1 + bool(shares) + terminal)
-    _line(axes[0], run, "rollout/length", "response length", STUDENT)
-    finish(axes[0], "Response length", "tokens", floor=True)
+    figure, axes = make_panels(1 + bool(shares) + terminal)
+    _line(axes[0], run, "rollout/length", "response length", _STUDENT)
+    style_axes(axes[0], "Response length", "tokens", floor=True)
     if shares:
-        _line(axes[1], run, "rollout/stopped", "stopped by itself", FORWARD)
-        _line(axes[1], run, "rollout/truncated", "cut at the limit", NEUTRAL)
-        finish(axes[1], "How responses end", "share of responses", percent=True)
+        _line(axes[1], run, "rollout/stopped", "stopped by itself", _FORWARD)
+        _line(axes[1], run, "rollout/truncated", "cut at the limit", _NEUTRAL)
+        style_axes(axes[1], "How responses end", "share of responses", percent=True)
         axes[1].set_ylim(-0.03, 1.03)
     if terminal:
-        _line(axes[-1], run, "teacher/terminal_logprob", "teacher's log-prob.", TEACHER)
-        finish(axes[-1], "Stopping token", "nats")
+        _line(axes[-1], run, "teacher/terminal_logprob", "teacher's log-prob.", _TEACHER)
+        style_axes(axes[-1], "Stopping token", "nats")
         low, high = axes[-1].get_ylim()
         axes[-1].set_ylim(min(low, -1.0), max(high, 0.0))
     return figure
@@ -191,35 +191,37 @@ def draw_rollout(run: RunData) -> Figure:
 def draw_optimizer(run: RunData) -> Figure:
     _require(run, "optimizer/lr")
     has_norm = bool(run.series("optimizer/grad_norm")[1].size)
-    figure, axes = panels(2 if has_norm else 1)
-    _line(axes[0], run, "optimizer/lr", "learning rate", NEUTRAL)
-    finish(axes[0], "Learning rate", "learning rate", floor=True)
+    figure, axes = make_panels(2 if has_norm else 1)
+    _line(axes[0], run, "optimizer/lr", "learning rate", _NEUTRAL)
+    style_axes(axes[0], "Learning rate", "learning rate", floor=True)
     axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     if has_norm:
-        _line(axes[1], run, "optimizer/grad_norm", "gradient norm", STUDENT)
+        _line(axes[1], run, "optimizer/grad_norm", "gradient norm", _STUDENT)
         values = run.series("optimizer/grad_norm")[1]
         if (values > 0).all() and values.max() > 8 * values.min():
             axes[1].set_yscale("log")
-        finish(axes[1], "Gradient norm before clipping", "norm")
+        style_axes(axes[1], "Gradient norm before clipping", "norm")
     return figure
 
 
 def draw_time(run: RunData) -> Figure:
     names = run.names("time/")
     if not names:
-        raise Missing("time/*")
+        raise MissingMetrics("time/*")
     steps = sum("objective/loss" in record for record in run.records)
     regular = [name for name in names if 2 * len(run.series(name)[0]) > steps] or names
     records = [record for record in run.records if any(name in record for name in regular)]
     iterations = np.array([record["iteration"] for record in records], dtype=np.float64)
     table = np.array([[record.get(name, 0.0) for record in records] for name in regular], dtype=np.float64)
-    shown = np.array([smooth(row) for row in table]) if len(records) >= SMOOTH_FROM else table
+    shown = np.array([smooth(row) for row in table]) if len(records) >= _SMOOTH_FROM else table
     colours = dict(zip(names, _phase_colours(names), strict=True))
-    figure, (left, right) = panels(2)
+    figure, (left, right) = make_panels(2)
     left.stackplot(iterations, shown, colors=[colours[name] for name in regular], linewidth=0)
     left.set_xlim(min(iterations[0], iterations[-1] - 1), iterations[-1])
     rare = [name.removeprefix("time/") for name in names if name not in regular]
-    finish(left, "One iteration" + (f", without {' and '.join(rare)}" if rare else ""), "s", floor=True, legend=False)
+    style_axes(
+        left, "One iteration" + (f", without {' and '.join(rare)}" if rare else ""), "s", floor=True, legend=False
+    )
     totals = np.array([run.series(name)[1].sum() for name in names])
     positions = np.arange(len(names))[::-1]
     right.barh(positions, totals, color=list(colours.values()))
@@ -227,7 +229,7 @@ def draw_time(run: RunData) -> Figure:
         share = total / totals.sum() if totals.sum() else 0.0
         right.text(total, position, f"  {total:,.1f} s ({share:.0%})", va="center", fontsize=8)
     right.set_yticks(positions, [name.removeprefix("time/") for name in names])
-    finish(right, "Whole run", "", xlabel="s", legend=False)
+    style_axes(right, "Whole run", "", xlabel="s", legend=False)
     right.grid(False, axis="y")
     right.set_xlim(0, max(float(totals.max()) * 1.35, 1e-9))
     right.xaxis.set_major_locator(MaxNLocator(5))
@@ -237,19 +239,19 @@ def draw_time(run: RunData) -> Figure:
 def draw_throughput(run: RunData) -> Figure:
     names = run.names("throughput/") + run.names("rollout/tokens_per_second")
     if not names:
-        raise Missing("rollout/tokens_per_second", "throughput/*")
+        raise MissingMetrics("rollout/tokens_per_second", "throughput/*")
     tokens = [name for name in names if name.endswith("tokens_per_second")]
     rest = [name for name in names if name not in tokens]
-    figure, axes = panels(bool(tokens) + len(rest))
+    figure, axes = make_panels(bool(tokens) + len(rest))
     for name, colour in zip(tokens, _phase_colours(tokens), strict=True):
         phase = name.removesuffix("tokens_per_second").removeprefix("throughput/").strip("/_").replace("_", " ")
         _line(axes[0], run, name, phase or "whole iteration", colour)
     if tokens:
-        finish(axes[0], "Tokens per second", "tokens / s", floor=True)
+        style_axes(axes[0], "Tokens per second", "tokens / s", floor=True)
         axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for panel, name in zip(axes[bool(tokens) :], rest, strict=False):
-        _line(panel, run, name, name, NEUTRAL)
-        finish(panel, name, name.rsplit("/", 1)[-1].replace("_", " "), floor=True, legend=False)
+        _line(panel, run, name, name, _NEUTRAL)
+        style_axes(panel, name, name.rsplit("/", 1)[-1].replace("_", " "), floor=True, legend=False)
     return figure
 
 
@@ -300,7 +302,7 @@ PLOTS: tuple[Plot, ...] = (
 def _line(axes: Axes, run: RunData, name: str, label: str, colour: str, style: LineStyle = "-") -> None:
     """Draws a metric if it was recorded: few points as they are, many as a smooth line over the faint values."""
     iterations, values = run.series(name)
-    if len(values) >= SMOOTH_FROM:
+    if len(values) >= _SMOOTH_FROM:
         axes.plot(iterations, values, color=colour, alpha=0.25, linewidth=0.7)
         axes.plot(iterations, smooth(values), color=colour, linewidth=1.8, linestyle=style, label=label)
     elif len(values):
@@ -313,13 +315,13 @@ def _line(axes: Axes, run: RunData, name: str, label: str, colour: str, style: L
 def _require(run: RunData, *names: str) -> None:
     """At least one of the metrics must be there."""
     if not any(run.series(name)[1].size for name in names):
-        raise Missing(*names)
+        raise MissingMetrics(*names)
 
 
 def _benchmarks(run: RunData) -> list[str]:
     names = list(dict.fromkeys(name for evaluation in run.evaluations for name in evaluation.benchmarks))
     if not names:
-        raise Missing("evaluation/*.json")
+        raise MissingMetrics("evaluation/*.json")
     return names
 
 
@@ -328,7 +330,7 @@ def _history(run: RunData, name: str) -> list[tuple[int, BenchmarkResult]]:
 
 
 def _cycle(count: int) -> list[str]:
-    return [SERIES[index % len(SERIES)] for index in range(count)]
+    return [_SERIES[index % len(_SERIES)] for index in range(count)]
 
 
 def _pass_figures(benchmark: BenchmarkResult) -> list[str]:
@@ -338,12 +340,12 @@ def _pass_figures(benchmark: BenchmarkResult) -> list[str]:
 def _phase_colours(names: Sequence[str]) -> list[str]:
     """The colour of the first phase that each name mentions; what is no known phase gets one of the others."""
     spare = iter(_cycle(len(names) + 2)[2:])
-    known = [next((colour for phase, colour in PHASES.items() if phase in name), None) for name in names]
+    known = [next((colour for phase, colour in _PHASES.items() if phase in name), None) for name in names]
     return [
-        colour or (NEUTRAL if name.startswith("throughput/") else next(spare))
+        colour or (_NEUTRAL if name.startswith("throughput/") else next(spare))
         for colour, name in zip(known, names, strict=True)
     ]
 
 
 def _by_k(count: int) -> Sequence[str]:
-    return BY_K[:count] if count <= len(BY_K) else _cycle(count)
+    return _BY_K[:count] if count <= len(_BY_K) else _cycle(count)

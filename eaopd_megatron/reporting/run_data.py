@@ -11,7 +11,7 @@ import yaml
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.estimators import FloatArray
 from eaopd_megatron.evaluation.results import EvaluationResult
-from eaopd_megatron.reporting.metrics import FILE_NAME, read_metrics
+from eaopd_megatron.reporting.metrics_log import FILE_NAME, read_metrics
 
 RECENT = 10  # records whose mean stands for the begin or the end of a run: a single one is noisy; at most half of all
 

@@ -18,7 +18,7 @@ from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.client import Busy, ServerGone
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 
 ATTEMPTS = 8
 """After so many servers that died or gave up under one call, the call is the likelier cause."""
@@ -112,7 +112,7 @@ class Pool(Generic[C, L]):
         all_down: float = 600.0,
         heartbeat: float = 10.0,
         return_wait: float = 0.2,
-        report: Callable[[str], None] = say,
+        report: Callable[[str], None] = log_rank0,
     ) -> None:
         """kind: what messages call a server. all_down: seconds that calls wait without any server before the pool
         gives up. heartbeat: seconds between two looks at a server that works. return_wait: seconds before one that is

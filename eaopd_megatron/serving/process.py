@@ -21,7 +21,7 @@ import httpx
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.lifetime import ERROR_FILE, LAUNCHER_PID
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_SECONDS = 15.0
@@ -205,7 +205,7 @@ def wait_ready(
     *,
     limit: float = 900.0,
     interval: float = 15.0,
-    report: Callable[[str], None] = say,
+    report: Callable[[str], None] = log_rank0,
 ) -> None:
     """Returns when all of them serve. Raises UserError when one ends, or does not serve within `limit` seconds.
 

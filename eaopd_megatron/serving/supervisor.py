@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from eaopd_megatron.serving.process import ServerProcess, stop_all, wait_ready
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 
 DEATHS = 3
 """A server that dies so often in a row, without having served, is not started again."""
@@ -19,7 +19,7 @@ class Supervisor:
     """One thread starts all of them, because the kernel ends a server with the thread that started it."""
 
     def __init__(
-        self, servers: Sequence[ServerProcess], *, minutes: float, report: Callable[[str], None] = say
+        self, servers: Sequence[ServerProcess], *, minutes: float, report: Callable[[str], None] = log_rank0
     ) -> None:
         """minutes: for all to serve, at first."""
         self.there: Future[None] = Future()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.ports import hold_port, node_address
-from eaopd_megatron.utils.files import write_atomically
+from eaopd_megatron.utils.files import atomic_write
 
 LISTEN = "{listen}"
 """In a service's command line: HOST:PORT where it shall listen."""
@@ -56,13 +56,13 @@ class Step:
         if main and any(LISTEN in part for part in command):
             held = hold_port(address, first=self._port_of_last_life(address), seed=seed)
             held.keep()
-            write_atomically(self.url_file, f"http://{address}:{held.port}\n")
+            atomic_write(self.url_file, f"http://{address}:{held.port}\n")
             command = [part.replace(LISTEN, f"{address}:{held.port}") for part in command]
         if main:
             held = hold_port(address, seed=seed + 1)
             held.keep()
             meeting = (address, str(held.port))
-            write_atomically(self.meeting_file, " ".join((_life(environment), *meeting)) + "\n")
+            atomic_write(self.meeting_file, " ".join((_life(environment), *meeting)) + "\n")
         else:
             meeting = self._await_meeting(_life(environment))
         return list(command), ours | dict(zip(("MASTER_ADDR", "MASTER_PORT"), meeting, strict=True))

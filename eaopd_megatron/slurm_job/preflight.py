@@ -21,8 +21,8 @@ import torch.distributed as dist
 from eaopd_megatron.diagnostics import machine as doctor
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.ports import INTERFACE, hold_port, node_address
-from eaopd_megatron.utils.environment import commit
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.environment import git_commit
+from eaopd_megatron.utils.log import log_rank0
 
 MARK = "eaopd-node "
 """What the line begins with, among whatever else the node prints."""
@@ -75,7 +75,7 @@ def look(token: Path, holds: str, models: Sequence[str], stage: str | None) -> N
         address=address,
         python=".".join(map(str, facts.python)),
         versions=versions(),
-        commit=commit() or "?",
+        commit=git_commit() or "?",
         gpus=gpus,
         disk=shutil.disk_usage(token.parent).free if token.parent.exists() else 0,
         problems=tuple(problems),
@@ -212,5 +212,5 @@ def probe(minutes: float = 3.0) -> None:
     if values[0] != (expected := world_size * (world_size + 1) / 2):
         raise UserError(f"an all-reduce over {backend} gave {float(values[0])} for {expected}: the network is faulty")
     bus = 2 * (world_size - 1) / world_size * values.numel() * 4 / seconds / 1e9
-    say(f"{backend}: {world_size} ranks reach each other, all-reduce at {bus:.1f} GB/s")
+    log_rank0(f"{backend}: {world_size} ranks reach each other, all-reduce at {bus:.1f} GB/s")
     dist.destroy_process_group()

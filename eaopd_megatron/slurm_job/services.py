@@ -23,7 +23,7 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.server import Server
 from eaopd_megatron.rollout.sglang.server_manager import server_settings
 from eaopd_megatron.serving.client import read_api_key
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 
 
 def staged(model: Path, stage: Path) -> Path:
@@ -80,7 +80,7 @@ def serve(recipe: Recipe, listen: str, key_file: Path, log: Path) -> None:
         signal.signal(number, stop)
     server.on_exit = lambda why: ended.set()
     server.start()
-    say(f"a rollout server starts at {server.url}")
+    log_rank0(f"a rollout server starts at {server.url}")
     ended.wait()
     if not asked.is_set():
         raise UserError(f"the rollout server at {server.url} {server.why()}")

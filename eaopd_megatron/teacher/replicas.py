@@ -21,7 +21,7 @@ from eaopd_megatron.serving.process import ServerProcess
 from eaopd_megatron.serving.readiness import until_done
 from eaopd_megatron.serving.supervisor import Supervisor
 from eaopd_megatron.teacher.service.choice import key_of
-from eaopd_megatron.utils.files import write_atomically
+from eaopd_megatron.utils.files import atomic_write
 
 KIND = "teacher replica"
 
@@ -85,7 +85,7 @@ class Replicas:
     def _separate(self, number: int, gpus: range, longest: int) -> ServerProcess:
         recipe = self._logs / "recipe.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(recipe, dump(self._recipe))
+        atomic_write(recipe, dump(self._recipe))
         return SeparateReplica(recipe, self._name, self._log(number), gpus=gpus, api_key=self._key)
 
     def _sglang(self, number: int, gpus: range, longest: int) -> ServerProcess:

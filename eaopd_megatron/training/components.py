@@ -19,7 +19,7 @@ from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.benchmarks import load_benchmark
 from eaopd_megatron.evaluation.generate import check_length
-from eaopd_megatron.evaluation.grading import named
+from eaopd_megatron.evaluation.grading import sources_by_name
 from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
@@ -194,7 +194,7 @@ def evaluator(
         tokenizer,
         [
             Benchmark.load(source, builder, chosen.problems, report if parallel.is_main else None)
-            for source in named(chosen.benchmarks).values()
+            for source in sources_by_name(chosen.benchmarks).values()
         ],
         chosen.samples,
         Sampling(chosen.temperature, chosen.top_p, chosen.max_response_tokens, stop_ids),

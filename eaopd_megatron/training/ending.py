@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_export import export_hf
-from eaopd_megatron.reporting.report import summary_line, write_report
+from eaopd_megatron.reporting.run_report import summary_line, write_run_report
 from eaopd_megatron.training.trainer import Run
 
 
@@ -17,6 +17,6 @@ def finish(run: Run) -> None:
     if not run.parallel.is_main:
         return
     run.close()
-    report = write_report(run.folder.path)
+    report = write_run_report(run.folder.path)
     run.folder.finish(run.recipe)
     print(f"finished: {summary_line(run.folder.path)}\nreport: {report}\nstudent: {run.folder.student}", flush=True)

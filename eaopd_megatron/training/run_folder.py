@@ -10,7 +10,7 @@ from typing import Any
 
 from eaopd_megatron.config import Recipe, differences, dump, load_recipe
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.utils.files import write_atomically
+from eaopd_megatron.utils.files import atomic_write
 
 _FREE = ("evaluation.", "reporting.", "distributed.", "servers.", "weight_sync.")
 """Settings that may change between a run's start and its continuation: none of them reaches the student's weights,
@@ -101,7 +101,7 @@ class RunFolder:
 
     def finish(self, recipe: Recipe) -> None:
         """Mark the run as finished: the last thing that it does."""
-        write_atomically(self.finished_file, json.dumps({"iterations": recipe.train.iterations}) + "\n")
+        atomic_write(self.finished_file, json.dumps({"iterations": recipe.train.iterations}) + "\n")
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse to go on in a folder that holds a run of another recipe (UserError with the first difference)."""
@@ -123,7 +123,7 @@ class RunFolder:
 
     def write_config(self, recipe: Recipe) -> None:
         """Keep the resolved recipe beside the run."""
-        write_atomically(self.config, dump(recipe))
+        atomic_write(self.config, dump(recipe))
 
 
 def _is_free(key: str) -> bool:

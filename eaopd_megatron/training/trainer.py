@@ -20,8 +20,9 @@ from eaopd_megatron.data.prompts import PromptCursor
 from eaopd_megatron.data.types import Sample
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import Asked, ServiceFailed, UserError
-from eaopd_megatron.evaluation.results import file_name
-from eaopd_megatron.reporting.metrics import MetricsWriter
+from eaopd_megatron.evaluation.results import result_file_name
+from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
+from eaopd_megatron.reporting.metrics_log import MetricsWriter
 from eaopd_megatron.reporting.progress import Progress
 from eaopd_megatron.rollout.interface import Ticket, Wanted
 from eaopd_megatron.training.checkpointing import TrainingCheckpoints
@@ -30,9 +31,8 @@ from eaopd_megatron.training.metrics import Averages
 from eaopd_megatron.training.profiling import ProfilerWindow, Throughput
 from eaopd_megatron.training.run_folder import RunFolder
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
-from eaopd_megatron.training.warnings import Warnings
-from eaopd_megatron.utils.environment import environment
-from eaopd_megatron.utils.files import write_atomically
+from eaopd_megatron.utils.environment import describe_environment
+from eaopd_megatron.utils.files import atomic_write
 
 SAMPLE_FLOPS = "sample_flops"  # averaged like a metric, and not written
 
@@ -81,7 +81,8 @@ class Run:
         self.objective = ObjectiveSchedule(
             chosen.build(), chosen.ramp_updates or updates, chosen.ramp, chosen.threshold_end, chosen.forward_weight_end
         )
-        self.averages, self.warnings = Averages(), Warnings(recipe)
+        self.averages = Averages()
+        self.alerts = AlertMonitor(alert_rules(recipe.rollout, recipe.train.updates, recipe.teachers))
         self.throughput = Throughput(self.parts.student_folder.config, parallel.world_size)
         window = (recipe.reporting.profile_from, recipe.reporting.profile_iterations)
         self.profiler = ProfilerWindow(self.folder.profile, parallel.rank, *window)
@@ -164,7 +165,7 @@ class Run:
         self.iteration += 1
         record = self.averages.reduce(dist.group.WORLD)
         self.averages = Averages()
-        for line in self.warnings.of(record):
+        for line in self.alerts.check(record):
             self.say(line)
         self._write_rollouts(samples)
         last = self.iteration == self.recipe.train.iterations
@@ -210,7 +211,7 @@ class Run:
 
     def evaluate_if_due(self) -> None:
         """The evaluation before training, or the one in which the run was stopped."""
-        missing = torch.tensor([not (self.folder.evaluation / file_name(self.iteration)).exists()])
+        missing = torch.tensor([not (self.folder.evaluation / result_file_name(self.iteration)).exists()])
         missing = missing.to(self.parallel.device)
         dist.broadcast(missing, 0)
         stopped = self.parts.evaluator.benchmarks and self._evaluation_is_due() and bool(missing)
@@ -276,7 +277,7 @@ class Run:
         decode = self.parts.tokenizer.decode
         chosen = sorted(samples, key=lambda sample: sample.index)[:count]
         lines = [json.dumps(s.record(decode(s.response_ids))) for s in chosen]
-        write_atomically(self.folder.rollouts / f"{self.iteration:06d}.jsonl", "\n".join(lines) + "\n")
+        atomic_write(self.folder.rollouts / f"{self.iteration:06d}.jsonl", "\n".join(lines) + "\n")
 
     def _record(self, figures: dict[str, float]) -> None:
         if self._writer and self.progress:
@@ -298,7 +299,7 @@ class Run:
         if not self.parallel.is_main:
             return
         self.folder.write_config(self.recipe)
-        write_atomically(self.folder.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        atomic_write(self.folder.path / "environment.json", json.dumps(describe_environment(), indent=1) + "\n")
         options = self.recipe.reporting
         wandb = {
             "project": options.wandb_project,

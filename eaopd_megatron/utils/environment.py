@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 
-def commit() -> str | None:
+def git_commit() -> str | None:
     """With "-dirty" where the checkout has changes that are not in it; None outside of a checkout."""
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -23,13 +23,13 @@ def commit() -> str | None:
         return None
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """JSON values; a commit with changes that are not in it ends in "-dirty", and is null outside a checkout."""
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "commit": commit(),
+        "commit": git_commit(),
         "command": sys.argv,
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 
-def say(text: str) -> None:
+def log_rank0(text: str) -> None:
     """A progress line, from the first rank alone."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)

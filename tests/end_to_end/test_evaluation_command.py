@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.command import Request, evaluate
-from eaopd_megatron.evaluation.folder import EvaluationFolder, Generation, Place
+from eaopd_megatron.evaluation.evaluate import EvaluationRequest, run_evaluation
+from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex, StoredResponse
 from eaopd_megatron.rollout.sglang.server import SGLANG_VENV
 from tests.end_to_end.runs import ROOT, Command
 from tests.sglang.student_double import stand_in
@@ -37,8 +37,8 @@ def test_an_evaluation_that_was_killed_comes_to_other_results(
 ) -> None:
     """Cut to what a kill leaves: whole lines, and one that was not written to its end."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    request = Request(STUDENT, ["countdown"], 4, 12, max_response_tokens=16, batch_size=8, out=whole)
-    assert evaluate(request) == 0
+    request = EvaluationRequest(STUDENT, ["countdown"], 4, 12, max_response_tokens=16, batch_size=8, out=whole)
+    assert run_evaluation(request) == 0
     assert "| countdown | 12 × 4 |" in capsys.readouterr().out
     shutil.copytree(whole, broken)
     for name in ("results.json", "table.md", "pass_at_k.png"):
@@ -46,7 +46,7 @@ def test_an_evaluation_that_was_killed_comes_to_other_results(
     kept = broken / "generations/countdown.jsonl"
     kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:5]) + b'{"problem": 2, "samp')
     before = kept.read_bytes().splitlines()[:5]
-    assert evaluate(replace(request, out=broken), compare=whole) == 0
+    assert run_evaluation(replace(request, out=broken), compare=whole) == 0
     said = capsys.readouterr().out
     assert "43 of 48 responses are to be generated" in said
     assert "+0.0 [+0.0, +0.0]" in said
@@ -57,12 +57,12 @@ def test_an_evaluation_that_was_killed_comes_to_other_results(
 
     # graded again without the model, and not mixed with responses to something else
     (broken / "results.json").unlink()
-    assert evaluate(Request("gone", [], out=broken), regrade=True) == 0
+    assert run_evaluation(EvaluationRequest("gone", [], out=broken), regrade=True) == 0
     assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     with pytest.raises(UserError, match=r"holds an evaluation with seed=1234, here it is 7: choose another --out"):
-        evaluate(replace(request, out=broken, seed=7))
+        run_evaluation(replace(request, out=broken, seed=7))
     with pytest.raises(UserError, match=r"--max-response-tokens 128: the model has 128 positions"):
-        evaluate(replace(request, max_response_tokens=128))
+        run_evaluation(replace(request, max_response_tokens=128))
 
 
 def test_other_problems_in_the_same_file_are_graded_against_old_responses(
@@ -71,28 +71,28 @@ def test_other_problems_in_the_same_file_are_graded_against_old_responses(
     """And a record with a line separator that is no line feed counts twice."""
     asked: list[int] = []
 
-    def answer(folder: EvaluationFolder, model: Path, missing: dict[str, list[Place]], *_: int) -> int:
+    def answer(folder: EvaluationFolder, model: Path, missing: dict[str, list[SampleIndex]], *_: int) -> int:
         asked.append(len(missing["own"]))
-        folder.generations("own").append(Generation(*place, "\\boxed{2}", 1, "stop") for place in missing["own"])
+        folder.response_file("own").append(StoredResponse(*place, "\\boxed{2}", 1, "stop") for place in missing["own"])
         return 0
 
     monkeypatch.setattr("eaopd_megatron.evaluation.generate.generate_on_ranks", answer)
     file = tmp_path / "own.jsonl"
-    request = Request(STUDENT, [str(file)], 1, max_response_tokens=4, suffix="", out=tmp_path / "out")
+    request = EvaluationRequest(STUDENT, [str(file)], 1, max_response_tokens=4, suffix="", out=tmp_path / "out")
     for problem, gold in (("1 + 1", "2"), ("1 + 1", "1")):  # a gold may be corrected
         rows = [{"problem": problem, "answer": gold}, {"problem": "1\u2028+ 2", "answer": "3"}]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert evaluate(request) == 0
+        assert run_evaluation(request) == 0
     assert asked == [2]
     file.write_text(file.read_text().replace("1 + 1", "1 + 2"))
     with pytest.raises(UserError, match="holds an evaluation with prompts="):
-        evaluate(request)
+        run_evaluation(request)
 
 
 def test_of_two_benchmarks_of_one_short_name_one_is_lost(tmp_path: Path) -> None:
     files = [tmp_path / name / "test.jsonl" for name in "ab"]
     with pytest.raises(UserError, match=rf"{files[0]} and {files[1]} are both reported as test: rename one") as caught:
-        evaluate(Request(STUDENT, [str(file) for file in files], out=tmp_path / "out"))
+        run_evaluation(EvaluationRequest(STUDENT, [str(file) for file in files], out=tmp_path / "out"))
     assert "\n" not in str(caught.value)
 
 

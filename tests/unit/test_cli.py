@@ -14,7 +14,7 @@ import pytest
 
 from eaopd_megatron.cli import main
 from eaopd_megatron.data.sources import Fields
-from eaopd_megatron.evaluation.command import Request
+from eaopd_megatron.evaluation.evaluate import EvaluationRequest
 from eaopd_megatron.evaluation.generate import ServerChoice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,10 +168,14 @@ def test_doctor_forgets_the_machine_or_the_pair(
 def test_evaluate_loses_an_option(eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
     monkeypatch.setattr(
-        "eaopd_megatron.evaluation.command.evaluate", lambda request, **options: called.append((request, options))
+        "eaopd_megatron.evaluation.evaluate.run_evaluation",
+        lambda request, **options: called.append((request, options)),
     )
     assert eaopd("evaluate", "m", "--benchmarks", "a,b", "c", "--benchmarks", "d", "--samples", "4")[0] == 0
-    assert called[0] == (replace(Request("m", ["a", "b", "d", "c"]), samples=4), {"regrade": False, "compare": None})
+    assert called[0] == (
+        replace(EvaluationRequest("m", ["a", "b", "d", "c"]), samples=4),
+        {"regrade": False, "compare": None},
+    )
     options: dict[str, Any] = {
         **{"problems": 5, "temperature": 0.5, "top_p": 1.0, "max_response_tokens": 7, "seed": 3, "template": "base"},
         **{"suffix": "s", "engine": "sglang", "tensor_parallel": 2, "batch_size": 9, "out": Path("o")},
@@ -180,7 +184,7 @@ def test_evaluate_loses_an_option(eaopd: Callable[..., Any], monkeypatch: pytest
     served = ("--server-url", "u", "--servers", "3", "--max-running", "6", "--api-key-file", "k", "--fields", "id=i")
     assert eaopd("evaluate", "m", "--benchmarks", "a", *words, *served, "--regrade", "--compare", "x")[0] == 0
     servers = ServerChoice(("u",), 3, 2, 6, api_key_file=Path("k"))
-    expected = replace(Request("m", ["a"], fields=Fields(id="i"), servers=servers), **options)
+    expected = replace(EvaluationRequest("m", ["a"], fields=Fields(id="i"), servers=servers), **options)
     assert called[1] == (expected, {"regrade": True, "compare": Path("x")})
 
 
@@ -198,7 +202,7 @@ def test_a_bad_option_of_evaluate_is_found_late(eaopd: Callable[..., Any], argum
 
 
 def test_report_hides_where_it_is(eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    report = ModuleType("eaopd_megatron.reporting.report")
-    report.write_report = lambda run: run / "report.html"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "eaopd_megatron.reporting.report", report)
+    report = ModuleType("eaopd_megatron.reporting.run_report")
+    report.write_run_report = lambda run: run / "report.html"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "eaopd_megatron.reporting.run_report", report)
     assert eaopd("report", "runs/x") == (0, "runs/x/report.html\n", "")

@@ -16,9 +16,9 @@ from eaopd_megatron.evaluation import distributions, estimators, results, tables
 from eaopd_megatron.evaluation.estimators import (
     avg_at_k,
     bootstrap_interval,
-    estimate,
+    estimate_mean,
+    estimate_mean_of_groups,
     majority,
-    mean_estimate,
     pass_at_k,
     pass_ks,
 )
@@ -84,14 +84,14 @@ def test_an_interval_does_not_hold_the_truth_as_often_as_it_says() -> None:
     for _ in range(300):
         ease = generator.beta(1.0, 2.0, 60)
         counts = generator.binomial(4, ease)
-        found = estimate(pass_at_k(4, counts, 2))
+        found = estimate_mean(pass_at_k(4, counts, 2))
         held += found.low <= 0.5 <= found.high
     assert 0.91 <= held / 300 <= 0.98
 
 
 def test_the_mean_of_benchmarks_counts_problems_instead_of_benchmarks() -> None:
     one, other = np.full(500, 0.8), np.array([0.0, 0.4] * 15)
-    found = mean_estimate([one, other])
+    found = estimate_mean_of_groups([one, other])
     assert found.value == pytest.approx(0.5)
     assert (found.low, found.high) == pytest.approx((0.5 - 0.0358, 0.5 + 0.0358), abs=0.006)
 
@@ -159,7 +159,7 @@ def test_a_crash_while_writing_leaves_the_old_file_whole(
 
     monkeypatch.setattr(f"eaopd_megatron.utils.files.os.{step}", fail)
     with pytest.raises(OSError):
-        results.write_atomically(path, "half")
+        results.atomic_write(path, "half")
     assert path.read_text() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -197,7 +197,7 @@ def two_benchmarks(rate: float, problems: int = 40) -> EvaluationResult:
 
 def test_the_table_shows_other_figures_than_the_results() -> None:
     result = two_benchmarks(0.6)
-    found = tables.figures(result)
+    found = tables.figures_json(result)
     assert list(found) == ["easy", "hard", "mean"]
     assert found["easy"]["avg"]["value"] == result.benchmarks["easy"].figures["avg@4"]
     assert list(found["easy"]["pass_at_k"]) == [1, 2, 3, 4]
@@ -210,21 +210,21 @@ def test_the_table_shows_other_figures_than_the_results() -> None:
         1,
         25,
     )
-    lines = tables.markdown(result).splitlines()
+    lines = tables.results_markdown(result).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| easy", "| hard", "| mean"]
     assert f"{100 * found['hard']['avg']['value']:.1f} [" in lines[3]
 
 
 def test_two_runs_differ_where_they_do_not_or_the_pairing_is_lost() -> None:
     one, other = two_benchmarks(0.5), two_benchmarks(0.7)
-    same = tables.comparison(one, one)
+    same = tables.paired_changes(one, one)
     assert {(change.value, change.low, change.high) for row in same.values() for change in row.values()} == {(0, 0, 0)}
-    changes = tables.comparison(one, other)
-    assert list(changes) == ["easy", "hard", "mean"] and changes["mean"]["avg"].sure
+    changes = tables.paired_changes(one, other)
+    assert list(changes) == ["easy", "hard", "mean"] and changes["mean"]["avg"].excludes_zero
     unpaired = one.benchmarks["easy"].per_problem("avg@4").std() * 2 * 1.96 / np.sqrt(40)
     assert changes["easy"]["avg"].high - changes["easy"]["avg"].low < 1.5 * unpaired
-    assert "**+" in tables.comparison_markdown(changes)
-    assert "easy" not in tables.comparison(one, two_benchmarks(0.7, problems=30))
+    assert "**+" in tables.changes_markdown(changes)
+    assert "easy" not in tables.paired_changes(one, two_benchmarks(0.7, problems=30))
 
 
 def test_pass_at_k_curves_are_drawn_for_every_k() -> None:

@@ -16,10 +16,9 @@ import pytest
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import math_grader
 from eaopd_megatron.evaluation.answers import answers_of, exact_number, immense, last_boxed, leniently_equal, normalise
-from eaopd_megatron.evaluation.grade import Grade
-from eaopd_megatron.evaluation.grading import benchmark_name, grade_all, grader_for
+from eaopd_megatron.evaluation.grading import benchmark_name, grade_responses, grader_for
 from eaopd_megatron.evaluation.math_grader import MAX_ANSWER_LENGTH, MathGrader
-from eaopd_megatron.evaluation.results import ProblemResult
+from eaopd_megatron.evaluation.results import Grade, ProblemResult
 from tests.unit.answer_pairs import NOTATION, RIGHT, WRONG
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -101,7 +100,7 @@ def test_answers_get_the_verdicts_of_a_mathematician(grader: MathGrader) -> None
         **dict.fromkeys(WRONG, (False, False)),
     }
     assert len(expected) == len(RIGHT) + len(NOTATION) + len(WRONG) >= 60
-    grades = grade_all(grader, [({"answer": gold}, rf"Hence \boxed{{{answer}}}.") for gold, answer in expected])
+    grades = grade_responses(grader, [({"answer": gold}, rf"Hence \boxed{{{answer}}}.") for gold, answer in expected])
     assert not any(grade.error for grade in grades)
     found = {pair: (grade.correct, grade.lenient) for pair, grade in zip(expected, grades, strict=True)}
     assert {pair: found[pair] for pair in found if found[pair] != expected[pair]} == {}
@@ -109,7 +108,7 @@ def test_answers_get_the_verdicts_of_a_mathematician(grader: MathGrader) -> None
 
 def test_several_answers_may_stand_in_boxes_of_their_own(grader: MathGrader) -> None:
     texts = [r"\boxed{3} and \boxed{1}", r"\boxed{3} and \boxed{2}", r"\boxed{2}, no: \boxed{1,3}", r"\boxed{3}"]
-    grades = grade_all(grader, [({"answer": "1,3"}, text) for text in texts])
+    grades = grade_responses(grader, [({"answer": "1,3"}, text) for text in texts])
     assert [(grade.correct, grade.lenient) for grade in grades] == [
         (False, True),
         (False, False),
@@ -120,7 +119,7 @@ def test_several_answers_may_stand_in_boxes_of_their_own(grader: MathGrader) -> 
 
 def test_right_answers_in_different_notation_count_as_one_distinct_answer(grader: MathGrader) -> None:
     problem = {"answer": r"\frac{1}{2}"}
-    grades = grade_all(
+    grades = grade_responses(
         grader, [(problem, rf"\boxed{{{text}}}") for text in ("0.5", r"\frac12", r"\frac{2}{4}", "3", "4")]
     )
     assert ProblemResult.from_grades("p", grades, [False] * 5, [1] * 5).distinct_correct == 1
@@ -129,7 +128,7 @@ def test_right_answers_in_different_notation_count_as_one_distinct_answer(grader
 
 def test_grades_come_back_in_the_order_of_the_responses(grader: MathGrader) -> None:
     items = [({"answer": str(i % 7)}, rf"\boxed{{x = {i % 5}}}") for i in range(70)]
-    assert [grade.correct for grade in grade_all(grader, items)] == [i % 7 == i % 5 for i in range(70)]
+    assert [grade.correct for grade in grade_responses(grader, items)] == [i % 7 == i % 5 for i in range(70)]
 
 
 def test_a_hanging_comparison_is_ended_counted_and_leaves_the_next_ones_alone() -> None:
@@ -137,7 +136,7 @@ def test_a_hanging_comparison_is_ended_counted_and_leaves_the_next_ones_alone() 
     try:
         grades: list[Grade] = []
         items = [({"answer": "5"}, rf"\boxed{{{text}}}") for text in (STUCK, "x = 5", STUCK, "x = 6")]
-        thread = threading.Thread(target=lambda: grades.extend(grade_all(grader, items)))  # no signals in threads
+        thread = threading.Thread(target=lambda: grades.extend(grade_responses(grader, items)))  # no signals in threads
         thread.start()
         thread.join()
         assert [(grade.correct, grade.error) for grade in grades] == [
@@ -186,7 +185,7 @@ def test_an_answer_longer_than_any_gold_is_wrong_and_costs_no_comparison(monkeyp
     grader = MathGrader(seconds=0.0)
     monkeypatch.setattr(math_grader.Worker, "ask", lambda self, **request: pytest.fail("it was compared"))
     answers = ["{}" * 50_000, "1+" * MAX_ANSWER_LENGTH + "1", r"\frac" * 20_000]
-    for grade in grade_all(grader, [({"answer": "1,3"}, rf"\boxed{{{answer}}}") for answer in answers]):
+    for grade in grade_responses(grader, [({"answer": "1,3"}, rf"\boxed{{{answer}}}") for answer in answers]):
         assert (grade.correct, grade.error) == (False, False)
         assert grade.key is None or len(grade.key) <= 200
 
@@ -228,7 +227,7 @@ def test_a_grader_that_throws_scores_0_and_is_counted(monkeypatch: pytest.Monkey
             raise RuntimeError("broken")
         return Grade(True, text)
 
-    grades = grade_all(broken, [({}, "good"), ({}, "bad")])
+    grades = grade_responses(broken, [({}, "good"), ({}, "bad")])
     assert grades == [Grade(True, "good"), Grade(False, None, error=True)]
     assert ProblemResult.from_grades("p", grades, [False, False], [1, 1]).errors == 1
 
@@ -262,7 +261,7 @@ def benchmarks() -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.shared_data
 def test_a_reference_answer_of_the_benchmarks_does_not_equal_itself(grader: MathGrader) -> None:
     for name, problems in benchmarks().items():
-        grades = grade_all(grader, [(p, rf"So \boxed{{{p['answer']}}}.") for p in problems])
+        grades = grade_responses(grader, [(p, rf"So \boxed{{{p['answer']}}}.") for p in problems])
         assert [p["id"] for p, grade in zip(problems, grades, strict=True) if not grade.correct] == [], name
         # the same without the short cut for equal texts
         golds = [p["answer"] for p in problems if exact_number(p["answer"]) is None]
@@ -279,7 +278,7 @@ def test_the_reference_answer_of_another_problem_is_accepted(grader: MathGrader)
             one, other = generator.sample(problems, 2)
             if normalise(one["answer"]) != normalise(other["answer"]):
                 pairs.append((one, other["answer"]))
-        grades = grade_all(grader, [(one, rf"So \boxed{{{answer}}}.") for one, answer in pairs])
+        grades = grade_responses(grader, [(one, rf"So \boxed{{{answer}}}.") for one, answer in pairs])
         accepted = [
             (one["answer"], answer) for (one, answer), grade in zip(pairs, grades, strict=True) if grade.lenient
         ]

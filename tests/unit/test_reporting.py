@@ -21,8 +21,8 @@ from eaopd_megatron.evaluation.results import EvaluationResult, ProblemResult, s
 from eaopd_megatron.reporting import MetricsWriter, Progress, read_metrics
 from eaopd_megatron.reporting.findings import compare_evaluations, find_warnings
 from eaopd_megatron.reporting.plots import PLOTS, smooth
-from eaopd_megatron.reporting.report import summary_line, write_report
 from eaopd_megatron.reporting.run_data import RunData
+from eaopd_megatron.reporting.run_report import summary_line, write_run_report
 
 OBJECTIVE = {"preset": "eopd", "gate": "hard", "forward_kl": "topk", "threshold": 0.8}
 
@@ -278,7 +278,7 @@ def test_a_terminal_gets_a_bar_with_the_chief_figures_and_the_log_still_has_line
 
 def test_the_report_is_one_file_with_every_picture(make_run: Callable[..., Path]) -> None:
     run = make_run(done=100, total=100)
-    text = write_report(run).read_text()
+    text = write_run_report(run).read_text()
     assert "Not drawn" not in text
     assert "finished: iteration 100 of 100; objective eopd" in text
     assert sorted(path.stem for path in (run / "report").glob("*.png")) == sorted(plot.name for plot in PLOTS)
@@ -298,7 +298,7 @@ def test_what_the_user_wrote_cannot_become_markup(make_run: Callable[..., Path])
     recipe["student"]["model"] = recipe["run"] = name
     (run / "config.yaml").write_text(yaml.safe_dump(recipe))
     (run / "environment.json").write_text(json.dumps({"host": name}))
-    text = write_report(run).read_text()
+    text = write_run_report(run).read_text()
     assert "<script" not in text
     assert text.count("&lt;script&gt;") >= 4  # the state, the table, the recipe, the environment
 
@@ -307,7 +307,7 @@ def test_a_run_that_goes_on_has_a_report(make_run: Callable[..., Path]) -> None:
     run = make_run(done=7, total=300)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 8, "objec')
-    text = write_report(run).read_text()
+    text = write_run_report(run).read_text()
     assert "not finished (going on, or stopped): iteration 7 of 300" in text
     assert "not yet" in text and "Not drawn" not in text
     assert "->" not in summary_line(run).split("student entropy")[0]
@@ -319,7 +319,7 @@ def test_a_run_with_only_its_first_evaluation_has_a_report_that_names_what_is_mi
     run = make_run(done=0, total=300)
     (run / "report").mkdir()
     (run / "report" / "gate.png").write_bytes(b"of an earlier run")
-    text = write_report(run).read_text()
+    text = write_run_report(run).read_text()
     assert "Not drawn: this run has not recorded objective/gate_fraction." in text
     assert sorted(path.stem for path in (run / "report").iterdir()) == ["evaluation", "pass_at_k"]
 
@@ -328,7 +328,7 @@ def test_a_run_without_evaluation_recipe_or_environment_still_has_a_report(make_
     run = make_run(done=5, total=5)
     for path in [*(run / "evaluation").iterdir(), run / "config.yaml", run / "environment.json"]:
         path.unlink()
-    text = write_report(run).read_text()
+    text = write_run_report(run).read_text()
     for expected in ("config.yaml is missing", "environment.json is missing", "No evaluation yet", "iteration 5;"):
         assert expected in text.replace("iteration 5</p>", "iteration 5;")
     assert summary_line(run).startswith("loss ")
@@ -337,7 +337,7 @@ def test_a_run_without_evaluation_recipe_or_environment_still_has_a_report(make_
 def test_a_folder_that_is_no_run_is_refused_with_the_remedy(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UserError, match=r"run\.folder"):
-            write_report(folder)
+            write_run_report(folder)
 
 
 def test_before_and_after_are_the_first_and_the_last_evaluation(make_run: Callable[..., Path]) -> None:
@@ -362,7 +362,7 @@ def test_evaluations_on_different_problems_get_no_paired_change(make_run: Callab
     run = make_run(done=100, total=100)
     make_evaluation(100, 0.14, problems=60).write(run / "evaluation")
     assert all(row.change is None for row in compare_evaluations(RunData.read(run)))
-    assert "other problems" in write_report(run).read_text()
+    assert "other problems" in write_run_report(run).read_text()
 
 
 def test_evaluations_that_a_resumed_run_has_yet_to_repeat_are_left_out(make_run: Callable[..., Path]) -> None:
@@ -422,7 +422,7 @@ def test_each_of_several_teachers_is_shown_and_warned_of(make_run: Callable[...,
     (line,) = find_warnings(RunData.read(run))
     assert line.startswith("teacher code's log-probability of the stopping token is below -10 nats: 20 of 20")
     assert line.endswith("see teachers.code.terminal_map")
-    page = write_report(run).read_text()
+    page = write_run_report(run).read_text()
     assert "c, m into s" in page and "4,321 → 4,321" in page and "<td>&lt;code&gt;</td>" in page
 
 
@@ -484,7 +484,7 @@ def test_reporting_leaves_matplotlib_alone_until_a_report_is_written_and_its_glo
     code = (
         "import sys, eaopd_megatron.reporting\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "import eaopd_megatron.reporting.report\n"
+        "import eaopd_megatron.reporting.run_report\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

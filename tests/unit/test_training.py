@@ -19,10 +19,10 @@ from eaopd_megatron.objective import Objective
 from eaopd_megatron.rollout.local import draw
 from eaopd_megatron.teacher.build import layouts_of
 from eaopd_megatron.teacher.eos_map import TerminalMap
+from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
 from eaopd_megatron.training.metrics import Averages
 from eaopd_megatron.training.profiling import ProfilerWindow, Throughput
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
-from eaopd_megatron.training.warnings import Warnings
 
 
 def test_the_learning_rate_depends_on_completed_updates_alone() -> None:
@@ -167,19 +167,19 @@ def test_the_profiler_misses_its_window(tmp_path: Path) -> None:
 
 def test_a_warning_is_said_every_iteration_or_never_again() -> None:
     recipe = load_recipe(Path(__file__).parents[2] / "recipes/countdown/eopd.yaml", ["rollout.warn_truncated=null"])
-    warnings = Warnings(recipe)
+    alerts = AlertMonitor(alert_rules(recipe.rollout, recipe.train.updates, recipe.teachers))
     good = {"rollout/logprob_gap": 0.03, "teacher/terminal_logprob": -0.1, "rollout/truncated": 1.0}
     bad = {**good, "rollout/logprob_gap": 0.25}
-    assert warnings.of(good) == []
-    assert warnings.of(bad) == [
+    assert alerts.check(good) == []
+    assert alerts.check(bad) == [
         "warning: the rollout's log-probabilities lie more than 0.1 nats from the trainer's (0.25): "
         "the rollout may have other weights or another precision: see weight_sync.verify, student.precision"
     ]
-    assert warnings.of(bad) == [] == warnings.of({})  # an iteration without the metric was not a good one
-    (other,) = warnings.of({**bad, "teacher/terminal_logprob": -14.0})
+    assert alerts.check(bad) == [] == alerts.check({})  # an iteration without the metric was not a good one
+    (other,) = alerts.check({**bad, "teacher/terminal_logprob": -14.0})
     assert "the stopping token is below -10 nats (-14)" in other and "teacher.terminal_map" in other
-    assert warnings.of(good) == []
-    assert len(warnings.of(bad)) == 1
+    assert alerts.check(good) == []
+    assert len(alerts.check(bad)) == 1
 
 
 def test_utilisation_counts_the_padding_or_forgets_the_backward_pass() -> None:

@@ -23,7 +23,7 @@ from eaopd_megatron.rollout.weight_sync.session import Session
 from eaopd_megatron.rollout.weight_sync.tensor import InRequest
 from eaopd_megatron.rollout.weight_sync.transport import Push, Run, Transport, capacity
 from eaopd_megatron.serving.client import Client
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 
 
 class WeightSync:
@@ -40,7 +40,7 @@ class WeightSync:
         options: tree.WeightSync,
         scratch: Path,
         run: Run | None = None,
-        report: Callable[[str], None] = say,
+        report: Callable[[str], None] = log_rank0,
     ) -> None:
         """folder: of the student, whose tensors' names and shapes the servers expect. scratch: a folder that the
         servers share with the trainer, for `disk`. run: on the main rank."""

@@ -29,7 +29,7 @@ from eaopd_megatron.teacher.service.choice import chosen, key_of
 from eaopd_megatron.teacher.service.listener import Listener, Queue
 from eaopd_megatron.teacher.service.scorer import Scorer
 from eaopd_megatron.teacher.wire import Info, ScoreRequest, identity
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 60.0
@@ -86,7 +86,7 @@ def _serve(scorer: Scorer, info: Info, listener: Listener | None, places: int) -
     meter = Meter()
     if listener is not None:
         listener.begin(queue, info)
-        say(f"{info.model} serves {info.signal} at {listener.url} ({info.layout})")
+        log_rank0(f"{info.model} serves {info.signal} at {listener.url} ({info.layout})")
     news = _news(queue, scorer.together, meter) if parallel.is_main else None
     try:
         for requests in relay(parallel, news, lambda: received[0] if received else 0):
@@ -112,7 +112,7 @@ def _news(queue: Queue, together: int, meter: Meter) -> Iterator[list[ScoreReque
 class Meter:
     """Says now and then what was done, if anything was."""
 
-    def __init__(self, seconds: float = REPORT_SECONDS, report: Callable[[str], None] = say) -> None:
+    def __init__(self, seconds: float = REPORT_SECONDS, report: Callable[[str], None] = log_rank0) -> None:
         self._seconds, self._report = seconds, report
         self._since = time.monotonic()
         self._requests = self._tokens = 0

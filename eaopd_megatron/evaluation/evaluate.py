@@ -16,11 +16,18 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import generate as local_generation
 from eaopd_megatron.evaluation import tables
 from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
-from eaopd_megatron.evaluation.folder import EvaluationFolder, Place, digest, fingerprint, read_prompts, write_prompts
+from eaopd_megatron.evaluation.folder import (
+    EvaluationFolder,
+    SampleIndex,
+    prompts_digest,
+    read_prompts,
+    weights_fingerprint,
+    write_prompts,
+)
 from eaopd_megatron.evaluation.generate import ServerChoice, generate_on_servers
-from eaopd_megatron.evaluation.grading import named
+from eaopd_megatron.evaluation.grading import sources_by_name
 from eaopd_megatron.evaluation.results import EvaluationResult
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 
 SUFFIX = "Please reason step by step, and put your final answer within \\boxed{}."
 """Of mathematical benchmarks, whose answers are looked for in a box."""
@@ -29,7 +36,7 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What is evaluated, and by what."""
 
     model: str  # a Hugging Face folder, a hub id, a run's folder or one of its checkpoints
@@ -50,7 +57,7 @@ class Request:
     out: Path | None = None  # None: evaluations/ and the model's name
 
 
-def evaluate(request: Request, *, regrade: bool = False, compare: Path | None = None) -> int:
+def run_evaluation(request: EvaluationRequest, *, regrade: bool = False, compare: Path | None = None) -> int:
     """Generates what is not there yet, grades, writes and prints the table. The exit code.
 
     regrade: nothing is generated. compare: another evaluation's folder, from which the change is printed, too.
@@ -64,40 +71,40 @@ def evaluate(request: Request, *, regrade: bool = False, compare: Path | None = 
             return code
     result = folder.grade()
     folder.write(result)
-    print(tables.markdown(result))
+    print(tables.results_markdown(result))
     if before is not None:
-        print(tables.comparison_markdown(tables.comparison(before, result)))
+        print(tables.changes_markdown(tables.paired_changes(before, result)))
     print(f"written: {folder.path}")
     return 0
 
 
-def _generate(request: Request, folder: EvaluationFolder) -> int:
+def _generate(request: EvaluationRequest, folder: EvaluationFolder) -> int:
     """Everything up to the last response. The exit code."""
     path, exported = _weights(request.model, folder)
     model = HfFolder.open(str(path), "MODEL")
-    names = named(request.benchmarks)
+    names = sources_by_name(request.benchmarks)
     _begin(request, folder, model, names)
-    missing: dict[str, list[Place]] = {}
+    missing: dict[str, list[SampleIndex]] = {}
     for name in names:
         count = len(read_prompts(folder.prompts(name)))
-        store = folder.generations(name)
+        store = folder.response_file(name)
         store.mend()
         if places := store.missing(count, request.samples):
             missing[name] = places
-            say(f"{name}: {len(places)} of {count * request.samples} responses are to be generated")
+            log_rank0(f"{name}: {len(places)} of {count * request.samples} responses are to be generated")
     code = 0
     if missing and request.engine == "local":
         code = local_generation.generate_on_ranks(
             folder, model.path, missing, request.tensor_parallel, request.batch_size
         )
     elif missing:
-        generate_on_servers(folder, model, missing, request.servers, say)
+        generate_on_servers(folder, model, missing, request.servers, log_rank0)
     if exported and not code:
         shutil.rmtree(path)
     return code
 
 
-def _begin(request: Request, folder: EvaluationFolder, model: HfFolder, names: dict[str, str]) -> None:
+def _begin(request: EvaluationRequest, folder: EvaluationFolder, model: HfFolder, names: dict[str, str]) -> None:
     """Loads and checks the benchmarks, and writes what the responses depend on."""
     tokenizer = model.tokenizer()
     template = request.template or ("chat" if tokenizer.chat_template else "raw")
@@ -108,7 +115,7 @@ def _begin(request: Request, folder: EvaluationFolder, model: HfFolder, names: d
     prompts = {}
     for name, source in names.items():
         problems = load_benchmark(source, request.fields)[: request.problems]
-        check_golds(source, problems, say)
+        check_golds(source, problems, log_rank0)
         suffixes[name] = ("" if name == "countdown" else SUFFIX) if request.suffix is None else request.suffix
         builder = PromptBuilder(
             tokenizer,
@@ -120,10 +127,10 @@ def _begin(request: Request, folder: EvaluationFolder, model: HfFolder, names: d
         )
         prompts[name], dropped = builder.build(problems, source)
         if dropped:
-            say(f"{name}: {dropped} problems are longer than {longest} tokens and left out")
+            log_rank0(f"{name}: {dropped} problems are longer than {longest} tokens and left out")
     folder.begin(
         {
-            "model": fingerprint(model.path),
+            "model": weights_fingerprint(model.path),
             "benchmarks": names,
             "problems": {name: len(some) for name, some in prompts.items()},
             "samples": request.samples,
@@ -132,7 +139,7 @@ def _begin(request: Request, folder: EvaluationFolder, model: HfFolder, names: d
             "template": template,
             "suffixes": suffixes,
             "engine": request.engine,
-            "prompts": {name: digest(some) for name, some in prompts.items()},
+            "prompts": {name: prompts_digest(some) for name, some in prompts.items()},
         }
     )
     for name, some in prompts.items():
@@ -158,7 +165,7 @@ def _weights(model: str, folder: EvaluationFolder) -> tuple[Path, bool]:
         from eaopd_megatron.checkpoint.convert import export_checkpoint
 
         folder.path.mkdir(parents=True, exist_ok=True)
-        export_checkpoint(path, made, verify=False, say=say)
+        export_checkpoint(path, made, verify=False, say=log_rank0)
     return made, True
 
 

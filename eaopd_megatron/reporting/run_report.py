@@ -7,9 +7,9 @@ from pathlib import Path
 
 from eaopd_megatron.evaluation.estimators import Estimate
 from eaopd_megatron.reporting.findings import Comparison, compare_evaluations, find_warnings, summary_of
-from eaopd_megatron.reporting.plots import PLOTS, Missing, to_png
+from eaopd_megatron.reporting.plots import PLOTS, MissingMetrics, to_png
 from eaopd_megatron.reporting.run_data import RunData
-from eaopd_megatron.utils.files import write_atomically
+from eaopd_megatron.utils.files import atomic_write
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px;
@@ -27,7 +27,7 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
 """
 
 
-def write_report(run: Path) -> Path:
+def write_run_report(run: Path) -> Path:
     """Writes run/report.html and run/report/*.png from the run's recipe, metrics and evaluations; the HTML's path.
 
     Works while the run goes on: pictures whose metrics are not there yet are named instead of drawn. UserError if the
@@ -40,20 +40,20 @@ def write_report(run: Path) -> Path:
         heading = f"<h2>{_text(plot.title)}</h2>"
         try:
             png = to_png(plot.draw(data))
-        except Missing as missing:
+        except MissingMetrics as missing:
             path.unlink(missing_ok=True)
             pictures.append(
                 f'{heading}\n<p class="note">Not drawn: this run has not recorded {_text(str(missing))}.</p>'
             )
             continue
-        write_atomically(path, png)
+        atomic_write(path, png)
         source = base64.b64encode(png).decode("ascii")
         pictures.append(
             f'{heading}\n<p class="note">{_text(plot.caption)}</p>\n'
             f'<img alt="{_text(plot.title)}" src="data:image/png;base64,{source}">'
         )
     target = run / "report.html"
-    write_atomically(target, _page(data, pictures))
+    atomic_write(target, _page(data, pictures))
     return target
 
 
@@ -119,7 +119,7 @@ def _comparison_table(rows: list[Comparison]) -> str:
         if row.change is not None:
             change = (
                 f'<span class="sure">{_estimate(row.change, sign="+")}</span>'
-                if row.change.sure
+                if row.change.excludes_zero
                 else _estimate(row.change, sign="+")
             )
             relative = f"{100 * row.relative_change:+.0f} %" if row.relative_change is not None else ""

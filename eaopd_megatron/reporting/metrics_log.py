@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.utils.files import write_atomically
+from eaopd_megatron.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _keep_until(path: Path, iteration: int | None) -> None:
     if not path.exists():
         return
     records = [] if iteration is None else [r for r in read_metrics(path) if r["iteration"] <= iteration]
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    atomic_write(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 class _TensorBoard:
@@ -160,7 +160,7 @@ class _Wandb:
             ) from error
         id_file = folder / "wandb_id.txt"
         if resume_iteration is None or not id_file.exists():
-            write_atomically(id_file, secrets.token_hex(8) + "\n")
+            atomic_write(id_file, secrets.token_hex(8) + "\n")
         self._run = wandb.init(
             project=options.get("project"),
             name=options.get("name"),
