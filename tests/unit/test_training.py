@@ -16,10 +16,10 @@ from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.distributed.parallel_state import Layout
 from eaopd_megatron.megatron.generation import decoding
 from eaopd_megatron.objective import Objective
+from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
 from eaopd_megatron.rollout.local import draw
 from eaopd_megatron.teacher.build import layouts_of
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
 from eaopd_megatron.training.metrics import Averages
 from eaopd_megatron.training.profiling import ProfilerWindow, Throughput
 from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
