@@ -19,8 +19,8 @@ SCRIPT = """
     import torch.distributed as dist
     from pathlib import Path
     from eaopd_megatron.errors import UserError
-    from eaopd_megatron.training import flight_recorder
-    from eaopd_megatron.training.watch import watched
+    from eaopd_megatron.distributed import flight_recorder
+    from eaopd_megatron.distributed.heartbeat import watched
     rank, port, fate, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     if fate == "missing":

@@ -19,7 +19,7 @@ import sys
 from eaopd_megatron import worker
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.evaluation.runner import Evaluator
-from eaopd_megatron.services.ending import Asked
+from eaopd_megatron.errors import Asked
 
 whole = Evaluator.run
 def run(self, iteration, *others):

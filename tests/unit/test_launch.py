@@ -264,7 +264,7 @@ def test_a_second_interrupt_waits_too(launcher: Callable[..., Launcher]) -> None
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's help is Linux's")
 def test_ranks_outlive_a_killed_launcher(launcher: Callable[..., Launcher]) -> None:
-    started = launcher("from eaopd_megatron.launch.local import die_with_parent\ndie_with_parent()\n" + DEAF)
+    started = launcher("from eaopd_megatron.utils.lifetime import die_with_parent\ndie_with_parent()\n" + DEAF)
     pids = started.ready()
     started.process.kill()
     assert all(gone(pid) for pid in pids)
