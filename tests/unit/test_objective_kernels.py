@@ -19,7 +19,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed here; the
 from eaopd_megatron.objective import triton_kernels as kernels  # noqa: E402
 from eaopd_megatron.objective import triton_launch as launch  # noqa: E402
 
-CHECKS = Path(__file__).with_name("checks_kernels.py")
+CHECKS = [Path(__file__).with_name(f"checks_kernel_{part}.py") for part in ("sums", "gradient")]
+FILES = {check: file for file in CHECKS for check in checks_in(file)}
 BY_DTYPE = {"check_sums": ("fp32", "bf16", "fp16"), "check_variants": ("fp32", "bf16")}
 BY_DTYPE["check_the_gradient_over_the_logits"] = ("fp32", "bf16")
 
@@ -30,14 +31,14 @@ def interpreter() -> Iterator[Ranks]:
         yield started
 
 
-@pytest.mark.parametrize("check", [name for name in checks_in(CHECKS) if name not in BY_DTYPE])
+@pytest.mark.parametrize("check", [name for name in FILES if name not in BY_DTYPE])
 def test_in_the_interpreter(interpreter: Ranks, check: str) -> None:
-    interpreter.run(CHECKS, check)
+    interpreter.run(FILES[check], check)
 
 
 @pytest.mark.parametrize(("check", "dtype"), [(name, dtype) for name, dtypes in BY_DTYPE.items() for dtype in dtypes])
 def test_in_the_interpreter_by_precision(interpreter: Ranks, check: str, dtype: str) -> None:
-    interpreter.run(CHECKS, check, dtype=dtype)
+    interpreter.run(FILES[check], check, dtype=dtype)
 
 
 TYPES = {"left_out": "*i32", "rows": "*i64", "tokens": "*i32", "kept": "*i32"}

@@ -18,17 +18,15 @@ from eaopd_megatron.objective import (
     TeacherHidden,
     TeacherLogits,
     TeacherTopK,
-    TokenLosses,
     entropy_aware_loss,
     linear_entropy_aware_loss,
-    linear_token_statistics,
     summarise_teacher,
 )
 from tests.distributed.objective.cases import TOP_K, assert_near
 from tests.distributed.objective.linear_cases import (
     TEACHER_WIDTH,
     WIDTH,
-    LinearCase,
+    call_linear,
     compare_linear,
     make_linear_case,
     run_linear,
@@ -103,19 +101,6 @@ def test_tiles_of_the_real_size_give_what_stored_logits_give(name: str) -> None:
         assert_near("gradient", got.grad, want.grad.double(), 3e-5)
 
 
-def call(linear: LinearCase, teacher: Any = None, **changes: Any) -> TokenLosses:
-    arguments: dict[str, Any] = {
-        "student_hidden": linear.hidden,
-        "student_head_weight": linear.head,
-        "teacher": TeacherHidden(linear.teacher_hidden, linear.teacher_head) if teacher is None else teacher,
-        "tokens": linear.case.tokens,
-        "old_logprobs": linear.case.old_logprobs,
-        "objective": Objective(top_k=TOP_K, threshold=linear.case.threshold()),
-        "vocab_size": linear.case.vocab_size,
-    }
-    return linear_entropy_aware_loss(**{**arguments, **changes})
-
-
 class Products(TorchDispatchMode):
     """Shapes of the factors of all matrix products inside."""
 
@@ -146,7 +131,7 @@ def test_backward_computes_the_teachers_head_only_for_rows_that_need_it(reverse:
     )
     hidden, head = linear.hidden.clone().requires_grad_(), linear.head.clone().requires_grad_()
     with small_tiles(), Products() as forward_pass:
-        out = call(linear, student_hidden=hidden, student_head_weight=head, objective=objective, chunk=7)
+        out = call_linear(linear, student_hidden=hidden, student_head_weight=head, objective=objective, chunk=7)
     teacher = case.vocab_size * TEACHER_WIDTH
     assert forward_pass.multiplications(lambda left, right: left[1] == TEACHER_WIDTH) == 40 * teacher
     with small_tiles(), Products() as backward_pass:
@@ -166,7 +151,7 @@ def test_a_top_k_teacher_has_no_head_to_compute() -> None:
     hidden, head = linear.hidden.clone().requires_grad_(), linear.head.clone().requires_grad_()
     student = 40 * linear.case.vocab_size * WIDTH
     with Products() as products:
-        out = call(linear, linear.case.top_k(torch.float64), student_hidden=hidden, student_head_weight=head)
+        out = call_linear(linear, linear.case.top_k(torch.float64), student_hidden=hidden, student_head_weight=head)
         assert products.multiplications() == student
         out.loss.sum().backward()
         assert products.multiplications() == 4 * student
@@ -180,7 +165,7 @@ def test_an_input_without_gradient_costs_none(frozen: str) -> None:
     whole = run_linear(linear, Objective(top_k=TOP_K), "topk", None, tile=1 << 17, chunk=None, old=False)
     hidden = linear.hidden.clone().requires_grad_(frozen != "hidden")
     head = linear.head.clone().requires_grad_(frozen != "head")
-    out = call(
+    out = call_linear(
         linear,
         teacher,
         student_hidden=hidden,
@@ -213,7 +198,7 @@ def test_backward_keeps_what_it_was_given_and_some_numbers_a_token(name: str) ->
         LiveBytes(*given, case.tokens, case.old_logprobs, case.teacher) as alive,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value),
     ):
-        out = call(linear, objective=objective)
+        out = call_linear(linear, objective=objective)
         live = alive.now()
     exact = "exact" in (objective.reverse_kl, objective.forward_kl)
     want = given if exact else given[:2]
@@ -310,122 +295,3 @@ def test_a_token_without_weight_adds_nothing_even_where_its_loss_is_infinite() -
     got = run_linear(linear, Objective(top_k=TOP_K), "topk", None, teacher=teacher)
     assert got.out.loss[4].isinf() and not got.hidden[4].any()
     assert got.hidden.isfinite().all() and got.head.isfinite().all()
-
-
-def test_a_second_backward_fails_clearly() -> None:
-    linear = make_linear_case()
-    out = call(linear, student_hidden=linear.hidden.requires_grad_())
-    out.loss.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="linear_entropy_aware_loss: backward ran already"):
-        out.loss.sum().backward()
-
-
-def test_a_double_backward_fails_clearly() -> None:
-    """The gradient's own derivative is not there; zeros in its place would be believed."""
-    linear = make_linear_case()
-    out = call(linear, student_hidden=linear.hidden.requires_grad_())
-    with pytest.raises(RuntimeError, match="linear_entropy_aware_loss: its gradient has no derivative"):
-        torch.autograd.grad(out.loss.sum(), linear.hidden, create_graph=True)
-
-
-@pytest.mark.parametrize("changed", ["student_hidden", "student_head_weight", "teacher"])
-def test_inputs_that_change_before_backward_are_noticed(changed: str) -> None:
-    """An optimiser step in between would give the gradient at other weights than the loss."""
-    linear = make_linear_case()
-    given = {
-        "student_hidden": linear.hidden.requires_grad_(),
-        "student_head_weight": linear.head,
-        "teacher": linear.teacher_head,
-    }
-    out = call(linear, objective=Objective.preset("rkl"))
-    with torch.no_grad():
-        given[changed].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.loss.sum().backward()
-
-
-def test_without_gradient_there_is_no_graph() -> None:
-    linear = make_linear_case()
-    assert not call(linear).loss.requires_grad
-    with torch.no_grad():
-        assert not call(linear, student_hidden=linear.hidden.requires_grad_()).loss.requires_grad
-
-
-@pytest.mark.parametrize("preset", Objective.PRESETS)
-def test_hidden_states_serve_every_objective(preset: str) -> None:
-    assert Objective.preset(preset).refusal("hidden") is None
-
-
-def test_a_teacher_that_cannot_serve_the_objective() -> None:
-    linear = make_linear_case()
-    with pytest.raises(ValueError, match=r'^objective: reverse_kl="exact" needs .* logits or hidden states$'):
-        call(linear, linear.case.top_k(torch.float64), objective=Objective.preset("rkl"))
-    for teacher in (TeacherLogits(linear.case.teacher), linear.teacher_hidden):
-        with pytest.raises(ValueError, match=r"^teacher: .*, expected TeacherHidden or TeacherTopK"):
-            call(linear, teacher)
-    with pytest.raises(ValueError, match=r"^teacher: TeacherHidden, expected TeacherLogits or TeacherTopK"):
-        entropy_aware_loss(
-            linear.case.student,
-            TeacherHidden(linear.teacher_hidden, linear.teacher_head),  # type: ignore[arg-type]
-            linear.case.tokens,
-            None,
-            objective=Objective(),
-            vocab_size=linear.case.vocab_size,
-        )
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"student_hidden": torch.zeros(24, 8)}, r"student_head_weight: torch.float64, expected torch.float32 as"),
-        ({"student_hidden": torch.zeros(24, 8).double()}, r"student_head_weight: shape \[48, 9\], expected \[48, 8\]"),
-        ({"student_hidden": torch.zeros(24, 9).long()}, r"student_hidden: torch.int64 of shape \[24, 9\]"),
-        ({"student_hidden": torch.zeros(24, 1, 9)}, r"student_hidden: torch.float32 of shape \[24, 1, 9\]"),
-        ({"student_head_weight": torch.zeros(9)}, r"student_head_weight: torch.float32 of shape \[9\]"),
-        ({"vocab_size": 49}, r"vocab_size: 49 is not in 1\.\.48 \(student_head_weight has 48 columns"),
-        ({"chunk": 0}, r"chunk: 0 is not at least 1"),
-        ({"hidden_grad": "sum"}, r"hidden_grad: 'sum' is not one of all_reduce, partial"),
-        ({"tokens": torch.zeros(23).long()}, r"tokens: shape \[23\], expected \[24\]"),
-        ({"tokens": torch.full((24,), 43)}, r"tokens: id 43 in row 0 is outside the vocabulary of 43"),
-        ({"teacher_tokens": torch.full((24,), -1)}, r"teacher_tokens: id -1 in row 0 is outside"),
-        ({"old_logprobs": torch.ones(24)}, r"old_logprobs: row 0 holds 1, no log-prob"),
-    ],
-)
-def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        call(make_linear_case(), **changes)
-
-
-def test_a_teacher_of_another_layout_is_named() -> None:
-    linear = make_linear_case()
-    hidden, head = linear.teacher_hidden, linear.teacher_head
-    for teacher, message in (
-        (TeacherHidden(hidden[1:], head), r"teacher.hidden: shape \[23, 15\], expected \[24, 15\]"),
-        (TeacherHidden(hidden, head[1:]), r"teacher.head_weight: shape \[47, 15\], expected \[48, 15\]"),
-        (TeacherHidden(hidden, head[:, 1:]), r"teacher.head_weight: shape \[48, 14\], expected \[48, 15\]"),
-        (TeacherHidden(hidden.float(), head), r"teacher.head_weight: torch.float64, expected torch.float32"),
-        (TeacherHidden(hidden[0], head), r"teacher.hidden: torch.float64 of shape \[15\]"),
-    ):
-        with pytest.raises(ValueError, match=f"^{message}"):
-            call(linear, teacher)
-    top = linear.case.top_k(torch.float64)
-    with pytest.raises(ValueError, match=r"^teacher\.ids: 4 columns, the objective wants top_k=5"):
-        call(linear, linear.case.top_k(torch.float64, columns=4))
-    with pytest.raises(ValueError, match=r"^teacher\.logprobs: row 2 holds NaN"):
-        top.logprobs[2, 0] = torch.nan
-        call(linear, top)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_hidden_states_without_a_softmax_are_refused(value: float) -> None:
-    linear = make_linear_case(dtype=torch.float32)
-    linear.hidden[4, 0] = value
-    for teacher in (None, linear.case.top_k(torch.float32)):
-        with pytest.raises(ValueError, match=r"^student_hidden · student_head_weight: row 4 holds NaN or \+inf"):
-            call(linear, teacher)
-    with pytest.raises(ValueError, match=r"^hidden · head_weight: row 4 holds NaN or \+inf"):
-        linear_token_statistics(linear.hidden, linear.head, linear.case.tokens, vocab_size=linear.case.vocab_size)
-    linear = make_linear_case(dtype=torch.float32)
-    linear.teacher_hidden[5, 0] = value
-    with pytest.raises(ValueError, match=r"^teacher\.hidden · teacher\.head_weight: row 5 holds NaN or \+inf"):
-        call(linear)

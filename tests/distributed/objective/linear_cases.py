@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from eaopd_megatron.objective import Objective, TeacherHidden, TeacherTopK, TokenLosses, linear_entropy_aware_loss
 from eaopd_megatron.objective import linear as linear_head
-from tests.distributed.objective.cases import TOLERANCE, Case, assert_near, complete, dense, sizes, unchanged
+from tests.distributed.objective.cases import TOLERANCE, TOP_K, Case, assert_near, complete, dense, sizes, unchanged
 
 WIDTH, TEACHER_WIDTH = 9, 15
 
@@ -174,3 +174,17 @@ def compare_linear(
     first = 0 if group is None else group.rank() * len(mine)
     assert not got.head[max(case.vocab_size - first, 0) :].any(), "a padded row has a gradient"
     return want
+
+
+def call_linear(linear: LinearCase, teacher: Any = None, **changes: Any) -> TokenLosses:
+    """The linear form on a case's own inputs, but for `changes`."""
+    arguments: dict[str, Any] = {
+        "student_hidden": linear.hidden,
+        "student_head_weight": linear.head,
+        "teacher": TeacherHidden(linear.teacher_hidden, linear.teacher_head) if teacher is None else teacher,
+        "tokens": linear.case.tokens,
+        "old_logprobs": linear.case.old_logprobs,
+        "objective": Objective(top_k=TOP_K, threshold=linear.case.threshold()),
+        "vocab_size": linear.case.vocab_size,
+    }
+    return linear_entropy_aware_loss(**{**arguments, **changes})
