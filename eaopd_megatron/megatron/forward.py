@@ -17,6 +17,7 @@ from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.layers import PackedSequences
 from eaopd_megatron.megatron.model import ModelChunks, gpt_of
 from eaopd_megatron.megatron.overlap import gathered
+from eaopd_megatron.objective.settings import LOGITS_CHUNK_ELEMENTS
 
 
 def stage_output(chunk: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -72,7 +73,7 @@ def row_logits(model: ModelChunks, rows: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def logits_by_parts(
-    rows: torch.Tensor, head: torch.Tensor, elements: int = 2**27
+    rows: torch.Tensor, head: torch.Tensor, elements: int = LOGITS_CHUNK_ELEMENTS
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Logits [part, V_padded/tp] of rows [n, h] under head [V_padded/tp, h], a part at a time, without gradient.
 

@@ -32,7 +32,7 @@ from eaopd_megatron.objective.partial_stats import (
     join,
     wanted_of,
 )
-from eaopd_megatron.objective.settings import Objective, Signal
+from eaopd_megatron.objective.settings import GPU_TILE_ELEMENTS, Objective, Signal
 from eaopd_megatron.objective.teacher import TeacherHidden, TeacherTopK
 from eaopd_megatron.objective.token_losses import TokenLosses, TokenStatistics, check_old_logprobs, check_tokens, judge
 from eaopd_megatron.objective.vocab_parallel import Shard, Softmax
@@ -41,7 +41,7 @@ HiddenGrad = Literal["all_reduce", "partial"]
 
 # Rows and elements of a tile: large enough for products at full speed. On a CPU, elements a thread.
 CPU_ROWS, CPU_TILE_ELEMENTS = 1024, 1 << 20
-GPU_ROWS, GPU_TILE_ELEMENTS = 2048, 1 << 26
+GPU_ROWS = 2048
 WIDE_TILE_ELEMENTS = 1 << 24  # where S is to be found, which is quicker in whole rows than in pieces of them
 STUDENT, TEACHER = "student_hidden · student_head_weight", "teacher.hidden · teacher.head_weight"
 

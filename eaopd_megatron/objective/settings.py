@@ -11,6 +11,15 @@ ForwardKL = Literal["topk", "topk_tail", "exact", "none"]
 Gate = Literal["hard", "soft", "always", "never"]
 Signal = Literal["topk", "logits", "hidden"]
 
+GPU_TILE_ELEMENTS = 1 << 26
+"""Logits in one tile of `linear_entropy_aware_loss` on a GPU."""
+LOGITS_CHUNK_ELEMENTS = 1 << 27
+"""Logits that a teacher computes at once before it reduces them to a `TeacherTopK`."""
+MAX_EXCHANGE_BYTES_PER_TOKEN = 300
+"""Upper bound of the bytes per token and rank in the objective's one all-gather, at top_k = 16."""
+EXCHANGE_FLOATS_PER_TOKEN = 16
+"""Typical number of fp32 values per token and rank in that all-gather."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "opd": {"reverse_kl": "sampled", "forward_kl": "none"},
     "eopd": {"reverse_kl": "sampled", "forward_kl": "topk"},

@@ -11,7 +11,7 @@ PROGRAM = """
 import sys
 import torch
 before = set(sys.modules)
-import eaopd_megatron.objective
+from eaopd_megatron.objective import *
 import eaopd_megatron.objective.reference
 ours = {name for name in sys.modules if name.split(".")[0] == "eaopd_megatron"}
 allowed = {"eaopd_megatron", "eaopd_megatron.objective"}
@@ -25,4 +25,10 @@ assert loaded <= set(sys.stdlib_module_names), loaded - set(sys.stdlib_module_na
 
 def test_the_objective_imports_torch_alone() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_settings_of_the_objective_import_no_torch() -> None:
+    program = "import sys; import eaopd_megatron.objective.settings; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
