@@ -220,7 +220,7 @@ def plan(
     ] = None,
 ) -> None:
     """Estimate memory, traffic and time before a run, and the layouts that fit. Exit code 1: the recipe's does not."""
-    from eaopd_megatron.planning.command import plan as run
+    from eaopd_megatron.planning.plan_recipe import plan_recipe as run
 
     run(recipe, overrides or [], gpus=gpus, gpu=gpu, gpu_memory=gpu_memory, teacher=teacher, out=out)
 

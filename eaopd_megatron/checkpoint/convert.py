@@ -26,7 +26,7 @@ from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.pipeline import gathered_logits
-from eaopd_megatron.models.architecture import check_config, padded_vocab_size
+from eaopd_megatron.models.architecture import check_supported, padded_vocab_size
 from eaopd_megatron.models.mapping import EMBEDDING
 from eaopd_megatron.utils.files import atomic_directory, partial_path, require_absent_or_empty, write_error_message
 
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 def check_import(hf: str, layout: Layout) -> HfFolder:
     """The folder, when it can be imported at this layout (UserError otherwise). Reads headers only."""
     folder = HfFolder.open(hf, "--hf")
-    check_config(folder.config, layout, folder.label)
+    check_supported(folder.config, layout, folder.label)
     folder.check_tensors()
     return folder
 
@@ -52,12 +52,12 @@ def describe(folder: HfFolder, layout: Layout) -> Iterator[str]:
     embeddings = "embeddings tied" if tied else "embeddings not tied"
     yield f"{folder.path}: {folder.family.architecture}, {dtype}, {vocabulary}, {embeddings}"
     yield "pipeline stage, expert-parallel rank: parameter [its shape on a rank] x ranks that share it = cut(tensors)"
-    for entry in folder.family.entries(folder.config, own_output=not tied or layout.pipeline_parallel > 1):
+    for entry in folder.family.params(folder.config, own_output=not tied or layout.pipeline_parallel > 1):
         expert_rank = placement.expert_rank(entry)
         where = f"stage {placement.stage(entry)}" + ("" if expert_rank is None else f", expert rank {expert_rank}")
         shape = f"{list(shard_shape(entry, placement))} x {placement.shards(entry)}"
-        made_of = ", ".join(f"{name} {list(shape)}" for name, shape in entry.sources)
-        yield f"{where}: {entry.megatron} {shape} = {entry.cut.name}({made_of})"
+        made_of = ", ".join(f"{name} {list(shape)}" for name, shape in entry.hf_tensors)
+        yield f"{where}: {entry.megatron_name} {shape} = {entry.mapping.name}({made_of})"
 
 
 def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: Say) -> None:
@@ -98,7 +98,7 @@ def export_checkpoint(checkpoint: Path, out: Path, *, verify: bool, say: Say) ->
     require_absent_or_empty(out, "--out")
     source = open_checkpoint(checkpoint)
     with one_process() as parallel:
-        check_config(source.config, parallel.layout, source.label)
+        check_supported(source.config, parallel.layout, source.label)
         model = build_model(source.config, parallel.layout, stored_dtype(checkpoint))
         restore(model, None, load_sharded(checkpoint / "sharded", training_state(model), parallel))
         say(f"loaded {checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -18,7 +18,7 @@ from eaopd_megatron.distributed.errors import agree
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.models.mapping import Entry
+from eaopd_megatron.models.mapping import MappedParam
 from eaopd_megatron.utils.files import atomic_directory
 
 T = TypeVar("T")
@@ -49,18 +49,18 @@ def gather_hf(
         holders = seats.holders(placement, entry)
         if not parallel.is_main:
             if parallel.rank in holders:
-                _send(shards[entry.megatron], device)
+                _send(shards[entry.megatron_name], device)
             continue
         shape = shard_shape(entry, placement)
         parts = [
-            shards[entry.megatron].detach().to(device)
+            shards[entry.megatron_name].detach().to(device)
             if rank == parallel.rank
             else _receive(torch.empty(shape, dtype=dtype, device=device), rank)
             for rank in holders
         ]
-        merged = entry.cut.merge(parts, placement.shard(entry))
+        merged = entry.mapping.merge(parts, placement.shard(entry))
         del parts  # the tensors may be copied once more before the next ones come
-        yield from zip((name for name, _ in entry.sources), merged, strict=True)
+        yield from zip((name for name, _ in entry.hf_tensors), merged, strict=True)
 
 
 def on_main(tensors: Tensors, parallel: Parallel, work: Callable[[Tensors], T]) -> T | None:
@@ -109,15 +109,15 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def _entries(folder: HfFolder) -> list[Entry]:
-    return folder.family.entries(folder.config, own_output=not folder.config.tie_word_embeddings)
+def _entries(folder: HfFolder) -> list[MappedParam]:
+    return folder.family.params(folder.config, own_output=not folder.config.tie_word_embeddings)
 
 
 def write_hf(
     tensors: Tensors, source: HfFolder, out: Path, dtype: torch.dtype, max_shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write gathered tensors, with `source`'s configuration and tokenizer, as the folder `out` (see `export_hf`)."""
-    plan = [PlannedTensor(name, shape, dtype) for entry in _entries(source) for name, shape in entry.sources]
+    plan = [PlannedTensor(name, shape, dtype) for entry in _entries(source) for name, shape in entry.hf_tensors]
     with atomic_directory(out) as folder:
         needed, free = sum(tensor.nbytes for tensor in plan), shutil.disk_usage(folder).free
         if needed > free:

@@ -171,7 +171,7 @@ class HfFolder:
         missing = [name for name in expected if name not in places]
         if missing:
             raise UserError(f"{self.label}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
-        unused = [name for name in places if name not in expected and name not in self.family.copies(self.config)]
+        unused = [name for name in places if name not in expected and name not in self.family.tied_copies(self.config)]
         if unused:
             architecture = self.family.architecture
             raise UserError(f"{self.label}: tensor {unused[0]} has no place in {architecture} ({len(unused)} such)")
@@ -185,7 +185,7 @@ class HfFolder:
                 raise UserError(
                     f"{self.label}: tensor {name} is stored as {place.dtype}; supported: {', '.join(sorted(DTYPES))}"
                 )
-        for copy, original in self.family.copies(self.config).items():
+        for copy, original in self.family.tied_copies(self.config).items():
             if copy in places and not self._same(copy, original):
                 raise UserError(
                     f"{self.label}: {copy} differs from {original} although config.json ties them; "

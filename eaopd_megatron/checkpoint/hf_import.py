@@ -12,7 +12,7 @@ import torch.distributed as dist
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.models.mapping import EMBEDDING, OUTPUT, Entry, Place, SwappedRows
+from eaopd_megatron.models.mapping import EMBEDDING, OUTPUT, MappedParam, PermutedRows, ShardSpec
 from eaopd_megatron.models.shapes import padded_vocab_size
 
 
@@ -26,30 +26,30 @@ class Placement:
     layout: Layout
     sizes: Mapping[str, int]
 
-    def stage(self, entry: Entry) -> int:
+    def stage(self, entry: MappedParam) -> int:
         """The pipeline rank that holds a parameter; a tied embedding's copy is the last one's."""
         if entry.layer is None:
-            return 0 if entry.megatron == EMBEDDING else self.layout.pipeline_parallel - 1
+            return 0 if entry.megatron_name == EMBEDDING else self.layout.pipeline_parallel - 1
         chunks = self.layout.pipeline_parallel * self.layout.virtual_pipeline
         chunk = entry.layer // (self.sizes["layers"] // chunks)
         return chunk % self.layout.pipeline_parallel
 
-    def expert_rank(self, entry: Entry) -> int | None:
+    def expert_rank(self, entry: MappedParam) -> int | None:
         """The expert-parallel rank that holds an expert's parameter; None for the parameters that all of them hold."""
         if entry.expert is None:
             return None
         return entry.expert // (self.sizes["experts"] // self.layout.expert_parallel)
 
-    def shards(self, entry: Entry) -> int:
+    def shards(self, entry: MappedParam) -> int:
         """How many ranks share one copy of the parameter."""
         return self.layout.tensor_parallel if entry.expert is None else self.layout.expert_tensor_parallel
 
-    def shard(self, entry: Entry, number: int = 0) -> Place:
+    def shard(self, entry: MappedParam, number: int = 0) -> ShardSpec:
         """The place of one of the ranks that share the parameter."""
         padded = padded_vocab_size(self.sizes["vocab"], self.layout.tensor_parallel)
-        return Place(number, self.shards(entry), self.sizes, padded)
+        return ShardSpec(number, self.shards(entry), self.sizes, padded)
 
-    def holds(self, parallel: Parallel, entry: Entry) -> bool:
+    def holds(self, parallel: Parallel, entry: MappedParam) -> bool:
         """Whether this rank has a shard of the parameter."""
         return self.stage(entry) == parallel.pp_rank and self.expert_rank(entry) in (None, parallel.ep_rank)
 
@@ -91,7 +91,7 @@ class Seats:
             if seat.expert_copy == 0:
                 self._experts.setdefault((seat.stage, seat.expert), {})[seat.expert_tensor] = rank
 
-    def holders(self, placement: Placement, entry: Entry) -> Sequence[int]:
+    def holders(self, placement: Placement, entry: MappedParam) -> Sequence[int]:
         """Global ranks of one copy of a parameter, in the order of its shards."""
         stage, expert = placement.stage(entry), placement.expert_rank(entry)
         ranks = self._dense[stage] if expert is None else self._experts[stage, expert]
@@ -103,10 +103,10 @@ def placement_of(folder: HfFolder, layout: Layout) -> Placement:
     return Placement(layout, folder.family.sizes(folder.config))
 
 
-def shard_shape(entry: Entry, placement: Placement) -> torch.Size:
+def shard_shape(entry: MappedParam, placement: Placement) -> torch.Size:
     """The shape of a parameter on one of the ranks that share it."""
-    tensors = [torch.empty(shape, device="meta") for _, shape in entry.sources]
-    return entry.cut.shard(tensors, placement.shard(entry)).shape
+    tensors = [torch.empty(shape, device="meta") for _, shape in entry.hf_tensors]
+    return entry.mapping.shard(tensors, placement.shard(entry)).shape
 
 
 @torch.no_grad()
@@ -126,19 +126,23 @@ def load_hf(model: ModelChunks, folder: HfFolder, parallel: Parallel, *, row_map
     folder.check_tensors()
     parameters = model.global_parameters()
     placement = placement_of(folder, parallel.layout)
-    for entry in folder.family.entries(folder.config, own_output=OUTPUT in parameters):
+    for entry in folder.family.params(folder.config, own_output=OUTPUT in parameters):
         if not placement.holds(parallel, entry):
             continue
-        parameter = parameters.pop(entry.megatron, None)
+        parameter = parameters.pop(entry.megatron_name, None)
         if parameter is None:
-            raise ValueError(f"the mapping of {folder.family.architecture} has {entry.megatron}, the model has not")
+            raise ValueError(
+                f"the mapping of {folder.family.architecture} has {entry.megatron_name}, the model has not"
+            )
         number = parallel.tp_rank if entry.expert is None else parallel.etp_rank
         place = placement.shard(entry, number)
-        if entry.megatron == OUTPUT:
-            place = replace(place, padded_vocab=parameter.shape[0] * place.tp_size)
-        shard = entry.cut.shard(_sources(entry, folder, swaps), place)
+        if entry.megatron_name == OUTPUT:
+            place = replace(place, padded_vocab_size=parameter.shape[0] * place.tp_size)
+        shard = entry.mapping.shard(_sources(entry, folder, swaps), place)
         if shard.shape != parameter.shape:
-            raise ValueError(f"{entry.megatron}: the mapping gives {tuple(shard.shape)}, not {tuple(parameter.shape)}")
+            raise ValueError(
+                f"{entry.megatron_name}: the mapping gives {tuple(shard.shape)}, not {tuple(parameter.shape)}"
+            )
         parameter.copy_(shard)
         del shard  # before the next one is read
     if parameters:
@@ -157,15 +161,15 @@ def load_output_head(
     as `load_hf` does.
     """
     folder.check_tensors()
-    entry = next(e for e in folder.family.entries(folder.config, own_output=True) if e.megatron == OUTPUT)
-    place = Place(tp_rank, tp_size, {"vocab": vocab_size}, padded_vocab_size(rows, tp_size))
-    return entry.cut.shard(_sources(entry, folder, _permutation(row_map or {}, vocab_size)), place)
+    entry = next(e for e in folder.family.params(folder.config, own_output=True) if e.megatron_name == OUTPUT)
+    place = ShardSpec(tp_rank, tp_size, {"vocab": vocab_size}, padded_vocab_size(rows, tp_size))
+    return entry.mapping.shard(_sources(entry, folder, _permutation(row_map or {}, vocab_size)), place)
 
 
-def _sources(entry: Entry, folder: HfFolder, swaps: Mapping[int, int]) -> list[Any]:
+def _sources(entry: MappedParam, folder: HfFolder, swaps: Mapping[int, int]) -> list[Any]:
     """What the parameter is cut from, the output layer's rows exchanged."""
-    sources: list[Any] = [folder.slice(name) for name, _ in entry.sources]
-    return [SwappedRows(source, swaps) for source in sources] if entry.megatron == OUTPUT and swaps else sources
+    sources: list[Any] = [folder.slice(name) for name, _ in entry.hf_tensors]
+    return [PermutedRows(source, swaps) for source in sources] if entry.megatron_name == OUTPUT and swaps else sources
 
 
 def _permutation(rows: Mapping[int, int], vocab_size: int) -> dict[int, int]:

@@ -54,14 +54,14 @@ def generate_on_rank(work: dict[str, Any]) -> None:
     from eaopd_megatron.data.types import Sampling
     from eaopd_megatron.distributed import parallel_state as groups
     from eaopd_megatron.megatron.model import build_model
-    from eaopd_megatron.models.architecture import check_config
+    from eaopd_megatron.models.architecture import check_supported
     from eaopd_megatron.rollout.local import LocalRollout
 
     tensor_parallel, batch_size = work["tensor_parallel"], work["batch_size"]
     layout = groups.Layout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # experts ask for it
     parallel, _ = groups.start(layout)
     source = HfFolder.open(work["model"], "MODEL")
-    check_config(source.config, layout, work["model"])
+    check_supported(source.config, layout, work["model"])
     model = build_model(source.config, layout, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     load_hf(model, source, parallel)
     rollout = LocalRollout(model, parallel, vocab_size=source.vocab_size, batch_size=batch_size)

@@ -23,7 +23,7 @@ Recompute = Literal["none", "selective", "full"]
 """Activations that backward makes again: none, core attention's, or whole layers' from their inputs."""
 
 
-def check_config(hf: Any, layout: Layout, folder: str) -> None:
+def check_supported(hf: Any, layout: Layout, folder: str) -> None:
     """Refuse, before anything is allocated, a model that this version or this layout cannot hold (UserError)."""
     family = family_of(hf.architectures, folder)
     for key, value in family.required.items():

@@ -1,26 +1,26 @@
 """Lines of the mapping that the families share: Hugging Face gives a Llama-like decoder's tensors the same names."""
 
-from eaopd_megatron.models.mapping import EMBEDDING, GATED_MLP, OUTPUT, QKV, REPLICATED, ROW, VOCABULARY, Family, Rule
+from eaopd_megatron.models.mapping import EMBEDDING, GATED_MLP, OUTPUT, QKV, REPLICATED, ROW, VOCAB, Family, MappingRule
 
 HF = "model.layers.{layer}."
 MCORE = "decoder.layers.{layer}."
 
-WORDS = (Rule(VOCABULARY, EMBEDDING, ("model.embed_tokens.weight", "vocab hidden")),)
+WORDS = (MappingRule(VOCAB, EMBEDDING, ("model.embed_tokens.weight", "vocab hidden")),)
 
 ATTENTION = (
-    Rule(REPLICATED, MCORE + "input_layernorm.weight", (HF + "input_layernorm.weight", "hidden")),
-    Rule(
+    MappingRule(REPLICATED, MCORE + "input_layernorm.weight", (HF + "input_layernorm.weight", "hidden")),
+    MappingRule(
         QKV,
         MCORE + "self_attention.linear_qkv.weight",
         (HF + "self_attn.q_proj.weight", "q hidden"),
         (HF + "self_attn.k_proj.weight", "kv hidden"),
         (HF + "self_attn.v_proj.weight", "kv hidden"),
     ),
-    Rule(ROW, MCORE + "self_attention.linear_proj.weight", (HF + "self_attn.o_proj.weight", "hidden q")),
+    MappingRule(ROW, MCORE + "self_attention.linear_proj.weight", (HF + "self_attn.o_proj.weight", "hidden q")),
 )
 
 QKV_BIAS = (
-    Rule(
+    MappingRule(
         QKV,
         MCORE + "self_attention.linear_qkv.bias",
         (HF + "self_attn.q_proj.bias", "q"),
@@ -30,25 +30,27 @@ QKV_BIAS = (
 )
 
 QK_NORMS = (
-    Rule(REPLICATED, MCORE + "self_attention.q_layernorm.weight", (HF + "self_attn.q_norm.weight", "head_dim")),
-    Rule(REPLICATED, MCORE + "self_attention.k_layernorm.weight", (HF + "self_attn.k_norm.weight", "head_dim")),
+    MappingRule(REPLICATED, MCORE + "self_attention.q_layernorm.weight", (HF + "self_attn.q_norm.weight", "head_dim")),
+    MappingRule(REPLICATED, MCORE + "self_attention.k_layernorm.weight", (HF + "self_attn.k_norm.weight", "head_dim")),
 )
 
-MLP_NORM = (Rule(REPLICATED, MCORE + "pre_mlp_layernorm.weight", (HF + "post_attention_layernorm.weight", "hidden")),)
+MLP_NORM = (
+    MappingRule(REPLICATED, MCORE + "pre_mlp_layernorm.weight", (HF + "post_attention_layernorm.weight", "hidden")),
+)
 
 DENSE_MLP = (
-    Rule(
+    MappingRule(
         GATED_MLP,
         MCORE + "mlp.linear_fc1.weight",
         (HF + "mlp.gate_proj.weight", "ffn hidden"),
         (HF + "mlp.up_proj.weight", "ffn hidden"),
     ),
-    Rule(ROW, MCORE + "mlp.linear_fc2.weight", (HF + "mlp.down_proj.weight", "hidden ffn")),
+    MappingRule(ROW, MCORE + "mlp.linear_fc2.weight", (HF + "mlp.down_proj.weight", "hidden ffn")),
 )
 
 HEAD = (
-    Rule(REPLICATED, "decoder.final_layernorm.weight", ("model.norm.weight", "hidden")),
-    Rule(VOCABULARY, OUTPUT, ("lm_head.weight", "vocab hidden")),
+    MappingRule(REPLICATED, "decoder.final_layernorm.weight", ("model.norm.weight", "hidden")),
+    MappingRule(VOCAB, OUTPUT, ("lm_head.weight", "vocab hidden")),
 )
 
 

@@ -28,7 +28,7 @@ _QWEN3: dict[str, tuple[tuple[int, ...], bool]] = {  # values of the names above
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelInfo:
     """A model's name in the recipe, its sizes, and where they were read."""
 
     name: str
@@ -36,7 +36,7 @@ class Model:
     source: str
 
 
-def find_model(name: str, key: str) -> Model:
+def find_model(name: str, key: str) -> ModelInfo:
     """The model that a recipe's key names: a folder with config.json, or a hub id `owner/name`.
 
     Where the hub cannot be asked, the built-in table answers for the Qwen3 models that it has. UserError, beginning
@@ -44,18 +44,18 @@ def find_model(name: str, key: str) -> Model:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return Model(name, ModelShape.of(_read(folder / "config.json", key), f"{key}: {folder}"), "config.json")
+        return ModelInfo(name, ModelShape.of(_read(folder / "config.json", key), f"{key}: {folder}"), "config.json")
     if folder.exists() or not _HUB_ID.fullmatch(name):
         raise UserError(f"{key}: {name} is no folder with a config.json and no hub id owner/name")
     config, why = _from_hub(name)
     if config is not None:
-        return Model(name, ModelShape.of(config, f"{key}: {name}"), "config.json from the hub")
-    if (known := built_in(name)) is None:
+        return ModelInfo(name, ModelShape.of(config, f"{key}: {name}"), "config.json from the hub")
+    if (known := built_in_shape(name)) is None:
         raise UserError(f"{key}: there is no folder {name}, {why}, and it is not in the built-in table")
-    return Model(name, known, f"built-in table: {why}")
+    return ModelInfo(name, known, f"built-in table: {why}")
 
 
-def built_in(name: str) -> ModelShape | None:
+def built_in_shape(name: str) -> ModelShape | None:
     """The sizes of Qwen/Qwen3-..., base and chat model alike; none for any other name."""
     found = re.fullmatch(r"Qwen/Qwen3-(.+?)(-Base)?", name)
     if found is None or found[1] not in _QWEN3:

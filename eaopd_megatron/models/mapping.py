@@ -19,7 +19,7 @@ OUTPUT = "output_layer.weight"
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardSpec:
     """Which shard: its number among the ranks that share the parameter, and the model's sizes by name.
 
     Those ranks are the tensor-parallel ones, for an expert's matrices the expert-tensor-parallel ones.
@@ -28,73 +28,73 @@ class Place:
     tp_rank: int
     tp_size: int
     sizes: Mapping[str, int]
-    padded_vocab: int
+    padded_vocab_size: int
 
 
-class Cut(ABC):
+class ParamMapping(ABC):
     """One kind of cut. Sources are tensors, or lazy slices that take the same indices."""
 
     name: str
 
     @abstractmethod
-    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
         """This rank's parameter from whole Hugging Face tensors; reads no more of them than it needs."""
 
     @abstractmethod
-    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
         """The Hugging Face tensors from the parameter of every rank, in the order of the ranks."""
 
 
-class Replicated(Cut):
+class ReplicatedMapping(ParamMapping):
     """The same on every rank."""
 
     name = "replicated"
 
-    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
         return sources[0][:]
 
-    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
         return [shards[0]]
 
 
-class Column(Cut):
+class ColumnParallelMapping(ParamMapping):
     """Megatron's column-parallel layers hold a range of output features: rows of the weight, a part of the bias."""
 
     name = "column"
 
-    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
         return _range(sources[0], place)
 
-    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
         return [_joined(shards)]
 
 
-class Row(Cut):
+class RowParallelMapping(ParamMapping):
     """Megatron's row-parallel layers hold a range of input features: columns of the weight."""
 
     name = "row"
 
-    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
         count = _shape(sources[0])[1] // place.tp_size
         return sources[0][:, place.tp_rank * count : (place.tp_rank + 1) * count]
 
-    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
         return [_joined(shards, dim=1)]
 
 
-class GatedMlp(Cut):
+class GatedMLPMapping(ParamMapping):
     """gate | up: each is cut by itself, so that a rank multiplies the features of one with the same of the other."""
 
     name = "gated mlp"
 
-    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
         return torch.cat([_range(source, place) for source in sources])
 
-    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
         return [_joined(part) for part in zip(*(shard.chunk(2) for shard in shards), strict=True)]
 
 
-class Qkv(Cut):
+class QKVMapping(ParamMapping):
     """q, k, v → for each query group the rows of its query heads, of its key, of its value; ranks hold whole groups.
 
     Holds for weights [rows, hidden] and biases [rows].
@@ -102,14 +102,14 @@ class Qkv(Cut):
 
     name = "qkv"
 
-    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
+    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
         groups = place.sizes["groups"] // place.tp_size
         parts = [_range(source, place) for source in sources]
         parts = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
         joined = torch.cat(parts, dim=1)
         return joined.reshape(-1, *joined.shape[2:])
 
-    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
         joined = _joined(shards)
         joined = joined.reshape(place.sizes["groups"], -1, *joined.shape[1:])
         head = place.sizes["head_dim"]
@@ -117,13 +117,13 @@ class Qkv(Cut):
         return [part.reshape(-1, *part.shape[2:]) for part in parts]
 
 
-class Vocabulary(Cut):
+class VocabParallelMapping(ParamMapping):
     """A range of the vocabulary's rows, padded with rows of zeros to Megatron's size."""
 
     name = "vocabulary"
 
-    def shard(self, sources: Sequence[Any], place: Place) -> torch.Tensor:
-        count = place.padded_vocab // place.tp_size
+    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
+        count = place.padded_vocab_size // place.tp_size
         start, end = place.tp_rank * count, min((place.tp_rank + 1) * count, place.sizes["vocab"])
         if start >= end:  # nothing but padding
             row = sources[0][0:1]
@@ -131,23 +131,30 @@ class Vocabulary(Cut):
         rows = sources[0][start:end]
         return torch.cat([rows, rows.new_zeros(count - (end - start), *rows.shape[1:])])
 
-    def merge(self, shards: Sequence[torch.Tensor], place: Place) -> list[torch.Tensor]:
+    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
         return [_joined(shards)[: place.sizes["vocab"]]]
 
 
-REPLICATED, COLUMN, ROW, GATED_MLP, QKV, VOCABULARY = Replicated(), Column(), Row(), GatedMlp(), Qkv(), Vocabulary()
+REPLICATED, COLUMN, ROW, GATED_MLP, QKV, VOCAB = (
+    ReplicatedMapping(),
+    ColumnParallelMapping(),
+    RowParallelMapping(),
+    GatedMLPMapping(),
+    QKVMapping(),
+    VocabParallelMapping(),
+)
 
 
-class SwappedRows:
+class PermutedRows:
     """A lazy tensor whose rows are another's in an exchanged order: row i is the other's row `rows.get(i, i)`."""
 
     def __init__(self, source: Any, rows: Mapping[int, int]) -> None:
         self.source = source
         self.rows = rows
 
-    def __getitem__(self, wanted: slice) -> torch.Tensor:
-        out = self.source[wanted].clone()
-        start = wanted.start or 0
+    def __getitem__(self, index: slice) -> torch.Tensor:
+        out = self.source[index].clone()
+        start = index.start or 0
         for row, origin in self.rows.items():
             if start <= row < start + len(out):
                 out[row - start] = self.source[origin : origin + 1][0]
@@ -155,42 +162,42 @@ class SwappedRows:
 
 
 @dataclass(frozen=True)
-class Entry:
+class MappedParam:
     """One parameter: its Megatron name, its cut, and its Hugging Face tensors with their shapes.
 
     layer, expert: the numbers, in the whole model, of the layer and of the expert that it belongs to.
     """
 
-    megatron: str
-    cut: Cut
-    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    megatron_name: str
+    mapping: ParamMapping
+    hf_tensors: tuple[tuple[str, tuple[int, ...]], ...]
     layer: int | None = None
     expert: int | None = None
 
 
-class Rule:
+class MappingRule:
     """A line of a family's table: `Rule(QKV, "decoder.layers.{layer}…", ("model.layers.{layer}…", "q hidden"), …)`.
 
     `{layer}` in the names runs over the layers, `{expert}` over the experts of each. A shape is the names of its sizes,
     outermost first.
     """
 
-    def __init__(self, cut: Cut, megatron: str, *sources: tuple[str, str]) -> None:
+    def __init__(self, cut: ParamMapping, megatron: str, *sources: tuple[str, str]) -> None:
         self.cut = cut
         self.megatron = megatron
         self.sources = sources
 
-    def runs_over(self, number: str) -> bool:
+    def has_index(self, number: str) -> bool:
         """Whether there is one of it for every `layer`, or for every `expert`."""
         return f"{{{number}}}" in self.megatron
 
-    def entry(self, sizes: Mapping[str, int], layer: int | None = None, expert: int | None = None) -> Entry:
+    def expand(self, sizes: Mapping[str, int], layer: int | None = None, expert: int | None = None) -> MappedParam:
         """The rule in one layer, or outside of them; for one expert, or for none."""
         sources = (
             (name.format(layer=layer, expert=expert), tuple(sizes[size] for size in shape.split()))
             for name, shape in self.sources
         )
-        return Entry(self.megatron.format(layer=layer, expert=expert), self.cut, tuple(sources), layer, expert)
+        return MappedParam(self.megatron.format(layer=layer, expert=expert), self.cut, tuple(sources), layer, expert)
 
 
 def head_dim(config: Any) -> int:
@@ -221,12 +228,12 @@ class Family:
     """
 
     architecture: str
-    rules: tuple[Rule, ...]
+    rules: tuple[MappingRule, ...]
     sizes: Callable[[Any], dict[str, int]] = dense_sizes
     settings: Callable[[Any], dict[str, Any]] = lambda config: {}
     required: Mapping[str, Any] = field(default_factory=dict)
 
-    def entries(self, config: Any, *, own_output: bool) -> list[Entry]:
+    def params(self, config: Any, *, own_output: bool) -> list[MappedParam]:
         """Every parameter of the model, layer by layer. own_output: it has an output layer beside its embedding.
 
         Where the configuration ties the two, an output layer of its own is filled from the embedding.
@@ -235,31 +242,31 @@ class Family:
         if not own_output:
             del entries[OUTPUT]
         elif config.tie_word_embeddings:
-            entries[OUTPUT] = replace(entries[OUTPUT], sources=entries[EMBEDDING].sources)
+            entries[OUTPUT] = replace(entries[OUTPUT], hf_tensors=entries[EMBEDDING].hf_tensors)
         return list(entries.values())
 
-    def _table(self, config: Any) -> dict[str, Entry]:
+    def _table(self, config: Any) -> dict[str, MappedParam]:
         sizes = self.sizes(config)
-        found: list[Entry] = []
-        for in_layers, rules in itertools.groupby(self.rules, key=lambda rule: rule.runs_over("layer")):
+        found: list[MappedParam] = []
+        for in_layers, rules in itertools.groupby(self.rules, key=lambda rule: rule.has_index("layer")):
             run = list(rules)
             for layer in range(sizes["layers"]) if in_layers else [None]:
                 for rule in run:
-                    experts = range(sizes["experts"]) if rule.runs_over("expert") else [None]
-                    found += [rule.entry(sizes, layer, expert) for expert in experts]
-        return {entry.megatron: entry for entry in found}
+                    experts = range(sizes["experts"]) if rule.has_index("expert") else [None]
+                    found += [rule.expand(sizes, layer, expert) for expert in experts]
+        return {entry.megatron_name: entry for entry in found}
 
     def hf_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a folder with this configuration must hold, and no other."""
-        entries = self.entries(config, own_output=not config.tie_word_embeddings)
-        return {name: shape for entry in entries for name, shape in entry.sources}
+        entries = self.params(config, own_output=not config.tie_word_embeddings)
+        return {name: shape for entry in entries for name, shape in entry.hf_tensors}
 
-    def copies(self, config: Any) -> dict[str, str]:
+    def tied_copies(self, config: Any) -> dict[str, str]:
         """Tensors that a folder may hold although they are copies: the tied output layer → the embedding."""
         if not config.tie_word_embeddings:
             return {}
         entries = self._table(config)
-        return {entries[OUTPUT].sources[0][0]: entries[EMBEDDING].sources[0][0]}
+        return {entries[OUTPUT].hf_tensors[0][0]: entries[EMBEDDING].hf_tensors[0][0]}
 
 
 def _joined(shards: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
@@ -271,6 +278,6 @@ def _shape(source: Any) -> Sequence[int]:
     return source.shape if isinstance(source, torch.Tensor) else source.get_shape()
 
 
-def _range(source: Any, place: Place) -> torch.Tensor:
+def _range(source: Any, place: ShardSpec) -> torch.Tensor:
     count = _shape(source)[0] // place.tp_size
     return source[place.tp_rank * count : (place.tp_rank + 1) * count]

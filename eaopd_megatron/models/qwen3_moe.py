@@ -3,20 +3,20 @@
 from typing import Any
 
 from eaopd_megatron.models.dense import ATTENTION, HEAD, HF, MCORE, MLP_NORM, QK_NORMS, WORDS
-from eaopd_megatron.models.mapping import GATED_MLP, REPLICATED, ROW, Family, Rule, dense_sizes
+from eaopd_megatron.models.mapping import GATED_MLP, REPLICATED, ROW, Family, MappingRule, dense_sizes
 
 HF_EXPERT = HF + "mlp.experts.{expert}."
 EXPERT = MCORE + "mlp.experts.local_experts.{expert}."
 
 EXPERTS = (
-    Rule(REPLICATED, MCORE + "mlp.router.weight", (HF + "mlp.gate.weight", "experts hidden")),
-    Rule(
+    MappingRule(REPLICATED, MCORE + "mlp.router.weight", (HF + "mlp.gate.weight", "experts hidden")),
+    MappingRule(
         GATED_MLP,
         EXPERT + "linear_fc1.weight",
         (HF_EXPERT + "gate_proj.weight", "moe_ffn hidden"),
         (HF_EXPERT + "up_proj.weight", "moe_ffn hidden"),
     ),
-    Rule(ROW, EXPERT + "linear_fc2.weight", (HF_EXPERT + "down_proj.weight", "hidden moe_ffn")),
+    MappingRule(ROW, EXPERT + "linear_fc2.weight", (HF_EXPERT + "down_proj.weight", "hidden moe_ffn")),
 )
 
 

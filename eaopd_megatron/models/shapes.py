@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.planning.layouts import Layout
+from eaopd_megatron.planning.layouts import PlannedLayout
 
 VOCAB_DIVISOR = 128
 
@@ -25,7 +25,7 @@ MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True)
-class Parameters:
+class ParameterCounts:
     """Counts of weights. Those of experts are spread over other ranks than the rest."""
 
     dense: int = 0
@@ -35,8 +35,8 @@ class Parameters:
     def total(self) -> int:
         return self.dense + self.expert
 
-    def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(self.dense + other.dense, self.expert + other.expert)
+    def __add__(self, other: ParameterCounts) -> ParameterCounts:
+        return ParameterCounts(self.dense + other.dense, self.expert + other.expert)
 
 
 @dataclass(frozen=True)
@@ -109,52 +109,52 @@ class ModelShape:
         """Elements of a layer's attention matrices."""
         return self.hidden * (2 * self.query_width + 2 * self.kv_width)
 
-    def whole(self) -> Parameters:
+    def hf_parameters(self) -> ParameterCounts:
         """The model's own parameters, as a Hugging Face folder holds them."""
-        single = Layout()
-        found = self.embedding(self.vocab) + Parameters(self.hidden)
+        single = PlannedLayout()
+        found = self.embedding(self.vocab) + ParameterCounts(self.hidden)
         if not self.tied:
             found += self.embedding(self.vocab)
         for layer in range(self.layers):
-            found += self.layer(layer, single)
+            found += self.layer_parameters(layer, single)
         return found
 
-    def active(self) -> int:
+    def active_parameters(self) -> int:
         """Parameters that one token meets."""
-        whole = self.whole()
+        whole = self.hf_parameters()
         return whole.dense + (whole.expert * self.experts_per_token // self.experts if self.experts else 0)
 
-    def on_rank(self, layout: Layout, stage: int, output_vocab: int | None = None) -> Parameters:
+    def rank_parameters(self, layout: PlannedLayout, stage: int, output_vocab: int | None = None) -> ParameterCounts:
         """What a rank of this pipeline stage holds: vocabulary padded, tied embeddings twice over several stages.
 
         output_vocab: the vocabulary size of which the output layer's rows are; none: the model's own.
         """
-        found = Parameters()
+        found = ParameterCounts()
         for layer in layout.layers_of(stage, self.layers):
-            found += self.layer(layer, layout)
+            found += self.layer_parameters(layer, layout)
         rows = padded_vocab_size(self.vocab, layout.tensor_parallel) // layout.tensor_parallel
         output = padded_vocab_size(output_vocab or self.vocab, layout.tensor_parallel) // layout.tensor_parallel
         last = stage == layout.pipeline_parallel - 1
         if stage == 0:
             found += self.embedding(rows)
         if last:
-            found += Parameters(self.hidden)
+            found += ParameterCounts(self.hidden)
             if not self.tied or stage > 0 or output != rows:
                 found += self.embedding(output)
         return found
 
-    def embedding(self, rows: int) -> Parameters:
+    def embedding(self, rows: int) -> ParameterCounts:
         """An embedding, or an output layer, of so many rows."""
-        return Parameters(rows * self.hidden)
+        return ParameterCounts(rows * self.hidden)
 
-    def layer(self, number: int, layout: Layout) -> Parameters:
+    def layer_parameters(self, number: int, layout: PlannedLayout) -> ParameterCounts:
         """A rank's part of a transformer layer."""
         tp = layout.tensor_parallel
         norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
         bias = (self.query_width + 2 * self.kv_width) // tp if self.qkv_bias else 0
         dense = self.attention_weights // tp + norms + bias
         if number not in self.expert_layers:
-            return Parameters(dense + 3 * self.hidden * self.intermediate // tp)
+            return ParameterCounts(dense + 3 * self.hidden * self.intermediate // tp)
         held = self.experts // layout.expert_parallel
         each = 3 * self.hidden * self.expert_intermediate // layout.expert_tensor_parallel
-        return Parameters(dense + self.hidden * self.experts, held * each)
+        return ParameterCounts(dense + self.hidden * self.experts, held * each)

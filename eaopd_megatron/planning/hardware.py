@@ -11,7 +11,7 @@ GiB = 2**30
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuSpec:
     """A GPU as its maker describes it; links are bytes a second and direction."""
 
     name: str
@@ -30,15 +30,15 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80, 312e12, 2.04e12, 300e9, 25e9, 25e9),
-        Gpu("h100", 80, 989e12, 3.35e12, 450e9, 50e9, 50e9),
-        Gpu("h200", 141, 989e12, 4.8e12, 450e9, 50e9, 50e9),
-        Gpu("b200", 180, 2250e12, 8.0e12, 900e9, 50e9, 50e9),
+        GpuSpec("a100", 80, 312e12, 2.04e12, 300e9, 25e9, 25e9),
+        GpuSpec("h100", 80, 989e12, 3.35e12, 450e9, 50e9, 50e9),
+        GpuSpec("h200", 141, 989e12, 4.8e12, 450e9, 50e9, 50e9),
+        GpuSpec("b200", 180, 2250e12, 8.0e12, 900e9, 50e9, 50e9),
     )
 }
 
 
-def gpu_named(name: str) -> Gpu:
+def find_gpu(name: str) -> GpuSpec:
     """One of GPUS, by its short name or by the name that CUDA gives ("NVIDIA H100 80GB HBM3"). UserError else."""
     words = name.lower().replace("-", " ").split()
     for known, gpu in GPUS.items():
@@ -48,7 +48,7 @@ def gpu_named(name: str) -> Gpu:
 
 
 @dataclass(frozen=True)
-class Assumptions:
+class TimeAssumptions:
     """Shares and times that no formula gives. Every estimate of time depends on them."""
 
     training_mfu: float = 0.40  # of the peak, in products of forward and backward
@@ -63,7 +63,7 @@ class Assumptions:
     reserve: float = 5.0  # GiB for CUDA, NCCL, libraries and fragmentation
     server_process: float = 3.0  # GiB that a colocated server keeps in the trainer's turn
 
-    def lines(self, gpu: Gpu) -> Sequence[str]:
+    def lines(self, gpu: GpuSpec) -> Sequence[str]:
         """In words."""
         return (
             f"{gpu.name}: {gpu.peak / 1e12:.0f} TFLOP/s bf16, memory {gpu.bandwidth / 1e12:.2f} TB/s; GB/s: "

@@ -16,13 +16,13 @@ GPUS_PER_HOST = 8
 
 
 @dataclass(frozen=True)
-class Layout(ModelLayout):
+class PlannedLayout(ModelLayout):
     """The trainer's, and the number of copies."""
 
     data_parallel: int = 1
 
     @classmethod
-    def of(cls, student: Student, gpus: int | None) -> Layout:
+    def of(cls, student: Student, gpus: int | None) -> PlannedLayout:
         """The recipe's own. gpus: to be filled with data-parallel copies; none: as the recipe says, or one host."""
         layout = student.layout
         if gpus is None:
@@ -36,7 +36,7 @@ class Layout(ModelLayout):
         return self.model_ranks * self.data_parallel
 
     @property
-    def generators(self) -> int:
+    def generating_replicas(self) -> int:
         """Ranks, of each tensor-parallel group and pipeline one, that generate different sequences."""
         return self.data_parallel * self.context_parallel
 
@@ -46,7 +46,7 @@ class Layout(ModelLayout):
         return self.gpus // self.expert_ranks
 
     @property
-    def sequence_cut(self) -> int:
+    def sequence_shards(self) -> int:
         """Over how many ranks the tokens between the matrices are spread."""
         return self.tensor_parallel if self.sequence_parallel else 1
 
@@ -69,7 +69,9 @@ class Layout(ModelLayout):
         return (self.pipeline_parallel - 1) / (micro_batches * self.virtual_pipeline)
 
 
-def faults(shape: ModelShape, layout: Layout, role: str = "student", section: str = "student") -> list[str]:
+def layout_refusals(
+    shape: ModelShape, layout: PlannedLayout, role: str = "student", section: str = "student"
+) -> list[str]:
     """Why a model cannot be cut so, each with the number that must divide another; empty where it can.
 
     section: of the recipe, which has the layout's keys.
@@ -111,19 +113,19 @@ def faults(shape: ModelShape, layout: Layout, role: str = "student", section: st
     return list(dict.fromkeys(found))
 
 
-def divisors(number: int, most: int) -> list[int]:
+def _divisors(number: int, most: int) -> list[int]:
     return [i for i in range(1, min(number, most) + 1) if number % i == 0]
 
 
-def layouts(gpus: int, *, experts: bool) -> Iterator[Layout]:
+def enumerate_layouts(gpus: int, *, experts: bool) -> Iterator[PlannedLayout]:
     """Every layout of so many GPUs; tensor parallelism within a host, always with sequence parallelism.
 
     experts: whether there are any that may be spread over ranks of their own.
     """
-    for tp in divisors(gpus, GPUS_PER_HOST):
-        for pp in divisors(gpus // tp, 16):
-            for cp in divisors(gpus // tp // pp, 8):
+    for tp in _divisors(gpus, GPUS_PER_HOST):
+        for pp in _divisors(gpus // tp, 16):
+            for cp in _divisors(gpus // tp // pp, 8):
                 stage = gpus // pp
                 for etp in sorted({1, tp}) if experts else [1]:
-                    for ep in divisors(stage // etp, stage) if experts else [1]:
-                        yield Layout(tp, tp > 1, pp, 1, cp, ep, etp, gpus // (tp * pp * cp))
+                    for ep in _divisors(stage // etp, stage) if experts else [1]:
+                        yield PlannedLayout(tp, tp > 1, pp, 1, cp, ep, etp, gpus // (tp * pp * cp))

@@ -6,35 +6,42 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 
-from eaopd_megatron.models.known_models import Model
+from eaopd_megatron.models.known_models import ModelInfo
 from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning import traffic
-from eaopd_megatron.planning.hardware import Assumptions, GiB, Gpu
-from eaopd_megatron.planning.layouts import Layout, faults, layouts
-from eaopd_megatron.planning.memory import MOMENTS, Colocated, Memory, Servers, separate_teacher, served_teacher
-from eaopd_megatron.planning.times import Clock
-from eaopd_megatron.planning.workload import Scorer, Workload
+from eaopd_megatron.planning.hardware import GiB, GpuSpec, TimeAssumptions
+from eaopd_megatron.planning.layouts import PlannedLayout, enumerate_layouts, layout_refusals
+from eaopd_megatron.planning.memory import (
+    MEMORY_PHASES,
+    GpuMemory,
+    PlannedServers,
+    StudentGpus,
+    separate_teacher_memory,
+    served_teacher_memory,
+)
+from eaopd_megatron.planning.times import TimeEstimates
+from eaopd_megatron.planning.workload import PlannedTeacher, Workload
 
 TEACHER_GPUS = (1, 2, 4, 8, 16, 32, 64)
-KEYS = {
-    **{field.name: f"student.{field.name}" for field in fields(Layout)},
+_OVERRIDE_KEYS = {
+    **{field.name: f"student.{field.name}" for field in fields(PlannedLayout)},
     "recompute": "student.recompute",
     "distributed_optimizer": "optimizer.distributed",
     "micro_batch_tokens": "train.micro_batch_tokens",
     "rollout_batch": "rollout.batch_size",
 }
 """What an option may change: fields of a layout and of a workload, and the recipe's keys for them."""
-SAME_TIME = 0.02  # share by which estimates of time must differ to count
-ROOM = 0.15  # share of a GPU that had better stay free
+_EQUAL_TIME_SHARE = 0.02  # share by which estimates of time must differ to count
+_FREE_SHARE = 0.15  # share of a GPU that had better stay free
 
 
 @dataclass(frozen=True)
-class Option:
+class LayoutOption:
     """A layout with its micro-batch and rollout sizes: what it needs, and about how long it takes."""
 
-    layout: Layout
+    layout: PlannedLayout
     work: Workload
-    memory: Memory
+    memory: GpuMemory
     seconds: dict[str, float]  # of an iteration: generation, teacher (scoring), student (forward, backward), ...
     ahead: bool = False  # the next responses are written meanwhile
 
@@ -44,57 +51,57 @@ class Option:
         generation, whole = self.seconds["generation"], sum(self.seconds.values())
         return max(generation, whole - generation) if self.ahead else whole
 
-    def overrides(self, layout: Layout, work: Workload) -> str:
+    def overrides(self, layout: PlannedLayout, work: Workload) -> str:
         """What makes a recipe of that layout and workload this option, ready to be pasted; its changes come first."""
         here, there = ({**asdict(one), **asdict(other)} for one, other in ((self.layout, self.work), (layout, work)))
-        said = [name for name in KEYS if here[name] != there[name]]
+        said = [name for name in _OVERRIDE_KEYS if here[name] != there[name]]
         if "data_parallel" not in said:
             said.append("data_parallel")  # which the recipe may leave to the number of ranks
-        return " ".join(f"{KEYS[name]}={str(here[name]).lower()}" for name in said)
+        return " ".join(f"{_OVERRIDE_KEYS[name]}={str(here[name]).lower()}" for name in said)
 
 
 @dataclass(frozen=True)
-class Search:
+class LayoutSearch:
     """What became of each layout of so many GPUs.
 
     options: those that fit, best first: by time, and of about the same time those with room enough. refused: those that
     cannot be cut, with a reason. too_large: the others, as the recipe would have them.
     """
 
-    options: list[Option]
-    refused: dict[Layout, str]
-    too_large: list[Option]
+    options: list[LayoutOption]
+    unsupported: dict[PlannedLayout, str]
+    too_large: list[LayoutOption]
 
 
 @dataclass(frozen=True)
 class Planner:
     """A student and its teachers on one kind of GPU."""
 
-    student: Model
-    teachers: tuple[Scorer, ...]
+    student: ModelInfo
+    teachers: tuple[PlannedTeacher, ...]
     work: Workload
-    gpu: Gpu
+    gpu: GpuSpec
     limit: float  # GiB of a GPU
-    assumed: Assumptions = field(default_factory=Assumptions)
-    servers: Servers | None = None  # none: the trainer writes the responses
+    assumed: TimeAssumptions = field(default_factory=TimeAssumptions)
+    servers: PlannedServers | None = None  # none: the trainer writes the responses
 
     @property
     def reserve(self) -> float:
         return self.assumed.reserve * GiB
 
-    def fits(self, memory: Memory) -> bool:
+    def fits(self, memory: GpuMemory) -> bool:
         return memory.peak <= self.limit * GiB
 
-    def clock(self, work: Workload) -> Clock:
-        return Clock(self.gpu, self.assumed, work)
+    def clock(self, work: Workload) -> TimeEstimates:
+        return TimeEstimates(self.gpu, self.assumed, work)
 
-    def scorers(self, apart: bool) -> tuple[Scorer, ...]:
+    def scorers(self, apart: bool) -> tuple[PlannedTeacher, ...]:
         """The teachers as the recipe places them, or (apart) all on GPUs of their own."""
-        return tuple(scorer.elsewhere() for scorer in self.teachers) if apart else self.teachers
+        return tuple(scorer.on_own_gpus() for scorer in self.teachers) if apart else self.teachers
 
-    def memory(self, layout: Layout, work: Workload, *, apart: bool = False) -> Memory:
+    def memory(self, layout: PlannedLayout, work: Workload, *, apart: bool = False) -> GpuMemory:
         """Of the student's GPUs."""
-        mine = Colocated(self.student.shape, self.scorers(apart), layout, work, self.reserve)
+        mine = StudentGpus(self.student.shape, self.scorers(apart), layout, work, self.reserve)
         if self.servers is None:
             return mine.memory()
         if not self.servers.colocated:
@@ -102,7 +109,7 @@ class Planner:
         server, process = self.servers.memory_fraction * self.limit * GiB, self.assumed.server_process * GiB
         return replace(mine, writer="colocated servers", server=server, process=process).memory()
 
-    def option(self, layout: Layout, work: Workload, *, apart: bool = False) -> Option:
+    def option(self, layout: PlannedLayout, work: Workload, *, apart: bool = False) -> LayoutOption:
         """Memory and time of one choice. Teachers elsewhere take no time here: they score during generation."""
         memory = self.memory(layout, work, apart=apart)
         clock = self.clock(work)
@@ -117,14 +124,14 @@ class Planner:
         seconds["student"] = share * clock.update(student, layout)
         seconds["optimiser"] = share * clock.step(student, layout)
         seconds["weight sync"] = 0.0 if servers is None else clock.sent([self.weight_sync(servers, layout)])
-        return Option(layout, work, memory, seconds, ahead=servers is not None and servers.ahead)
+        return LayoutOption(layout, work, memory, seconds, ahead=servers is not None and servers.ahead)
 
-    def weight_sync(self, servers: Servers, layout: Layout) -> traffic.Flow:
+    def weight_sync(self, servers: PlannedServers, layout: PlannedLayout) -> traffic.TrafficFlow:
         """Of an iteration."""
         span = layout.gpus if servers.colocated else layout.gpus + servers.gpus
-        return traffic.weight_sync(self.student.shape, servers.count, self.work.student_element, span)
+        return traffic.weight_sync_traffic(self.student.shape, servers.count, self.work.student_element, span)
 
-    def _scoring(self, scorer: Scorer, layout: Layout, clock: Clock, teachers: int) -> float:
+    def _scoring(self, scorer: PlannedTeacher, layout: PlannedLayout, clock: TimeEstimates, teachers: int) -> float:
         """Seconds of an iteration. Of several each is taken to have as many of the responses as the others."""
         updates = clock.work.updates
         tokens = clock.tokens(layout) / teachers
@@ -134,13 +141,13 @@ class Planner:
             seconds += times * clock.fetched(scorer.weights(layout, 0, self.student.shape.vocab))
         return seconds
 
-    def refusals(self, layout: Layout, *, apart: bool = False) -> list[str]:
+    def refusals(self, layout: PlannedLayout, *, apart: bool = False) -> list[str]:
         """Why the student, or a teacher beside it, cannot be cut so. Expert parallelism is that of whoever has
         experts."""
         found = []
         for shape, role in self._roles(apart):
             idle = not shape.experts and self._experts(apart)
-            found += faults(shape, layout.without_experts() if idle else layout, role)
+            found += layout_refusals(shape, layout.without_experts() if idle else layout, role)
         return found
 
     def _roles(self, apart: bool) -> list[tuple[ModelShape, str]]:
@@ -151,12 +158,12 @@ class Planner:
         """Whether any model on these GPUs has experts."""
         return any(shape.experts for shape, _ in self._roles(apart))
 
-    def search(self, gpus: int, *, apart: bool = False) -> Search:
+    def search(self, gpus: int, *, apart: bool = False) -> LayoutSearch:
         """Every layout of so many GPUs."""
-        found: list[Option] = []
-        refused: dict[Layout, str] = {}
+        found: list[LayoutOption] = []
+        refused: dict[PlannedLayout, str] = {}
         too_large = []
-        for layout in layouts(gpus, experts=self._experts(apart)):
+        for layout in enumerate_layouts(gpus, experts=self._experts(apart)):
             if reasons := self.refusals(layout, apart=apart):
                 refused[layout] = reasons[0]
             elif best := self._first(layout, apart):
@@ -165,13 +172,13 @@ class Planner:
                 too_large.append(self.option(layout, self.work, apart=apart))
         least = min((option.total for option in found), default=1.0)
 
-        def rank(option: Option) -> tuple[int, float, float]:
-            tight = max(0.0, option.memory.peak - (1 - ROOM) * self.limit * GiB)
-            return int((option.total / least - 1) / SAME_TIME), tight, option.total
+        def rank(option: LayoutOption) -> tuple[int, float, float]:
+            tight = max(0.0, option.memory.peak - (1 - _FREE_SHARE) * self.limit * GiB)
+            return int((option.total / least - 1) / _EQUAL_TIME_SHARE), tight, option.total
 
-        return Search(sorted(found, key=rank), refused, too_large)
+        return LayoutSearch(sorted(found, key=rank), refused, too_large)
 
-    def _first(self, layout: Layout, apart: bool) -> Option | None:
+    def _first(self, layout: PlannedLayout, apart: bool) -> LayoutOption | None:
         """The layout with the first of `_thriftier` workloads that fits."""
         for work in _thriftier(self.work):
             if self.fits(self.memory(layout, work, apart=apart)):
@@ -179,40 +186,46 @@ class Planner:
         return None
 
     @property
-    def largest_teacher(self) -> Scorer:
-        return max(self.teachers, key=lambda scorer: scorer.shape.whole().total)
+    def largest_teacher(self) -> PlannedTeacher:
+        return max(self.teachers, key=lambda scorer: scorer.shape.hf_parameters().total)
 
-    def separate(self, scorer: Scorer) -> Separate | None:
+    def separate(self, scorer: PlannedTeacher) -> SeparateTeacherPlan | None:
         """A teacher on the fewest GPUs of its own that hold it, in the quickest layout; none: on no number tried."""
         shape = scorer.shape
         for gpus in TEACHER_GPUS:
-            cuts = (cut for cut in layouts(gpus, experts=bool(shape.experts)) if not faults(shape, cut, scorer.role))
-            tried = [self.elsewhere(replace(scorer.elsewhere(), layout=layout)) for layout in cuts]
+            cuts = (
+                cut
+                for cut in enumerate_layouts(gpus, experts=bool(shape.experts))
+                if not layout_refusals(shape, cut, scorer.role)
+            )
+            tried = [self.elsewhere(replace(scorer.on_own_gpus(), layout=layout)) for layout in cuts]
             if found := [one for one in tried if self.fits(one.memory)]:
                 return min(found, key=lambda option: (option.seconds, option.memory.peak))
         return None
 
-    def elsewhere(self, scorer: Scorer) -> Separate:
+    def elsewhere(self, scorer: PlannedTeacher) -> SeparateTeacherPlan:
         """A teacher that is not colocated, in its own layout."""
         work, layout, clock = self.work, scorer.layout, self.clock(self.work)
         if scorer.placement == "served":
-            memory = served_teacher(scorer, self.limit * GiB)
+            memory = served_teacher_memory(scorer, self.limit * GiB)
         else:
-            memory = separate_teacher(scorer, layout, work, self.reserve)
+            memory = separate_teacher_memory(scorer, layout, work, self.reserve)
         tokens = work.prompts * clock.sequence / layout.data_parallel / scorer.replicas
-        answer = traffic.answers(work.prompts * clock.response, scorer.row_bytes, layout.gpus * scorer.replicas)
+        answer = traffic.payload_traffic(
+            work.prompts * clock.response, scorer.bytes_per_token, layout.gpus * scorer.replicas
+        )
         head = scorer.signal == "topk"
         seconds = clock.scoring(scorer.shape, layout, tokens, head=head, element=scorer.element) + clock.sent([answer])
-        most = work.prompts * work.longest_response * scorer.row_bytes
-        return Separate(scorer, memory, seconds, most)
+        most = work.prompts * work.longest_response * scorer.bytes_per_token
+        return SeparateTeacherPlan(scorer, memory, seconds, most)
 
 
 @dataclass(frozen=True)
-class Separate:
+class SeparateTeacherPlan:
     """A teacher on GPUs of its own."""
 
-    scorer: Scorer
-    memory: Memory  # of a GPU
+    scorer: PlannedTeacher
+    memory: GpuMemory  # of a GPU
     seconds: float  # of an iteration
     sent: float  # bytes of an iteration's answers, where responses are as long as they may be
 
@@ -226,7 +239,7 @@ class Plan:
     """What is known of a recipe before it is run."""
 
     planner: Planner
-    layout: Layout  # the recipe's own
+    layout: PlannedLayout  # the recipe's own
     gpus: int
 
     @cached_property
@@ -240,7 +253,7 @@ class Plan:
             )
         for scorer in self.planner.teachers:
             if not scorer.colocated:
-                found += faults(scorer.shape, scorer.layout, scorer.role, scorer.key)
+                found += layout_refusals(scorer.shape, scorer.layout, scorer.role, scorer.key)
         return found + self.planner.refusals(self.layout)
 
     @cached_property
@@ -250,7 +263,7 @@ class Plan:
         if servers is None:
             return []
         student, work, limit = self.planner.student.shape, self.planner.work, self.planner.limit
-        if found := faults(student, servers.layout, section="servers"):
+        if found := layout_refusals(student, servers.layout, section="servers"):
             return found
         room = servers.cached_tokens(student, work.student_element, limit * GiB)
         if room >= work.longest:
@@ -263,7 +276,7 @@ class Plan:
         ]
 
     @cached_property
-    def own(self) -> Option | None:
+    def own(self) -> LayoutOption | None:
         return None if self.refusals else self.planner.option(self.layout, self.planner.work)
 
     @cached_property
@@ -273,31 +286,31 @@ class Plan:
         return fits and not self.too_large and not self.unserved
 
     @cached_property
-    def elsewhere(self) -> list[Separate]:
+    def elsewhere(self) -> list[SeparateTeacherPlan]:
         """The teachers that are not colocated, as the recipe has them."""
         return [self.planner.elsewhere(scorer) for scorer in self.planner.teachers if not scorer.colocated]
 
     @property
-    def too_large(self) -> list[Separate]:
+    def too_large(self) -> list[SeparateTeacherPlan]:
         """Of them those that their GPUs do not hold."""
         return [one for one in self.elsewhere if not self.planner.fits(one.memory)]
 
     @cached_property
-    def together(self) -> Search:
+    def together(self) -> LayoutSearch:
         """Layouts of the student and what is colocated with it."""
         return self.planner.search(self.gpus)
 
     @cached_property
-    def alone(self) -> Search:
+    def alone(self) -> LayoutSearch:
         """The student's layouts without any teacher."""
         return self.planner.search(self.gpus, apart=True)
 
     @cached_property
-    def separate(self) -> Separate | None:
+    def separate(self) -> SeparateTeacherPlan | None:
         """The largest teacher on GPUs of its own."""
         return self.planner.separate(self.planner.largest_teacher)
 
-    def overrides(self, option: Option) -> str:
+    def overrides(self, option: LayoutOption) -> str:
         """What makes the recipe this option, ready to be pasted behind its other overrides."""
         return option.overrides(self.layout, self.planner.work)
 
@@ -334,11 +347,11 @@ class Plan:
         if self.own is None or self.planner.servers is None or not self.planner.servers.colocated:
             return 0.0
         memory, limit = self.own.memory, self.planner.limit * GiB
-        if memory.fullest != "generation" or any(memory.at(moment) > limit for moment in MOMENTS[1:]):
+        if memory.fullest != "generation" or any(memory.at(moment) > limit for moment in MEMORY_PHASES[1:]):
             return 0.0
         return max(0, int(100 * (1 - (memory.at("generation") - memory.of("generation")) / limit))) / 100
 
-    def _remedy_elsewhere(self, one: Separate) -> str:
+    def _remedy_elsewhere(self, one: SeparateTeacherPlan) -> str:
         scorer, found = one.scorer, self.planner.separate(one.scorer)
         size = "none tried" if found is None else f"{found.gpus}"
         return (

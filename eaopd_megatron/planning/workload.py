@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from eaopd_megatron.models.known_models import Model, find_model
+from eaopd_megatron.models.known_models import ModelInfo, find_model
 from eaopd_megatron.models.shapes import ModelShape
-from eaopd_megatron.planning.activations import MicroBatch, Recompute
-from eaopd_megatron.planning.layouts import Layout
+from eaopd_megatron.planning.activations import PlannedMicroBatch, Recompute
+from eaopd_megatron.planning.layouts import PlannedLayout
 from eaopd_megatron.teacher.payload_sizes import hidden_bytes, topk_bytes
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import Recipe
 
 
-BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
+BYTES_PER_NUMBER = {"fp32": 4, "bf16": 2, "fp8": 2}
 """Of an activation, and of weights but fp8's."""
 
 
@@ -35,7 +35,7 @@ class Workload:
     offloaded_moments: bool = False  # in host memory between updates
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Workload:
+    def from_recipe(cls, recipe: Recipe) -> Workload:
         return cls(
             prompts=recipe.train.prompts_per_iteration,
             mini_batch=recipe.train.mini_batch,
@@ -43,7 +43,7 @@ class Workload:
             rollout_batch=recipe.rollout.batch_size,
             longest_prompt=recipe.data.max_prompt_tokens,
             longest_response=recipe.rollout.max_response_tokens,
-            student_element=BYTES[recipe.student.precision],
+            student_element=BYTES_PER_NUMBER[recipe.student.precision],
             recompute=recipe.student.recompute,
             distributed_optimizer=recipe.optimizer.distributed,
             offloaded_moments=recipe.optimizer.offload == "moments",
@@ -59,26 +59,26 @@ class Workload:
         """An iteration."""
         return -(-self.prompts // self.mini_batch)
 
-    def samples(self, layout: Layout) -> int:
+    def samples(self, layout: PlannedLayout) -> int:
         """Of an update, on the data-parallel rank that has most."""
         return -(-self.mini_batch // layout.data_parallel)
 
-    def generated(self, layout: Layout) -> int:
+    def generated(self, layout: PlannedLayout) -> int:
         """Sequences that a rank generates together; context-parallel ranks have sequences of their own."""
-        return min(self.rollout_batch, -(-self.prompts // layout.generators))
+        return min(self.rollout_batch, -(-self.prompts // layout.generating_replicas))
 
-    def micro_batch(self, layout: Layout) -> MicroBatch:
+    def micro_batch(self, layout: PlannedLayout) -> PlannedMicroBatch:
         """The largest one."""
         whole = self.samples(layout) * self.longest
         tokens = max(self.longest, min(self.micro_batch_tokens, whole))
-        return MicroBatch(tokens, tokens)
+        return PlannedMicroBatch(tokens, tokens)
 
-    def micro_batches(self, layout: Layout, sequence: float | None = None) -> int:
+    def micro_batches(self, layout: PlannedLayout, sequence: float | None = None) -> int:
         """Of an update on a rank, whose sequences have so many tokens (none: the most)."""
         per = max(1, int(self.micro_batch_tokens // (sequence or self.longest)))
         return -(-self.samples(layout) // per)
 
-    def response_rows(self, batch: MicroBatch, layout: Layout) -> float:
+    def response_rows(self, batch: PlannedMicroBatch, layout: PlannedLayout) -> float:
         """Positions of a micro-batch that have a loss."""
         return batch.tokens * self.longest_response / self.longest / layout.context_parallel
 
@@ -87,10 +87,10 @@ FP8 = 1  # bytes of a weight in the layers' matrices; norms are counted with the
 
 
 @dataclass(frozen=True)
-class Scorer:
+class PlannedTeacher:
     """key: its section in the recipe. layout, replicas, memory_fraction: of its own GPUs, where it is not colocated."""
 
-    model: Model
+    model: ModelInfo
     key: str = "teacher"
     placement: Literal["colocated", "separate", "served"] = "colocated"
     signal: Literal["topk", "hidden", "logits"] = "topk"
@@ -99,12 +99,12 @@ class Scorer:
     fp8: bool = False
     swapped_rows: bool = False  # of the output layer, which is then no part of the embedding
     offloaded: bool = False  # weights in host memory while it does not score
-    layout: Layout = field(default_factory=Layout)
+    layout: PlannedLayout = field(default_factory=PlannedLayout)
     replicas: int = 1
     memory_fraction: float = 1.0
 
     @classmethod
-    def all_of(cls, recipe: Recipe) -> tuple[Scorer, ...]:
+    def from_recipe(cls, recipe: Recipe) -> tuple[PlannedTeacher, ...]:
         """The recipe's teachers. UserError for a model whose sizes cannot be found."""
         found = []
         for name, options in recipe.named_teachers().items():
@@ -115,18 +115,18 @@ class Scorer:
                 placement=options.placement,
                 signal=recipe.signal(options),
                 top_k=recipe.objective.build().top_k,
-                element=BYTES[options.precision],
+                element=BYTES_PER_NUMBER[options.precision],
                 fp8=options.precision == "fp8",
                 swapped_rows=options.terminal_map == "swap",  # at most: where the end tokens differ
                 offloaded=options.offload == "weights",
-                layout=Layout(**asdict(options.layout), data_parallel=options.layout.smallest_copies),
+                layout=PlannedLayout(**asdict(options.layout), data_parallel=options.layout.smallest_copies),
                 replicas=options.replicas,
                 memory_fraction=options.memory_fraction,
             )
             found.append(scorer)
         return tuple(found)
 
-    def elsewhere(self) -> Scorer:
+    def on_own_gpus(self) -> PlannedTeacher:
         """The same teacher, on GPUs of its own."""
         return replace(self, placement="separate", signal="hidden", offloaded=False) if self.colocated else self
 
@@ -144,17 +144,17 @@ class Scorer:
         return self.placement == "colocated"
 
     @property
-    def row_bytes(self) -> int:
+    def bytes_per_token(self) -> int:
         """Of what it hands over of a response token; elsewhere than on the student's GPUs these travel."""
         if self.signal == "topk":
             return topk_bytes(self.top_k, entropy=self.placement != "served")
         return hidden_bytes(self.shape.hidden, self.element)
 
-    def weights(self, layout: Layout, stage: int, output_vocab: int | None = None) -> float:
+    def weights(self, layout: PlannedLayout, stage: int, output_vocab: int | None = None) -> float:
         """Bytes of its weights on a rank. output_vocab: as `ModelShape.on_rank`."""
         shape = replace(self.shape, tied=False) if self.swapped_rows else self.shape
-        held = shape.on_rank(layout, stage, output_vocab).total
+        held = shape.rank_parameters(layout, stage, output_vocab).total
         if not self.fp8:
             return held * self.element
-        layers = sum(shape.layer(number, layout).total for number in layout.layers_of(stage, shape.layers))
+        layers = sum(shape.layer_parameters(number, layout).total for number in layout.layers_of(stage, shape.layers))
         return layers * FP8 + (held - layers) * self.element

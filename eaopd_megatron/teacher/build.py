@@ -14,7 +14,7 @@ from eaopd_megatron.distributed.parallel_state import Layout, Parallel, ranks_be
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.layers import check_fp8
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
-from eaopd_megatron.models.architecture import check_config
+from eaopd_megatron.models.architecture import check_supported
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import Teacher
@@ -210,7 +210,7 @@ def _colocated_model(
     terminal: TerminalMap,
 ) -> ModelChunks:
     """Its output layer has the student's rows and shards: the objective takes both models' logits side by side."""
-    check_config(folder.config, layout, options.model)
+    check_supported(folder.config, layout, options.model)
     row_map = terminal.row_map()
     model = build_model(
         folder.config,

@@ -24,7 +24,7 @@ from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.offload import TrainerMemory
-from eaopd_megatron.models.architecture import check_config
+from eaopd_megatron.models.architecture import check_supported
 from eaopd_megatron.rollout.interface import Rollout
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.rollout.sglang.engine import ServedRollout
@@ -77,7 +77,7 @@ def build(
     teacher_folders = open_folders(recipe, student_folder)
     colocated = [name for name, one in recipe.named_teachers().items() if one.placement == "colocated"]
     student_layout, *others = layouts_of(parallel.layout, [student_folder, *(teacher_folders[n] for n in colocated)])
-    check_config(student_folder.config, student_layout, recipe.student.model)
+    check_supported(student_folder.config, student_layout, recipe.student.model)
     vocab_size = common_vocab_size([student_folder, *teacher_folders.values()])
 
     precision, options = recipe.student.precision, recipe.optimizer

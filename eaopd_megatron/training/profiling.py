@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from eaopd_megatron.data.types import Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.shapes import ModelShape
-from eaopd_megatron.planning.hardware import Gpu, gpu_named
-from eaopd_megatron.planning.times import flops_per_token, utilisation
+from eaopd_megatron.planning.hardware import GpuSpec, find_gpu
+from eaopd_megatron.planning.times import flops_per_token, model_flops_utilization
 
 
 class Throughput:
@@ -42,14 +42,14 @@ class Throughput:
             "throughput/tflops_per_rank": flops * responses / student / self.ranks / 1e12,
         }
         if self.gpu is not None:
-            found["throughput/mfu"] = utilisation(flops * responses, student, self.ranks, self.gpu.peak)
+            found["throughput/mfu"] = model_flops_utilization(flops * responses, student, self.ranks, self.gpu.peak)
         return found
 
 
-def _gpu() -> Gpu | None:
+def _gpu() -> GpuSpec | None:
     """This process's GPU, where its data sheet is known."""
     try:
-        return gpu_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        return find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     except UserError:
         return None
 

@@ -29,7 +29,7 @@ from eaopd_megatron.megatron.generation import Decoder, decoding
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, step, wrap
 from eaopd_megatron.megatron.pipeline import forward_backward, gathered_logits, whole_batch
-from eaopd_megatron.models.architecture import check_config
+from eaopd_megatron.models.architecture import check_supported
 from tests.distributed.arranged import arranged
 
 LIMIT = 1e-5
@@ -46,7 +46,7 @@ def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: di
     expected = load_file(Path(folder) / "expected" / "values.safetensors")
     with arranged(Layout(**layout)) as parallel:
         source = HfFolder.open(folder)
-        check_config(source.config, parallel.layout, folder)
+        check_supported(source.config, parallel.layout, folder)
         model = loaded(source, parallel)
         ddp = wrap(model, parallel)
         optimizer = build_optimizer(

@@ -28,7 +28,7 @@ def tensors(folder: str) -> dict[str, torch.Tensor]:
 
 
 def _entries(source: HfFolder) -> Any:
-    return source.family.entries(source.config, own_output=not source.config.tie_word_embeddings)
+    return source.family.params(source.config, own_output=not source.config.tie_word_embeddings)
 
 
 def reference(hf: str, precision: Precision) -> tuple[dict[str, torch.Tensor], list[float]]:

@@ -21,18 +21,18 @@ from eaopd_megatron.megatron.optimizer import build_optimizer, wrap
 from eaopd_megatron.megatron.pipeline import packing_of
 from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning import layouts, memory
-from eaopd_megatron.planning.activations import Activations, MicroBatch, Recompute
-from eaopd_megatron.planning.workload import BYTES
+from eaopd_megatron.planning.activations import Activations, PlannedMicroBatch, Recompute
+from eaopd_megatron.planning.workload import BYTES_PER_NUMBER
 from tests.distributed.arranged import arranged as groups_at
 
 LIMIT = 0.06  # of the saved bytes
 
 
 @contextlib.contextmanager
-def arranged(layout: dict[str, Any]) -> Iterator[tuple[Parallel, layouts.Layout]]:
+def arranged(layout: dict[str, Any]) -> Iterator[tuple[Parallel, layouts.PlannedLayout]]:
     """Megatron's groups, and the layout as a plan knows it."""
     with groups_at(Layout(**layout)) as parallel:
-        yield parallel, layouts.Layout(**layout, data_parallel=parallel.dp_size)
+        yield parallel, layouts.PlannedLayout(**layout, data_parallel=parallel.dp_size)
 
 
 def built(config: dict[str, Any], parallel: Parallel, precision: str, **options: Any) -> ModelChunks:
@@ -50,7 +50,7 @@ def check_parameters(group: dist.ProcessGroup, configs: list[dict[str, Any]], la
             parameters = list(built(config, parallel, "bf16", output_vocab=size).parameters())
             held = sum(p.numel() for p in parameters)
             experts = sum(p.numel() for p in parameters if not getattr(p, "allreduce", True))
-            said = ModelShape.of(config).on_rank(where, parallel.pp_rank, size)
+            said = ModelShape.of(config).rank_parameters(where, parallel.pp_rank, size)
             assert (said.total, said.expert) == (held, experts), f"{config}, {size}, {layout}, stage {parallel.pp_rank}"
 
 
@@ -67,16 +67,16 @@ def check_training_state(
         optimizer = build_optimizer(
             ddp, lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision=precision
         )
-        held = ModelShape.of(config).on_rank(where, parallel.pp_rank)
-        assert memory.weights(held, BYTES[precision]) == sum(p.nbytes for p in ddp.parameters())
-        assert memory.gradients(held) == sum(getattr(p, "main_grad").nbytes for p in ddp.parameters())  # noqa: B009
+        held = ModelShape.of(config).rank_parameters(where, parallel.pp_rank)
+        assert memory.weight_bytes(held, BYTES_PER_NUMBER[precision]) == sum(p.nbytes for p in ddp.parameters())
+        assert memory.gradient_bytes(held) == sum(getattr(p, "main_grad").nbytes for p in ddp.parameters())  # noqa: B009
         found = 0
         for part in optimizer.chained_optimizers:
             found += sum(t.nbytes for state in part.optimizer.state.values() for t in state.values() if t.dim())
             if precision == "bf16":
                 found += sum(p.nbytes for each in part.optimizer.param_groups for p in each["params"])
-        said = memory.moments(held, where, distributed=distributed)
-        said += memory.main_parameters(held, where, BYTES[precision], distributed=distributed)
+        said = memory.moment_bytes(held, where, distributed=distributed)
+        said += memory.main_parameter_bytes(held, where, BYTES_PER_NUMBER[precision], distributed=distributed)
         both = torch.tensor([said, found], dtype=torch.float64)
         dist.all_reduce(both, group=parallel.dp_group)
         assert both[0] == both[1], f"{precision}, distributed {distributed}: planned, held: {both.tolist()}"
@@ -94,8 +94,8 @@ def check_activations(
             model = built(config, parallel, precision, recompute=recompute).train()
             samples = [Sample(Prompt("", (1,), {}), [2] * (length - 1), "stop", [], 0) for length in lengths]
             saved = saved_bytes(model, collate(samples, parallel.device, packing_of(parallel.layout)))
-            plan = Activations(ModelShape.of(config), where, BYTES[precision], "torch", recompute)
-            said = plan.of_stage(MicroBatch(sum(lengths), len(lengths) * max(lengths)), 0)
+            plan = Activations(ModelShape.of(config), where, BYTES_PER_NUMBER[precision], "torch", recompute)
+            said = plan.of_stage(PlannedMicroBatch(sum(lengths), len(lengths) * max(lengths)), 0)
             assert abs(said / saved - 1) <= LIMIT, f"{config} {precision}: {said:.0f} planned, {saved} saved"
 
 

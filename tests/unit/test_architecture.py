@@ -22,7 +22,7 @@ from eaopd_megatron.distributed.parallel_state import Layout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import layers
 from eaopd_megatron.megatron.param_names import global_name
-from eaopd_megatron.models.architecture import check_config, transformer_config
+from eaopd_megatron.models.architecture import check_supported, transformer_config
 from eaopd_megatron.models.registry import FAMILIES, family_of
 from eaopd_megatron.models.rotary import rotary_base, set_attention_factor
 from tests import tiny_models
@@ -40,7 +40,7 @@ def config(kind: str, **changes: Any) -> Any:
 
 def refusal(hf: Any, **layout: Any) -> str:
     with pytest.raises(UserError) as refused:
-        check_config(hf, Layout(**layout), "student.model: folder")
+        check_supported(hf, Layout(**layout), "student.model: folder")
     line = str(refused.value)
     assert line.startswith("student.model: folder: ")
     assert "\n" not in line
@@ -53,7 +53,7 @@ def test_an_architecture_without_mapping_names_the_others_and_where_one_is_added
     line = str(refused.value)
     assert "MambaForCausalLM" in line
     assert all(name in line for name in CLASSES.values())
-    assert "eaopd_megatron/checkpoint/families/" in line
+    assert "eaopd_megatron/models/" in line
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_cut_of_experts_that_gloo_cannot_serve_is_refused(monkeypatch: pytest.
 def test_a_feed_forward_size_is_refused_by_its_number() -> None:
     hf = config("llama", intermediate_size=81)
     assert "tensor_parallel=2 does not divide intermediate_size=81" in refusal(hf, tensor_parallel=2)
-    check_config(config("qwen3_moe", intermediate_size=81), Layout(2, sequence_parallel=True), "no layer is dense")
+    check_supported(config("qwen3_moe", intermediate_size=81), Layout(2, sequence_parallel=True), "no layer is dense")
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -152,7 +152,7 @@ def test_published_configurations_in_the_old_spelling_keep_their_scaling() -> No
     """`rope_scaling` with `type` and a `rope_theta` beside it; the factor must reach Megatron-Core's attention."""
     old = {"factor": 4.0, "original_max_position_embeddings": 8, "type": "yarn"}
     hf = AutoConfig.for_model("qwen2", architectures=["Qwen2ForCausalLM"], rope_theta=1e6, rope_scaling=old)
-    check_config(hf, Layout(), "folder")
+    check_supported(hf, Layout(), "folder")
     assert rotary_base(hf) == 1e6
     found = transformer_config(hf, Layout(), torch.float32)
     assert _yarn_get_concentration_factor_from_config(found) == 1

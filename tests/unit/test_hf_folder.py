@@ -221,7 +221,7 @@ def test_an_unknown_architecture_names_the_supported_ones(folder: Path) -> None:
     write_config(folder, architectures=["MambaForCausalLM"])
     line = check(folder)
     assert "MambaForCausalLM is not supported; supported: Qwen3ForCausalLM" in line
-    assert "checkpoint/families/" in line
+    assert "models/" in line
 
 
 def test_a_truncated_file_is_named_with_both_sizes(folder: Path) -> None:

@@ -16,25 +16,25 @@ from eaopd_megatron.models.mapping import (
     QKV,
     REPLICATED,
     ROW,
-    VOCABULARY,
-    Cut,
+    VOCAB,
     Family,
-    Place,
-    Rule,
-    SwappedRows,
+    MappingRule,
+    ParamMapping,
+    PermutedRows,
+    ShardSpec,
 )
 
 SIZES = {"groups": 4, "head_dim": 3, "vocab": 10}
 Q, KV = 8 * 3, 4 * 3  # two query heads a group
 
 
-def shards(cut: Cut, sources: Sequence[Any], ranks: int, padded_vocab: int = 16) -> list[torch.Tensor]:
-    return [cut.shard(sources, Place(rank, ranks, SIZES, padded_vocab)) for rank in range(ranks)]
+def shards(mapping: ParamMapping, sources: Sequence[Any], ranks: int, padded_vocab: int = 16) -> list[torch.Tensor]:
+    return [mapping.shard(sources, ShardSpec(rank, ranks, SIZES, padded_vocab)) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("cut", "shapes"),
+    ("mapping", "shapes"),
     [
         (REPLICATED, [(5,)]),
         (COLUMN, [(8, 5)]),
@@ -43,12 +43,14 @@ def shards(cut: Cut, sources: Sequence[Any], ranks: int, padded_vocab: int = 16)
         (GATED_MLP, [(8, 5), (8, 5)]),
         (QKV, [(Q, 5), (KV, 5), (KV, 5)]),
         (QKV, [(Q,), (KV,), (KV,)]),  # biases
-        (VOCABULARY, [(10, 5)]),
+        (VOCAB, [(10, 5)]),
     ],
 )
-def test_what_is_cut_is_merged_to_the_same_bits(cut: Cut, shapes: list[tuple[int, ...]], ranks: int) -> None:
+def test_what_is_cut_is_merged_to_the_same_bits(
+    mapping: ParamMapping, shapes: list[tuple[int, ...]], ranks: int
+) -> None:
     sources = [torch.randn(shape) for shape in shapes]
-    merged = cut.merge(shards(cut, sources, ranks), Place(0, ranks, SIZES, 16))
+    merged = mapping.merge(shards(mapping, sources, ranks), ShardSpec(0, ranks, SIZES, 16))
     assert len(merged) == len(sources)
     assert all(torch.equal(one, other) for one, other in zip(merged, sources, strict=True))
 
@@ -70,7 +72,7 @@ def test_gate_and_up_are_split_before_they_are_cut() -> None:
 def test_ranks_beyond_the_vocabulary_hold_zeros() -> None:
     """At 4 ranks of 4 rows a vocabulary of 10 ends inside the third, and the fourth has no valid row."""
     rows = torch.randn(10, 5)
-    parts = shards(VOCABULARY, [rows], 4)
+    parts = shards(VOCAB, [rows], 4)
     assert [tuple(part.shape) for part in parts] == [(4, 5)] * 4
     assert torch.equal(torch.cat(parts), torch.cat([rows, torch.zeros(6, 5)]))
 
@@ -78,11 +80,11 @@ def test_ranks_beyond_the_vocabulary_hold_zeros() -> None:
 def test_swapped_rows_are_swapped_in_every_slice() -> None:
     """A swap whose two rows lie on different ranks must reach both."""
     rows = torch.randn(10, 5)
-    swapped = SwappedRows(rows, {1: 9, 9: 1})
+    swapped = PermutedRows(rows, {1: 9, 9: 1})
     expected = rows[[0, 9, 2, 3, 4, 5, 6, 7, 8, 1]]
     for start, end in itertools.combinations(range(11), 2):
         assert torch.equal(swapped[start:end], expected[start:end])
-    assert torch.equal(shards(VOCABULARY, [swapped], 4)[2], torch.cat([expected[8:], torch.zeros(2, 5)]))
+    assert torch.equal(shards(VOCAB, [swapped], 4)[2], torch.cat([expected[8:], torch.zeros(2, 5)]))
 
 
 class Config:
@@ -95,16 +97,16 @@ def test_an_output_layer_of_its_own_is_filled_from_the_tied_embedding() -> None:
     family = Family(
         "Toy",
         (
-            Rule(VOCABULARY, "embedding.word_embeddings.weight", ("embed", "vocab")),
-            Rule(REPLICATED, "a.{layer}", ("hf.{layer}.a", "head_dim")),
-            Rule(REPLICATED, "b.{layer}", ("hf.{layer}.b", "head_dim")),
-            Rule(VOCABULARY, OUTPUT, ("head", "vocab")),
+            MappingRule(VOCAB, "embedding.word_embeddings.weight", ("embed", "vocab")),
+            MappingRule(REPLICATED, "a.{layer}", ("hf.{layer}.a", "head_dim")),
+            MappingRule(REPLICATED, "b.{layer}", ("hf.{layer}.b", "head_dim")),
+            MappingRule(VOCAB, OUTPUT, ("head", "vocab")),
         ),
         lambda config: {**SIZES, "layers": 2},
     )
 
     def sources(tied: bool, own_output: bool) -> dict[str, str]:
-        return {e.megatron: e.sources[0][0] for e in family.entries(Config(tied), own_output=own_output)}
+        return {e.megatron_name: e.hf_tensors[0][0] for e in family.params(Config(tied), own_output=own_output)}
 
     assert OUTPUT not in sources(tied=True, own_output=False)
     assert sources(tied=True, own_output=True)[OUTPUT] == "embed"

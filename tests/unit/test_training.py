@@ -83,7 +83,7 @@ def test_expert_parallelism_is_that_of_the_model_with_experts() -> None:
     assert layouts_of(layout, [folder(), folder("experts")]) == [dense, layout]
     assert layouts_of(layout, [folder("experts"), folder()]) == [layout, dense]
     assert layouts_of(layout, [folder("experts"), folder("experts")]) == [layout, layout]
-    assert layouts_of(layout, [folder(), folder()]) == [layout, layout]  # and `check_config` refuses it
+    assert layouts_of(layout, [folder(), folder()]) == [layout, layout]  # and `check_supported` refuses it
 
 
 class Engine(torch.nn.Module):

@@ -95,8 +95,8 @@ class WeightSync:
     def _made(self) -> Transport:
         options, seconds = self._options, self._options.timeout_seconds
         config = self._folder.config
-        entries = self._folder.family.entries(config, own_output=not config.tie_word_embeddings)
-        numbers = [sum(math.prod(shape) for _, shape in entry.sources) for entry in entries]
+        entries = self._folder.family.params(config, own_output=not config.tie_word_embeddings)
+        numbers = [sum(math.prod(shape) for _, shape in entry.hf_tensors) for entry in entries]
         room = capacity(options.bucket_mib * 2**20, [number * self._model.dtype.itemsize for number in numbers])
         if options.transport == "distributed":
             backend = "nccl" if self._parallel.device.type == "cuda" else "gloo"

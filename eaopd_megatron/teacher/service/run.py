@@ -22,7 +22,7 @@ from eaopd_megatron.distributed.parallel_state import Layout, Parallel
 from eaopd_megatron.errors import Asked, UserError
 from eaopd_megatron.megatron.layers import check_fp8
 from eaopd_megatron.megatron.model import DTYPES, build_model
-from eaopd_megatron.models.architecture import check_config
+from eaopd_megatron.models.architecture import check_supported
 from eaopd_megatron.serving.client import read_api_key
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.service.choice import chosen, key_of
@@ -45,7 +45,7 @@ def teach(recipe: Recipe, name: str) -> None:
     folder = HfFolder.open(options.model, f"{key}.model")
     experts = "experts" in folder.family.sizes(folder.config)
     layout = replace(options.layout, sequence_parallel=experts and options.layout.tensor_parallel > 1)
-    check_config(folder.config, layout, f"{key}.model: {options.model}")
+    check_supported(folder.config, layout, f"{key}.model: {options.model}")
     started, needed = int(os.environ["WORLD_SIZE"]), options.layout.least_ranks
     if started != needed:
         raise UserError(

@@ -8,11 +8,11 @@ from typing import Any
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.models.known_models import find_model
-from eaopd_megatron.planning.hardware import gpu_named
-from eaopd_megatron.planning.layouts import Layout
-from eaopd_megatron.planning.memory import Colocated, Memory
+from eaopd_megatron.planning.hardware import find_gpu
+from eaopd_megatron.planning.layouts import PlannedLayout
+from eaopd_megatron.planning.memory import GpuMemory, StudentGpus
 from eaopd_megatron.planning.planner import Planner
-from eaopd_megatron.planning.workload import Scorer, Workload
+from eaopd_megatron.planning.workload import PlannedTeacher, Workload
 
 ROOT = Path(__file__).resolve().parents[3]
 COUNTDOWN = str(ROOT / "recipes/countdown/eopd.yaml")
@@ -46,17 +46,19 @@ def of_family(kind: str) -> dict[str, Any]:
 
 
 def planner(teacher: str = "8B", *, limit: float = 80, **changes: Any) -> Planner:
-    work = replace(Workload.of(load_recipe(USUAL)), **changes)
+    work = replace(Workload.from_recipe(load_recipe(USUAL)), **changes)
     student, other = (find_model(f"Qwen/Qwen3-{size}", "student.model") for size in ("4B-Base", teacher))
-    return Planner(student, (Scorer(other),), work, gpu_named("h100"), limit)
+    return Planner(student, (PlannedTeacher(other),), work, find_gpu("h100"), limit)
 
 
-def colocated(*scorers: Scorer, layout: Layout | None = None, student: str = "4B-Base", **changes: Any) -> Memory:
+def colocated(
+    *scorers: PlannedTeacher, layout: PlannedLayout | None = None, student: str = "4B-Base", **changes: Any
+) -> GpuMemory:
     """Memory of the student's GPUs."""
     shape = find_model(f"Qwen/Qwen3-{student}", "student.model").shape
-    return Colocated(shape, scorers, layout or Layout(), planner(**changes).work, 0).memory()
+    return StudentGpus(shape, scorers, layout or PlannedLayout(), planner(**changes).work, 0).memory()
 
 
-def held(memory: Memory, name: str) -> list[tuple[float, str]]:
+def held(memory: GpuMemory, name: str) -> list[tuple[float, str]]:
     """Bytes and phase of the teachers' parts of this name."""
     return [(part.bytes, part.phase) for part in memory.parts if (part.role, part.name) == ("teacher", name)]

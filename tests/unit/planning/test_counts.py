@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.models.known_models import Model, built_in, find_model
+from eaopd_megatron.models.known_models import ModelInfo, built_in_shape, find_model
 from eaopd_megatron.models.registry import family_of
-from eaopd_megatron.models.shapes import ModelShape, Parameters
+from eaopd_megatron.models.shapes import ModelShape, ParameterCounts
 from eaopd_megatron.planning import times as flops
-from eaopd_megatron.planning.layouts import Layout, faults, layouts
-from eaopd_megatron.planning.workload import Scorer
+from eaopd_megatron.planning.layouts import PlannedLayout, enumerate_layouts, layout_refusals
+from eaopd_megatron.planning.workload import PlannedTeacher
 from tests.unit.planning.examples import (
     ARCHITECTURES,
     FAMILIES,
@@ -43,17 +43,17 @@ PUBLISHED = {
 
 
 def test_planning_waits_for_megatron() -> None:
-    program = "import sys, eaopd_megatron.planning.command; print({'megatron', 'torch'} & set(sys.modules))"
+    program = "import sys, eaopd_megatron.planning.plan_recipe; print({'megatron', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize(("size", "count"), PUBLISHED.items())
 def test_the_built_in_table_is_of_another_model(size: str, count: int) -> None:
-    shape = built_in(f"Qwen/Qwen3-{size}")
-    assert shape is not None and shape.whole().total == count
-    assert built_in(f"Qwen/Qwen3-{size}-Base") == shape
-    assert built_in(f"Qwen/Qwen3-{size}-FP8") is None
+    shape = built_in_shape(f"Qwen/Qwen3-{size}")
+    assert shape is not None and shape.hf_parameters().total == count
+    assert built_in_shape(f"Qwen/Qwen3-{size}-Base") == shape
+    assert built_in_shape(f"Qwen/Qwen3-{size}-FP8") is None
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -64,27 +64,27 @@ def test_a_family_counts_other_parameters_than_transformers(kind: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     count = sum(p.numel() for p in model.parameters())
-    assert ModelShape.of(of_family(kind)).whole().total == count
+    assert ModelShape.of(of_family(kind)).hf_parameters().total == count
     assert ModelShape.of(config) == ModelShape.of(config.to_dict())
-    assert ModelShape.of(config).whole().total == count
+    assert ModelShape.of(config).hf_parameters().total == count
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_ranks_lose_or_repeat_parameters(kind: str) -> None:
     """Over all ranks of one copy, shards add up to the model with its padding, and what is held twice is known."""
     shape = ModelShape.of(of_family(kind))
-    layout = Layout(2, True, 2, expert_parallel=2, expert_tensor_parallel=1, data_parallel=1)
-    held = Parameters()
+    layout = PlannedLayout(2, True, 2, expert_parallel=2, expert_tensor_parallel=1, data_parallel=1)
+    held = ParameterCounts()
     for stage in range(2):
         for _ in range(2):
-            held += shape.on_rank(layout, stage)
+            held += shape.rank_parameters(layout, stage)
     norms = 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
     router = len(shape.expert_layers) * shape.hidden * shape.experts
     padding = (512 - shape.vocab) * shape.hidden * 2  # of embedding and output layer, both on ranks of their own
     copy_of_tied = shape.vocab * shape.hidden if shape.tied else 0
     repeated = shape.layers * norms + shape.hidden + router
-    assert held.total == shape.whole().total + repeated + padding + copy_of_tied
-    assert held.expert == shape.whole().expert
+    assert held.total == shape.hf_parameters().total + repeated + padding + copy_of_tied
+    assert held.expert == shape.hf_parameters().expert
 
 
 @pytest.mark.parametrize(
@@ -169,39 +169,39 @@ def test_flops_are_not_those_that_torch_counts(kind: str) -> None:
 
 
 def test_experts_that_a_token_does_not_meet_are_counted() -> None:
-    shape = built_in("Qwen/Qwen3-30B-A3B")
+    shape = built_in_shape("Qwen/Qwen3-30B-A3B")
     assert shape is not None
     without_attention = flops.flops_per_token(shape, 1) - flops.forward_flops(shape, 1).attention
     norms = (2 * shape.hidden + 2 * shape.head_dim) * shape.layers + shape.hidden
-    assert without_attention == 2 * (shape.active() - shape.vocab * shape.hidden - norms)
-    assert flops.utilisation(989e12, 2.0, 4, 989e12) == 0.125
+    assert without_attention == 2 * (shape.active_parameters() - shape.vocab * shape.hidden - norms)
+    assert flops.model_flops_utilization(989e12, 2.0, 4, 989e12) == 0.125
 
 
 # Layouts
 
 
 def test_a_layout_that_cannot_work_is_not_explained() -> None:
-    dense, experts = built_in("Qwen/Qwen3-4B"), built_in("Qwen/Qwen3-235B-A22B")
+    dense, experts = built_in_shape("Qwen/Qwen3-4B"), built_in_shape("Qwen/Qwen3-235B-A22B")
     assert dense is not None and experts is not None
-    assert faults(dense, Layout(4, True, 2, 3, data_parallel=2)) == []
-    assert faults(dense, Layout(3)) == [
+    assert layout_refusals(dense, PlannedLayout(4, True, 2, 3, data_parallel=2)) == []
+    assert layout_refusals(dense, PlannedLayout(3)) == [
         "student.tensor_parallel=3 does not divide the student's num_attention_heads=32",
         "student.tensor_parallel=3 does not divide the student's num_key_value_heads=8",
         "student.tensor_parallel=3 does not divide the student's intermediate_size=9728",
     ]
-    assert faults(dense, Layout(pipeline_parallel=8)) == [
+    assert layout_refusals(dense, PlannedLayout(pipeline_parallel=8)) == [
         "student.pipeline_parallel=8 does not divide the student's num_hidden_layers=36"
     ]
-    assert faults(dense, Layout(pipeline_parallel=2, virtual_pipeline=4)) == [
+    assert layout_refusals(dense, PlannedLayout(pipeline_parallel=2, virtual_pipeline=4)) == [
         "student.pipeline_parallel x virtual_pipeline=8 does not divide the student's num_hidden_layers=36"
     ]
-    assert faults(dense, Layout(virtual_pipeline=2)) == [
+    assert layout_refusals(dense, PlannedLayout(virtual_pipeline=2)) == [
         "student.virtual_pipeline=2 needs student.pipeline_parallel of 2 up"
     ]
-    assert faults(experts, Layout(8, True, data_parallel=1), "teacher") == [
+    assert layout_refusals(experts, PlannedLayout(8, True, data_parallel=1), "teacher") == [
         "student.tensor_parallel=8 does not divide the teacher's num_key_value_heads=4"
     ]
-    assert faults(experts, Layout(4, pipeline_parallel=2, expert_parallel=3)) == [
+    assert layout_refusals(experts, PlannedLayout(4, pipeline_parallel=2, expert_parallel=3)) == [
         "student.expert_parallel=3 does not divide the student's num_experts=128",
         "experts at student.tensor_parallel above 1 need student.sequence_parallel=true",
         "student.expert_parallel x expert_tensor_parallel x pipeline_parallel=6 does not divide the 8 GPUs",
@@ -217,27 +217,31 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
     from transformers import AutoConfig
 
     from eaopd_megatron.distributed.parallel_state import Layout as TrainerLayout
-    from eaopd_megatron.models.architecture import check_config
+    from eaopd_megatron.models.architecture import check_supported
     from eaopd_megatron.teacher.build import layouts_of
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # gloo's own limit is no limit of a plan
     dictionaries = [of_family(kind) | {"architectures": [ARCHITECTURES[kind]]} for kind in (student, teacher)]
     for each in dictionaries:
         each |= {"norm_topk_prob": True, "mlp_only_layers": []} if "num_experts" in each else {}
-    models = [Model("", ModelShape.of(each), "") for each in dictionaries]
-    plan = replace(planner(), student=models[0], teachers=(Scorer(models[1]),))
+    models = [ModelInfo("", ModelShape.of(each), "") for each in dictionaries]
+    plan = replace(planner(), student=models[0], teachers=(PlannedTeacher(models[1]),))
     configs = [AutoConfig.for_model(**each) for each in dictionaries]
     folders: list[Any] = [
         SimpleNamespace(config=config, family=family_of(config.architectures, "")) for config in configs
     ]
-    checked = [*layouts(8, experts=True), Layout(2, data_parallel=4), Layout(1, False, 2, 2, data_parallel=4)]
+    checked = [
+        *enumerate_layouts(8, experts=True),
+        PlannedLayout(2, data_parallel=4),
+        PlannedLayout(1, False, 2, 2, data_parallel=4),
+    ]
     for layout in checked:
         trainer = TrainerLayout(**{name: value for name, value in asdict(layout).items() if name != "data_parallel"})
         refused = False
         try:
             trainer.check_world(layout.gpus)
             for folder, cut in zip(folders, layouts_of(trainer, folders), strict=True):
-                check_config(folder.config, cut, "")
+                check_supported(folder.config, cut, "")
         except UserError:
             refused = True
         assert bool(plan.refusals(layout)) == refused, layout
@@ -245,15 +249,15 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
 
 @pytest.mark.parametrize("gpus", [1, 6, 16])
 def test_a_layout_is_missing_or_of_other_gpus(gpus: int) -> None:
-    found = list(layouts(gpus, experts=True))
+    found = list(enumerate_layouts(gpus, experts=True))
     assert len(found) == len(set(found))
     assert {layout.gpus for layout in found} == {gpus}
-    assert Layout(data_parallel=gpus) in found
+    assert PlannedLayout(data_parallel=gpus) in found
 
 
 def test_stages_hold_other_layers_than_megatron_gives_them() -> None:
-    interleaved = Layout(pipeline_parallel=2, virtual_pipeline=2)
+    interleaved = PlannedLayout(pipeline_parallel=2, virtual_pipeline=2)
     assert [interleaved.layers_of(stage, 8) for stage in range(2)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert [Layout(pipeline_parallel=4).in_flight(stage, 8) for stage in range(4)] == [4, 3, 2, 1]
-    assert Layout(pipeline_parallel=4).in_flight(0, 2) == 2
+    assert [PlannedLayout(pipeline_parallel=4).in_flight(stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert PlannedLayout(pipeline_parallel=4).in_flight(0, 2) == 2
     assert interleaved.in_flight(0, 8) == 2.5  # chunks of half a stage: 2 (2 − 1) + (2 − 1) 2 + 1

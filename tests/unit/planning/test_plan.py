@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.planning.hardware import GiB
-from eaopd_megatron.planning.layouts import Layout
+from eaopd_megatron.planning.layouts import PlannedLayout
 from eaopd_megatron.planning.planner import Plan
 from tests.unit.planning.examples import (
     COUNTDOWN,
@@ -143,7 +143,7 @@ def test_plan_writes_no_file_and_says_nothing(planned: Callable[..., Any], tmp_p
 
 
 def test_the_fastest_layout_is_not_first() -> None:
-    found = Plan(planner(), Layout(2, True, data_parallel=4), 8).together.options
+    found = Plan(planner(), PlannedLayout(2, True, data_parallel=4), 8).together.options
     assert len(found) > 3
     assert found[0].total <= 1.02 * min(option.total for option in found)
     assert all(option.memory.peak <= 80 * GiB for option in found)
@@ -154,7 +154,7 @@ def test_memory_is_not_saved_before_a_layout_is_given_up() -> None:
     found = {option.layout: option.work for option in plain.search(8).options}
     assert {work.micro_batch_tokens for work in found.values()} > {5120, 32768}
     assert any(work.recompute == "full" for work in found.values())
-    assert found[Layout(2, True, data_parallel=4)].distributed_optimizer
+    assert found[PlannedLayout(2, True, data_parallel=4)].distributed_optimizer
     assert all(not work.distributed_optimizer for work in found.values() if work == plain.work)
 
 
@@ -179,5 +179,5 @@ def test_overrides_leave_what_the_recipe_says_otherwise(planned: Callable[..., A
 
 def test_the_remedy_names_a_key_that_stays() -> None:
     work = planner(rollout_batch=128).work
-    plan = Plan(replace(planner(), work=work), Layout(2, True), 2)
+    plan = Plan(replace(planner(), work=work), PlannedLayout(2, True), 2)
     assert "; change rollout.batch_size; the best layout that fits: rollout.batch_size=64 " in plan.remedy()

@@ -12,30 +12,32 @@ import pytest
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.planning.hardware import GiB
-from eaopd_megatron.planning.layouts import Layout
-from eaopd_megatron.planning.memory import Servers
+from eaopd_megatron.planning.layouts import PlannedLayout
+from eaopd_megatron.planning.memory import PlannedServers
 from eaopd_megatron.planning.planner import Plan
 from tests.unit.planning.examples import ROOT, USUAL, planner
 
-LAYOUT = Layout(2, True, data_parallel=4)
+LAYOUT = PlannedLayout(2, True, data_parallel=4)
 COLOCATED = ("rollout.engine=sglang", "servers.placement=colocated", "weight_sync.transport=tensor", "servers.count=8")
 
 
-def plan(servers: Servers | None, **changes: Any) -> Plan:
+def plan(servers: PlannedServers | None, **changes: Any) -> Plan:
     return Plan(replace(planner(**changes), servers=servers), LAYOUT, 8)
 
 
 def test_the_servers_of_a_recipe_are_others() -> None:
-    assert Servers.of(load_recipe(USUAL)) is None
-    assert Servers.of(load_recipe(ROOT / "recipes/qwen3/0.6b_from_8b.yaml")) == Servers(count=4)
+    assert PlannedServers.from_recipe(load_recipe(USUAL)) is None
+    assert PlannedServers.from_recipe(load_recipe(ROOT / "recipes/qwen3/0.6b_from_8b.yaml")) == PlannedServers(count=4)
     there = ["rollout.engine=sglang", "servers.urls=[http://a:1,http://b:1,http://c:1]", "rollout.max_lag=1"]
-    assert Servers.of(load_recipe(USUAL, there)) == Servers(count=3, ahead=True)
-    found = Servers.of(load_recipe(USUAL, [*COLOCATED, "servers.memory_fraction=0.5", "servers.max_running=7"]))
-    assert found == Servers(8, 1, "colocated", 0.5, 7)
+    assert PlannedServers.from_recipe(load_recipe(USUAL, there)) == PlannedServers(count=3, ahead=True)
+    found = PlannedServers.from_recipe(
+        load_recipe(USUAL, [*COLOCATED, "servers.memory_fraction=0.5", "servers.max_running=7"])
+    )
+    assert found == PlannedServers(8, 1, "colocated", 0.5, 7)
 
 
 def test_servers_elsewhere_take_the_trainers_memory() -> None:
-    mine, theirs = plan(None).own, plan(Servers()).own
+    mine, theirs = plan(None).own, plan(PlannedServers()).own
     assert mine is not None and theirs is not None
     assert mine.memory.of("generation") > 0 and theirs.memory.of("generation") == 0
     assert [part for part in mine.memory.parts if part.role != "rollout"] == list(theirs.memory.parts)
@@ -43,7 +45,7 @@ def test_servers_elsewhere_take_the_trainers_memory() -> None:
 
 def test_both_have_the_memory_at_the_same_time() -> None:
     """Gradients, main parameters and moments are away while colocated servers write; weights and teacher stay."""
-    servers = Servers(8, placement="colocated", memory_fraction=0.5)
+    servers = PlannedServers(8, placement="colocated", memory_fraction=0.5)
     alone, shared = plan(None).own, plan(servers).own
     assert alone is not None and shared is not None
     before, memory = alone.memory, shared.memory
@@ -60,14 +62,14 @@ def test_both_have_the_memory_at_the_same_time() -> None:
 
 
 def test_a_server_without_room_starts(planned: Callable[..., Any]) -> None:
-    few = plan(Servers(memory_fraction=0.1))
+    few = plan(PlannedServers(memory_fraction=0.1))
     assert not few.fits
     assert few.remedy() == (
         "servers.memory_fraction=0.1 of 80 GiB holds the student's weights (7.5 GiB a GPU) and 3,696 tokens, fewer "
         "than the 5,120 of a prompt and its response; raise servers.memory_fraction or servers.tensor_parallel"
     )
-    assert "and 0 tokens" in plan(Servers(memory_fraction=0.05)).remedy()
-    assert plan(Servers(tensor_parallel=2, memory_fraction=0.1)).fits
+    assert "and 0 tokens" in plan(PlannedServers(memory_fraction=0.05)).remedy()
+    assert plan(PlannedServers(tensor_parallel=2, memory_fraction=0.1)).fits
     code, shown, said = planned(str(USUAL), "rollout.engine=sglang", "servers.tensor_parallel=3", "--gpus", "8")
     refusal = "servers.tensor_parallel=3 does not divide the student's num_attention_heads=32"
     assert (code, said) == (1, f"error: {refusal}\n")
@@ -86,16 +88,16 @@ def test_the_share_that_servers_may_have_is_not_said(planned: Callable[..., Any]
 
 
 def test_generation_by_servers_has_the_trainers_time() -> None:
-    times = {count: plan(Servers(count)).own.seconds for count in (1, 8)}  # type: ignore[union-attr]
+    times = {count: plan(PlannedServers(count)).own.seconds for count in (1, 8)}  # type: ignore[union-attr]
     assert times[8]["generation"] < times[1]["generation"] < plan(None).own.seconds["generation"]  # type: ignore[union-attr]
-    one = plan(Servers(max_running=1)).own
+    one = plan(PlannedServers(max_running=1)).own
     assert one is not None  # 128 responses one after the other
     assert one.seconds["generation"] > 10 * times[1]["generation"]
     assert times[8]["weight sync"] == pytest.approx(8 * times[1]["weight sync"])
 
 
 def test_responses_written_ahead_take_time_of_their_own() -> None:
-    usual, ahead = plan(Servers(8)).own, plan(Servers(8, ahead=True)).own
+    usual, ahead = plan(PlannedServers(8)).own, plan(PlannedServers(8, ahead=True)).own
     assert usual is not None and ahead is not None
     assert ahead.seconds == usual.seconds
     rest = usual.total - usual.seconds["generation"]

@@ -9,18 +9,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eaopd_megatron.models.known_models import Model
+from eaopd_megatron.models.known_models import ModelInfo
 from eaopd_megatron.planning import traffic
 from eaopd_megatron.planning.hardware import GiB
-from eaopd_megatron.planning.layouts import Layout
-from eaopd_megatron.planning.memory import Memory, Servers
-from eaopd_megatron.planning.planner import TEACHER_GPUS, Option, Plan, Search, Separate
+from eaopd_megatron.planning.layouts import PlannedLayout
+from eaopd_megatron.planning.memory import GpuMemory, PlannedServers
+from eaopd_megatron.planning.planner import TEACHER_GPUS, LayoutOption, LayoutSearch, Plan, SeparateTeacherPlan
 
-WIDTH = 100
-SHOWN = 5  # layouts
+_WIDTH = 100
+_MAX_ROWS = 5  # layouts
 SERVER_SHARE = 0.85  # of a GPU, for weights and cache; SGLang's --mem-fraction-static
-PHASES = ("generation", "teacher", "student")  # whose times differ from layout to layout
-SHORT = (
+_TIMED_PHASES = ("generation", "teacher", "student")  # whose times differ from layout to layout
+_SHORT_NAMES = (
     ("TP", "tensor_parallel"),
     ("PP", "pipeline_parallel"),
     ("CP", "context_parallel"),
@@ -30,9 +30,9 @@ SHORT = (
 )
 
 
-def show(plan: Plan, console: Console | None = None) -> None:
+def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print a plan."""
-    console = console or Console(width=WIDTH, highlight=False)
+    console = console or Console(width=_WIDTH, highlight=False)
     planner = plan.planner
     for role, model in (("student", planner.student), *((one.role, one.model) for one in planner.teachers)):
         console.print(f"{role} {model.name}: {_size(model)} ({model.source})")
@@ -40,7 +40,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
         f"{plan.gpus} x {planner.gpu.name}, {planner.limit:g} GiB a GPU; sizes in GiB a GPU, times estimates\n"
     )
     if plan.own is not None:
-        console.print(f"recipe's layout: {short(plan.layout)}")
+        console.print(f"recipe's layout: {short_layout(plan.layout)}")
         stage = f" (stage {plan.own.memory.stage})" if plan.layout.pipeline_parallel > 1 else ""
         for title, table in (
             (f"memory of the fullest GPU{stage}", _memory(plan.own.memory, planner.limit)),
@@ -64,16 +64,16 @@ def show(plan: Plan, console: Console | None = None) -> None:
         console.print(f"  {line}")
 
 
-def short(layout: Layout) -> str:
+def short_layout(layout: PlannedLayout) -> str:
     """The numbers above one, such as TP2 SP DP4."""
-    parts = [f"{name}{getattr(layout, key)}" for name, key in SHORT if getattr(layout, key) > 1]
+    parts = [f"{name}{getattr(layout, key)}" for name, key in _SHORT_NAMES if getattr(layout, key) > 1]
     if layout.sequence_parallel:
         parts.insert(1, "SP")
     return " ".join(parts) or "one GPU"
 
 
-def _size(model: Model) -> str:
-    whole, active = model.shape.whole().total, model.shape.active()
+def _size(model: ModelInfo) -> str:
+    whole, active = model.shape.hf_parameters().total, model.shape.active_parameters()
     return f"{whole:,} parameters" + (f", {active:,} a token" if active != whole else "")
 
 
@@ -88,11 +88,11 @@ def _seconds(count: float) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
-        table.add_column(name, justify="right" if name in ("GiB", "seconds", *PHASES) else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name in ("GiB", "seconds", *_TIMED_PHASES) else "left", no_wrap=True)
     return table
 
 
-def _memory(memory: Memory, limit: float) -> Table:
+def _memory(memory: GpuMemory, limit: float) -> Table:
     table = _table("role", "part", "GiB", "while")
     role = ""
     for part in memory.parts:
@@ -100,11 +100,11 @@ def _memory(memory: Memory, limit: float) -> Table:
         role = part.role
     table.add_row("", "reserve", _gib(memory.reserve), "always")
     full = "fits" if memory.peak <= limit * GiB else "does not fit"
-    table.add_row("peak", " + ".join(memory.there(memory.fullest)), _gib(memory.peak), f"of {limit:g}: {full}")
+    table.add_row("peak", " + ".join(memory.active_phases(memory.fullest)), _gib(memory.peak), f"of {limit:g}: {full}")
     return table
 
 
-def _traffic(plan: Plan, option: Option) -> Table:
+def _traffic(plan: Plan, option: LayoutOption) -> Table:
     """Of one update, and of the teacher's scoring of an iteration."""
     clock = plan.planner.clock(option.work)
     student, layout = plan.planner.student.shape, option.layout
@@ -112,12 +112,14 @@ def _traffic(plan: Plan, option: Option) -> Table:
     rows = tokens * clock.response / clock.sequence
     table = _table("sent by a GPU", "each", "GiB")
     update = [
-        *traffic.training(student, layout, tokens, rows, option.work.student_element),
+        *traffic.training_traffic(student, layout, tokens, rows, option.work.student_element),
         *clock.reduction(student, layout),
     ]
     here = [one for one in plan.planner.teachers if one.colocated]
     shared = tokens * option.work.updates / max(1, len(here))  # of the responses, by each teacher
-    scored = [(f"iteration, {one.role}", traffic.forward(one.shape, layout, shared, one.element)) for one in here]
+    scored = [
+        (f"iteration, {one.role}", traffic.forward_traffic(one.shape, layout, shared, one.element)) for one in here
+    ]
     for each, flows in (("update", update), *scored):
         for flow in flows:
             if flow.bytes:
@@ -127,7 +129,7 @@ def _traffic(plan: Plan, option: Option) -> Table:
     return table
 
 
-def _times(option: Option) -> Table:
+def _times(option: LayoutOption) -> Table:
     table = _table("phase", "seconds")
     for phase, seconds in option.seconds.items():
         table.add_row(phase, _seconds(seconds))
@@ -135,17 +137,17 @@ def _times(option: Option) -> Table:
     return table
 
 
-def _options(console: Console, plan: Plan, search: Search, title: str) -> None:
+def _options(console: Console, plan: Plan, search: LayoutSearch, title: str) -> None:
     options = search.options
-    console.print(f"\n{title} ({len(options)} of {len(options) + len(search.too_large) + len(search.refused)})")
+    console.print(f"\n{title} ({len(options)} of {len(options) + len(search.too_large) + len(search.unsupported)})")
     if options:
-        table = _table("layout", "GiB", "seconds", *PHASES, "micro-batch", "rollouts", "and")
-        for option in options[:SHOWN]:
+        table = _table("layout", "GiB", "seconds", *_TIMED_PHASES, "micro-batch", "rollouts", "and")
+        for option in options[:_MAX_ROWS]:
             table.add_row(
-                short(option.layout),
+                short_layout(option.layout),
                 _gib(option.memory.peak),
                 _seconds(option.total),
-                *(_seconds(option.seconds[phase]) if phase in option.seconds else "" for phase in PHASES),
+                *(_seconds(option.seconds[phase]) if phase in option.seconds else "" for phase in _TIMED_PHASES),
                 f"{option.work.micro_batch_tokens} tokens",
                 str(option.work.generated(option.layout)) if plan.planner.servers is None else "served",
                 _saved(option, plan),
@@ -156,24 +158,24 @@ def _options(console: Console, plan: Plan, search: Search, title: str) -> None:
         console.print(line)
 
 
-def _saved(option: Option, plan: Plan) -> str:
+def _saved(option: LayoutOption, plan: Plan) -> str:
     """What else saves memory there, beyond the recipe."""
     work, recipe = option.work, plan.planner.work
     said = ["distributed"] if work.distributed_optimizer and not recipe.distributed_optimizer else []
     return ", ".join([*said, "recompute"] if work.recompute != recipe.recompute else said)
 
 
-def _others(search: Search) -> Iterator[str]:
+def _others(search: LayoutSearch) -> Iterator[str]:
     """What became of the other layouts."""
     if search.too_large:
         least = min(search.too_large, key=lambda option: option.memory.peak)
         part = least.memory.largest
         yield (
-            f"{len(search.too_large)} need more memory; of them {short(least.layout)} needs least, "
+            f"{len(search.too_large)} need more memory; of them {short_layout(least.layout)} needs least, "
             f"{_gib(least.memory.peak)} GiB (most: {part.role} {part.name}, {_gib(part.bytes)})"
         )
-    reasons = Counter(search.refused.values())
-    for reason, count in reasons.most_common(SHOWN):
+    reasons = Counter(search.unsupported.values())
+    for reason, count in reasons.most_common(_MAX_ROWS):
         yield f"{count} cannot be cut: {reason}"
 
 
@@ -190,30 +192,31 @@ def _apart(console: Console, plan: Plan) -> None:
     _options(console, plan, plan.alone, f"layouts of the student alone on {plan.gpus} GPUs that fit, best first")
 
 
-def separate_line(separate: Separate) -> str:
+def separate_line(separate: SeparateTeacherPlan) -> str:
     """A separate teacher in one line."""
     parts = {part.name: part.bytes for part in separate.memory.parts}
     scorer = separate.scorer
     copies = f"{scorer.replicas} x " if scorer.replicas > 1 else ""
     said = "hidden states" if scorer.signal == "hidden" else f"top-{scorer.top_k}"
     return (
-        f"{copies}{scorer.layout.gpus} GPUs, {short(scorer.layout)}: {_gib(separate.memory.peak)} GiB a GPU "
+        f"{copies}{scorer.layout.gpus} GPUs, {short_layout(scorer.layout)}: {_gib(separate.memory.peak)} GiB a GPU "
         f"(weights {_gib(parts['weights'])}), about {separate.seconds:.0f} s an iteration; {said} of "
-        f"{scorer.row_bytes:,} bytes a response token over HTTP, at most {separate.sent / 1e9:.2f} GB an iteration"
+        f"{scorer.bytes_per_token:,} bytes a response token over HTTP, at most {separate.sent / 1e9:.2f} GB "
+        "an iteration"
     )
 
 
 def _servers(plan: Plan) -> str:
     """The student on its SGLang servers, or on one for comparison with rollouts in process."""
     planner, shape, element = plan.planner, plan.planner.student.shape, plan.planner.work.student_element
-    servers = planner.servers or Servers(memory_fraction=SERVER_SHARE)
+    servers = planner.servers or PlannedServers(memory_fraction=SERVER_SHARE)
     tokens = servers.cached_tokens(shape, element, planner.limit * GiB)
     said = (
         f"{servers.memory_fraction:.0%} of its memory: weights {_gib(servers.weights(shape, element))} GiB, key-value "
         f"cache of {max(0, tokens):,.0f} tokens"
     )
     if planner.servers is None:
-        sync = traffic.weight_sync(shape, 1, element)
+        sync = traffic.weight_sync_traffic(shape, 1, element)
         return (
             f"the student on an SGLang server of one GPU (the plan counts rollouts by the trainer), {said}; "
             f"{_gib(sync.bytes)} GiB a weight update"
@@ -225,13 +228,13 @@ def _servers(plan: Plan) -> str:
     sync = planner.weight_sync(servers, plan.layout)
     where = "the trainer's GPUs" if servers.colocated else f"{servers.gpus} more GPUs"
     return (
-        f"servers: {servers.count} on {where}, {short(servers.layout)} each, {said}: "
+        f"servers: {servers.count} on {where}, {short_layout(servers.layout)} each, {said}: "
         f"{int(tokens // planner.work.longest):,} of the longest responses at a time, at most {servers.max_running}; "
         f"{_gib(sync.bytes)} GiB an iteration for weights"
     )
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def plan_as_json(plan: Plan) -> dict[str, Any]:
     """The plan's numbers: bytes, seconds, layouts with their overrides."""
     planner = plan.planner
     separate, alone = (None, []) if plan.together.options else (plan.separate, plan.alone.options)
@@ -245,8 +248,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             key: {
                 "name": model.name,
                 "source": model.source,
-                "parameters": model.shape.whole().total,
-                "active_parameters": model.shape.active(),
+                "parameters": model.shape.hf_parameters().total,
+                "active_parameters": model.shape.active_parameters(),
             }
             for key, model in (("student", planner.student), *((one.key, one.model) for one in planner.teachers))
         },
@@ -254,14 +257,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "elsewhere": [_elsewhere_json(one) for one in plan.elsewhere],
         "recipe": plan.own and _option_json(plan.own, plan),
         "layouts": [_option_json(option, plan) for option in plan.together.options],
-        "cannot_be_cut": {short(layout): reason for layout, reason in plan.together.refused.items()},
+        "cannot_be_cut": {short_layout(layout): reason for layout, reason in plan.together.unsupported.items()},
         "student_alone": [_option_json(option, plan) for option in alone],
         "separate_teacher": separate and _elsewhere_json(separate),
         "assumptions": list(planner.assumed.lines(planner.gpu)),
     }
 
 
-def _servers_json(servers: Servers, plan: Plan) -> dict[str, Any]:
+def _servers_json(servers: PlannedServers, plan: Plan) -> dict[str, Any]:
     planner = plan.planner
     shape, element = planner.student.shape, planner.work.student_element
     return {
@@ -275,19 +278,19 @@ def _servers_json(servers: Servers, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _elsewhere_json(one: Separate) -> dict[str, Any]:
+def _elsewhere_json(one: SeparateTeacherPlan) -> dict[str, Any]:
     return {
         "teacher": one.scorer.key,
         "gpus": one.gpus,
-        "layout": short(one.scorer.layout),
+        "layout": short_layout(one.scorer.layout),
         "peak_bytes": one.memory.peak,
-        "bytes_a_token": one.scorer.row_bytes,
+        "bytes_a_token": one.scorer.bytes_per_token,
         "bytes_an_iteration": one.sent,
         "estimated_seconds": one.seconds,
     }
 
 
-def _option_json(option: Option, plan: Plan) -> dict[str, Any]:
+def _option_json(option: LayoutOption, plan: Plan) -> dict[str, Any]:
     return {
         "overrides": plan.overrides(option),
         "peak_bytes": option.memory.peak,
