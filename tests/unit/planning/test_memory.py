@@ -56,7 +56,7 @@ def test_a_phase_that_is_over_is_counted_with_the_next() -> None:
     work = planner().work
     found = StudentGpus(planner().student.shape, planner().teachers, layout, work, 5 * GiB).memory()
     always = sum(part.bytes for part in found.parts if part.phase == "always")
-    phases = {name: found.of(name) for name in ("generation", "scoring", "update")}
+    phases = {name: found.of(name) for name in memory.MEMORY_PHASES[:3]}
     assert min(phases.values()) > 0
     assert found.peak == always + max(phases.values()) + 5 * GiB
     assert found.largest == max(found.parts, key=lambda part: part.bytes)
