@@ -25,19 +25,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eaopd_megatron.data.types import Sampling  # noqa: E402
-from eaopd_megatron.rollout.sglang.generation import Generation  # noqa: E402
-from eaopd_megatron.rollout.sglang.identity import Expected, identify  # noqa: E402
-from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings  # noqa: E402
-from eaopd_megatron.rollout.sglang.wire import Limits, Request  # noqa: E402
-from eaopd_megatron.serving.client import Client, read_api_key  # noqa: E402
-from eaopd_megatron.serving.pool import Pool  # noqa: E402
+from eaopd_megatron.rollout.sglang.generation import GenerateCall  # noqa: E402
+from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server  # noqa: E402
+from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings  # noqa: E402
+from eaopd_megatron.rollout.sglang.wire import LengthLimits, GenerateRequest  # noqa: E402
+from eaopd_megatron.serving.client import SGLangClient, read_api_key  # noqa: E402
+from eaopd_megatron.serving.pool import ServerPool  # noqa: E402
 
 STUDENT = ROOT / "recipes/countdown/student"
 CONCURRENT = 64
-Way = Callable[[str, str | None, Sequence[Request]], Coroutine[Any, Any, float]]
+Way = Callable[[str, str | None, Sequence[GenerateRequest]], Coroutine[Any, Any, float]]
 
 
-async def bare(url: str, key: str | None, requests: Sequence[Request]) -> float:
+async def bare(url: str, key: str | None, requests: Sequence[GenerateRequest]) -> float:
     """Seconds that 64 sockets take, each with one request after the other: no library, no check of anything."""
     host, port = url.removeprefix("http://").split(":")
     secret = f"authorization: Bearer {key}\r\n" if key else ""
@@ -63,23 +63,23 @@ async def bare(url: str, key: str | None, requests: Sequence[Request]) -> float:
     return time.perf_counter() - started
 
 
-async def pooled(url: str, key: str | None, requests: Sequence[Request]) -> float:
+async def pooled(url: str, key: str | None, requests: Sequence[GenerateRequest]) -> float:
     """Seconds that the rollout's client takes, with its checks of requests and answers, once it has its server."""
 
-    async def admit(client: Client) -> Limits:
-        return await identify(client, Expected("Qwen3ForCausalLM", 112, 32))
+    async def admit(client: SGLangClient) -> LengthLimits:
+        return await verify_server(client, ExpectedModel("Qwen3ForCausalLM", 112, 32))
 
-    pool = Pool([Client(url, api_key=key, connections=CONCURRENT)], admit, report=lambda _: None)
+    pool = ServerPool([SGLangClient(url, api_key=key, connections=CONCURRENT)], admit, report=lambda _: None)
     await pool.open()
     started = time.perf_counter()
-    answered = {completion.id async for completion in pool.run([Generation(request) for request in requests])}
+    answered = {completion.id async for completion in pool.run([GenerateCall(request) for request in requests])}
     seconds = time.perf_counter() - started
     await pool.close()
     assert len(answered) == len(requests)
     return seconds
 
 
-def compare(url: str, key: str | None, requests: Sequence[Request], rounds: int) -> None:
+def compare(url: str, key: str | None, requests: Sequence[GenerateRequest], rounds: int) -> None:
     """Prints responses a second of both ways, by turns, and the medians' ratio."""
     ways: dict[str, Way] = {"bare": bare, "pool": pooled}
     rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -94,7 +94,7 @@ def compare(url: str, key: str | None, requests: Sequence[Request], rounds: int)
     print(f"pool / bare: {ratio:.1%} over {rounds} rounds of {len(requests)} requests, {CONCURRENT} at a time")
 
 
-def processor_time(requests: Sequence[Request]) -> None:
+def processor_time(requests: Sequence[GenerateRequest]) -> None:
     """Prints milliseconds of this process a request, with the double as another process."""
     command = [sys.executable, "-u", "-m", "tests.sglang.double"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as double:
@@ -117,15 +117,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="new tokens a request")
     arguments = parser.parse_args()
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=arguments.tokens, stop_ids=())
-    requests = [Request(f"r{i}", [1 + i % 12, 20, 40 + i % 7, 3], sampling) for i in range(arguments.requests)]
+    requests = [GenerateRequest(f"r{i}", [1 + i % 12, 20, 40 + i % 7, 3], sampling) for i in range(arguments.requests)]
     key = read_api_key(arguments.api_key_file) if arguments.api_key_file else None
     if arguments.url:
         compare(arguments.url, key, requests, arguments.rounds)
     else:
-        settings = ServerSettings(
-            STUDENT, 128, precision="fp32", memory_fraction=0.1, max_running=CONCURRENT, api_key=key
+        settings = SGLangSettings(
+            STUDENT, 128, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=CONCURRENT, api_key=key
         )
-        with tempfile.TemporaryDirectory() as logs, Servers(settings, 1, Path(logs)) as servers:
+        with tempfile.TemporaryDirectory() as logs, SGLangServers(settings, 1, Path(logs)) as servers:
             compare(servers.all[0].url, key, requests, arguments.rounds)
     processor_time(requests)
 

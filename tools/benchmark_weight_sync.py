@@ -40,7 +40,7 @@ from eaopd_megatron.megatron.model import build_model  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.distributed import UpdateGroup  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.session import Session  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.sync import WeightSync  # noqa: E402
-from eaopd_megatron.serving.client import Client  # noqa: E402
+from eaopd_megatron.serving.client import SGLangClient  # noqa: E402
 from tests.distributed.memory_of_conversion import growth  # noqa: E402
 from tests.sglang.double import Double  # noqa: E402
 from tests.sglang.processes import in_a_loop  # noqa: E402
@@ -114,7 +114,7 @@ def measure(url: str, bucket_mib: int, rounds: int) -> None:
         for number, parameter in enumerate(model.parameters()):
             parameter.data.fill_(number)
         shapes = folder.family.hf_shapes(folder.config)
-        client = Client(url)
+        client = SGLangClient(url)
         options = tree.WeightSync(bucket_mib=bucket_mib, timeout_seconds=SECONDS, address="127.0.0.1")
         sync = WeightSync(model, folder, parallel, options, Path(place), run, report=print)
         version = iter(range(1, 10**6))
@@ -184,7 +184,7 @@ def invitation(group: UpdateGroup) -> dict[str, Any]:
     }
 
 
-def run_in_background(run: Any, session: Session, client: Client, path: str, body: dict[str, Any]) -> asyncio.Task[Any]:
+def run_in_background(run: Any, session: Session, client: SGLangClient, path: str, body: dict[str, Any]) -> asyncio.Task[Any]:
     async def begin() -> asyncio.Task[Any]:
         return asyncio.create_task(session.post(client, path, body))
 

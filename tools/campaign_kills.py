@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eaopd_megatron.config import Recipe, load_recipe  # noqa: E402
-from eaopd_megatron.rollout.sglang.server import SGLANG_VENV  # noqa: E402
+from eaopd_megatron.rollout.sglang.server import SGLANG_VENV_VARIABLE  # noqa: E402
 from tests.sglang.student_double import stand_in  # noqa: E402
 from tools.campaign_checks import check_metrics, check_prompts, compare, final_metrics, prompts_of  # noqa: E402
 
@@ -75,7 +75,7 @@ class Run:
         self.folder.mkdir(parents=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
         if servers is not None:
-            environment[SGLANG_VENV] = str(servers)
+            environment[SGLANG_VENV_VARIABLE] = str(servers)
         with (self.folder / "output.txt").open("w") as output:
             command = [sys.executable, "-m", "eaopd_megatron", "train", str(RECIPE), *overrides]
             self.process = subprocess.Popen(

@@ -29,12 +29,12 @@ from eaopd_megatron.data.types import Prompt, Sample, Sampling  # noqa: E402
 from eaopd_megatron.launch.entrypoint import guarded  # noqa: E402
 from eaopd_megatron.objective import Objective, TeacherTopK, entropy_bounds  # noqa: E402
 from eaopd_megatron.objective.token_losses import gate_of  # noqa: E402
-from eaopd_megatron.rollout.sglang.generation import Generation  # noqa: E402
-from eaopd_megatron.rollout.sglang.identity import Expected, identify  # noqa: E402
-from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings  # noqa: E402
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, Request  # noqa: E402
-from eaopd_megatron.serving.client import Client  # noqa: E402
-from eaopd_megatron.serving.pool import Pool  # noqa: E402
+from eaopd_megatron.rollout.sglang.generation import GenerateCall  # noqa: E402
+from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server  # noqa: E402
+from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings  # noqa: E402
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, GenerateRequest  # noqa: E402
+from eaopd_megatron.serving.client import SGLangClient  # noqa: E402
+from eaopd_megatron.serving.pool import ServerPool  # noqa: E402
 from eaopd_megatron.teacher.eos_map import TerminalMap  # noqa: E402
 from eaopd_megatron.teacher.served import Scoring, ServedSource  # noqa: E402
 
@@ -68,8 +68,8 @@ def main() -> None:
 def served(folder: HfFolder) -> Iterator[str]:
     """URL of a server that holds the model."""
     context = LONGEST + RESERVED_TOKENS + SLACK_TOKENS
-    settings = ServerSettings(folder.path, context, precision="fp32", memory_fraction=0.1, max_running=RUNNING)
-    with tempfile.TemporaryDirectory() as logs, Servers(settings, 1, Path(logs)) as servers:
+    settings = SGLangSettings(folder.path, context, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=RUNNING)
+    with tempfile.TemporaryDirectory() as logs, SGLangServers(settings, 1, Path(logs)) as servers:
         yield servers.all[0].url
 
 
@@ -81,18 +81,18 @@ def source(student: HfFolder, teacher: HfFolder, k: int) -> ServedSource:
 
 async def write(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sample]:
     """A response to each prompt."""
-    expected = Expected(student.family.architecture, student.vocab_size, LONGEST)
-    calls = [Generation(Request(str(i), prompt.token_ids, sampling)) for i, prompt in enumerate(prompts)]
-    pool = Pool([Client(url, connections=RUNNING)], partial(identify, expected=expected))
+    expected = ExpectedModel(student.family.architecture, student.vocab_size, LONGEST)
+    calls = [GenerateCall(GenerateRequest(str(i), prompt.token_ids, sampling)) for i, prompt in enumerate(prompts)]
+    pool = ServerPool([SGLangClient(url, connections=RUNNING)], partial(verify_server, expected=expected))
     await pool.open()
-    samples = [done.sample(prompts[int(done.id)], int(done.id)) async for done in pool.run(calls)]
+    samples = [done.to_sample(prompts[int(done.id)], int(done.id)) async for done in pool.run(calls)]
     await pool.close()
     return sorted(samples, key=lambda sample: sample.index)
 
 
 async def score(url: str, source: ServedSource, samples: Sequence[Sample]) -> TeacherTopK:
     """What the teacher says of all response tokens, sample after sample."""
-    pool = Pool([source.client(url, None)], partial(source.admit, longest=LONGEST))
+    pool = ServerPool([source.client(url, None)], partial(source.admit, longest=LONGEST))
     await pool.open()
 
     async def one(call: Scoring) -> torch.Tensor:

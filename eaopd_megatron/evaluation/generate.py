@@ -21,13 +21,13 @@ from eaopd_megatron.data.types import Sampling
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex, StoredResponse, read_prompts
 from eaopd_megatron.rollout.sglang import generation as writing
-from eaopd_megatron.rollout.sglang.identity import Expected, identify
-from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings
-from eaopd_megatron.rollout.sglang.server_manager import DEATHS, SLACK_TOKENS
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, Limits, Request
-from eaopd_megatron.serving.client import Client, read_api_key
-from eaopd_megatron.serving.pool import Pool
-from eaopd_megatron.serving.readiness import Loop
+from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
+from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings
+from eaopd_megatron.rollout.sglang.server_manager import MAX_RESTARTS, SLACK_TOKENS
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, LengthLimits, GenerateRequest
+from eaopd_megatron.serving.client import SGLangClient, read_api_key
+from eaopd_megatron.serving.pool import ServerPool
+from eaopd_megatron.serving.readiness import EventLoopThread
 
 
 def generate_on_ranks(
@@ -107,7 +107,7 @@ def check_length(positions: int, response: int, setting: str = "--max-response-t
     return positions - response
 
 
-REPORT_EVERY = 100  # responses
+_REPORT_EVERY = 100  # responses
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,12 @@ def generate_on_servers(
     prompts = {name: read_prompts(folder.prompts(name)) for name in missing}
     longest = max(len(prompt.token_ids) for some in prompts.values() for prompt in some) + sampling.max_new_tokens
     config = model.config.to_dict()
-    expected = Expected(model.family.architecture, model.vocab_size, longest, config=config)
+    expected = ExpectedModel(model.family.architecture, model.vocab_size, longest, config=config)
     tokenizer = model.tokenizer()
     with _pool(choice, model, longest, folder.path / "servers", expected, report) as (loop, pool):
         for name, places in missing.items():
             calls = [
-                writing.Generation(Request(f"{problem}-{sample}", prompts[name][problem].token_ids, sampling))
+                writing.GenerateCall(GenerateRequest(f"{problem}-{sample}", prompts[name][problem].token_ids, sampling))
                 for problem, sample in places
             ]
             loop.run(_write(pool.run(calls), folder, name, len(places), tokenizer, report))
@@ -160,7 +160,7 @@ async def _write(
         text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         store.append([StoredResponse(problem, sample, text, len(answer.token_ids), answer.finish_reason)])
         finished += 1
-        if finished % REPORT_EVERY == 0 or finished == count:
+        if finished % _REPORT_EVERY == 0 or finished == count:
             report(f"{name}: {finished} of {count} responses")
 
 
@@ -170,38 +170,38 @@ def _pool(
     model: HfFolder,
     longest: int,
     logs: Path,
-    expected: Expected,
+    expected: ExpectedModel,
     report: Callable[[str], None],
-) -> Iterator[tuple[Loop, Pool[Client, Limits]]]:
+) -> Iterator[tuple[EventLoopThread, ServerPool[SGLangClient, LengthLimits]]]:
     """The servers as one, and the loop in which it lives."""
     with contextlib.ExitStack() as stack:
         key = None if choice.api_key_file is None else read_api_key(choice.api_key_file)
-        servers: Servers | None = None
+        servers: SGLangServers | None = None
         # the kernel ends the servers with the thread that started them: one thread starts them all, and lives on
         starter = stack.enter_context(ThreadPoolExecutor(1))
         urls = choice.urls
         if not urls:
             key = secrets.token_urlsafe(24)
-            settings = ServerSettings(
+            settings = SGLangSettings(
                 model.path,
                 longest + RESERVED_TOKENS + SLACK_TOKENS,
                 tensor_parallel=choice.tensor_parallel,
                 precision="bf16" if model.dtype.itemsize == 2 else "fp32",
-                memory_fraction=choice.memory_fraction,
-                max_running=choice.max_running,
+                mem_fraction_static=choice.memory_fraction,
+                max_concurrent_requests=choice.max_running,
                 api_key=key,
             )
-            servers = Servers(settings, choice.count, logs)
+            servers = SGLangServers(settings, choice.count, logs)
             starter.submit(servers.__enter__).result()
             stack.callback(servers.__exit__)
             urls = [server.url for server in servers.all]
-        loop = stack.enter_context(Loop())
-        clients = [Client(url, api_key=key, connections=choice.max_running) for url in urls]
-        pool = Pool(clients, partial(identify, expected=expected), report=report)
+        loop = stack.enter_context(EventLoopThread())
+        clients = [SGLangClient(url, api_key=key, connections=choice.max_running) for url in urls]
+        pool = ServerPool(clients, partial(verify_server, expected=expected), report=report)
         loop.run(pool.open())
         stack.callback(lambda: loop.run(pool.close()))
         for server, client in zip(servers.all if servers else (), clients, strict=False):
-            server.on_exit = _restart(server.start, starter, partial(loop.call, pool.lost, client), report)
+            server.on_exit = _restart(server.start, starter, partial(loop.call_soon, pool.mark_lost, client), report)
             stack.callback(setattr, server, "on_exit", None)
         yield loop, pool
 
@@ -216,9 +216,9 @@ def _restart(
         nonlocal deaths
         deaths += 1
         lost(why)
-        if deaths < DEATHS:
+        if deaths < MAX_RESTARTS:
             starter.submit(start)
         else:
-            report(f"a server died {DEATHS} times and is not started again: it {why}")
+            report(f"a server died {MAX_RESTARTS} times and is not started again: it {why}")
 
     return died

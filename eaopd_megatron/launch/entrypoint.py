@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.utils.lifetime import ERROR_FILE
+from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE
 
 
 def guarded(work: Callable[[], int | None]) -> int:
@@ -47,7 +47,7 @@ def of_the_user(error: BaseException) -> UserError | None:
 
 
 def _report(message: str, code: int, *, user: bool) -> None:
-    base, rank = os.environ.get(ERROR_FILE), int(os.environ.get("RANK", "0"))
+    base, rank = os.environ.get(ERROR_FILE_VARIABLE), int(os.environ.get("RANK", "0"))
     if base is None:
         print(f"error: {message}" if user else f"error: rank {rank}: {message}", file=sys.stderr, flush=True)
         return

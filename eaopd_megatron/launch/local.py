@@ -26,7 +26,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.utils.lifetime import ERROR_FILE, LAUNCHER_PID
+from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import Student
@@ -220,8 +220,8 @@ def _rank_environment(number: int, world_size: int, port: int, error_file: Path)
         "TORCHELASTIC_RESTART_COUNT": "0",
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
-        ERROR_FILE: str(error_file),
-        LAUNCHER_PID: str(os.getpid()),
+        ERROR_FILE_VARIABLE: str(error_file),
+        LAUNCHER_PID_VARIABLE: str(os.getpid()),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.connection import Address, Connection, Response, ServerGone
 
-__all__ = ["Busy", "Client", "Patience", "ServerGone", "read_api_key"]
+__all__ = ["Busy", "SGLangClient", "Timeouts", "ServerGone", "read_api_key"]
 
 
 class Busy(Exception):
@@ -24,18 +24,18 @@ class Busy(Exception):
 
 
 @dataclass(frozen=True)
-class Patience:
+class Timeouts:
     """Limits on waiting for one server, in seconds."""
 
     connect: float = 5.0
-    silence: float = 30.0  # a server that is there says so within this, however much it has to do
+    health: float = 30.0  # a server that is there says so within this, however much it has to do
     control: float = 60.0  # any request but /generate
     generate: float = 1800.0  # one response, with its time in the server's queue
-    retries: int = 5  # attempts at a request that the server is too busy for
+    attempts: int = 5  # attempts at a request that the server is too busy for
     backoff: float = 0.5  # before the second attempt; it doubles, up to 10 s, and is random up to that
 
 
-class Client:
+class SGLangClient:
     """One server, or a router in front of several, which has its own `ready_path`.
 
     An API key goes into the Authorization header alone. Use it from one event loop.
@@ -47,7 +47,7 @@ class Client:
         *,
         api_key: str | None = None,
         connections: int = 64,
-        patience: Patience | None = None,
+        timeouts: Timeouts | None = None,
         ready_path: str = "/ready",
         key_setting: str = "servers.api_key_file",
     ) -> None:
@@ -57,7 +57,7 @@ class Client:
         Raises UserError for a URL that is none.
         """
         self.url, self.connections, self.ready_path = url.rstrip("/"), connections, ready_path
-        self.patience = patience or Patience()
+        self.timeouts = timeouts or Timeouts()
         self._has_key, self._key_setting = api_key is not None, key_setting
         headers = {"Content-Type": "application/json"}
         if api_key is not None:
@@ -67,25 +67,25 @@ class Client:
 
     async def generate(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """POST /generate with a checked body (`wire.Limits.check`). Raises ServerGone, Busy, UserError."""
-        answer: dict[str, Any] = await self.call("POST", "/generate", body, seconds=self.patience.generate)
+        answer: dict[str, Any] = await self.request("POST", "/generate", body, seconds=self.timeouts.generate)
         return answer
 
     async def model_info(self) -> dict[str, Any]:
         """Paths, architecture and the version of the weights that the server has now."""
-        found: dict[str, Any] = await self.call("GET", "/model_info")
+        found: dict[str, Any] = await self.request("GET", "/model_info")
         return found
 
     async def server_info(self) -> dict[str, Any]:
         """The server's settings (with its API key among them: never print this)."""
-        found: dict[str, Any] = await self.call("GET", "/server_info")
+        found: dict[str, Any] = await self.request("GET", "/server_info")
         return found
 
     async def ready(self) -> bool:
         """Whether it would generate at once; False while it is paused. Raises ServerGone."""
-        response = await self._send("GET", self.ready_path, None, self.patience.silence)
+        response = await self._send("GET", self.ready_path, None, self.timeouts.health)
         return response.status == 200
 
-    async def there(self) -> bool:
+    async def reachable(self) -> bool:
         """Whether anything answers at all, busy or paused. A dropped connection alone does not say so: a server also
         drops the one on which it failed to serve a request."""
         with suppress(ServerGone):
@@ -93,7 +93,7 @@ class Client:
             return True
         return False
 
-    async def call(
+    async def request(
         self,
         method: str,
         path: str,
@@ -107,16 +107,16 @@ class Client:
         retries: attempts, `patience.retries` where it is not given; 1 for what must not be done twice. Raises
         ServerGone at once, Busy after the last attempt, and UserError for what it refuses.
         """
-        retries = retries or self.patience.retries
+        retries = retries or self.timeouts.attempts
         for attempt in range(retries):
-            response = await self._send(method, path, body, seconds or self.patience.control)
+            response = await self._send(method, path, body, seconds or self.timeouts.control)
             try:
                 self._check(path, response)
                 break
             except Busy:
                 if attempt + 1 == retries:
                     raise
-                await asyncio.sleep(random.uniform(0, min(10.0, self.patience.backoff * 2**attempt)))
+                await asyncio.sleep(random.uniform(0, min(10.0, self.timeouts.backoff * 2**attempt)))
         return response.json() if response.headers.get("content-type", "").startswith("application/json") else None
 
     async def close(self) -> None:
@@ -127,7 +127,7 @@ class Client:
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> Response:
         content = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
         connection = self._connection()
-        response = await connection.send(method, path, content, seconds=seconds, connect=self.patience.connect)
+        response = await connection.send(method, path, content, seconds=seconds, connect=self.timeouts.connect)
         self._idle.append(connection)
         return response
 

@@ -20,7 +20,7 @@ import httpx
 
 from eaopd_megatron.errors import UserError
 
-KEEP_ALIVE = 2.0
+_KEEP_ALIVE_SECONDS = 2.0
 """Seconds. The server closes a connection that was idle for 5; one used at that moment would look dropped."""
 BUFFER = 2**20
 """Bytes of an answer that are taken from the socket ahead of their being read; the head of one is less."""
@@ -87,7 +87,7 @@ class Connection:
     @property
     def usable(self) -> bool:
         """Whether another request can be sent on it: it is open, and nobody is about to close it."""
-        if self._streams is None or time.monotonic() - self._used >= KEEP_ALIVE:
+        if self._streams is None or time.monotonic() - self._used >= _KEEP_ALIVE_SECONDS:
             return False
         reader, writer = self._streams
         return not reader.at_eof() and not writer.is_closing()

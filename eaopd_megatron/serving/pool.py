@@ -20,11 +20,11 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.client import Busy, ServerGone
 from eaopd_megatron.utils.log import log_rank0
 
-ATTEMPTS = 8
+_MAX_ATTEMPTS = 8
 """After so many servers that died or gave up under one call, the call is the likelier cause."""
 
 
-class Serving(Protocol):
+class PoolClient(Protocol):
     """A server's client, as far as the pool needs it."""
 
     @property
@@ -34,43 +34,43 @@ class Serving(Protocol):
     def connections(self) -> int:
         """Calls that run on it at the same time."""
 
-    async def there(self) -> bool:
+    async def reachable(self) -> bool:
         """Whether anything answers."""
 
     async def close(self) -> None: ...
 
 
-class Limits(Protocol):
+class PoolLimits(Protocol):
     """What a server can take."""
 
-    def both(self, other: Self) -> Self:
+    def intersect(self, other: Self) -> Self:
         """What two servers can both take."""
 
 
-C = TypeVar("C", bound=Serving)
-L = TypeVar("L", bound=Limits)
+C = TypeVar("C", bound=PoolClient)
+L = TypeVar("L", bound=PoolLimits)
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-C_contra = TypeVar("C_contra", bound=Serving, contravariant=True)
-L_contra = TypeVar("L_contra", bound=Limits, contravariant=True)
+C_contra = TypeVar("C_contra", bound=PoolClient, contravariant=True)
+L_contra = TypeVar("L_contra", bound=PoolLimits, contravariant=True)
 
 
-class Unfit(Exception):
+class StaleServer(Exception):
     """The server answers, and must not work on: what it has is not what it was admitted with."""
 
 
-class Held(Busy):
+class NotYet(Busy):
     """The server is there, and gets work once whoever uses the pool has done something about it."""
 
 
-class Call(Protocol[C_contra, L_contra, T_co]):
+class PoolCall(Protocol[C_contra, L_contra, T_co]):
     """Work that any of the servers can do."""
 
     @property
     def id(self) -> str:
         """Unique among the calls of one `Pool.run`."""
 
-    def check(self, limits: L_contra) -> None:
+    def validate(self, limits: L_contra) -> None:
         """Raises UserError for what would end a server with these limits."""
 
     async def attempt(self, client: C_contra, number: int) -> T_co:
@@ -95,7 +95,7 @@ class _Member(Generic[C]):
         return self.running / self.client.connections
 
 
-class Pool(Generic[C, L]):
+class ServerPool(Generic[C, L]):
     """Runs calls on servers. Everything happens in one event loop; `open` comes first and `close` last.
 
     admit: asked of each server before it gets work, at first and when it has come back. It returns what the server can
@@ -109,17 +109,17 @@ class Pool(Generic[C, L]):
         admit: Callable[[C], Awaitable[L]],
         *,
         kind: str = "rollout server",
-        all_down: float = 600.0,
-        heartbeat: float = 10.0,
-        return_wait: float = 0.2,
+        unavailable_timeout: float = 600.0,
+        heartbeat_interval: float = 10.0,
+        readmission_wait: float = 0.2,
         report: Callable[[str], None] = log_rank0,
     ) -> None:
         """kind: what messages call a server. all_down: seconds that calls wait without any server before the pool
         gives up. heartbeat: seconds between two looks at a server that works. return_wait: seconds before one that is
         gone is asked again; they grow."""
         self._members = [_Member(client) for client in clients]
-        self._admit, self._all_down, self._heartbeat = admit, all_down, heartbeat
-        self._return_wait, self._report, self._kind = return_wait, report, kind
+        self._admit, self._all_down, self._heartbeat = admit, unavailable_timeout, heartbeat_interval
+        self._return_wait, self._report, self._kind = readmission_wait, report, kind
         self._waiting: deque[asyncio.Future[_Member[C]]] = deque()  # calls without a server
         self._watches: list[asyncio.Task[None]] = []
         self._waiters = 0  # how many of them
@@ -135,7 +135,7 @@ class Pool(Generic[C, L]):
         self._note_down()
         self._watches = [asyncio.create_task(self._watch(member)) for member in self._members]
 
-    async def run(self, calls: Sequence[Call[C, L, T]]) -> AsyncGenerator[T]:
+    async def run(self, calls: Sequence[PoolCall[C, L, T]]) -> AsyncGenerator[T]:
         """One answer a call, each as soon as it is there.
 
         All calls are checked before the first attempt. Raises UserError for a bad one, for a server that answers
@@ -145,10 +145,10 @@ class Pool(Generic[C, L]):
         if len({call.id for call in calls}) != len(calls):
             raise ValueError("two calls have the same id")
         if self._limits is None:  # no server has been there yet
-            self._leave(await self._seat())
+            self._release(await self._acquire())
         assert self._limits is not None
         for call in calls:
-            call.check(self._limits)
+            call.validate(self._limits)
         tasks = [asyncio.create_task(self._complete(call)) for call in calls]
         try:
             for finished in asyncio.as_completed(tasks):
@@ -158,7 +158,7 @@ class Pool(Generic[C, L]):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def alive(self) -> list[C]:
+    def available(self) -> list[C]:
         """The servers that get work."""
         return [member.client for member in self._members if member.alive]
 
@@ -167,7 +167,7 @@ class Pool(Generic[C, L]):
         taken, self._lost = self._lost, set()
         return taken
 
-    def lost(self, client: C, reason: str) -> None:
+    def mark_lost(self, client: C, reason: str) -> None:
         """Told by whoever knows that a server is dead, or must not work on; it has to be admitted anew."""
         for member in self._members:
             if member.client is client:
@@ -182,15 +182,15 @@ class Pool(Generic[C, L]):
         for member in self._members:
             await member.client.close()
 
-    async def _complete(self, wanted: Call[C, L, T]) -> T:
+    async def _complete(self, wanted: PoolCall[C, L, T]) -> T:
         seen: list[str] = []
-        for attempt in range(ATTEMPTS):
-            member = await self._seat()
+        for attempt in range(_MAX_ATTEMPTS):
+            member = await self._acquire()
             call = asyncio.ensure_future(wanted.attempt(member.client, attempt))
             member.calls.add(call)
             try:
                 return await call
-            except Unfit as unfit:
+            except StaleServer as unfit:
                 seen.append(str(unfit))
                 self._lose(member, seen[-1])
             except Busy as busy:
@@ -207,8 +207,8 @@ class Pool(Generic[C, L]):
             finally:
                 call.cancel()
                 member.calls.discard(call)
-                self._leave(member)
-        raise UserError(f"request {wanted.id} failed on {ATTEMPTS} attempts, the last time: {seen[-1]}")
+                self._release(member)
+        raise UserError(f"request {wanted.id} failed on {_MAX_ATTEMPTS} attempts, the last time: {seen[-1]}")
 
     async def _still_there(self, member: _Member[C]) -> bool:
         """After a dropped connection: asked once for all calls that saw it. Admits the server anew, because what
@@ -217,7 +217,7 @@ class Pool(Generic[C, L]):
             member.check = asyncio.create_task(self._try(member))
         return await asyncio.shield(member.check)
 
-    async def _seat(self) -> _Member[C]:
+    async def _acquire(self) -> _Member[C]:
         """A place on the live server with the least to do, as soon as there is one."""
         if self._failure is not None:
             raise self._failure
@@ -230,13 +230,13 @@ class Pool(Generic[C, L]):
             return await seat
         except asyncio.CancelledError:
             if seat.done() and not seat.cancelled():  # it came together with the cancellation
-                self._leave(seat.result())
+                self._release(seat.result())
             raise
         finally:
             self._waiters -= 1
             self._time()
 
-    def _leave(self, member: _Member[C]) -> None:
+    def _release(self, member: _Member[C]) -> None:
         member.running -= 1
         self._assign()
 
@@ -265,11 +265,11 @@ class Pool(Generic[C, L]):
         try:
             limits = await self._admit(member.client)
         except (ServerGone, Busy) as error:
-            member.reason, member.held = str(error), isinstance(error, Held)
+            member.reason, member.held = str(error), isinstance(error, NotYet)
             self._time()
             return False
         # of servers that differ, what all can take
-        self._limits = limits if self._limits is None else self._limits.both(limits)
+        self._limits = limits if self._limits is None else self._limits.intersect(limits)
         member.alive = True
         member.gone.clear()
         if self._failure is self._gave_up:
@@ -284,7 +284,7 @@ class Pool(Generic[C, L]):
             if member.alive:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(member.gone.wait(), self._heartbeat)
-                if member.alive and not await member.client.there():
+                if member.alive and not await member.client.reachable():
                     self._lose(member, "it does not answer any more")
                 continue
             wait = wait_random_exponential(multiplier=self._return_wait, max=5.0)

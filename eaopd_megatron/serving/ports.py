@@ -13,51 +13,51 @@ import psutil
 
 from eaopd_megatron.errors import UserError
 
-PORTS, INTERFACE = "EAOPD_PORTS", "EAOPD_INTERFACE"
-DEFAULT_PORTS = "15000-29999"
+PORT_RANGE_VARIABLE, INTERFACE_VARIABLE = "EAOPD_PORTS", "EAOPD_INTERFACE"
+_DEFAULT_PORT_RANGE = "15000-29999"
 """Below the range from which the kernel gives ports to outgoing connections."""
-STRIDE = 101
+_JOB_STRIDE = 101
 """Between the first choices of neighbouring jobs, so that their ports lie apart."""
 
 
 def node_address(environment: Mapping[str, str] = os.environ) -> str:
     """The address at which other nodes reach this one: that of $EAOPD_INTERFACE, else the node's name's."""
-    if interface := environment.get(INTERFACE):
+    if interface := environment.get(INTERFACE_VARIABLE):
         found = psutil.net_if_addrs().get(interface)
         if found is None:
             there = ", ".join(sorted(psutil.net_if_addrs()))
-            raise UserError(f"{INTERFACE} is {interface}, which this node has not (it has {there})")
+            raise UserError(f"{INTERFACE_VARIABLE} is {interface}, which this node has not (it has {there})")
         for one in found:
             if one.family == socket.AF_INET:
                 return str(one.address)
-        raise UserError(f"{INTERFACE} is {interface}, which has no IPv4 address")
+        raise UserError(f"{INTERFACE_VARIABLE} is {interface}, which has no IPv4 address")
     name = environment.get("SLURMD_NODENAME") or socket.gethostname()
     try:
         return socket.gethostbyname(name)
     except OSError as error:
-        raise UserError(f"the node's name {name} has no address ({error}): set {INTERFACE} to its network") from None
+        raise UserError(f"the node's name {name} has no address ({error}): set {INTERFACE_VARIABLE} to its network") from None
 
 
-class Held:
+class PortClaim:
     """A port that is this process's, and that of the program which it becomes, until that ends."""
 
     def __init__(self, port: int, claim: socket.socket) -> None:
         self.port, self._claim = port, claim
 
-    def keep(self) -> None:
+    def keep_across_exec(self) -> None:
         """Past exec, too."""
         self._claim.set_inheritable(True)
         self._claim.detach()
 
 
-def hold_port(address: str, *, first: int | None = None, seed: int = 0, patience: float = 20.0) -> Held:
+def claim_port(address: str, *, first: int | None = None, seed: int = 0, wait_seconds: float = 20.0) -> PortClaim:
     """A port of this node that nothing listens on and that no other job's process holds.
 
     first: the one to have, and no other; it may take `patience` seconds for its last owner to be gone. seed: where the
     search through $EAOPD_PORTS begins. Raises UserError where there is none.
     """
     if first is not None:
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + wait_seconds
         while (held := _try_port(address, first)) is None:
             if time.monotonic() > deadline:
                 raise UserError(f"port {first} of {address} is taken by another process")
@@ -67,25 +67,25 @@ def hold_port(address: str, *, first: int | None = None, seed: int = 0, patience
     for port in _in_turn(low, high, seed):
         if held := _try_port(address, port):
             return held
-    raise UserError(f"every port of {PORTS}={low}-{high} is taken on {address}: name others")
+    raise UserError(f"every port of {PORT_RANGE_VARIABLE}={low}-{high} is taken on {address}: name others")
 
 
 def port_range(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """The first and the last port of $EAOPD_PORTS. Raises UserError."""
-    text = environment.get(PORTS) or DEFAULT_PORTS
+    text = environment.get(PORT_RANGE_VARIABLE) or _DEFAULT_PORT_RANGE
     with suppress(ValueError):
         low, high = (int(part) for part in text.split("-"))
         if 1024 <= low <= high < 65536:
             return low, high
-    raise UserError(f"{PORTS} is {text}; it must be two ports between 1024 and 65535, such as {DEFAULT_PORTS}")
+    raise UserError(f"{PORT_RANGE_VARIABLE} is {text}; it must be two ports between 1024 and 65535, such as {_DEFAULT_PORT_RANGE}")
 
 
 def _in_turn(low: int, high: int, seed: int) -> Iterator[int]:
     count = high - low + 1
-    return (low + (seed * STRIDE + i) % count for i in range(count))
+    return (low + (seed * _JOB_STRIDE + i) % count for i in range(count))
 
 
-def _try_port(address: str, port: int) -> Held | None:
+def _try_port(address: str, port: int) -> PortClaim | None:
     # A name in Linux' abstract namespace belongs to one process of the host, whatever its user or container, and is
     # free again when that has ended.
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -98,8 +98,8 @@ def _try_port(address: str, port: int) -> Held | None:
     except OSError as error:
         claim.close()
         if error.errno == errno.EADDRNOTAVAIL:
-            raise UserError(f"{address} is no address of this node: set {INTERFACE} to its network") from None
+            raise UserError(f"{address} is no address of this node: set {INTERFACE_VARIABLE} to its network") from None
         return None
     finally:
         probe.close()
-    return Held(port, claim)
+    return PortClaim(port, claim)

@@ -20,18 +20,18 @@ from pathlib import Path
 import httpx
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.utils.lifetime import ERROR_FILE, LAUNCHER_PID
+from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 from eaopd_megatron.utils.log import log_rank0
 
 ROOT = Path(__file__).resolve().parents[2]
-STOP_SECONDS = 15.0
+_STOP_SECONDS = 15.0
 """What a server has to end by itself."""
-START_ATTEMPTS = 3
+_BIND_ATTEMPTS = 3
 """A port that was free when it was chosen may be taken before the server binds it."""
-HIDDEN = "***"
+_REDACTED = "***"
 # Becomes the program in argv[2:], which the kernel ends when the thread that started it ends: the wish to die with
 # the parent is kept across exec, so a program of another environment can have it too.
-TIED = """
+DIE_WITH_PARENT_PRELUDE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from eaopd_megatron.launch import die_with_parent
@@ -39,9 +39,9 @@ die_with_parent()
 os.execvp(sys.argv[2], sys.argv[2:])
 """
 # What the trainer's ranks have of their own world, which would be taken for the server's.
-RANKS_VARIABLES = (
+_RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ROLE_RANK"),
-    *("SLURM_PROCID", ERROR_FILE),
+    *("SLURM_PROCID", ERROR_FILE_VARIABLE),
 )
 
 
@@ -70,10 +70,10 @@ class ServerProcess(ABC):
         """Its command line, for `port`, without the key. Raises UserError where it cannot be started."""
 
     @abstractmethod
-    def with_key(self, file: Path) -> list[str]:
+    def key_arguments(self, file: Path) -> list[str]:
         """What tells it the file of its key, appended to the command line."""
 
-    def key_text(self, key: str) -> str:
+    def key_file_contents(self, key: str) -> str:
         """What is in that file."""
         return f"{key}\n"
 
@@ -99,20 +99,20 @@ class ServerProcess(ABC):
         if self.api_key is not None:
             descriptor, name = tempfile.mkstemp(prefix="eaopd-key-", suffix=self.key_suffix)  # mode 0600
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(self.key_text(self.api_key))
+                stream.write(self.key_file_contents(self.api_key))
             self._key_file = Path(name)
-            command += self.with_key(self._key_file)
+            command += self.key_arguments(self._key_file)
         changes: dict[str, str | None] = {
-            **dict.fromkeys(RANKS_VARIABLES),
+            **dict.fromkeys(_RANK_VARIABLES),
             **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
             **self._without_proxy(),
             **self.environment(),
-            LAUNCHER_PID: str(os.getpid()),
+            LAUNCHER_PID_VARIABLE: str(os.getpid()),
         }
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", TIED, str(ROOT), *command],
+            [sys.executable, "-c", DIE_WITH_PARENT_PRELUDE, str(ROOT), *command],
             env={name: value for name, value in {**inherited, **changes}.items() if value is not None},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -137,11 +137,11 @@ class ServerProcess(ABC):
         with suppress(httpx.TransportError):
             answer = httpx.get(f"{self.url}/ready", headers=headers, timeout=5.0, trust_env=False)
             if answer.status_code == 200:
-                self.forget_key_file()
+                self.remove_key_file()
                 return True
         return False
 
-    def why(self) -> str:
+    def exit_reason(self) -> str:
         """How it ended, with the line of its log that tells most, in one line."""
         code = None if self._process is None else self._process.poll()
         if self._copying is not None and code is not None:
@@ -155,13 +155,13 @@ class ServerProcess(ABC):
     def stop(self) -> None:
         """Ends it; SIGTERM first, then, for what is left of it, SIGKILL."""
         self.on_exit = None
-        self.forget_key_file()
+        self.remove_key_file()
         self._free_place()
         if self._process is None:
             return
         self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
+            self._process.wait(_STOP_SECONDS)
         _kill_group(self._process.pid)
         self._process.wait()
 
@@ -182,7 +182,7 @@ class ServerProcess(ABC):
         with self.log.open("a", encoding="utf-8") as log, process.stdout:
             for raw in process.stdout:
                 line = raw.decode("utf-8", errors="replace")
-                line = line.replace(key, HIDDEN) if key else line
+                line = line.replace(key, _REDACTED) if key else line
                 log.write(line)
                 log.flush()
                 self._last.append(line)
@@ -190,17 +190,17 @@ class ServerProcess(ABC):
     def _await_exit(self, process: subprocess.Popen[bytes]) -> None:
         process.wait()
         _kill_group(process.pid)  # its workers, should one have outlived it
-        self.forget_key_file()
+        self.remove_key_file()
         if self.on_exit is not None and process is self._process:
-            self.on_exit(self.why())
+            self.on_exit(self.exit_reason())
 
-    def forget_key_file(self) -> None:
+    def remove_key_file(self) -> None:
         """The server has read its API key."""
         if self._key_file is not None:
             self._key_file.unlink(missing_ok=True)
 
 
-def wait_ready(
+def wait_until_serving(
     servers: Sequence[ServerProcess],
     *,
     limit: float = 900.0,
@@ -220,8 +220,8 @@ def wait_ready(
         for i in list(waiting):
             server = servers[i]
             if not server.alive():
-                why = server.why()
-                if not server.port_was_taken() or waiting[i] == START_ATTEMPTS:
+                why = server.exit_reason()
+                if not server.port_was_taken() or waiting[i] == _BIND_ATTEMPTS:
                     raise UserError(f"{kind} {i} did not start; it {why}")
                 waiting[i] += 1
                 server.port = 0
@@ -229,7 +229,7 @@ def wait_ready(
             elif server.ready():
                 del waiting[i]
             elif now - started > limit:
-                raise UserError(f"{kind} {i} does not serve after {limit:g} s; it {server.why()}")
+                raise UserError(f"{kind} {i} does not serve after {limit:g} s; it {server.exit_reason()}")
         if waiting and now - reported > interval:
             reported = now
             first = min(waiting)
@@ -239,7 +239,7 @@ def wait_ready(
     report(f"{len(servers)} {kind}{plural} ready after {time.monotonic() - started:.0f} s")
 
 
-def stop_all(servers: Sequence[ServerProcess]) -> None:
+def stop_servers(servers: Sequence[ServerProcess]) -> None:
     """Ends them, all at the same time."""
     threads = [threading.Thread(target=server.stop) for server in servers]
     for thread in threads:

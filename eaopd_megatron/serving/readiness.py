@@ -15,18 +15,18 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.client import Busy, ServerGone
 
 T = TypeVar("T")
-POLL_SECONDS = 0.2
+FUTURE_POLL_SECONDS = 0.2
 """How long a rank waits for what runs in the background before it looks at what else there is."""
 
 
-class Loop:
+class EventLoopThread:
     """An event loop in a thread of its own, from entering to leaving it."""
 
     def __init__(self, name: str = "rollout") -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
 
-    def __enter__(self) -> Loop:
+    def __enter__(self) -> EventLoopThread:
         self._thread.start()
         return self
 
@@ -39,37 +39,37 @@ class Loop:
     def running(self) -> bool:
         return self._thread.is_alive()
 
-    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """A coroutine begins to run."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine."""
-        return self.begin(work).result()
+        return self.submit(work).result()
 
-    def call(self, function: Callable[..., object], *arguments: Any) -> None:
+    def call_soon(self, function: Callable[..., object], *arguments: Any) -> None:
         """Soon, without waiting for it; from any thread."""
         self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def until_done(future: Future[T]) -> Generator[None, None, T]:
+def poll_until_done(future: Future[T]) -> Generator[None, None, T]:
     """Yields every POLL_SECONDS while it is not done; its result is the generator's."""
-    while not wait([future], POLL_SECONDS).done:
+    while not wait([future], FUTURE_POLL_SECONDS).done:
         yield None
     return future.result()
 
 
-REPORT_SECONDS = 15
+_REPORT_SECONDS = 15
 
 
-class Named(Protocol):
+class _HasUrl(Protocol):
     """A server's client, as far as messages need it."""
 
     @property
     def url(self) -> str: ...
 
 
-N = TypeVar("N", bound=Named)
+N = TypeVar("N", bound=_HasUrl)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Arrival:
         """What `ask` finds, once the server answers. Raises ServerGone or Busy where it does not, and UserError."""
 
         def still(state: RetryCallState) -> None:
-            if state.attempt_number % REPORT_SECONDS == 1 and state.outcome is not None:
+            if state.attempt_number % _REPORT_SECONDS == 1 and state.outcome is not None:
                 self.report(f"waiting for {self.kind} {client.url}: {state.outcome.exception()}")
 
         retrying = AsyncRetrying(

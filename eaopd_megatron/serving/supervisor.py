@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from eaopd_megatron.serving.process import ServerProcess, stop_all, wait_ready
+from eaopd_megatron.serving.process import ServerProcess, stop_servers, wait_until_serving
 from eaopd_megatron.utils.log import log_rank0
 
 DEATHS = 3
 """A server that dies so often in a row, without having served, is not started again."""
-POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 
 
 class Supervisor:
@@ -22,42 +22,42 @@ class Supervisor:
         self, servers: Sequence[ServerProcess], *, minutes: float, report: Callable[[str], None] = log_rank0
     ) -> None:
         """minutes: for all to serve, at first."""
-        self.there: Future[None] = Future()
+        self.ready: Future[None] = Future()
         """Done once all have served; a UserError where one did not come to."""
         self._servers, self._minutes, self._report = servers, minutes, report
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """They are started in the background."""
         self._thread.start()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Ends them all. A second call does nothing."""
         self._ending.set()
         while self._thread.is_alive():
-            if not self.there.done():  # it waits for them, and may be about to start one
-                stop_all(self._servers)
-            self._thread.join(POLL_SECONDS)
+            if not self.ready.done():  # it waits for them, and may be about to start one
+                stop_servers(self._servers)
+            self._thread.join(_POLL_SECONDS)
 
     def _run(self) -> None:
         try:
             self._supervise()
         finally:
-            stop_all(self._servers)  # before this thread ends, and they with it
+            stop_servers(self._servers)  # before this thread ends, and they with it
 
     def _supervise(self) -> None:
         try:
             for server in self._servers:
                 server.start()
-            wait_ready(self._servers, limit=60 * self._minutes, report=self._report)
+            wait_until_serving(self._servers, limit=60 * self._minutes, report=self._report)
         except Exception as error:
-            self.there.set_exception(error)
+            self.ready.set_exception(error)
             return
-        self.there.set_result(None)
+        self.ready.set_result(None)
         deaths: Counter[ServerProcess] = Counter()
         starting: set[ServerProcess] = set()
-        while not self._ending.wait(POLL_SECONDS):
+        while not self._ending.wait(_POLL_SECONDS):
             for server in self._servers:
                 if server.alive():
                     if server in starting and server.ready():
@@ -71,8 +71,8 @@ class Supervisor:
     def _restart(self, server: ServerProcess, deaths: int) -> None:
         if deaths == DEATHS:
             self._report(
-                f"{server.kind} {server.url} died {DEATHS} times in a row and is not started again: it {server.why()}"
+                f"{server.kind} {server.url} died {DEATHS} times in a row and is not started again: it {server.exit_reason()}"
             )
         elif not self._ending.is_set():
-            self._report(f"{server.kind} {server.url} is started again: it {server.why()}")
+            self._report(f"{server.kind} {server.url} is started again: it {server.exit_reason()}")
             server.start()

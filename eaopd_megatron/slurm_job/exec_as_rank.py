@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.ports import hold_port, node_address
+from eaopd_megatron.serving.ports import claim_port, node_address
 from eaopd_megatron.utils.files import atomic_write
 
 LISTEN = "{listen}"
@@ -54,13 +54,13 @@ class Step:
         if self.gpus is not None and "CUDA_VISIBLE_DEVICES" in environment:
             ours["CUDA_VISIBLE_DEVICES"] = self._share(environment["CUDA_VISIBLE_DEVICES"].split(","))
         if main and any(LISTEN in part for part in command):
-            held = hold_port(address, first=self._port_of_last_life(address), seed=seed)
-            held.keep()
+            held = claim_port(address, first=self._port_of_last_life(address), seed=seed)
+            held.keep_across_exec()
             atomic_write(self.url_file, f"http://{address}:{held.port}\n")
             command = [part.replace(LISTEN, f"{address}:{held.port}") for part in command]
         if main:
-            held = hold_port(address, seed=seed + 1)
-            held.keep()
+            held = claim_port(address, seed=seed + 1)
+            held.keep_across_exec()
             meeting = (address, str(held.port))
             atomic_write(self.meeting_file, " ".join((_life(environment), *meeting)) + "\n")
         else:

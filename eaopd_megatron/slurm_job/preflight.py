@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.diagnostics import machine as doctor
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.ports import INTERFACE, hold_port, node_address
+from eaopd_megatron.serving.ports import INTERFACE_VARIABLE, claim_port, node_address
 from eaopd_megatron.utils.environment import git_commit
 from eaopd_megatron.utils.log import log_rank0
 
@@ -63,10 +63,10 @@ def look(token: Path, holds: str, models: Sequence[str], stage: str | None) -> N
     address = "?"
     try:
         address = node_address()
-        hold_port(address)
+        claim_port(address)
         alone = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
-        if address.startswith("127.") and not alone and not os.environ.get(INTERFACE):
-            problems.append(f"its name has the address {address}, which no other node reaches: set {INTERFACE}")
+        if address.startswith("127.") and not alone and not os.environ.get(INTERFACE_VARIABLE):
+            problems.append(f"its name has the address {address}, which no other node reaches: set {INTERFACE_VARIABLE}")
     except UserError as error:
         problems.append(str(error))
     gpus = _gpus(facts, problems)

@@ -20,8 +20,8 @@ import httpx
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.server import Server
-from eaopd_megatron.rollout.sglang.server_manager import server_settings
+from eaopd_megatron.rollout.sglang.server import SGLangServer
+from eaopd_megatron.rollout.sglang.server_manager import rollout_server_settings
 from eaopd_megatron.serving.client import read_api_key
 from eaopd_megatron.utils.log import log_rank0
 
@@ -65,10 +65,10 @@ def serve(recipe: Recipe, listen: str, key_file: Path, log: Path) -> None:
     longest = recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
     if recipe.evaluation.benchmarks:  # whose problems are as long as they are
         longest = positions
-    settings = server_settings(recipe, student, longest, read_api_key(key_file))
+    settings = rollout_server_settings(recipe, student, longest, read_api_key(key_file))
     # the prompts may be shorter than the recipe lets them be, and SGLang refuses more than the model has positions for
     context = min(settings.context_length, positions)
-    server = Server(replace(settings, context_length=context, host=host), log)
+    server = SGLangServer(replace(settings, context_length=context, host=host), log)
     server.port = int(port)
     asked, ended = threading.Event(), threading.Event()
 
@@ -83,7 +83,7 @@ def serve(recipe: Recipe, listen: str, key_file: Path, log: Path) -> None:
     log_rank0(f"a rollout server starts at {server.url}")
     ended.wait()
     if not asked.is_set():
-        raise UserError(f"the rollout server at {server.url} {server.why()}")
+        raise UserError(f"the rollout server at {server.url} {server.exit_reason()}")
     server.stop()
 
 

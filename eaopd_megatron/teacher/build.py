@@ -19,7 +19,7 @@ from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import Teacher
 from eaopd_megatron.teacher.remote import RemoteTeacher, load_head
-from eaopd_megatron.teacher.replicas import Replicas
+from eaopd_megatron.teacher.replicas import TeacherReplicas
 from eaopd_megatron.teacher.router import Teachers
 from eaopd_megatron.teacher.separate import SeparateSource
 from eaopd_megatron.teacher.served import ServedSource
@@ -194,11 +194,11 @@ def _top_k(around: Surroundings) -> int:
     return min(around.recipe.objective.build().top_k, around.vocab_size)
 
 
-def _replicas(around: Surroundings, name: str, options: Options, first_gpu: int) -> Replicas | None:
+def _replicas(around: Surroundings, name: str, options: Options, first_gpu: int) -> TeacherReplicas | None:
     """On the main rank, where the trainer starts them."""
     if not (options.started and around.parallel.is_main):
         return None
-    return Replicas(around.recipe, name, around.logs, first_gpu=first_gpu, report=around.report)
+    return TeacherReplicas(around.recipe, name, around.logs, first_gpu=first_gpu, report=around.report)
 
 
 def _colocated_model(

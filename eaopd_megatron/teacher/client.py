@@ -19,15 +19,15 @@ import torch
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.client import Busy, Patience
-from eaopd_megatron.serving.connection import KEEP_ALIVE, Address, ServerGone
+from eaopd_megatron.serving.client import Busy, Timeouts
+from eaopd_megatron.serving.connection import _KEEP_ALIVE_SECONDS, Address, ServerGone
 from eaopd_megatron.teacher.wire import Info
 
-CONTROL_THREADS = 2
+_CONTROL_THREADS = 2
 """For the questions whether a server is there, while all other threads wait for its answers."""
-PIECE = 2**23
+_PIECE = 2**23
 """Bytes that are read between two looks at the clock."""
-LONGEST_TEXT = 2**20
+_LONGEST_TEXT = 2**20
 """Bytes of an answer that is no tensor, at the most."""
 
 
@@ -40,16 +40,16 @@ class TeacherClient:
         *,
         api_key: str | None = None,
         connections: int = 8,
-        patience: Patience | None = None,
-        key_name: str = "teacher.api_key_file",
+        timeouts: Timeouts | None = None,
+        key_setting: str = "teacher.api_key_file",
     ) -> None:
         """connections: requests for scores that run at the same time. key_name: the recipe's key of the file with the
         API key, for messages. Raises UserError for a URL that is none."""
         self.url, self.connections = url.rstrip("/"), connections
-        self.patience = patience or Patience()
-        self._key_name, self._address = key_name, Address(self.url, {})
+        self.timeouts = timeouts or Timeouts()
+        self._key_name, self._address = key_setting, Address(self.url, {})
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._threads = ThreadPoolExecutor(connections + CONTROL_THREADS, thread_name_prefix="teacher")
+        self._threads = ThreadPoolExecutor(connections + _CONTROL_THREADS, thread_name_prefix="teacher")
         self._idle: list[_Wire] = []  # the one used last is at the end
 
     async def score(self, body: bytes, size: int) -> torch.Tensor:
@@ -60,18 +60,18 @@ class TeacherClient:
         """
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Busy),
-            stop=stop_after_attempt(self.patience.retries),
-            wait=wait_random_exponential(multiplier=self.patience.backoff, max=10.0),
+            stop=stop_after_attempt(self.timeouts.attempts),
+            wait=wait_random_exponential(multiplier=self.timeouts.backoff, max=10.0),
             reraise=True,
         )
-        answer: torch.Tensor = await retrying(self._ask, "POST", "/score", self.patience.generate, body, size)
+        answer: torch.Tensor = await retrying(self._ask, "POST", "/score", self.timeouts.generate, body, size)
         if len(answer) != size:
             raise UserError(f"{self.url}/score answered {len(answer)} bytes, and not {size}: it is another teacher")
         return answer
 
     async def info(self) -> Info:
         """What this teacher is. Raises as `score`, and UserError for what is no teacher of this version."""
-        said = await self._ask("GET", "/info", self.patience.control)
+        said = await self._ask("GET", "/info", self.timeouts.control)
         try:
             return Info.from_json(json.loads(said.numpy().tobytes()))
         except ValueError as error:
@@ -82,11 +82,11 @@ class TeacherClient:
     async def ready(self) -> bool:
         """Whether it scores. Raises ServerGone, UserError."""
         with suppress(Busy):
-            await self._ask("GET", "/ready", self.patience.silence)
+            await self._ask("GET", "/ready", self.timeouts.health)
             return True
         return False
 
-    async def there(self) -> bool:
+    async def reachable(self) -> bool:
         """Whether anything answers at all."""
         with suppress(ServerGone):
             await self.ready()
@@ -102,7 +102,7 @@ class TeacherClient:
     async def _ask(
         self, method: str, path: str, seconds: float, body: bytes | None = None, size: int = 0
     ) -> torch.Tensor:
-        wire, most = self._wire(), max(size, LONGEST_TEXT)
+        wire, most = self._wire(), max(size, _LONGEST_TEXT)
 
         def exchange() -> tuple[int, torch.Tensor]:
             return wire.exchange(method, path, body, self._headers, most, seconds)
@@ -124,7 +124,7 @@ class TeacherClient:
             if (wire := self._idle.pop()).usable:
                 return wire
             wire.close()
-        return _Wire(self._address, self.patience.connect)
+        return _Wire(self._address, self.timeouts.connect)
 
     def _refuse(self, path: str, status: int, answer: torch.Tensor) -> None:
         text = answer.numpy().tobytes().decode("utf-8", errors="replace")
@@ -154,7 +154,7 @@ class _Wire:
     @property
     def usable(self) -> bool:
         """Whether another request can be sent on it: it is open, and nobody is about to close it."""
-        return not self._closed and time.monotonic() - self._used < KEEP_ALIVE
+        return not self._closed and time.monotonic() - self._used < _KEEP_ALIVE_SECONDS
 
     def exchange(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str], most: int, seconds: float
@@ -227,7 +227,7 @@ def _read(answer: http.client.HTTPResponse, most: int, deadline: _Deadline) -> t
     left = tensor.numpy().data
     while left:
         deadline.renew()
-        if not (count := answer.readinto(left[:PIECE])):
+        if not (count := answer.readinto(left[:_PIECE])):
             raise http.client.IncompleteRead(b"")
         left = left[count:]
     return tensor

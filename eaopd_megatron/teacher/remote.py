@@ -29,8 +29,8 @@ from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.model import DTYPES
 from eaopd_megatron.objective import TeacherHidden
 from eaopd_megatron.serving.client import read_api_key
-from eaopd_megatron.serving.pool import C, Call, L, Pool
-from eaopd_megatron.serving.readiness import POLL_SECONDS, Arrival, Loop, until_done
+from eaopd_megatron.serving.pool import C, PoolCall, L, ServerPool
+from eaopd_megatron.serving.readiness import FUTURE_POLL_SECONDS, Arrival, EventLoopThread, poll_until_done
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import TeacherSignal, require_count
 from eaopd_megatron.teacher.payload import Rows, TopKRows, keep, kept
@@ -74,7 +74,7 @@ class Source(Protocol[C, L]):
 
     def calls(
         self, samples: Sequence[Sample], number: str
-    ) -> Sequence[tuple[Call[C, L, torch.Tensor], Sequence[Sample]]]:
+    ) -> Sequence[tuple[PoolCall[C, L, torch.Tensor], Sequence[Sample]]]:
         """The samples, each with at least one response token, as calls. number: begins the ids of them all; unique over
         the run.
 
@@ -96,12 +96,12 @@ class Replicas(Protocol):
     def start(self, longest: int) -> None:
         """Begins to start them."""
 
-    def urls(self) -> Generator[None, None, list[str]]:
+    def wait_urls(self) -> Generator[None, None, list[str]]:
         """Yields while they are not there, at least a few times a second; its result are their URLs. Raises
         UserError."""
 
     @property
-    def key(self) -> str | None:
+    def api_key(self) -> str | None:
         """What they want in the Authorization header."""
 
     def close(self) -> None:
@@ -130,8 +130,8 @@ class RemoteTeacher(Generic[C, L]):
         self.parallel, self.rows, self.head, self.terminal = parallel, rows, head, terminal
         self._source, self._replicas, self._options = source, replicas, options
         self._asked, self._report = asked, report if parallel.is_main else _in_silence
-        self._loop = Loop("teacher")
-        self._pool: Pool[C, L] | None = None
+        self._loop = EventLoopThread("teacher")
+        self._pool: ServerPool[C, L] | None = None
         self._longest = 0
         self._run = f"{secrets.token_hex(6)}-{parallel.rank}"
         self._asks = itertools.count()
@@ -240,7 +240,7 @@ class RemoteTeacher(Generic[C, L]):
             task.add_done_callback(self._tasks.discard)
             await work
 
-        return self._loop.begin(known())
+        return self._loop.submit(known())
 
     # On the main rank, before there is a pool
 
@@ -250,11 +250,11 @@ class RemoteTeacher(Generic[C, L]):
         if self._replicas is None:
             urls, key = options.urls, None if options.api_key_file is None else read_api_key(Path(options.api_key_file))
         else:
-            urls = yield from self._replicas.urls()
-            key = self._replicas.key
+            urls = yield from self._replicas.wait_urls()
+            key = self._replicas.api_key
         clients = [self._source.client(url, key) for url in urls]
         admit = partial(self._source.admit, longest=self._longest)
-        yield from until_done(self._begin(self._until_there(clients, admit)))
+        yield from poll_until_done(self._begin(self._until_there(clients, admit)))
         yield urls, key
 
     # In the event loop
@@ -269,10 +269,10 @@ class RemoteTeacher(Generic[C, L]):
     async def _open(self, clients: Sequence[C]) -> None:
         admit = partial(self._source.admit, longest=self._longest)
         all_down = 60 * self._options.all_down_minutes
-        self._pool = Pool(clients, admit, kind=KIND, all_down=all_down, report=self._report)
+        self._pool = ServerPool(clients, admit, kind=KIND, unavailable_timeout=all_down, report=self._report)
         await self._pool.open()
 
-    async def _pull(self, pool: Pool[C, L], call: Call[C, L, torch.Tensor], samples: Sequence[Sample]) -> None:
+    async def _pull(self, pool: ServerPool[C, L], call: PoolCall[C, L, torch.Tensor], samples: Sequence[Sample]) -> None:
         async for rows in pool.run([call]):
             parts = rows.split([len(sample.response_ids) for sample in samples])
             for sample, part in zip(samples, parts, strict=True):
@@ -290,7 +290,7 @@ class RemoteTeacher(Generic[C, L]):
 
 def _done(work: Sequence[Future[None]]) -> bool:
     """Whether all of it is, after POLL_SECONDS at the most. Raises what one of them raised."""
-    finished, running = wait(work, POLL_SECONDS, FIRST_EXCEPTION)
+    finished, running = wait(work, FUTURE_POLL_SECONDS, FIRST_EXCEPTION)
     for one in finished:
         one.result()
     return not running

@@ -14,19 +14,19 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe, dump
 from eaopd_megatron.config.schema import Teacher as Options
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.server import Server, ServerSettings
+from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS
 from eaopd_megatron.serving.client import read_api_key
 from eaopd_megatron.serving.process import ServerProcess
-from eaopd_megatron.serving.readiness import until_done
+from eaopd_megatron.serving.readiness import poll_until_done
 from eaopd_megatron.serving.supervisor import Supervisor
 from eaopd_megatron.teacher.service.choice import key_of
 from eaopd_megatron.utils.files import atomic_write
 
-KIND = "teacher replica"
+_KIND = "teacher replica"
 
 
-class Replicas:
+class TeacherReplicas:
     """On the main rank. Where CUDA is there, each replica has GPUs of its own; that has not been run."""
 
     def __init__(self, recipe: Recipe, name: str, logs: Path, *, first_gpu: int, report: Callable[[str], None]) -> None:
@@ -40,7 +40,7 @@ class Replicas:
         self._key: str | None = None
 
     @property
-    def key(self) -> str | None:
+    def api_key(self) -> str | None:
         """What they want in the Authorization header."""
         return self._key
 
@@ -53,18 +53,18 @@ class Replicas:
         make = self._sglang if options.placement == "served" else self._separate
         self._servers = [make(number, gpus, longest) for number, gpus in enumerate(places)]
         self._supervisor = Supervisor(self._servers, minutes=options.start_minutes, report=self._report)
-        self._supervisor.begin()
+        self._supervisor.start()
 
-    def urls(self) -> Generator[None, None, list[str]]:
+    def wait_urls(self) -> Generator[None, None, list[str]]:
         """Yields while they are not there; its result are their URLs. Raises UserError."""
         assert self._supervisor is not None, "start comes first"
-        yield from until_done(self._supervisor.there)
+        yield from poll_until_done(self._supervisor.ready)
         return [server.url for server in self._servers]
 
     def close(self) -> None:
         """Ends them. A second call does nothing."""
         if self._supervisor is not None:
-            self._supervisor.end()
+            self._supervisor.stop()
 
     def _gpus(self) -> list[range]:
         """Of each replica, among the visible ones. Raises UserError where there are too few."""
@@ -90,24 +90,24 @@ class Replicas:
 
     def _sglang(self, number: int, gpus: range, longest: int) -> ServerProcess:
         options = self._options
-        settings = ServerSettings(
+        settings = SGLangSettings(
             HfFolder.open(options.model, f"{key_of(self._name)}.model").path,
             longest + RESERVED_TOKENS + SLACK_TOKENS,
             tensor_parallel=len(gpus),
             precision=options.precision,
-            memory_fraction=options.memory_fraction,
-            max_running=options.max_running,
+            mem_fraction_static=options.memory_fraction,
+            max_concurrent_requests=options.max_running,
             api_key=self._key,
         )
-        server = Server(settings, self._log(number), first_gpu=gpus.start)
-        server.kind = KIND
+        server = SGLangServer(settings, self._log(number), first_gpu=gpus.start)
+        server.kind = _KIND
         return server
 
 
 class SeparateReplica(ServerProcess):
     """One `eaopd teach`, the launcher of its ranks."""
 
-    kind = KIND
+    kind = _KIND
 
     def __init__(self, recipe: Path, name: str, log: Path, *, gpus: Sequence[int], api_key: str | None) -> None:
         super().__init__(log, api_key=api_key)
@@ -118,7 +118,7 @@ class SeparateReplica(ServerProcess):
         named = ["--teacher", self._name] if self._name else []
         return [*command, *named, f"{key_of(self._name)}.listen=127.0.0.1:{self.port}"]
 
-    def with_key(self, file: Path) -> list[str]:
+    def key_arguments(self, file: Path) -> list[str]:
         return [f"{key_of(self._name)}.api_key_file={file}"]
 
     def environment(self) -> Mapping[str, str | None]:

@@ -22,7 +22,7 @@ class TokenLimit:
 
     max_tokens: int
 
-    def both(self, other: TokenLimit) -> TokenLimit:
+    def intersect(self, other: TokenLimit) -> TokenLimit:
         return min(self, other, key=lambda limit: limit.max_tokens)
 
 
@@ -37,7 +37,7 @@ class Scoring:
     def id(self) -> str:
         return self.request.id
 
-    def check(self, limits: TokenLimit) -> None:
+    def validate(self, limits: TokenLimit) -> None:
         """Raises UserError."""
         if (tokens := len(self.request.token_ids)) > limits.max_tokens:
             raise UserError(f"a request of {tokens} tokens is longer than the teacher's {limits.max_tokens}")
@@ -77,7 +77,7 @@ class SeparateSource:
 
     def client(self, url: str, key: str | None) -> TeacherClient:
         """As `Source.client`."""
-        return TeacherClient(url, api_key=key, connections=self._connections, key_name=f"{self._label}.api_key_file")
+        return TeacherClient(url, api_key=key, connections=self._connections, key_setting=f"{self._label}.api_key_file")
 
     async def admit(self, client: TeacherClient, longest: int) -> TokenLimit:
         """As `Source.admit`."""

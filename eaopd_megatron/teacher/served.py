@@ -19,9 +19,9 @@ from eaopd_megatron.data.types import Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.objective import TeacherTopK
 from eaopd_megatron.objective.top_k import first_k
-from eaopd_megatron.rollout.sglang.identity import Expected, identify
-from eaopd_megatron.rollout.sglang.wire import Limits, meta_of, reading
-from eaopd_megatron.serving.client import Client
+from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
+from eaopd_megatron.rollout.sglang.wire import LengthLimits, checked_meta_info, checking_answer
+from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import TopKRows
 
@@ -52,15 +52,15 @@ class ServedSource:
         """As `remote.Source.calls`: one a sample."""
         return [(Scoring(f"{number}-{i}", sample, self), [sample]) for i, sample in enumerate(samples)]
 
-    def client(self, url: str, key: str | None) -> Client:
+    def client(self, url: str, key: str | None) -> SGLangClient:
         """As `remote.Source.client`."""
-        return Client(url, api_key=key, connections=self.max_running, key_setting=f"{self._label}.api_key_file")
+        return SGLangClient(url, api_key=key, connections=self.max_running, key_setting=f"{self._label}.api_key_file")
 
-    async def admit(self, client: Client, longest: int) -> Limits:
+    async def admit(self, client: SGLangClient, longest: int) -> LengthLimits:
         """As `remote.Source.admit`."""
         family, size, config = self.folder.family, self.folder.vocab_size, self.folder.config.to_dict()
-        expected = Expected(family.architecture, size, longest, config=config, role="teacher", prefill=True)
-        return await identify(client, expected)
+        expected = ExpectedModel(family.architecture, size, longest, config=config, role="teacher", scores_only=True)
+        return await verify_server(client, expected)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +87,13 @@ class Scoring:
             **({"token_ids_logprob": lacking} if lacking else {}),
         }
 
-    def check(self, limits: Limits) -> None:
+    def validate(self, limits: LengthLimits) -> None:
         """Raises UserError."""
         if not self.sample.prompt.token_ids:
             raise UserError(f"request {self.id}: prompt {self.sample.prompt.id} has no tokens")
-        limits.check(self.body())
+        limits.validate(self.body())
 
-    async def attempt(self, client: Client, number: int) -> torch.Tensor:
+    async def attempt(self, client: SGLangClient, number: int) -> torch.Tensor:
         """Raises UserError for an answer that is not one to this request, or that no healthy model gives."""
         body = self.body(number)
         return self.source.rows.encode(self._said(body, await client.generate(body), client.url))
@@ -101,8 +101,8 @@ class Scoring:
     def _said(self, body: Mapping[str, Any], answer: Mapping[str, Any], server: str) -> TeacherTopK:
         rid, tokens = body["rid"], torch.tensor(self.sample.response_ids)
         shape = (len(tokens), self.source.asked)
-        with reading(rid, server):
-            meta = meta_of(rid, answer, server)
+        with checking_answer(rid, server):
+            meta = checked_meta_info(rid, answer, server)
             logprobs, named, _ = zip(*meta["input_token_logprobs"], strict=True)
             # the first entry is of the prompt's last token, of which nothing is asked
             if list(named) != self._named() or meta["input_top_logprobs_null_prefix"] != 1:

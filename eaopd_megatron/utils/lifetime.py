@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 
-ERROR_FILE = "EAOPD_ERROR_FILE"
+ERROR_FILE_VARIABLE = "EAOPD_ERROR_FILE"
 
 
-LAUNCHER_PID = "EAOPD_LAUNCHER_PID"
+LAUNCHER_PID_VARIABLE = "EAOPD_LAUNCHER_PID"
 
 
 def die_with_parent() -> None:
@@ -18,7 +18,7 @@ def die_with_parent() -> None:
 
     Does nothing elsewhere than on Linux, and in a process that `launch` did not start.
     """
-    launcher = os.environ.get(LAUNCHER_PID)
+    launcher = os.environ.get(LAUNCHER_PID_VARIABLE)
     if launcher is None or not sys.platform.startswith("linux"):
         return
     pr_set_pdeathsig = 1

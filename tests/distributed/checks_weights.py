@@ -23,7 +23,7 @@ from eaopd_megatron.rollout.weight_sync import distributed
 from eaopd_megatron.rollout.weight_sync import sync as module
 from eaopd_megatron.rollout.weight_sync.sync import WeightSync
 from eaopd_megatron.rollout.weight_sync.transport import Run
-from eaopd_megatron.serving.client import Client, Patience
+from eaopd_megatron.serving.client import SGLangClient, Timeouts
 from tests.distributed.arranged import arranged
 from tests.sglang.processes import DoubleProcess, in_a_loop
 
@@ -40,7 +40,7 @@ class Trainer:
     model: ModelChunks
     sync: WeightSync
     run: Run | None
-    clients: list[Client]
+    clients: list[SGLangClient]
     scale: float = 1.0
 
     def train(self, factor: float) -> None:
@@ -50,16 +50,16 @@ class Trainer:
             for parameter in self.model.parameters():
                 parameter.mul_(factor)
 
-    def call(self, client: Client, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def call(self, client: SGLangClient, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         assert self.run is not None
-        return self.run(client.call(method, path, body))
+        return self.run(client.request(method, path, body))
 
     def fault(self, number: int, **faults: Any) -> None:
         """Of a server, set from the main rank."""
         if self.parallel.is_main:
             self.call(self.clients[number], "POST", "/faults", faults)
 
-    def check(self, version: int, clients: Sequence[Client] | None = None) -> None:
+    def check(self, version: int, clients: Sequence[SGLangClient] | None = None) -> None:
         """Servers have the model's tensors bit for bit, no others, and say so."""
         with tempfile.NamedTemporaryFile() as file:
             for client in self.clients if clients is None else clients:
@@ -83,8 +83,8 @@ def trainer(
         model = build_model(source.config, parallel.layout, source.dtype)
         load_hf(model, source, parallel)
         run = stack.enter_context(in_a_loop()) if parallel.is_main else None
-        patience = Patience(silence=2.0, control=2.0 if key is None else 60.0)
-        clients = [Client(url, api_key=key, patience=patience) for url in urls] if parallel.is_main else []
+        patience = Timeouts(health=2.0, control=2.0 if key is None else 60.0)
+        clients = [SGLangClient(url, api_key=key, timeouts=patience) for url in urls] if parallel.is_main else []
         settings = tree.WeightSync(**{"timeout_seconds": 20.0, **options})
         stack.enter_context(mock.patch.object(module, "capacity", return_value=BUCKET))
         sync = WeightSync(model, source, parallel, settings, Path(scratch), run, report=lambda line: None)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
-from eaopd_megatron.teacher.replicas import Replicas
+from eaopd_megatron.teacher.replicas import TeacherReplicas
 from eaopd_megatron.teacher.wire import Info
 from tests.ranks import Ranks
 from tests.teacher.scoring_double import INFO, ScoringDouble, running
@@ -97,7 +97,7 @@ def test_a_teachers_own_layout_changes_an_update(ranks: Ranks, pair: dict[str, s
             layout = (f"teacher.tensor_parallel={tensor}", f"teacher.pipeline_parallel={pipeline}")
             recipe = load_recipe(RECIPE, [*changes, *layout, f"teacher.api_key_file={key}"])
             logs = tmp_path / f"{tensor}x{pipeline}"
-            replicas = Replicas(recipe, "", logs, first_gpu=0, report=lambda _: None)
+            replicas = TeacherReplicas(recipe, "", logs, first_gpu=0, report=lambda _: None)
             ending.callback(replicas.close)
             replicas.start(64)
             services[f"{tensor} x {pipeline}"] = replicas
@@ -108,8 +108,8 @@ def test_a_teachers_own_layout_changes_an_update(ranks: Ranks, pair: dict[str, s
         ranks.run(CHECKS, check, **pair, info=info.to_json(), **options)
 
 
-def there(replicas: Replicas) -> list[str]:
-    arriving = replicas.urls()
+def there(replicas: TeacherReplicas) -> list[str]:
+    arriving = replicas.wait_urls()
     while True:
         try:
             next(arriving)

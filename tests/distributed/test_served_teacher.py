@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eaopd_megatron.serving.readiness import Loop
+from eaopd_megatron.serving.readiness import EventLoopThread
 from tests.ranks import Ranks
 from tests.sglang.student_double import StudentDouble
 
@@ -18,7 +18,7 @@ PAIR = Path(__file__).resolve().parents[2] / "recipes/countdown"
 @pytest.fixture
 def server() -> Iterator[str]:
     """URL of a double that holds the Countdown teacher."""
-    with Loop("double") as loop:
+    with EventLoopThread("double") as loop:
         double = StudentDouble(PAIR / "teacher")
         loop.run(double.start())
         yield double.url

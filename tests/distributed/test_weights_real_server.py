@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.server import Servers, ServerSettings, server_command
+from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings, sglang_command
 from tests import tiny_models
 from tests.ranks import Ranks
 
@@ -28,13 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
-        server_command(cuda=torch.cuda.is_available())
+        sglang_command(cuda=torch.cuda.is_available())
     except UserError as missing:
         pytest.skip(str(missing))
-    settings = ServerSettings(
-        folder, 32, tensor_parallel=2, precision="fp32", memory_fraction=0.1, max_running=4, api_key=KEY
+    settings = SGLangSettings(
+        folder, 32, tensor_parallel=2, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=4, api_key=KEY
     )
-    with Servers(settings, 1, tmp_path_factory.mktemp("logs")) as servers:
+    with SGLangServers(settings, 1, tmp_path_factory.mktemp("logs")) as servers:
         yield servers.all[0].url
 
 

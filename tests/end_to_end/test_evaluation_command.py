@@ -13,7 +13,7 @@ import pytest
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.evaluate import EvaluationRequest, run_evaluation
 from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex, StoredResponse
-from eaopd_megatron.rollout.sglang.server import SGLANG_VENV
+from eaopd_megatron.rollout.sglang.server import SGLANG_VENV_VARIABLE
 from tests.end_to_end.runs import ROOT, Command
 from tests.sglang.student_double import stand_in
 
@@ -99,7 +99,7 @@ def test_of_two_benchmarks_of_one_short_name_one_is_lost(tmp_path: Path) -> None
 @pytest.mark.server
 def test_servers_lose_responses_or_stay_behind(eaopd: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By doubles that hold the student."""
-    monkeypatch.setenv(SGLANG_VENV, str(stand_in(tmp_path / "doubles")))
+    monkeypatch.setenv(SGLANG_VENV_VARIABLE, str(stand_in(tmp_path / "doubles")))
     out = tmp_path / "out"
     said = done(eaopd("evaluate", STUDENT, *SMALL, "--engine", "sglang", "--servers", "2", "--out", str(out)))
     assert "countdown: 48 of 48 responses" in said

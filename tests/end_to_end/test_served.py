@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from eaopd_megatron.rollout.sglang.server import SGLANG_VENV, Servers, ServerSettings
+from eaopd_megatron.rollout.sglang.server import SGLANG_VENV_VARIABLE, SGLangServers, SGLangSettings
 from tests.end_to_end.runs import ROOT, SMALL, Command, records, wait_for
 from tests.sglang.student_double import stand_in
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 def doubles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An environment whose SGLang is the double."""
     environment = stand_in(tmp_path / "doubles")
-    monkeypatch.setenv(SGLANG_VENV, str(environment))
+    monkeypatch.setenv(SGLANG_VENV_VARIABLE, str(environment))
     return environment
 
 
@@ -146,11 +146,11 @@ def test_a_signal_waits_for_responses_that_do_not_come(doubles: Path, eaopd: Sta
 @pytest.fixture
 def elsewhere(doubles: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """URL of a server that nobody of the run has started, and the file of its key."""
-    settings = ServerSettings(STUDENT, 64, precision="fp32", api_key="right")
+    settings = SGLangSettings(STUDENT, 64, precision="fp32", api_key="right")
     key = tmp_path / "key"
     key.write_text("right\n")
     key.chmod(0o600)
-    with Servers(settings, 1, tmp_path / "logs") as servers:
+    with SGLangServers(settings, 1, tmp_path / "logs") as servers:
         yield servers.all[0].url, key
 
 

@@ -7,22 +7,22 @@ from contextlib import contextmanager
 from functools import partial
 
 from eaopd_megatron.data.types import Prompt, Sampling
-from eaopd_megatron.rollout.sglang.generation import Writing
-from eaopd_megatron.rollout.sglang.wire import Limits
-from eaopd_megatron.serving.client import Client
-from eaopd_megatron.serving.pool import Pool
-from eaopd_megatron.serving.readiness import Loop
+from eaopd_megatron.rollout.sglang.generation import BackgroundGeneration
+from eaopd_megatron.rollout.sglang.wire import LengthLimits
+from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.serving.pool import ServerPool
+from eaopd_megatron.serving.readiness import EventLoopThread
 
 
 @contextmanager
 def pooled(
-    client: Client, admit: Callable[[Client], Awaitable[Limits]]
-) -> Iterator[Callable[[Sequence[Prompt], Sampling], Writing]]:
+    client: SGLangClient, admit: Callable[[SGLangClient], Awaitable[LengthLimits]]
+) -> Iterator[Callable[[Sequence[Prompt], Sampling], BackgroundGeneration]]:
     """What begins to write responses with a pool of one server."""
-    with Loop() as loop:
-        pool = Pool([client], admit, report=lambda _: None)
+    with EventLoopThread() as loop:
+        pool = ServerPool([client], admit, report=lambda _: None)
         loop.run(pool.open())
         try:
-            yield partial(Writing, loop, pool)
+            yield partial(BackgroundGeneration, loop, pool)
         finally:
             loop.run(pool.close())

@@ -15,7 +15,7 @@ import pytest
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving import connection
-from eaopd_megatron.serving.client import Client, Patience
+from eaopd_megatron.serving.client import SGLangClient, Timeouts
 from eaopd_megatron.serving.connection import Address, ServerGone
 
 pytestmark = pytest.mark.timeout(60)
@@ -31,12 +31,12 @@ class Script:
         self.resets = resets
 
     async def serve(
-        self, work: Callable[[Client], Awaitable[None]], tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+        self, work: Callable[[SGLangClient], Awaitable[None]], tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
     ) -> None:
         server = await asyncio.start_server(self._connection, "127.0.0.1", ssl=tls)
         port = server.sockets[0].getsockname()[1]
         scheme = "http" if tls is None else "https"
-        client = Client(f"{scheme}://{host}:{port}", patience=Patience(silence=5, control=5))
+        client = SGLangClient(f"{scheme}://{host}:{port}", timeouts=Timeouts(health=5, control=5))
         try:
             await work(client)
         finally:
@@ -60,7 +60,7 @@ class Script:
         writer.close()
 
 
-def served(script: Script, work: Callable[[Client], Awaitable[None]]) -> None:
+def served(script: Script, work: Callable[[SGLangClient], Awaitable[None]]) -> None:
     asyncio.run(script.serve(work))
 
 
@@ -73,7 +73,7 @@ WHOLE = f'{JSON}Content-Length: 7\r\n\r\n{{"a":1}}'
     ids=["length", "chunks"],
 )
 def test_the_end_of_an_answer_is_missed(answer: str) -> None:
-    async def work(client: Client) -> None:
+    async def work(client: SGLangClient) -> None:
         for _ in range(3):
             assert await client.model_info() == {"a": 1}
 
@@ -93,7 +93,7 @@ def test_the_end_of_an_answer_is_missed(answer: str) -> None:
     ids=["unannounced", "reset", "announced", "end"],
 )
 def test_a_connection_that_the_server_closed_is_used_again(answer: str, resets: bool) -> None:
-    async def work(client: Client) -> None:
+    async def work(client: SGLangClient) -> None:
         for _ in range(3):
             assert await client.model_info() == {"a": 1}
             while client._idle and client._idle[-1].usable:  # until its end arrives
@@ -105,7 +105,7 @@ def test_a_connection_that_the_server_closed_is_used_again(answer: str, resets: 
 
 
 def test_a_connection_that_the_server_is_about_to_close_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def work(client: Client) -> None:
+    async def work(client: SGLangClient) -> None:
         await client.model_info()
         monkeypatch.setattr(connection, "KEEP_ALIVE", 0.0)
         await client.model_info()
@@ -116,7 +116,7 @@ def test_a_connection_that_the_server_is_about_to_close_is_used_again(monkeypatc
 
 
 def test_the_answer_to_a_request_that_was_given_up_answers_the_next_one() -> None:
-    async def work(client: Client) -> None:
+    async def work(client: SGLangClient) -> None:
         given_up = asyncio.create_task(client.model_info())
         while not script.connections:
             await asyncio.sleep(0)
@@ -138,7 +138,7 @@ def test_the_answer_to_a_request_that_was_given_up_answers_the_next_one() -> Non
     ],
 )
 def test_half_an_answer_is_taken_for_a_whole_one(answer: str, message: str) -> None:
-    async def work(client: Client) -> None:
+    async def work(client: SGLangClient) -> None:
         with pytest.raises(ServerGone, match=message):
             await client.model_info()
 
@@ -148,7 +148,7 @@ def test_half_an_answer_is_taken_for_a_whole_one(answer: str, message: str) -> N
 @pytest.mark.parametrize("url", ["localhost:30000", "http://", "http://host:port", "ftp://host"])
 def test_what_is_no_url_counts_as_a_dead_server(url: str) -> None:
     with pytest.raises(UserError, match=f"{url.rstrip('/')} is no URL of a server"):
-        Client(url)
+        SGLangClient(url)
 
 
 def test_a_certificate_is_not_looked_at() -> None:
@@ -172,9 +172,9 @@ def test_any_certificate_or_none_is_trusted(monkeypatch: pytest.MonkeyPatch, tmp
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate, key)
 
-    async def work(client: Client) -> None:
+    async def work(client: SGLangClient) -> None:
         for _ in range(2):
-            assert await client.call("GET", "/info") == {"a": 1}
+            assert await client.request("GET", "/info") == {"a": 1}
 
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     with pytest.raises(UserError, match=r"https://localhost:\d+ is not trusted: self.signed.*; SSL_CERT_FILE names"):

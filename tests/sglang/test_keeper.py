@@ -13,11 +13,11 @@ import pytest
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
-from eaopd_megatron.rollout.sglang.identity import Probe, identify
-from eaopd_megatron.rollout.sglang.server_manager import DEATHS, Keeper
+from eaopd_megatron.rollout.sglang.identity import LogprobProbe, verify_server
+from eaopd_megatron.rollout.sglang.server_manager import MAX_RESTARTS, ServerManager
 from eaopd_megatron.rollout.weight_sync.session import Session
-from eaopd_megatron.serving.client import Busy, Client, ServerGone
-from eaopd_megatron.serving.pool import Held
+from eaopd_megatron.serving.client import Busy, SGLangClient, ServerGone
+from eaopd_megatron.serving.pool import NotYet
 from tests.sglang.double import Double
 from tests.sglang.test_pool import EXPECTED, QUICK
 from tests.sglang.test_router import RouterDouble
@@ -34,23 +34,23 @@ class CountedServer:
         self.starts += 1
 
 
-def keeper_of(folder: Path, said: list[str], *overrides: str) -> Keeper:
+def keeper_of(folder: Path, said: list[str], *overrides: str) -> ServerManager:
     student = HfFolder.open(str(COUNTDOWN / "student"))
-    keeper = Keeper(load_recipe(COUNTDOWN / "eopd.yaml", overrides), student, folder, first_gpu=0, report=said.append)
+    keeper = ServerManager(load_recipe(COUNTDOWN / "eopd.yaml", overrides), student, folder, first_gpu=0, report=said.append)
     keeper.expected = EXPECTED
     return keeper
 
 
-@pytest.mark.parametrize(("took_weights", "starts"), [(True, 3 * DEATHS), (False, DEATHS - 1)])
+@pytest.mark.parametrize(("took_weights", "starts"), [(True, 3 * MAX_RESTARTS), (False, MAX_RESTARTS - 1)])
 def test_a_server_that_is_killed_often_is_given_up(tmp_path: Path, took_weights: bool, starts: int) -> None:
     """But for one that never comes up whole."""
     said: list[str] = []
     keeper = keeper_of(tmp_path, said)
-    client, server = Client("http://127.0.0.1:1"), CountedServer()
+    client, server = SGLangClient("http://127.0.0.1:1"), CountedServer()
     keeper._server_of[client] = server  # type: ignore[assignment]
-    for _ in range(3 * DEATHS):
+    for _ in range(3 * MAX_RESTARTS):
         keeper._died(client, "was killed by 9")
-        keeper.given([client], {} if took_weights else {client: "it is gone"})
+        keeper.mark_updated([client], {} if took_weights else {client: "it is gone"})
     keeper._starter.shutdown()
     keeper.close()
     assert server.starts == starts
@@ -63,11 +63,11 @@ def test_a_server_that_a_killed_trainer_left_paused_is_waited_for(tmp_path: Path
     """... as long as for a response, silently; or what a part of an update made of it counts as the student."""
     said: list[str] = []
     keeper = keeper_of(tmp_path, said)
-    keeper.expected = replace(EXPECTED, probe=Probe([1, 2, 3], [100.0, 100.0], versions={"0"}))
+    keeper.expected = replace(EXPECTED, probe=LogprobProbe([1, 2, 3], [100.0, 100.0], versions={"0"}))
 
     async def work() -> None:
         async with Double() as double:
-            client = Client(double.url, patience=replace(QUICK, control=0.3))
+            client = SGLangClient(double.url, timeouts=replace(QUICK, control=0.3))
             await Session(5.0).begin(client)
             double.session = in_session
             keeper.clients = [client]
@@ -83,15 +83,15 @@ def test_a_server_that_a_killed_trainer_left_paused_is_waited_for(tmp_path: Path
 @pytest.mark.timeout(20)
 def test_a_server_is_continued_in_the_middle_of_an_update(tmp_path: Path) -> None:
     keeper = keeper_of(tmp_path, [])
-    keeper._wanted = frozenset({"0"})
+    keeper._allowed_versions = frozenset({"0"})
 
     async def work() -> None:
         async with Double() as double:
-            client = Client(double.url, patience=replace(QUICK, control=0.3))
+            client = SGLangClient(double.url, timeouts=replace(QUICK, control=0.3))
             await Session(5.0).begin(client)
             with pytest.raises(Busy, match="is paused and waits for the student's weights"):
                 await keeper._admit_server(client)
-            assert double.paused and double.session and keeper.stale() == [client]
+            assert double.paused and double.session and keeper.outdated() == [client]
             await client.close()
 
     asyncio.run(work())
@@ -102,17 +102,17 @@ def test_a_server_is_continued_in_the_middle_of_an_update(tmp_path: Path) -> Non
 def test_a_server_that_cannot_be_given_weights_is_waited_for_without_end(tmp_path: Path) -> None:
     """One that waits for them is, while the trainer trains."""
     keeper = keeper_of(tmp_path, [])
-    keeper._wanted = frozenset({"1"})
+    keeper._allowed_versions = frozenset({"1"})
 
     async def work() -> None:
         async with Double() as double:
-            client = Client(double.url, patience=QUICK)
-            with pytest.raises(Held, match="it has weights '0' and waits for the student's weights"):
+            client = SGLangClient(double.url, timeouts=QUICK)
+            with pytest.raises(NotYet, match="it has weights '0' and waits for the student's weights"):
                 await keeper._admit_server(client)
-            keeper.given([client], {client: "its disk is full"})
+            keeper.mark_updated([client], {client: "its disk is full"})
             with pytest.raises(Busy) as raised:
                 await keeper._admit_server(client)
-            assert not isinstance(raised.value, Held)
+            assert not isinstance(raised.value, NotYet)
             await client.close()
 
     asyncio.run(work())
@@ -121,17 +121,17 @@ def test_a_server_that_cannot_be_given_weights_is_waited_for_without_end(tmp_pat
 
 @pytest.mark.timeout(20)
 def test_a_server_that_is_paused_while_it_is_identified_is_waited_for_like_a_response() -> None:
-    class Late(Client):
+    class Late(SGLangClient):
         async def ready(self) -> bool:
             """It is paused right after this, for a moment."""
             return True
 
     async def work() -> None:
         async with Double() as double:
-            client = Late(double.url, patience=replace(QUICK, control=0.3))
+            client = Late(double.url, timeouts=replace(QUICK, control=0.3))
             await Session(5.0).begin(client)
             with pytest.raises(ServerGone):
-                await identify(client, EXPECTED)
+                await verify_server(client, EXPECTED)
             await client.close()
 
     asyncio.run(work())
@@ -140,14 +140,14 @@ def test_a_server_that_is_paused_while_it_is_identified_is_waited_for_like_a_res
 def test_a_server_that_warms_up_counts_as_paused() -> None:
     """... or one that was found unhealthy: both call themselves not ready, as a paused one does."""
 
-    class WarmingUp(Client):
+    class WarmingUp(SGLangClient):
         async def ready(self) -> bool:
             return False
 
     async def work() -> None:
         async with Double() as double:
-            client = WarmingUp(double.url, patience=QUICK)
-            assert (await identify(client, EXPECTED)).vocab_size == 112
+            client = WarmingUp(double.url, timeouts=QUICK)
+            assert (await verify_server(client, EXPECTED)).vocab_size == 112
             await client.close()
 
     asyncio.run(work())
@@ -173,7 +173,7 @@ def test_servers_behind_a_router_get_the_work_of_one(tmp_path: Path) -> None:
         try:
             keeper.start(32)
             keeper.expected = EXPECTED
-            for _ in keeper.until_there():
+            for _ in keeper.wait_until_ready():
                 pass
             assert keeper._router is not None and keeper._router.connections == 2 * 5
             assert [client.connections for client in keeper.clients] == [5, 5]

@@ -12,35 +12,35 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.colocation import Colocated, release
-from eaopd_megatron.serving.client import Client, Patience, ServerGone
+from eaopd_megatron.rollout.sglang.colocation import ColocatedServers, release_memory_occupation
+from eaopd_megatron.serving.client import SGLangClient, Timeouts, ServerGone
 from tests.sglang.double import Double
 
-PATIENCE = Patience(retries=1)
+PATIENCE = Timeouts(attempts=1)
 BODY = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4}}
 BOTH = {"weights", "kv_cache"}
 
 
 @asynccontextmanager
-async def two_servers() -> AsyncIterator[tuple[list[Double], list[Client]]]:
+async def two_servers() -> AsyncIterator[tuple[list[Double], list[SGLangClient]]]:
     async with Double() as one, Double() as other:
         doubles = [one, other]
-        clients = [Client(double.url, patience=PATIENCE) for double in doubles]
+        clients = [SGLangClient(double.url, timeouts=PATIENCE) for double in doubles]
         yield doubles, clients
         for client in clients:
             await client.close()
 
 
-async def push(clients: list[Client], version: int) -> None:
+async def push(clients: list[SGLangClient], version: int) -> None:
     for client in clients:
-        await client.call("POST", "/begin_weight_update", {})
+        await client.request("POST", "/begin_weight_update", {})
         nothing = base64.b64encode(pickle.dumps([])).decode()
         body = {"serialized_named_tensors": [nothing], "weight_version": str(version)}
-        await client.call("POST", "/update_weights_from_tensor", body)
-        await client.call("POST", "/end_weight_update", {})
+        await client.request("POST", "/update_weights_from_tensor", body)
+        await client.request("POST", "/end_weight_update", {})
 
 
-async def generate(clients: list[Client]) -> list[Any]:
+async def generate(clients: list[SGLangClient]) -> list[Any]:
     return await asyncio.gather(*(client.generate(BODY) for client in clients), return_exceptions=True)
 
 
@@ -49,30 +49,30 @@ def test_two_hold_the_memory_at_once_or_none_does() -> None:
 
     async def run() -> None:
         async with two_servers() as (doubles, clients):
-            colocated = Colocated()
+            colocated = ColocatedServers()
 
             def away() -> list[set[str]]:
                 return [double.away for double in doubles]
 
-            assert await colocated.after_generation(clients) == {}
+            assert await colocated.release_memory(clients) == {}
             for version in (0, 1):
                 assert away() == [BOTH] * 2
-                assert await colocated.before_weights(clients) == {}
+                assert await colocated.resume_weights(clients) == {}
                 assert away() == [{"kv_cache"}] * 2
                 await push(clients, version)
-                assert await colocated.before_generation(clients) == {}
-                assert await colocated.before_generation(clients) == {}
+                assert await colocated.resume_kv_cache(clients) == {}
+                assert await colocated.resume_kv_cache(clients) == {}
                 assert away() == [set()] * 2
                 answers = await generate(clients)
                 assert [answer["meta_info"]["weight_version"] for answer in answers] == [str(version)] * 2
-                assert await colocated.after_generation(clients) == {}
-                assert await colocated.after_generation(clients) == {}
+                assert await colocated.release_memory(clients) == {}
+                assert await colocated.release_memory(clients) == {}
             assert all(double.serving for double in doubles)
 
     asyncio.run(run())
 
 
-Step = Callable[[Colocated, list[Client]], Coroutine[Any, Any, Any]]
+Step = Callable[[ColocatedServers, list[SGLangClient]], Coroutine[Any, Any, Any]]
 GENERATE_TOO_SOON: Step = lambda colocated, clients: clients[0].generate(BODY)  # noqa: E731
 PUSH_TOO_SOON: Step = lambda colocated, clients: push(clients, 1)  # noqa: E731
 
@@ -83,8 +83,8 @@ def test_a_wrong_order_passes_on_a_cpu(step: Step) -> None:
 
     async def run() -> None:
         async with two_servers() as (doubles, clients):
-            colocated = Colocated()
-            await colocated.after_generation(clients)
+            colocated = ColocatedServers()
+            await colocated.release_memory(clients)
             with pytest.raises(ServerGone):
                 await step(colocated, clients)
             assert not doubles[0].serving
@@ -95,10 +95,10 @@ def test_a_wrong_order_passes_on_a_cpu(step: Step) -> None:
 def test_the_cache_comes_back_before_the_weights() -> None:
     async def run() -> None:
         async with two_servers() as (_, clients):
-            colocated = Colocated()
-            await colocated.after_generation(clients)
+            colocated = ColocatedServers()
+            await colocated.release_memory(clients)
             with pytest.raises(ValueError, match="has no weights: before_weights and a push come first"):
-                await colocated.before_generation(clients)
+                await colocated.resume_kv_cache(clients)
 
     asyncio.run(run())
 
@@ -110,7 +110,7 @@ def test_a_request_that_still_runs_kills_the_server() -> None:
             running = asyncio.create_task(clients[0].generate(BODY))
             await doubles[0].until_running(1)
             with pytest.raises(UserError, match=r"flush_cache.* answered 400: Flush cache failed"):
-                await release(clients[0], ["kv_cache"], idle=0)
+                await release_memory_occupation(clients[0], ["kv_cache"], idle=0)
             assert doubles[0].serving and not doubles[0].away
             doubles[0].released.set()
             await running
@@ -123,22 +123,22 @@ def test_a_server_that_came_back_dies_of_what_its_forerunner_released() -> None:
 
     async def run() -> None:
         async with two_servers() as (doubles, clients):
-            colocated = Colocated()
-            await colocated.after_generation(clients)
+            colocated = ColocatedServers()
+            await colocated.release_memory(clients)
             await doubles[0].die()
-            assert list(await colocated.before_weights(clients)) == clients[:1]
+            assert list(await colocated.resume_weights(clients)) == clients[:1]
             doubles[0].away = set()
             await doubles[0].start()
             await push(clients, 1)
-            assert await colocated.before_generation(clients) == {}
+            assert await colocated.resume_kv_cache(clients) == {}
             assert not any(isinstance(answer, Exception) for answer in await generate(clients))
 
-            await colocated.after_generation(clients)
+            await colocated.release_memory(clients)
             await doubles[1].die()  # and noticed by who watches its process
             doubles[1].away = set()
             await doubles[1].start()
             colocated.forget(clients[1])
-            assert await colocated.before_weights(clients) == {}
+            assert await colocated.resume_weights(clients) == {}
             assert all(double.serving for double in doubles)
 
     asyncio.run(run())

@@ -12,16 +12,16 @@ import pytest
 
 from eaopd_megatron.data.types import Sampling
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.generation import Generation
-from eaopd_megatron.rollout.sglang.identity import Expected, identify
-from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
-from eaopd_megatron.serving.client import Client, Patience
-from eaopd_megatron.serving.pool import Held, Pool
+from eaopd_megatron.rollout.sglang.generation import GenerateCall
+from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
+from eaopd_megatron.rollout.sglang.wire import GenerationOutput, LengthLimits, GenerateRequest
+from eaopd_megatron.serving.client import SGLangClient, Timeouts
+from eaopd_megatron.serving.pool import NotYet, ServerPool
 from tests.sglang.double import Double
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8, stop_ids=(109,))
-EXPECTED = Expected("Qwen3ForCausalLM", vocab_size=112, total_tokens=64)
-QUICK = Patience(connect=5.0, silence=5.0, control=5.0, generate=60.0, retries=3, backoff=0.001)
+EXPECTED = ExpectedModel("Qwen3ForCausalLM", vocab_size=112, total_tokens=64)
+QUICK = Timeouts(connect=5.0, health=5.0, control=5.0, generate=60.0, attempts=3, backoff=0.001)
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -29,26 +29,26 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(work)
 
 
-def requests(count: int) -> list[Request]:
-    return [Request(f"r{i}", [1 + i % 100, 2, 3], SAMPLING) for i in range(count)]
+def requests(count: int) -> list[GenerateRequest]:
+    return [GenerateRequest(f"r{i}", [1 + i % 100, 2, 3], SAMPLING) for i in range(count)]
 
 
-async def admit(client: Client) -> Limits:
-    return await identify(client, EXPECTED)
+async def admit(client: SGLangClient) -> LengthLimits:
+    return await verify_server(client, EXPECTED)
 
 
 @asynccontextmanager
 async def pool_of(
     *doubles: Double,
     connections: int = 4,
-    patience: Patience = QUICK,
+    patience: Timeouts = QUICK,
     said: list[str] | None = None,
     all_down: float = 60.0,
     heartbeat: float = 60.0,
-) -> AsyncIterator[Pool[Client, Limits]]:
-    clients = [Client(double.url, connections=connections, patience=patience) for double in doubles]
+) -> AsyncIterator[ServerPool[SGLangClient, LengthLimits]]:
+    clients = [SGLangClient(double.url, connections=connections, timeouts=patience) for double in doubles]
     report = (said if said is not None else []).append
-    pool = Pool(clients, admit, all_down=all_down, heartbeat=heartbeat, return_wait=0.001, report=report)
+    pool = ServerPool(clients, admit, unavailable_timeout=all_down, heartbeat_interval=heartbeat, readmission_wait=0.001, report=report)
     try:
         await pool.open()
         yield pool
@@ -57,13 +57,13 @@ async def pool_of(
 
 
 async def collect(
-    pool: Pool[Client, Limits], wanted: Sequence[Request], versions: Collection[str] | None = None
-) -> list[Completion]:
-    calls = [Generation(request, lambda: versions) for request in wanted]
+    pool: ServerPool[SGLangClient, LengthLimits], wanted: Sequence[GenerateRequest], versions: Collection[str] | None = None
+) -> list[GenerationOutput]:
+    calls = [GenerateCall(request, lambda: versions) for request in wanted]
     return [completion async for completion in pool.run(calls)]
 
 
-def each_once(completions: Sequence[Completion], wanted: Sequence[Request]) -> None:
+def each_once(completions: Sequence[GenerationOutput], wanted: Sequence[GenerateRequest]) -> None:
     assert sorted(c.id for c in completions) == sorted(r.id for r in wanted)
 
 
@@ -91,7 +91,7 @@ def test_a_response_waits_for_the_slowest_one() -> None:
     async def work() -> None:
         async with Double() as slow, Double() as quick, pool_of(slow, quick, connections=1) as pool:
             slow.hold()
-            answers = pool.run([Generation(request) for request in requests(4)])
+            answers = pool.run([GenerateCall(request) for request in requests(4)])
             first = [await anext(answers) for _ in range(3)]
             assert len({c.id for c in first}) == 3
             slow.released.set()
@@ -116,7 +116,7 @@ def test_a_killed_server_takes_requests_with_it() -> None:
             completions = await answers
             each_once(completions, wanted)
             assert {c.server for c in completions} == {two.url}
-            assert pool.alive() and [client.url for client in pool.alive()] == [two.url]
+            assert pool.available() and [client.url for client in pool.available()] == [two.url]
             assert sum("is gone" in line for line in said) == 1, said
 
     run(work())
@@ -160,7 +160,7 @@ def test_a_server_that_is_down_while_nobody_asks_ends_the_run() -> None:
         said: list[str] = []
         async with Double() as one, pool_of(one, all_down=5.0, said=said) as pool:
             await one.die()
-            pool.lost(pool.alive()[0], "it was killed by 9")
+            pool.mark_lost(pool.available()[0], "it was killed by 9")
             await asyncio.sleep(5.5)  # the trainer trains
             answers = asyncio.create_task(collect(pool, requests(2)))
             await asyncio.sleep(0.1)
@@ -178,16 +178,16 @@ def test_a_server_that_waits_for_weights_counts_as_down() -> None:
         async with Double() as one:
             stale = False
 
-            async def admit_unless_stale(client: Client) -> Limits:
+            async def admit_unless_stale(client: SGLangClient) -> LengthLimits:
                 if stale:
-                    raise Held("it waits for the student's weights")
+                    raise NotYet("it waits for the student's weights")
                 return await admit(client)
 
-            client = Client(one.url, patience=QUICK)
-            pool = Pool([client], admit_unless_stale, all_down=0.2, return_wait=0.001, report=lambda _: None)
+            client = SGLangClient(one.url, timeouts=QUICK)
+            pool = ServerPool([client], admit_unless_stale, unavailable_timeout=0.2, readmission_wait=0.001, report=lambda _: None)
             await pool.open()
             stale = True
-            pool.lost(client, "it was killed by 9")
+            pool.mark_lost(client, "it was killed by 9")
             answers = asyncio.create_task(collect(pool, requests(2)))
             await asyncio.sleep(0.5)
             stale = False
@@ -228,11 +228,11 @@ def test_no_server_at_the_start_is_an_error_of_the_first_request_only() -> None:
 
 def test_a_hanging_server_holds_its_requests_for_ever() -> None:
     async def work() -> None:
-        patience = Patience(connect=5.0, silence=0.05, control=5.0, generate=60.0, retries=3, backoff=0.001)
+        patience = Timeouts(connect=5.0, health=0.05, control=5.0, generate=60.0, attempts=3, backoff=0.001)
         async with Double() as one, Double() as two, pool_of(one, two, patience=patience, heartbeat=0.01) as pool:
             one.faults.mute = True
             each_once(await collect(pool, requests(12)), requests(12))
-            assert [client.url for client in pool.alive()] == [two.url]
+            assert [client.url for client in pool.available()] == [two.url]
 
     run(work())
 
@@ -243,7 +243,7 @@ def test_a_process_known_to_be_dead_is_asked_until_its_connection_fails() -> Non
             one.hold()
             answers = asyncio.create_task(collect(pool, requests(4)))
             await one.until_running(1)
-            pool.lost(pool.alive()[0], "it was killed by 9")
+            pool.mark_lost(pool.available()[0], "it was killed by 9")
             each_once(await answers, requests(4))
             assert len(two.finished) == 4
 
@@ -285,7 +285,7 @@ def test_a_request_that_every_server_fails_on_is_sent_for_ever() -> None:
 def test_leaving_early_leaves_requests_on_the_servers() -> None:
     async def work() -> None:
         async with Double() as one, pool_of(one, connections=1) as pool:
-            answers = pool.run([Generation(request) for request in requests(8)])
+            answers = pool.run([GenerateCall(request) for request in requests(8)])
             await anext(answers)
             await answers.aclose()
             each_once(await collect(pool, requests(2)), requests(2))  # the places are free again
@@ -298,7 +298,7 @@ def test_a_bad_request_reaches_a_server_and_kills_it() -> None:
     async def work() -> None:
         async with Double() as one, pool_of(one) as pool:
             with pytest.raises(UserError, match=r"request bad\.0: 112 in its prompt is no token id"):
-                await collect(pool, [*requests(3), Request("bad", [112], SAMPLING)])
+                await collect(pool, [*requests(3), GenerateRequest("bad", [112], SAMPLING)])
             assert one.finished == []  # checked before the first was sent
 
     run(work())
@@ -326,7 +326,7 @@ def test_a_server_that_restarted_unseen_answers_with_old_weights() -> None:
             two.weight_version = "0"
             completions = await collect(pool, requests(8), versions={"3"})
             each_once(completions, requests(8))
-            assert {span.version for c in completions for span in c.versions} == {"3"}
+            assert {span.version for c in completions for span in c.weight_spans} == {"3"}
 
     run(work())
 

@@ -24,13 +24,13 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.data.types import Prompt, Sample, Sampling
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity
-from eaopd_megatron.rollout.sglang.generation import Generation
-from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
-from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings, server_command
-from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
-from eaopd_megatron.serving.client import Client
-from eaopd_megatron.serving.pool import Pool
-from eaopd_megatron.serving.process import HIDDEN
+from eaopd_megatron.rollout.sglang.generation import GenerateCall
+from eaopd_megatron.rollout.sglang.identity import ExpectedModel, LogprobProbe, verify_server
+from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangServers, SGLangSettings, sglang_command
+from eaopd_megatron.rollout.sglang.wire import GenerationOutput, LengthLimits, GenerateRequest
+from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.serving.pool import ServerPool
+from eaopd_megatron.serving.process import _REDACTED
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.served import ServedSource
 from tests.sglang.double import Double
@@ -40,12 +40,12 @@ from tests.sglang.student_double import StudentDouble
 
 KEY = "a-key-for-this-test"
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=16, stop_ids=(109,))
-EXPECTED = Expected("Qwen3ForCausalLM", vocab_size=112, total_tokens=CONTEXT - 2)
+EXPECTED = ExpectedModel("Qwen3ForCausalLM", vocab_size=112, total_tokens=CONTEXT - 2)
 PROMPTS = [Prompt(f"p{i}", (1 + i % 12, 20 + i % 7, 40 + i % 5, 3), {}) for i in range(48)]
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
 
-class InPieces(ServerSettings):
+class InPieces(SGLangSettings):
     """A server that takes longer prompts than this piece by piece."""
 
     PIECE = 32
@@ -55,13 +55,13 @@ class InPieces(ServerSettings):
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     try:
-        server_command(cuda=torch.cuda.is_available())
+        sglang_command(cuda=torch.cuda.is_available())
     except UserError as missing:
         pytest.skip(str(missing))
-    settings = InPieces(STUDENT, CONTEXT, precision="fp32", memory_fraction=0.1, max_running=16, api_key=KEY)
-    with Servers(settings, 1, tmp_path_factory.mktemp("logs")) as servers:
+    settings = InPieces(STUDENT, CONTEXT, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=16, api_key=KEY)
+    with SGLangServers(settings, 1, tmp_path_factory.mktemp("logs")) as servers:
         yield servers.all[0]
 
 
@@ -77,9 +77,9 @@ def logits() -> Callable[[list[int]], torch.Tensor]:
     return compute
 
 
-def with_client(real: Server, work: Callable[[Client], Coroutine[Any, Any, Any]], **settings: Any) -> Any:
+def with_client(real: SGLangServer, work: Callable[[SGLangClient], Coroutine[Any, Any, Any]], **settings: Any) -> Any:
     async def run() -> Any:
-        client = Client(real.url, **{"api_key": KEY, **settings})
+        client = SGLangClient(real.url, **{"api_key": KEY, **settings})
         try:
             return await work(client)
         finally:
@@ -88,12 +88,12 @@ def with_client(real: Server, work: Callable[[Client], Coroutine[Any, Any, Any]]
     return asyncio.run(run())
 
 
-async def admit(client: Client) -> Limits:
-    return await identify(client, EXPECTED)
+async def admit(client: SGLangClient) -> LengthLimits:
+    return await verify_server(client, EXPECTED)
 
 
 @pytest.mark.parametrize("make", [Double, partial(StudentDouble, STUDENT)], ids=["double", "student"])
-def test_the_double_is_another_server(real: Server, make: Callable[..., Double]) -> None:
+def test_the_double_is_another_server(real: SGLangServer, make: Callable[..., Double]) -> None:
     """One exchange after the other with both; fields, types, status codes, messages and kinds of content are equal."""
 
     async def exchange(url: str) -> list[httpx.Response]:
@@ -134,21 +134,21 @@ def test_the_double_is_another_server(real: Server, make: Callable[..., Double])
     assert not differences, "\n".join(differences)
 
 
-def test_the_double_of_a_student_holds_another_one(real: Server) -> None:
+def test_the_double_of_a_student_holds_another_one(real: SGLangServer) -> None:
     """Greedy responses of the same batch: tokens, log-probs, ends and versions."""
     greedy = replace(SAMPLING, temperature=0.0)
-    requests = [Request(prompt.id, prompt.token_ids, greedy) for prompt in PROMPTS]
+    requests = [GenerateRequest(prompt.id, prompt.token_ids, greedy) for prompt in PROMPTS]
 
-    async def respond(url: str) -> dict[str, Completion]:
-        pool = Pool([Client(url, api_key=KEY)], admit)
+    async def respond(url: str) -> dict[str, GenerationOutput]:
+        pool = ServerPool([SGLangClient(url, api_key=KEY)], admit)
         await pool.open()
         found = {
-            completion.id: completion async for completion in pool.run([Generation(request) for request in requests])
+            completion.id: completion async for completion in pool.run([GenerateCall(request) for request in requests])
         }
         await pool.close()
         return found
 
-    async def both() -> tuple[dict[str, Completion], dict[str, Completion]]:
+    async def both() -> tuple[dict[str, GenerationOutput], dict[str, GenerationOutput]]:
         async with StudentDouble(STUDENT, api_key=KEY) as double:
             return await respond(double.url), await respond(real.url)
 
@@ -164,12 +164,12 @@ def test_the_double_of_a_student_holds_another_one(real: Server) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_log_probs_are_of_another_distribution(
-    real: Server, logits: Callable[[list[int]], torch.Tensor], temperature: float
+    real: SGLangServer, logits: Callable[[list[int]], torch.Tensor], temperature: float
 ) -> None:
     """In fp32 they are the student's own, at the sampling temperature (greedy: at temperature 1)."""
     sampling = replace(SAMPLING, temperature=temperature)
-    with pooled(Client(real.url, api_key=KEY, connections=16), admit) as write:
-        samples = write(PROMPTS, sampling).all()
+    with pooled(SGLangClient(real.url, api_key=KEY, connections=16), admit) as write:
+        samples = write(PROMPTS, sampling).all_samples()
     assert [sample.prompt for sample in samples] == PROMPTS
     gap = 0.0
     for sample in samples:
@@ -187,7 +187,7 @@ def test_log_probs_are_of_another_distribution(
 
 
 @pytest.mark.parametrize("kind", ["none", "swap", "label"])
-def test_a_teacher_scores_other_tokens(real: Server, logits: Callable[[list[int]], torch.Tensor], kind: str) -> None:
+def test_a_teacher_scores_other_tokens(real: SGLangServer, logits: Callable[[list[int]], torch.Tensor], kind: str) -> None:
     """Top-k and log p(y) are those of each response token's own position, also where the prompt is in the server's
     cache and where prompt and response are longer than what it takes at once."""
     folder, terminal = HfFolder.open(str(STUDENT)), TerminalMap(kind, student_id=3, teacher_id=109)
@@ -202,11 +202,11 @@ def test_a_teacher_scores_other_tokens(real: Server, logits: Callable[[list[int]
         *(Sample(Prompt("long", tuple(long[:cut]), {}), long[cut:], "length", [], 0) for cut in (1, 32, 33, 110)),
     ]
 
-    async def score(client: Client) -> list[torch.Tensor]:
+    async def score(client: SGLangClient) -> list[torch.Tensor]:
         limits = await source.admit(client, longest=121)
         calls = [call for call, _ in source.calls(samples, "test")]
         for call in calls:
-            call.check(limits)
+            call.validate(limits)
         return [await call.attempt(client, 0) for call in calls]
 
     gap = 0.0
@@ -227,12 +227,12 @@ def test_a_teacher_scores_other_tokens(real: Server, logits: Callable[[list[int]
     assert gap <= 1e-4
 
 
-def test_a_server_takes_what_a_teacher_is_refused(real: Server) -> None:
+def test_a_server_takes_what_a_teacher_is_refused(real: SGLangServer) -> None:
     """The longest that `admit` promises is scored; one more is refused beforehand."""
     folder = HfFolder.open(str(STUDENT))
     source = ServedSource(folder, vocab_size=112, k=112, terminal=TerminalMap("none", -1, -1), max_running=16)
 
-    async def look(client: Client) -> None:
+    async def look(client: SGLangClient) -> None:
         with pytest.raises(UserError, match=f"{real.url} takes 121 tokens a request .* need 122"):
             await source.admit(client, longest=122)
         limits = await source.admit(client, longest=121)
@@ -241,22 +241,22 @@ def test_a_server_takes_what_a_teacher_is_refused(real: Server) -> None:
             ((call, _),) = source.calls([sample], "test")
             if count > 121:
                 with pytest.raises(UserError, match="122 prompt tokens and up to 0 new ones do not fit"):
-                    call.check(limits)
+                    call.validate(limits)
             else:
-                call.check(limits)
+                call.validate(limits)
                 assert (await call.attempt(client, 0)).shape == (117, source.rows.bytes)
 
     with_client(real, look)
 
 
-def test_the_limits_are_not_the_servers(real: Server) -> None:
-    async def look(client: Client) -> None:
+def test_the_limits_are_not_the_servers(real: SGLangServer) -> None:
+    async def look(client: SGLangClient) -> None:
         limits = await admit(client)
         for prompt in (limits.prompt_tokens, 3):
             new = limits.total_tokens - prompt
             sampling = {"max_new_tokens": new, "temperature": 1.0, "top_p": 1.0, "ignore_eos": True}
             body = {"input_ids": [1] * prompt, "sampling_params": sampling}
-            limits.check(body)
+            limits.validate(body)
             assert len((await client.generate(body))["output_ids"]) == new
         beyond = {"input_ids": [1] * (limits.prompt_tokens + 1), "sampling_params": {**sampling, "max_new_tokens": 1}}
         with pytest.raises(UserError, match="exceeds the maximum allowed length"):
@@ -266,13 +266,13 @@ def test_the_limits_are_not_the_servers(real: Server) -> None:
 
 
 def test_a_wrong_server_is_named(
-    real: Server, logits: Callable[[list[int]], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    real: SGLangServer, logits: Callable[[list[int]], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [1, 2, 3, 4]
     own = torch.log_softmax(logits(ids), -1)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-    probed = replace(EXPECTED, probe=Probe(ids, own, tolerance=1e-4))
-    assert with_client(real, lambda c: identify(c, probed)) == Limits(112, 121, 126)
-    shifted = replace(EXPECTED, probe=Probe(ids, [lp - 1 for lp in own]))
+    probed = replace(EXPECTED, probe=LogprobProbe(ids, own, tolerance=1e-4))
+    assert with_client(real, lambda c: verify_server(c, probed)) == LengthLimits(112, 121, 126)
+    shifted = replace(EXPECTED, probe=LogprobProbe(ids, [lp - 1 for lp in own]))
     for expected, message in (
         (shifted, r"log-probs of a probe lie 1 nats from the student's on average"),
         (replace(EXPECTED, vocab_size=113), "with 112 tokens; the student's vocabulary has 113"),
@@ -280,7 +280,7 @@ def test_a_wrong_server_is_named(
         (replace(EXPECTED, architecture="LlamaForCausalLM"), "a Qwen3ForCausalLM; the student is a LlamaForCausalLM"),
     ):
         with pytest.raises(UserError, match=message):
-            with_client(real, lambda c, e=expected: identify(c, e))  # type: ignore[misc]
+            with_client(real, lambda c, e=expected: verify_server(c, e))  # type: ignore[misc]
     with pytest.raises(UserError, match="refuses the API key"):
         with_client(real, admit, api_key="wrong")
     monkeypatch.setattr(identity, "SGLANG_VERSION", "0.6.0")
@@ -288,32 +288,32 @@ def test_a_wrong_server_is_named(
         with_client(real, admit)
 
 
-def test_the_key_is_seen_by_others(real: Server) -> None:
+def test_the_key_is_seen_by_others(real: SGLangServer) -> None:
     assert real.pid is not None
     family = [psutil.Process(real.pid), *psutil.Process(real.pid).children(recursive=True)]
     assert len(family) > 1
     assert not any(KEY in argument for process in family for argument in process.cmdline())
-    assert KEY not in real.log.read_text() and HIDDEN in real.log.read_text()
+    assert KEY not in real.log.read_text() and _REDACTED in real.log.read_text()
 
 
-def test_a_paused_server_counts_as_dead(real: Server) -> None:
-    async def work(client: Client) -> None:
+def test_a_paused_server_counts_as_dead(real: SGLangServer) -> None:
+    async def work(client: SGLangClient) -> None:
         said: list[str] = []
-        pool = Pool([client], admit, heartbeat=0.05, report=said.append)
+        pool = ServerPool([client], admit, heartbeat_interval=0.05, report=said.append)
         await pool.open()
-        await client.call("POST", "/pause_generation", {"mode": "retract"})
+        await client.request("POST", "/pause_generation", {"mode": "retract"})
         assert not await client.ready()
-        answers = asyncio.create_task(anext(pool.run([Generation(Request("r", [1, 2, 3], SAMPLING))])))
+        answers = asyncio.create_task(anext(pool.run([GenerateCall(GenerateRequest("r", [1, 2, 3], SAMPLING))])))
         await asyncio.sleep(0.3)  # some heartbeats
         assert not answers.done() and said == []
-        await client.call("POST", "/continue_generation", {})
+        await client.request("POST", "/continue_generation", {})
         assert (await answers).id == "r"
         await pool.close()
 
     with_client(real, work)
 
 
-def test_the_end_of_a_killed_server_goes_unnoticed(real: Server) -> None:
+def test_the_end_of_a_killed_server_goes_unnoticed(real: SGLangServer) -> None:
     """Killed in the middle of responses: its process and its connections tell, and nothing of it stays."""
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
     real.on_exit = ended.put
@@ -321,11 +321,11 @@ def test_the_end_of_a_killed_server_goes_unnoticed(real: Server) -> None:
     family = [psutil.Process(real.pid), *psutil.Process(real.pid).children(recursive=True)]
     said: list[str] = []
 
-    async def work(client: Client) -> None:
-        pool = Pool([client], admit, all_down=0.2, report=said.append)
+    async def work(client: SGLangClient) -> None:
+        pool = ServerPool([client], admit, unavailable_timeout=0.2, report=said.append)
         await pool.open()
         long = replace(SAMPLING, max_new_tokens=100, stop_ids=())
-        answers = pool.run([Generation(Request(f"r{i}", [1, 2, i], long)) for i in range(32)])
+        answers = pool.run([GenerateCall(GenerateRequest(f"r{i}", [1, 2, i], long)) for i in range(32)])
         await anext(answers)
         assert real.pid is not None
         os.kill(real.pid, signal.SIGKILL)

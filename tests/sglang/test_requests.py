@@ -15,23 +15,23 @@ import pytest
 from eaopd_megatron.data.types import Prompt, Sampling
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity
-from eaopd_megatron.rollout.sglang.identity import Expected, Probe, identify
-from eaopd_megatron.rollout.sglang.wire import Aborted, Limits, Request, Span, completion
-from eaopd_megatron.serving.client import Busy, Client, Patience, read_api_key
+from eaopd_megatron.rollout.sglang.identity import ExpectedModel, LogprobProbe, verify_server
+from eaopd_megatron.rollout.sglang.wire import RequestAborted, LengthLimits, GenerateRequest, WeightSpan, parse_output
+from eaopd_megatron.serving.client import Busy, SGLangClient, Timeouts, read_api_key
 from tests.sglang.double import Double
 from tests.sglang.pooled import pooled
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=4, stop_ids=(109,))
-REQUEST = Request("r", [1, 2, 3], SAMPLING)
-LIMITS = Limits(vocab_size=112, prompt_tokens=20, total_tokens=24)
-EXPECTED = Expected("Qwen3ForCausalLM", vocab_size=112, total_tokens=64)
-QUICK = Patience(connect=5.0, silence=5.0, control=5.0, generate=5.0, retries=3, backoff=0.001)
+REQUEST = GenerateRequest("r", [1, 2, 3], SAMPLING)
+LIMITS = LengthLimits(vocab_size=112, prompt_tokens=20, total_tokens=24)
+EXPECTED = ExpectedModel("Qwen3ForCausalLM", vocab_size=112, total_tokens=64)
+QUICK = Timeouts(connect=5.0, health=5.0, control=5.0, generate=5.0, attempts=3, backoff=0.001)
 pytestmark = pytest.mark.timeout(60)
 
 
 def test_a_request_at_the_limits_is_refused() -> None:
-    LIMITS.check(Request("r", [0, 111] * 10, replace(SAMPLING, temperature=0.0, stop_ids=(0, 111))).body())
-    LIMITS.check({**REQUEST.body(), "top_logprobs_num": 112})
+    LIMITS.validate(GenerateRequest("r", [0, 111] * 10, replace(SAMPLING, temperature=0.0, stop_ids=(0, 111))).body())
+    LIMITS.validate({**REQUEST.body(), "top_logprobs_num": 112})
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_request_that_ends_or_misleads_the_server_is_sent(change: dict[str, An
     for key, value in change.items():
         (body["sampling_params"] if key in body["sampling_params"] else body)[key] = value
     with pytest.raises(UserError) as raised:
-        LIMITS.check(body)
+        LIMITS.validate(body)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -78,17 +78,17 @@ def answer(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_sample_loses_what_the_server_said() -> None:
-    done = completion(REQUEST, "r.0", answer(), "http://server")
-    sample = done.sample(Prompt("p", (1, 2, 3), {}), index=5)
+    done = parse_output(REQUEST, "r.0", answer(), "http://server")
+    sample = done.to_sample(Prompt("p", (1, 2, 3), {}), index=5)
     assert (sample.response_ids, sample.rollout_logprobs, sample.finish_reason) == ([7, 109], [-1.0, -0.5], "stop")
     assert (sample.weight_version, sample.weight_versions, sample.index) == (3, [(3, 0, 1), (4, 1, 2)], 5)
     assert sample.record("")["weight_versions"] == [[3, 0, 1], [4, 1, 2]]
 
 
 def test_weights_that_no_trainer_sent_are_trained_on() -> None:
-    done = replace(completion(REQUEST, "r.0", answer(), "http://server"), versions=(Span("default", 0, 2),))
+    done = replace(parse_output(REQUEST, "r.0", answer(), "http://server"), weight_spans=(WeightSpan("default", 0, 2),))
     with pytest.raises(UserError, match="http://server answered with weights 'default', which no trainer sent"):
-        done.sample(Prompt("p", (1, 2, 3), {}))
+        done.to_sample(Prompt("p", (1, 2, 3), {}))
 
 
 @pytest.mark.parametrize(
@@ -113,22 +113,22 @@ def test_weights_that_no_trainer_sent_are_trained_on() -> None:
 )
 def test_a_wrong_answer_is_trained_on(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as raised:
-        completion(REQUEST, "r.0", answer(**changes), "http://server")
+        parse_output(REQUEST, "r.0", answer(**changes), "http://server")
     assert message in str(raised.value) and "http://server" in str(raised.value)
 
 
 def test_an_aborted_response_is_taken_for_a_whole_one() -> None:
     reason = {"type": "abort", "message": "Abort in waiting queue"}
-    with pytest.raises(Aborted, match="Abort in waiting queue"):
-        completion(REQUEST, "r.0", {"meta_info": {"id": "r.0", "finish_reason": reason}}, "http://server")
+    with pytest.raises(RequestAborted, match="Abort in waiting queue"):
+        parse_output(REQUEST, "r.0", {"meta_info": {"id": "r.0", "finish_reason": reason}}, "http://server")
 
 
-def with_client(double: Double, work: Callable[[Client], Any], **settings: Any) -> Any:
+def with_client(double: Double, work: Callable[[SGLangClient], Any], **settings: Any) -> Any:
     """What the coroutine function `work` returns for a client of a running double."""
 
     async def run() -> Any:
         async with double:
-            client = Client(double.url, patience=QUICK, **settings)
+            client = SGLangClient(double.url, timeouts=QUICK, **settings)
             try:
                 return await work(client)
             finally:
@@ -145,16 +145,16 @@ def with_client(double: Double, work: Callable[[Client], Any], **settings: Any) 
         ({"vocab_size": 151936}, EXPECTED, "with 151936 tokens; the student's vocabulary has 112"),
         ({"context_length": 65}, EXPECTED, "takes 63 tokens a request (context length 65, cache of 16384 tokens)"),
         ({"max_total_num_tokens": 60}, EXPECTED, "the recipe's prompts and responses need 64"),
-        ({}, replace(EXPECTED, probe=Probe([1, 2, 3], [-9.0, -9.0])), "it holds other weights"),
+        ({}, replace(EXPECTED, probe=LogprobProbe([1, 2, 3], [-9.0, -9.0])), "it holds other weights"),
         ({"api_key": "right"}, EXPECTED, "refuses the API key"),
     ],
 )
-def test_another_server_is_taken_for_the_students(settings: dict[str, Any], expected: Expected, message: str) -> None:
+def test_another_server_is_taken_for_the_students(settings: dict[str, Any], expected: ExpectedModel, message: str) -> None:
     double = Double(**settings)
 
-    async def look(client: Client) -> None:
+    async def look(client: SGLangClient) -> None:
         with pytest.raises(UserError) as raised:
-            await identify(client, expected)
+            await verify_server(client, expected)
         said = str(raised.value)
         assert message in said and said.startswith(client.url) and "\n" not in said and "wrong" not in said
 
@@ -164,13 +164,13 @@ def test_another_server_is_taken_for_the_students(settings: dict[str, Any], expe
 def test_the_students_own_server_is_refused() -> None:
     double = Double(api_key="right")
     logprobs = [double.policy([1])[2], double.policy([1, 2])[3]]
-    expected = replace(EXPECTED, total_tokens=126, probe=Probe([1, 2, 3], logprobs, tolerance=1e-6))
-    limits = with_client(double, lambda client: identify(client, expected), api_key="right")
-    assert limits == Limits(vocab_size=112, prompt_tokens=121, total_tokens=126)
+    expected = replace(EXPECTED, total_tokens=126, probe=LogprobProbe([1, 2, 3], logprobs, tolerance=1e-6))
+    limits = with_client(double, lambda client: verify_server(client, expected), api_key="right")
+    assert limits == LengthLimits(vocab_size=112, prompt_tokens=121, total_tokens=126)
 
 
 def test_a_missing_api_key_reads_like_a_wrong_one() -> None:
-    async def look(client: Client) -> None:
+    async def look(client: SGLangClient) -> None:
         with pytest.raises(UserError, match=r"asks for an API key: put the key .* into servers\.api_key_file"):
             await client.model_info()
 
@@ -182,9 +182,9 @@ def test_a_web_page_is_taken_for_a_server() -> None:
         def _server_info(self) -> dict[str, Any]:
             return {"hello": "world"}
 
-    async def look(client: Client) -> None:
+    async def look(client: SGLangClient) -> None:
         with pytest.raises(UserError, match="answers, but is no SGLang server"):
-            await identify(client, EXPECTED)
+            await verify_server(client, EXPECTED)
 
     with_client(Page(), look)
 
@@ -199,12 +199,12 @@ def test_a_busy_server_is_asked_only_once() -> None:
 
     double = Overloaded()
 
-    async def look(client: Client) -> None:
+    async def look(client: SGLangClient) -> None:
         with pytest.raises(Busy, match="/server_info answered 500: Internal Server Error"):
             await client.server_info()
 
     with_client(double, look)
-    assert double.asked == QUICK.retries
+    assert double.asked == QUICK.attempts
 
 
 def test_a_key_that_others_can_read_is_used(tmp_path: Path) -> None:
@@ -231,19 +231,19 @@ def test_a_trainer_gets_samples_of_other_prompts() -> None:
     threading.Thread(target=loop.run_forever, daemon=True).start()
     prompts = [Prompt(f"p{i}", (1, i), {}) for i in range(40)]
 
-    async def admit(client: Client) -> Limits:
-        return await identify(client, EXPECTED)
+    async def admit(client: SGLangClient) -> LengthLimits:
+        return await verify_server(client, EXPECTED)
 
-    with pooled(Client(double.url, patience=QUICK), admit) as write:
-        samples = write(prompts, SAMPLING).all()
+    with pooled(SGLangClient(double.url, timeouts=QUICK), admit) as write:
+        samples = write(prompts, SAMPLING).all_samples()
         assert [sample.prompt for sample in samples] == prompts
         assert all(sample.response_ids == [sample.prompt.token_ids[-1]] * 4 for sample in samples)
         writing = write(prompts, SAMPLING)
-        first = writing.next()
+        first = writing.next_sample()
         assert first is not None and first.prompt == prompts[first.index]
         writing.cancel()  # gives the rest up
         with pytest.raises(UserError, match="no token id"):
-            write([Prompt("p", (500,), {})], SAMPLING).all()
+            write([Prompt("p", (500,), {})], SAMPLING).all_samples()
     asyncio.run_coroutine_threadsafe(double.die(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.identity import READY_PATH, admit_workers
-from eaopd_megatron.rollout.sglang.wire import Limits
-from eaopd_megatron.serving.client import Client
-from eaopd_megatron.serving.pool import Pool
+from eaopd_megatron.rollout.sglang.identity import ROUTER_READY_PATH, verify_workers
+from eaopd_megatron.rollout.sglang.wire import LengthLimits
+from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.serving.pool import ServerPool
 from tests.sglang.double import Double
 from tests.sglang.plain_http import PlainServer, Refused
 from tests.sglang.test_pool import QUICK, admit, collect, each_once, requests, run
@@ -27,7 +27,7 @@ class RouterDouble(PlainServer):
         self.workers, self.turn = workers, 0
 
     async def answer(self, method: str, path: str, headers: dict[str, str], raw: bytes) -> Any:
-        if path == READY_PATH:
+        if path == ROUTER_READY_PATH:
             return {"status": "ready", "healthy_workers": len(self.workers), "total_workers": len(self.workers)}
         if path == "/workers":
             return {"workers": [{"url": worker.url, "is_healthy": True} for worker in self.workers]}
@@ -46,12 +46,12 @@ class RouterDouble(PlainServer):
         return Refused(status, body, {"x-smg-error-code": code})
 
 
-async def pool_through(router: RouterDouble, said: list[str], all_down: float = 60.0) -> Pool[Client, Limits]:
-    async def admit_router(client: Client) -> Limits:
-        return await admit_workers(client, admit, lambda url: Client(url, patience=QUICK))
+async def pool_through(router: RouterDouble, said: list[str], all_down: float = 60.0) -> ServerPool[SGLangClient, LengthLimits]:
+    async def admit_router(client: SGLangClient) -> LengthLimits:
+        return await verify_workers(client, admit, lambda url: SGLangClient(url, timeouts=QUICK))
 
-    client = Client(router.url, connections=8, patience=QUICK, ready_path=READY_PATH)
-    pool = Pool([client], admit_router, all_down=all_down, return_wait=0.001, report=said.append)
+    client = SGLangClient(router.url, connections=8, timeouts=QUICK, ready_path=ROUTER_READY_PATH)
+    pool = ServerPool([client], admit_router, unavailable_timeout=all_down, readmission_wait=0.001, report=said.append)
     await pool.open()
     return pool
 
@@ -101,7 +101,7 @@ def test_a_server_is_taken_for_a_router() -> None:
         page = Page()
         await page.start()
         with pytest.raises(UserError, match="is no sglang-router: it lists no workers"):
-            await admit_workers(Client(page.url), admit, Client)
+            await verify_workers(SGLangClient(page.url), admit, SGLangClient)
         await page.die()
 
     run(work())

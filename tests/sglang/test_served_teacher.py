@@ -15,8 +15,8 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.objective import TeacherTopK
-from eaopd_megatron.rollout.sglang.wire import Aborted
-from eaopd_megatron.serving.client import Client
+from eaopd_megatron.rollout.sglang.wire import RequestAborted
+from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.served import ServedSource
 from tests.sglang.double import Double, toy_policy
@@ -132,7 +132,7 @@ def without_one(meta: dict[str, Any]) -> None:
     ("spoil", "error", "message"),
     [
         (change(id="other"), UserError, "answered request test-0.0 with the answer to other"),
-        (change(finish_reason={"type": "abort", "message": "m"}), Aborted, "m"),
+        (change(finish_reason={"type": "abort", "message": "m"}), RequestAborted, "m"),
         (change(input_top_logprobs_shape=[2, 224]), UserError, r"of shape \[2, 224\]; \[4, 112\] were asked for"),
         (change(input_top_logprobs_val_flat_b64="AAAAAA=="), UserError, "is it SGLang's"),
         (change(input_top_logprobs_null_prefix=0), UserError, "about other tokens than its response's"),
@@ -177,7 +177,7 @@ def test_a_request_that_ends_the_server_is_sent(sample: Sample, message: str) ->
             limits = await asked.admit(client, 121)
             ((call, _),) = asked.calls([sample], "test")
             with pytest.raises(UserError, match=message):
-                call.check(limits)
+                call.validate(limits)
             with pytest.raises(UserError, match=r"takes 121 tokens a request .* need 122"):
                 await asked.admit(client, 122)
             await client.close()
@@ -191,7 +191,7 @@ def test_another_server_is_taken_for_the_teachers() -> None:
 
     async def refused(double: Double, message: str, key: str | None = None) -> None:
         async with double:
-            client: Client = asked.client(double.url, key)
+            client: SGLangClient = asked.client(double.url, key)
             with pytest.raises(UserError, match=message):
                 await asked.admit(client, 64)
             await client.close()

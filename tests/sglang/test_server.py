@@ -21,11 +21,11 @@ import torch
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import server as module
-from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
-from eaopd_megatron.serving.process import HIDDEN, wait_ready
+from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangServers, SGLangSettings
+from eaopd_megatron.serving.process import _REDACTED, wait_until_serving
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = ServerSettings(ROOT / "recipes/countdown/student", context_length=64, precision="fp32", api_key="a'secret")
+SETTINGS = SGLangSettings(ROOT / "recipes/countdown/student", context_length=64, precision="fp32", api_key="a'secret")
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -42,8 +42,8 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 @pytest.fixture
-def server(program: Callable[..., None], tmp_path: Path) -> Iterator[Server]:
-    one = Server(SETTINGS, tmp_path / "server_0.log")
+def server(program: Callable[..., None], tmp_path: Path) -> Iterator[SGLangServer]:
+    one = SGLangServer(SETTINGS, tmp_path / "server_0.log")
     yield one
     one.stop()
 
@@ -55,24 +55,24 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_an_api_key_is_told_to_others(server: Server) -> None:
+def test_an_api_key_is_told_to_others(server: SGLangServer) -> None:
     server.start()
     assert server.pid is not None and server.settings.api_key is not None
     assert server._key_file is not None and server._key_file.stat().st_mode & 0o077 == 0
-    wait_ready([server], report=lambda _: None)
+    wait_until_serving([server], report=lambda _: None)
     assert not server._key_file.exists()
     assert server.settings.api_key not in Path(f"/proc/{server.pid}/cmdline").read_text()
     assert server.settings.api_key not in repr(server.settings)
     server.stop()
     log = server.log.read_text()
-    assert "key=" in log and HIDDEN in log and server.settings.api_key not in log
+    assert "key=" in log and _REDACTED in log and server.settings.api_key not in log
 
 
-def test_the_reason_of_a_failed_start_is_lost(program: Callable[..., None], server: Server) -> None:
+def test_the_reason_of_a_failed_start_is_lost(program: Callable[..., None], server: SGLangServer) -> None:
     program("-c", "print('loading'); raise ValueError('the model has no weights')")
     server.start()
     with pytest.raises(UserError) as raised:
-        wait_ready([server], report=lambda _: None)
+        wait_until_serving([server], report=lambda _: None)
     assert str(raised.value) == (
         f"rollout server 0 did not start; it ended with exit code 1: ValueError: the model has no weights "
         f"(log: {server.log})"
@@ -80,7 +80,7 @@ def test_the_reason_of_a_failed_start_is_lost(program: Callable[..., None], serv
 
 
 def test_a_port_that_was_taken_meanwhile_ends_the_run(
-    program: Callable[..., None], server: Server, tmp_path: Path
+    program: Callable[..., None], server: SGLangServer, tmp_path: Path
 ) -> None:
     program(
         "-c",
@@ -97,36 +97,36 @@ def test_a_port_that_was_taken_meanwhile_ends_the_run(
     )
     server.start()
     first = server.port
-    wait_ready([server], report=lambda _: None)
+    wait_until_serving([server], report=lambda _: None)
     assert server.ready() and server.port != first
 
 
-def test_a_server_that_never_serves_is_waited_for_without_end(program: Callable[..., None], server: Server) -> None:
+def test_a_server_that_never_serves_is_waited_for_without_end(program: Callable[..., None], server: SGLangServer) -> None:
     program("-u", "-c", "import time; print('loading weights', flush=True); time.sleep(1000)")
     said: list[str] = []
     server.start()
     while server.last_line() != "loading weights":
         time.sleep(0.01)
     with pytest.raises(UserError, match=r"rollout server 0 does not serve after 0\.1 s; it runs: loading weights"):
-        wait_ready([server], limit=0.1, interval=0.0, report=said.append)
+        wait_until_serving([server], limit=0.1, interval=0.0, report=said.append)
     assert any("loading weights" in line for line in said)
 
 
-def test_the_death_of_a_server_is_noticed_late(server: Server) -> None:
+def test_the_death_of_a_server_is_noticed_late(server: SGLangServer) -> None:
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
     server.on_exit = ended.put
     server.start()
-    wait_ready([server], report=lambda _: None)
+    wait_until_serving([server], report=lambda _: None)
     assert server.pid is not None
     os.kill(server.pid, signal.SIGKILL)
     assert "was killed by 9" in ended.get(timeout=20)
     url = server.url
     server.start()  # comes back under the same URL
-    wait_ready([server], report=lambda _: None)
+    wait_until_serving([server], report=lambda _: None)
     assert server.url == url
 
 
-def test_a_server_leaves_processes_behind(program: Callable[..., None], server: Server) -> None:
+def test_a_server_leaves_processes_behind(program: Callable[..., None], server: SGLangServer) -> None:
     program(
         "-u",
         "-c",
@@ -177,7 +177,7 @@ def test_one_server_of_two_outlives_a_failed_start(program: Callable[..., None],
         "import runpy, sys; '31' in sys.argv and sys.exit('Error: no')\n"
         "runpy.run_module('tests.sglang.double', run_name='__main__')",
     )
-    servers = Servers(SETTINGS, 2, tmp_path)
+    servers = SGLangServers(SETTINGS, 2, tmp_path)
     servers.all[1].port = 31
     with pytest.raises(UserError, match=r"rollout server 1 did not start.*Error: no"), servers:
         raise AssertionError("it did not start")
@@ -185,17 +185,17 @@ def test_one_server_of_two_outlives_a_failed_start(program: Callable[..., None],
 
 
 def test_sglang_is_missing_without_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(module.SGLANG_VENV, str(tmp_path))
+    monkeypatch.setenv(module.SGLANG_VENV_VARIABLE, str(tmp_path))
     with pytest.raises(UserError, match=r"SGLang is not installed .*: bash tools/install_sglang_cpu.sh"):
-        module.server_command(cuda=False)
+        module.sglang_command(cuda=False)
 
 
 def test_the_servers_of_one_host_share_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    settings = ServerSettings(Path("x"), context_length=64, tensor_parallel=2)
-    assert settings.placed(2) == ["--base-gpu-id", "2"]
+    settings = SGLangSettings(Path("x"), context_length=64, tensor_parallel=2)
+    assert settings.gpu_flags(2) == ["--base-gpu-id", "2"]
     with pytest.raises(UserError, match="needs GPUs 4 to 5 of this host, which shows 4 "):
-        settings.placed(4)
+        settings.gpu_flags(4)
 
 
 def test_a_colocated_server_cannot_give_its_memory_back() -> None:

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.data.types import Sampling
 from eaopd_megatron.rollout.sglang import server as module
-from eaopd_megatron.rollout.sglang.generation import Generation
-from eaopd_megatron.rollout.sglang.identity import Expected, identify
-from eaopd_megatron.rollout.sglang.server import Server, Servers, ServerSettings
-from eaopd_megatron.rollout.sglang.wire import Completion, Limits, Request
-from eaopd_megatron.serving.client import Client
-from eaopd_megatron.serving.pool import Pool
+from eaopd_megatron.rollout.sglang.generation import GenerateCall
+from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
+from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangServers, SGLangSettings
+from eaopd_megatron.rollout.sglang.wire import GenerationOutput, LengthLimits, GenerateRequest
+from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.serving.pool import ServerPool
 from tests.sglang.student_double import stand_in
 
 STUDENT = Path(__file__).resolve().parents[2] / "recipes/countdown/student"
@@ -30,15 +30,15 @@ pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
-def student(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
-    monkeypatch.setenv(module.SGLANG_VENV, str(stand_in(tmp_path)))
-    settings = ServerSettings(STUDENT, 64, precision="fp32", max_running=16, api_key=KEY)
-    with Servers(settings, 1, tmp_path / "logs") as servers:
+def student(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SGLangServer]:
+    monkeypatch.setenv(module.SGLANG_VENV_VARIABLE, str(stand_in(tmp_path)))
+    settings = SGLangSettings(STUDENT, 64, precision="fp32", max_concurrent_requests=16, api_key=KEY)
+    with SGLangServers(settings, 1, tmp_path / "logs") as servers:
         yield servers.all[0]
 
 
 @torch.no_grad()
-def assert_greedy(model: Any, prompt: list[int], completion: Completion) -> None:
+def assert_greedy(model: Any, prompt: list[int], completion: GenerationOutput) -> None:
     """The tokens and log-probs are those of transformers' model."""
     logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0, len(prompt) - 1 : -1]
     best = logits.log_softmax(-1).max(-1)
@@ -46,31 +46,31 @@ def assert_greedy(model: Any, prompt: list[int], completion: Completion) -> None
     torch.testing.assert_close(best.values, torch.tensor(completion.logprobs), rtol=0, atol=1e-5)
 
 
-def test_a_double_of_a_student_goes_on_with_its_old_weights(student: Server, tmp_path: Path) -> None:
+def test_a_double_of_a_student_goes_on_with_its_old_weights(student: SGLangServer, tmp_path: Path) -> None:
     prompts = [[1 + i, 20, 40 + i, 3][: 2 + i % 3] for i in range(12)]
-    requests = [Request(f"r{i}", prompt, GREEDY) for i, prompt in enumerate(prompts)]
+    requests = [GenerateRequest(f"r{i}", prompt, GREEDY) for i, prompt in enumerate(prompts)]
     other = tmp_path / "other"
     shutil.copytree(STUDENT, other)
     weights = load_file(other / "model.safetensors")
     save_file({name: w.flip(-1).contiguous() for name, w in weights.items()}, other / "model.safetensors")
 
     async def work() -> None:
-        async def admit(client: Client) -> Limits:
-            return await identify(client, Expected("Qwen3ForCausalLM", vocab_size=112, total_tokens=62))
+        async def admit(client: SGLangClient) -> LengthLimits:
+            return await verify_server(client, ExpectedModel("Qwen3ForCausalLM", vocab_size=112, total_tokens=62))
 
-        client = Client(student.url, api_key=KEY)
-        pool = Pool([client], admit)
+        client = SGLangClient(student.url, api_key=KEY)
+        pool = ServerPool([client], admit)
         await pool.open()
         for folder, version in ((STUDENT, "0"), (other, "1")):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            await client.call(
+            await client.request(
                 "POST", "/update_weights_from_disk", {"model_path": str(folder), "weight_version": version}
             )
-            completions = [completion async for completion in pool.run([Generation(request) for request in requests])]
+            completions = [completion async for completion in pool.run([GenerateCall(request) for request in requests])]
             assert len(completions) == len(requests)
             for completion in completions:
                 assert_greedy(model, prompts[int(completion.id[1:])], completion)
-                assert {span.version for span in completion.versions} == {version}
+                assert {span.version for span in completion.weight_spans} == {version}
         await pool.close()
 
     asyncio.run(work())

@@ -13,8 +13,8 @@ import pytest
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.rollout.sglang import server
-from eaopd_megatron.rollout.sglang.colocation import Turns
-from eaopd_megatron.rollout.sglang.server_manager import Keeper
+from eaopd_megatron.rollout.sglang.colocation import ColocationScheduler
+from eaopd_megatron.rollout.sglang.server_manager import ServerManager
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOCATED = ["rollout.engine=sglang", "servers.placement=colocated", "weight_sync.transport=tensor"]
@@ -40,25 +40,25 @@ def test_a_run_that_is_stopped_while_servers_write_cannot_be_saved(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(server, "server_command", lambda cuda: [sys.executable, "-m", "tests.sglang.double"])
     recipe = load_recipe(ROOT / "recipes/countdown/eopd.yaml", COLOCATED)
-    keeper = Keeper(recipe, HfFolder.open(recipe.student.model), tmp_path, first_gpu=0, report=lambda _: None)
+    keeper = ServerManager(recipe, HfFolder.open(recipe.student.model), tmp_path, first_gpu=0, report=lambda _: None)
     memory, parallel = Memory(), SimpleNamespace(world_size=1)
     stand_ins: tuple[Any, Any] = parallel, memory
-    turns = Turns(*stand_ins, keeper)
+    turns = ColocationScheduler(*stand_ins, keeper)
     try:
-        turns.begin()
+        turns.offload_trainer()
         keeper.start(32)
-        for _ in keeper.until_there():
+        for _ in keeper.wait_until_ready():
             pass
-        keeper.serve([0])
+        keeper.set_allowed_versions([0])
         for _ in range(2):
-            turns.begin()
+            turns.offload_trainer()
             assert not memory.there
-            turns.weights()
-            turns.cache()
-            turns.end()
+            turns.resume_weights()
+            turns.resume_kv_cache()
+            turns.onload_trainer()
             assert memory.there
-        turns.begin()
+        turns.offload_trainer()
     finally:
         keeper.close()
-    turns.end()
+    turns.onload_trainer()
     assert memory.there

@@ -21,7 +21,7 @@ from eaopd_megatron.rollout.weight_sync import tensor as in_request
 from eaopd_megatron.rollout.weight_sync.distributed import ERROR_HANDLING, UpdateGroup, own_address
 from eaopd_megatron.rollout.weight_sync.session import Session
 from eaopd_megatron.rollout.weight_sync.transport import GATHERED_COPIES, Bucket, Placed, buckets, capacity
-from eaopd_megatron.serving.client import Busy, Client
+from eaopd_megatron.serving.client import Busy, SGLangClient
 from tests.sglang.double import Double
 from tests.sglang.processes import in_a_loop
 
@@ -135,7 +135,7 @@ def test_torch_has_moved_the_device_of_a_cuda_tensor() -> None:
     assert names[in_request.DEVICE_INDEX] == "storage_device"
 
 
-Work = Callable[[Double, Client], Coroutine[Any, Any, Any]]
+Work = Callable[[Double, SGLangClient], Coroutine[Any, Any, Any]]
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def a_server() -> Iterator[Callable[[Work], Any]]:
 
         async def one(work: Work) -> Any:
             async with Double() as double:
-                client = Client(double.url)
+                client = SGLangClient(double.url)
                 try:
                     return await work(double, client)
                 finally:
@@ -155,7 +155,7 @@ def a_server() -> Iterator[Callable[[Work], Any]]:
 
 
 def test_an_update_that_broke_off_blocks_the_next() -> None:
-    async def work(double: Double, client: Client) -> None:
+    async def work(double: Double, client: SGLangClient) -> None:
         for version in ("1", "2"):
             await SESSION.begin(client)
             assert double.paused and double.session
@@ -168,7 +168,7 @@ def test_an_update_that_broke_off_blocks_the_next() -> None:
 
 
 def test_another_version_than_was_sent_passes() -> None:
-    async def work(double: Double, client: Client) -> None:
+    async def work(double: Double, client: SGLangClient) -> None:
         double._post_update_weight_version = lambda body: {}  # type: ignore[method-assign]
         await SESSION.begin(client)
         with pytest.raises(UserError, match="it has weights '0' after an update to '5'"):
@@ -179,7 +179,7 @@ def test_another_version_than_was_sent_passes() -> None:
 
 
 def test_a_bucket_is_sent_twice_to_a_busy_server() -> None:
-    async def work(double: Double, client: Client) -> None:
+    async def work(double: Double, client: SGLangClient) -> None:
         said: list[str] = []
 
         def fail(body: dict[str, Any]) -> None:
@@ -196,7 +196,7 @@ def test_a_bucket_is_sent_twice_to_a_busy_server() -> None:
 
 
 def test_a_server_of_data_parallel_ranks_is_sent_tensors() -> None:
-    async def work(double: Double, client: Client) -> None:
+    async def work(double: Double, client: SGLangClient) -> None:
         assert await SESSION.ranks(client) == 1
         info = double._server_info()
         double._server_info = lambda: {**info, "dp_size": 2}  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from eaopd_megatron.objective import summarise_teacher
-from eaopd_megatron.serving.readiness import Loop
+from eaopd_megatron.serving.readiness import EventLoopThread
 from eaopd_megatron.teacher.payload import HiddenRows
 from eaopd_megatron.teacher.wire import Info, ScoreRequest
 from tests.sglang.plain_http import Died, PlainServer, Refused
@@ -96,9 +96,9 @@ class ScoringDouble(PlainServer):
 
 
 @contextmanager
-def running(*doubles: ScoringDouble) -> Iterator[Loop]:
+def running(*doubles: ScoringDouble) -> Iterator[EventLoopThread]:
     """They serve in a thread of their own."""
-    with Loop("doubles") as loop:
+    with EventLoopThread("doubles") as loop:
         for double in doubles:
             loop.run(double.start())
         try:

@@ -19,10 +19,10 @@ import torch
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.process import HIDDEN, ServerProcess
+from eaopd_megatron.serving.process import _REDACTED, ServerProcess
 from eaopd_megatron.serving.supervisor import DEATHS, Supervisor
 from eaopd_megatron.teacher.payload import TopKRows
-from eaopd_megatron.teacher.replicas import Replicas
+from eaopd_megatron.teacher.replicas import TeacherReplicas
 from eaopd_megatron.teacher.wire import Info, Scored, ScoreRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ class Program(ServerProcess):
     def command(self) -> list[str]:
         return [sys.executable, "-c", PROGRAM, str(self.port), str(self._starts), str(self._lives)]
 
-    def with_key(self, file: Path) -> list[str]:
+    def key_arguments(self, file: Path) -> list[str]:
         return [str(file)]
 
     def environment(self) -> Mapping[str, str | None]:
@@ -80,8 +80,8 @@ def until(condition: object) -> None:
 def test_a_dead_replica_is_not_started_again_or_for_ever(tmp_path: Path) -> None:
     server, said = Program(tmp_path, lives=2), list[str]()
     supervisor = Supervisor([server], minutes=1, report=said.append)
-    supervisor.begin()
-    supervisor.there.result(60)
+    supervisor.start()
+    supervisor.ready.result(60)
     port = server.port
     server.die()
     until(lambda: server.starts == 2 and server.ready())
@@ -90,8 +90,8 @@ def test_a_dead_replica_is_not_started_again_or_for_ever(tmp_path: Path) -> None
     server.die()
     until(lambda: "is not started again" in said[-1])
     assert f"died {DEATHS} times in a row and is not started again: it ended with exit code 1: Error: no" in said[-1]
-    supervisor.end()
-    supervisor.end()
+    supervisor.stop()
+    supervisor.stop()
 
 
 @pytest.mark.parametrize(("given", "wanted"), [("", "10.1.2.3"), ("localhost,.site", "localhost,.site,10.1.2.3")])
@@ -127,31 +127,31 @@ def test_gpus_are_shared_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
     layout = ("teacher.placement=separate", "teacher.replicas=2", "teacher.tensor_parallel=2")
     options: dict[str, Any] = {"first_gpu": 0, "report": print}
-    fitting = Replicas(load_recipe(RECIPE, layout), "", tmp_path, **options)
+    fitting = TeacherReplicas(load_recipe(RECIPE, layout), "", tmp_path, **options)
     made = [fitting._separate(i, gpus, 64).environment() for i, gpus in enumerate(fitting._gpus())]
     assert made == [{"CUDA_VISIBLE_DEVICES": "3,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}]
     with pytest.raises(
         UserError, match=r"teacher\.replicas=2 of 2 GPUs each take GPUs 2 to 5 of this host, which shows 4"
     ):
-        Replicas(load_recipe(RECIPE, layout), "", tmp_path, **{**options, "first_gpu": 2}).start(64)
+        TeacherReplicas(load_recipe(RECIPE, layout), "", tmp_path, **{**options, "first_gpu": 2}).start(64)
 
 
 def test_a_replica_that_never_came_is_started_without_end(tmp_path: Path) -> None:
     server = Program(tmp_path, lives=0)
     supervisor = Supervisor([server], minutes=1, report=lambda _: None)
-    supervisor.begin()
+    supervisor.start()
     with pytest.raises(UserError, match="teacher replica 0 did not start; it ended with exit code 1: Error: no memory"):
-        supervisor.there.result(60)
-    supervisor.end()
+        supervisor.ready.result(60)
+    supervisor.stop()
     assert server.starts == 1
 
 
 def test_a_replica_outlives_the_run_that_ends_while_it_starts(tmp_path: Path) -> None:
     server = Program(tmp_path, lives=9)
     supervisor = Supervisor([server], minutes=1, report=lambda _: None)
-    supervisor.begin()
+    supervisor.start()
     until(lambda: server.pid is not None)
-    supervisor.end()
+    supervisor.stop()
     assert not server.alive()
 
 
@@ -162,13 +162,13 @@ def test_a_replica_tells_its_key(tmp_path: Path) -> None:
     until(server.ready)
     assert not server._key_file.exists()
     server.stop()
-    assert "a-secret" not in server.log.read_text() and HIDDEN in server.log.read_text()
+    assert "a-secret" not in server.log.read_text() and _REDACTED in server.log.read_text()
 
 
 @pytest.fixture
-def replicas(tmp_path: Path) -> Iterator[Replicas]:
+def replicas(tmp_path: Path) -> Iterator[TeacherReplicas]:
     options = ("teacher.placement=separate", f"run.folder={tmp_path}", "teacher.precision=fp32")
-    one = Replicas(load_recipe(RECIPE, options), "", tmp_path / "teachers", first_gpu=0, report=lambda _: None)
+    one = TeacherReplicas(load_recipe(RECIPE, options), "", tmp_path / "teachers", first_gpu=0, report=lambda _: None)
     yield one
     one.close()
 
@@ -182,28 +182,28 @@ def ask(url: str, method: str, path: str, key: str | None, body: bytes | None = 
     return answer.read()
 
 
-def test_a_teacher_that_the_trainer_started_is_another_tells_its_key_or_stays(replicas: Replicas) -> None:
+def test_a_teacher_that_the_trainer_started_is_another_tells_its_key_or_stays(replicas: TeacherReplicas) -> None:
     """The service as it is. How it comes back is tested by the campaign."""
     replicas.start(64)
-    arriving = replicas.urls()
+    arriving = replicas.wait_urls()
     while True:
         try:
             next(arriving)
         except StopIteration as done:
             (url,) = done.value
             break
-    info = Info.from_json(json.loads(ask(url, "GET", "/info", replicas.key)))
+    info = Info.from_json(json.loads(ask(url, "GET", "/info", replicas.api_key)))
     recipe = load_recipe(RECIPE)
     assert info.fingerprint == HfFolder.open(recipe.teacher.model).fingerprint
     assert isinstance(info.row_format, TopKRows)
     request = ScoreRequest("a", [Scored(3, 4)], torch.arange(7, dtype=torch.int32))
-    assert len(ask(url, "POST", "/score", replicas.key, request.encode())) == 4 * info.row_format.bytes
+    assert len(ask(url, "POST", "/score", replicas.api_key, request.encode())) == 4 * info.row_format.bytes
 
     (server,) = replicas._servers
     family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-    assert len(family) == 2 and replicas.key is not None
-    assert not any(replicas.key in argument for process in family for argument in process.cmdline())
+    assert len(family) == 2 and replicas.api_key is not None
+    assert not any(replicas.api_key in argument for process in family for argument in process.cmdline())
     replicas.close()
     assert not psutil.wait_procs(family, 5)[1]
-    assert replicas.key not in server.log.read_text()
+    assert replicas.api_key not in server.log.read_text()
     assert "stopped by SIGTERM" in server.log.read_text()

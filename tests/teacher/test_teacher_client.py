@@ -12,9 +12,9 @@ import torch
 
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.client import Busy, Patience
+from eaopd_megatron.serving.client import Busy, Timeouts
 from eaopd_megatron.serving.connection import ServerGone
-from eaopd_megatron.serving.pool import Pool
+from eaopd_megatron.serving.pool import ServerPool
 from eaopd_megatron.teacher.client import TeacherClient
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.separate import SeparateSource, TokenLimit, compare
@@ -22,7 +22,7 @@ from eaopd_megatron.teacher.wire import Info
 from tests.teacher.scoring_double import INFO, ScoringDouble
 
 pytestmark = pytest.mark.timeout(60)
-QUICK = Patience(retries=3, backoff=0.001)
+QUICK = Timeouts(attempts=3, backoff=0.001)
 Work = Callable[[ScoringDouble, TeacherClient], Awaitable[None]]
 
 
@@ -36,13 +36,13 @@ def made(count: int, response: int = 3) -> list[Sample]:
     ]
 
 
-def served(work: Work, *, key: str | None = None, given: str | None = None, patience: Patience = QUICK) -> None:
+def served(work: Work, *, key: str | None = None, given: str | None = None, patience: Timeouts = QUICK) -> None:
     """given: the key that the client shows."""
 
     async def run() -> None:
         double = ScoringDouble(INFO, key=key)
         await double.start()
-        client = TeacherClient(double.url, api_key=given, connections=4, patience=patience)
+        client = TeacherClient(double.url, api_key=given, connections=4, timeouts=patience)
         try:
             await work(double, client)
         finally:
@@ -71,7 +71,7 @@ def test_requests_are_larger_than_a_micro_batch() -> None:
     assert [len(of) for _, of in calls] == [2, 2, 1]
     assert [call.id for call, _ in calls] == ["n-0", "n-1", "n-2"]
     with pytest.raises(UserError, match="22 tokens is longer than the teacher's 10"):
-        calls[2][0].check(TokenLimit(10))
+        calls[2][0].validate(TokenLimit(10))
 
 
 def test_the_terminal_token_is_looked_up_where_no_stop_was() -> None:
@@ -99,7 +99,7 @@ def test_a_dropped_connection_is_a_traceback() -> None:
         double.faults.deaths, double.faults.returns = 1, False
         with pytest.raises(ServerGone):
             await scored(client)
-        assert not await client.there()
+        assert not await client.reachable()
 
     served(work)
 
@@ -119,7 +119,7 @@ def test_a_teacher_that_hangs_is_waited_for() -> None:
         with pytest.raises(ServerGone, match=r"no answer to /score within 0\.05 s"):
             await scored(client)
 
-    served(work, patience=Patience(generate=0.05))
+    served(work, patience=Timeouts(generate=0.05))
 
 
 def test_a_request_that_is_given_up_keeps_its_thread() -> None:
@@ -170,7 +170,7 @@ def test_a_teacher_that_still_loads_gets_work() -> None:
         double.faults.loading = True
         with pytest.raises(Busy):
             await source().admit(client, 8)
-        assert await client.there()
+        assert await client.reachable()
         double.faults.loading = False
         assert await source().admit(client, 8) == TokenLimit(64)
 
@@ -211,13 +211,13 @@ def test_a_replica_that_dies_takes_tokens_with_it() -> None:
         doubles = [ScoringDouble(INFO), ScoringDouble(INFO)]
         for double in doubles:
             await double.start()
-        clients = [TeacherClient(double.url, connections=2, patience=QUICK) for double in doubles]
+        clients = [TeacherClient(double.url, connections=2, timeouts=QUICK) for double in doubles]
         asked = source(budget=10)
 
         async def admit(client: TeacherClient) -> TokenLimit:
             return await asked.admit(client, 5)
 
-        pool = Pool(clients, admit, return_wait=0.001, report=lambda _: None)
+        pool = ServerPool(clients, admit, readmission_wait=0.001, report=lambda _: None)
         await pool.open()
         doubles[0].faults.deaths = 2
         calls = [call for call, _ in asked.calls(made(40), "a")]

@@ -15,7 +15,7 @@ import pytest
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving import ports as places
-from eaopd_megatron.serving.ports import hold_port, node_address
+from eaopd_megatron.serving.ports import claim_port, node_address
 from eaopd_megatron.slurm_job import allocate as arranging
 from eaopd_megatron.slurm_job.allocate import Arrangement, Nodes
 from eaopd_megatron.slurm_job.exec_as_rank import Step
@@ -121,11 +121,11 @@ def test_bash_reads_other_words_than_were_said() -> None:
 
 def test_two_jobs_meet_on_one_port() -> None:
     """The first has chosen its port, and does not listen there yet."""
-    first = hold_port("127.0.0.1", seed=7)
-    second = hold_port("127.0.0.1", seed=7)
+    first = claim_port("127.0.0.1", seed=7)
+    second = claim_port("127.0.0.1", seed=7)
     assert first.port != second.port
     with pytest.raises(UserError, match=f"port {first.port} of 127.0.0.1 is taken"):
-        hold_port("127.0.0.1", first=first.port, patience=0.3)
+        claim_port("127.0.0.1", first=first.port, wait_seconds=0.3)
 
 
 def test_a_name_of_the_loopback_is_taken_for_a_nodes_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_name_of_the_loopback_is_taken_for_a_nodes_address(monkeypatch: pytest
 def test_a_port_stays_taken_when_its_process_has_ended() -> None:
     code = "from eaopd_megatron.serving.ports import *; h = hold_port('127.0.0.1', seed=3); h.keep(); print(h.port)"
     port = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert hold_port("127.0.0.1", first=port, patience=0.3).port == port
+    assert claim_port("127.0.0.1", first=port, wait_seconds=0.3).port == port
 
 
 @pytest.fixture
@@ -157,21 +157,21 @@ def taken() -> Iterator[int]:
 
 
 def test_a_taken_port_is_given_to_a_service(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(places.PORTS, f"{taken}-{taken}")
+    monkeypatch.setenv(places.PORT_RANGE_VARIABLE, f"{taken}-{taken}")
     with pytest.raises(UserError, match=f"every port of EAOPD_PORTS={taken}-{taken} is taken on 127.0.0.1"):
-        hold_port("127.0.0.1")
+        claim_port("127.0.0.1")
 
 
 @pytest.mark.parametrize("text", ["15000", "20000-10000", "80-90", "a-b"])
 def test_a_port_range_that_is_none_is_read_as_one(text: str) -> None:
     with pytest.raises(UserError, match="EAOPD_PORTS is"):
-        places.port_range({places.PORTS: text})
+        places.port_range({places.PORT_RANGE_VARIABLE: text})
 
 
 def test_services_listen_on_an_interface_that_the_node_has_not() -> None:
     with pytest.raises(UserError, match=r"EAOPD_INTERFACE is ib77, which this node has not \(it has .*lo"):
-        node_address({places.INTERFACE: "ib77"})
-    assert node_address({places.INTERFACE: "lo"}) == "127.0.0.1"
+        node_address({places.INTERFACE_VARIABLE: "ib77"})
+    assert node_address({places.INTERFACE_VARIABLE: "lo"}) == "127.0.0.1"
 
 
 # Steps

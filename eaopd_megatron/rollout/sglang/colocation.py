@@ -24,73 +24,73 @@ from typing import Any, Literal
 from eaopd_megatron.distributed.errors import agree
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.offload import TrainerMemory
-from eaopd_megatron.rollout.sglang.server_manager import Keeper
-from eaopd_megatron.serving.client import Busy, Client, ServerGone
+from eaopd_megatron.rollout.sglang.server_manager import ServerManager
+from eaopd_megatron.serving.client import Busy, SGLangClient, ServerGone
 
-Tag = Literal["weights", "kv_cache"]
-IDLE_SECONDS = 30.0
+MemoryTag = Literal["weights", "kv_cache"]
+_IDLE_SECONDS = 30.0
 """What a request has to end that nobody waits for any more."""
 
 
-async def release(client: Client, tags: Sequence[Tag], *, idle: float = IDLE_SECONDS) -> None:
+async def release_memory_occupation(client: SGLangClient, tags: Sequence[MemoryTag], *, idle: float = _IDLE_SECONDS) -> None:
     """The server gives that memory back, once no request runs; its cache of prompts is empty then.
 
     Raises ServerGone, Busy, and UserError where a request still runs after `idle` seconds.
     """
-    await client.call("POST", f"/flush_cache?timeout={idle:g}", seconds=client.patience.control + idle)
-    await client.call("POST", "/release_memory_occupation", {"tags": list(tags)})
+    await client.request("POST", f"/flush_cache?timeout={idle:g}", seconds=client.timeouts.control + idle)
+    await client.request("POST", "/release_memory_occupation", {"tags": list(tags)})
 
 
-async def resume(client: Client, tags: Sequence[Tag]) -> None:
+async def resume_memory_occupation(client: SGLangClient, tags: Sequence[MemoryTag]) -> None:
     """The server takes that memory again, whose contents are lost. Raises ServerGone, Busy."""
-    await client.call("POST", "/resume_memory_occupation", {"tags": list(tags)})
+    await client.request("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
 
-class Colocated:
+class ColocatedServers:
     """What memory each of the main rank's servers has, and the changes between phases.
 
     A server that has just started has all. Every call returns {client: one-line reason} for those that are gone.
     """
 
     def __init__(self) -> None:
-        self._away: dict[Client, set[Tag]] = {}
+        self._away: dict[SGLangClient, set[MemoryTag]] = {}
 
-    async def before_weights(self, clients: Sequence[Client]) -> dict[Client, str]:
+    async def resume_weights(self, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         """The trainer has released its memory: room for the weights, which are to be pushed."""
         return await self._each(clients, lambda client: self._resume(client, "weights"))
 
-    async def before_generation(self, clients: Sequence[Client]) -> dict[Client, str]:
+    async def resume_kv_cache(self, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         """The weights are pushed: room for the cache. ValueError where `before_weights` was not called."""
         for client in clients:
             if "weights" in self._away.get(client, ()):
                 raise ValueError(f"{client.url} has no weights: before_weights and a push come first")
         return await self._each(clients, lambda client: self._resume(client, "kv_cache"))
 
-    async def after_generation(self, clients: Sequence[Client]) -> dict[Client, str]:
+    async def release_memory(self, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         """Everything is written, or the servers have just started: their memory is the trainer's."""
         return await self._each(clients, self._release)
 
-    def forget(self, client: Client) -> None:
+    def forget(self, client: SGLangClient) -> None:
         """It died. Started again, it has all of its memory."""
         self._away.pop(client, None)
 
-    async def _resume(self, client: Client, tag: Tag) -> None:
+    async def _resume(self, client: SGLangClient, tag: MemoryTag) -> None:
         away = self._away.get(client, set())
         if tag in away:
-            await resume(client, [tag])
+            await resume_memory_occupation(client, [tag])
             away.remove(tag)
 
-    async def _release(self, client: Client) -> None:
+    async def _release(self, client: SGLangClient) -> None:
         away = self._away.setdefault(client, set())
-        tags: list[Tag] = [tag for tag in ("kv_cache", "weights") if tag not in away]
+        tags: list[MemoryTag] = [tag for tag in ("kv_cache", "weights") if tag not in away]
         if tags:
-            await release(client, tags)
+            await release_memory_occupation(client, tags)
             away.update(tags)
 
-    async def _each(self, clients: Sequence[Client], work: Callable[[Client], Awaitable[None]]) -> dict[Client, str]:
-        lost: dict[Client, str] = {}
+    async def _each(self, clients: Sequence[SGLangClient], work: Callable[[SGLangClient], Awaitable[None]]) -> dict[SGLangClient, str]:
+        lost: dict[SGLangClient, str] = {}
 
-        async def one(client: Client) -> None:
+        async def one(client: SGLangClient) -> None:
             try:
                 await work(client)
             except (ServerGone, Busy) as error:
@@ -101,50 +101,50 @@ class Colocated:
         return lost
 
 
-class Turns:
+class ColocationScheduler:
     """The order is that of `memory`. Collective over all ranks; keeper: on the main rank."""
 
-    def __init__(self, parallel: Parallel, trainer: TrainerMemory, keeper: Keeper | None) -> None:
+    def __init__(self, parallel: Parallel, trainer: TrainerMemory, keeper: ServerManager | None) -> None:
         self._parallel, self._trainer, self._keeper = parallel, trainer, keeper
-        self._servers = Colocated()
-        self.of_servers = False
+        self._servers = ColocatedServers()
+        self.servers_hold_memory = False
 
-    def begin(self) -> None:
+    def offload_trainer(self) -> None:
         """The trainer's memory is free for servers: those that start take what they need."""
-        if not self.of_servers:
+        if not self.servers_hold_memory:
             self._trainer.release()
             agree(self._parallel, self._wake)
-            self.of_servers = True
+            self.servers_hold_memory = True
 
-    def weights(self) -> None:
+    def resume_weights(self) -> None:
         """Servers have room for weights, which are to be pushed next."""
-        agree(self._parallel, lambda: self._each(self._servers.before_weights))
+        agree(self._parallel, lambda: self._each(self._servers.resume_weights))
 
-    def cache(self) -> None:
+    def resume_kv_cache(self) -> None:
         """... and for the cache, with which they generate."""
-        agree(self._parallel, lambda: self._each(self._servers.before_generation))
+        agree(self._parallel, lambda: self._each(self._servers.resume_kv_cache))
 
-    def end(self) -> None:
+    def onload_trainer(self) -> None:
         """It is the trainer's turn."""
-        if self.of_servers:
+        if self.servers_hold_memory:
             agree(self._parallel, self._rest)
             self._trainer.resume()
-            self.of_servers = False
+            self.servers_hold_memory = False
 
-    def forget(self, client: Client) -> None:
+    def forget(self, client: SGLangClient) -> None:
         """It died."""
         self._servers.forget(client)
 
     def _wake(self) -> None:
         if self._keeper is not None:
-            self._keeper.start_dead_ones()
+            self._keeper.restart_stopped()
 
     def _rest(self) -> None:
         if self._keeper is not None:
-            self._keeper.end_absent_ones()
-            self._each(self._servers.after_generation)
+            self._keeper.stop_unreachable()
+            self._each(self._servers.release_memory)
 
-    def _each(self, work: Callable[[Sequence[Client]], Coroutine[Any, Any, dict[Client, str]]]) -> None:
-        clients = [] if self._keeper is None else self._keeper.present()
+    def _each(self, work: Callable[[Sequence[SGLangClient]], Coroutine[Any, Any, dict[SGLangClient, str]]]) -> None:
+        clients = [] if self._keeper is None else self._keeper.available()
         if self._keeper is not None and clients:  # none: also where they were ended, and the loop with them
-            self._keeper.given((), self._keeper.loop.run(work(clients)))
+            self._keeper.mark_updated((), self._keeper.loop.run(work(clients)))

@@ -23,26 +23,26 @@ from eaopd_megatron.distributed.parallel_state import Parallel, ranks_beside_the
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.interface import Ticket, Wanted
-from eaopd_megatron.rollout.sglang.colocation import Turns
-from eaopd_megatron.rollout.sglang.generation import Writing
-from eaopd_megatron.rollout.sglang.identity import Probe
-from eaopd_megatron.rollout.sglang.server_manager import Keeper
+from eaopd_megatron.rollout.sglang.colocation import ColocationScheduler
+from eaopd_megatron.rollout.sglang.generation import BackgroundGeneration
+from eaopd_megatron.rollout.sglang.identity import LogprobProbe
+from eaopd_megatron.rollout.sglang.server_manager import ServerManager
 from eaopd_megatron.rollout.weight_sync.sync import WeightSync
-from eaopd_megatron.serving.client import Client
+from eaopd_megatron.serving.client import SGLangClient
 
-POLL_SECONDS = 0.2
-REFRESH = "refresh"
+_POLL_SECONDS = 0.2
+_REFRESH = "refresh"
 """News that a server is back and waits for the student's weights; any other news are responses."""
 NOBODY_SENT = "default"
 """SGLang's name for weights that were never updated, where it is given none."""
-PROBE_TOKENS = 32
+_PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class _Begun(Ticket):
+class _PendingRollout(Ticket):
     """writing: on the main rank."""
 
-    writing: Writing | None = None
+    generation: BackgroundGeneration | None = None
 
 
 class ServedRollout:
@@ -69,12 +69,12 @@ class ServedRollout:
         for colocated servers. asked: the number of a signal that asks the run to stop, or 0."""
         self.recipe, self.parallel, self._logprobs, self._asked = recipe, parallel, logprobs, asked
         self._vocab_size = vocab_size
-        self._keeper: Keeper | None = None
+        self._keeper: ServerManager | None = None
         colocated = recipe.servers.placement == "colocated"
         first_gpu = 0 if colocated else ranks_beside_the_first(parallel)
         if parallel.is_main:
-            self._keeper = Keeper(recipe, student, logs, first_gpu=first_gpu, report=report)
-        self._turns = Turns(parallel, memory, self._keeper) if colocated else None
+            self._keeper = ServerManager(recipe, student, logs, first_gpu=first_gpu, report=report)
+        self._turns = ColocationScheduler(parallel, memory, self._keeper) if colocated else None
         self._sync = WeightSync(
             model,
             student,
@@ -88,50 +88,50 @@ class ServedRollout:
         self._part_tokens = recipe.train.micro_batch_tokens * parallel.dp_size
         self._probe_ids: Sequence[int] = ()
         self._version: int | None = None  # of the weights that the servers have
-        self._ahead: _Begun | None = None  # may be written while the caller trains
+        self._ahead: _PendingRollout | None = None  # may be written while the caller trains
 
     def open(self, prompts: Sequence[Prompt], longest: int) -> None:
         """The servers begin to start; `publish` waits for them."""
-        self._probe_ids = max(prompts, key=lambda prompt: len(prompt.token_ids)).token_ids[:PROBE_TOKENS]
+        self._probe_ids = max(prompts, key=lambda prompt: len(prompt.token_ids)).token_ids[:_PROBE_TOKENS]
         if self._turns is not None:
-            self._turns.begin()
+            self._turns.offload_trainer()
         if self._keeper is not None:
             self._keeper.start(longest)
 
     def publish(self, version: int) -> None:
         """The servers get the model's weights, once what they write with older ones is finished."""
-        if version == self._version and (self._turns is None or self._turns.of_servers):
+        if version == self._version and (self._turns is None or self._turns.servers_hold_memory):
             return
         before, self._version = self._version, version
         self._forget_lost()
         if self._turns is not None:
-            self._turns.begin()
+            self._turns.offload_trainer()
         verify = self.recipe.weight_sync.verify == "probe"
         if verify or (before is None and version == 0):
             self._take_probe(version)
         if before is None:
-            self._wait(Keeper.until_there)
+            self._wait(ServerManager.wait_until_ready)
         elif self._ahead is not None:
             if self._keeper is not None:
-                self._keeper.serve([before, version])  # one that comes back gets the new ones
+                self._keeper.set_allowed_versions([before, version])  # one that comes back gets the new ones
             self._wait(partial(_until_written, self._ahead))
         # servers that were started here have the student's original weights as version 0
         if before is not None or version > 0 or not self.recipe.servers.started:
             self._push(version)
         if self._keeper is not None:
-            self._keeper.serve([version])
+            self._keeper.set_allowed_versions([version])
         if verify:
             agree(self.parallel, self._compare)
 
     def begin(self, wanted: Wanted) -> Ticket:
         """The servers begin to write at once."""
-        writing = None if self._keeper is None else self._keeper.begin(wanted)
-        self._ahead = _Begun(wanted, writing)
+        writing = None if self._keeper is None else self._keeper.submit(wanted)
+        self._ahead = _PendingRollout(wanted, writing)
         return self._ahead
 
     def responses(self, ticket: Ticket) -> Iterator[list[Sample]]:
         """Each part has about a micro-batch for every data-parallel rank."""
-        assert isinstance(ticket, _Begun)
+        assert isinstance(ticket, _PendingRollout)
         mine, prompts = set(ticket.wanted.mine), ticket.wanted.prompts
         missing = set(mine)
         for part in self._hear(partial(_written, ticket, self._part_tokens)):
@@ -149,7 +149,7 @@ class ServedRollout:
         """Colocated servers give the trainer its memory back."""
         if self._turns is not None:
             self._forget_lost()
-            self._turns.end()
+            self._turns.onload_trainer()
 
     def close(self) -> None:
         """Ends the servers that were started here."""
@@ -157,59 +157,59 @@ class ServedRollout:
         if self._keeper is not None:
             self._keeper.close()
 
-    def _hear(self, news: Callable[[Keeper], Iterator[Any]]) -> Iterator[list[Sample]]:
+    def _hear(self, news: Callable[[ServerManager], Iterator[Any]]) -> Iterator[list[Sample]]:
         """Responses, on all ranks; for a server that came back all ranks export the weights on the way."""
         told = None if self._keeper is None else news(self._keeper)
         for one in relay(self.parallel, told, self._asked):
-            if one == REFRESH:
-                clients = self._keeper.stale() if self._keeper else []
+            if one == _REFRESH:
+                clients = self._keeper.outdated() if self._keeper else []
                 self._given(clients, self._sync.refresh(self._version or 0, clients))
             else:
                 yield one
 
-    def _wait(self, news: Callable[[Keeper], Iterator[Any]]) -> None:
+    def _wait(self, news: Callable[[ServerManager], Iterator[Any]]) -> None:
         for _ in self._hear(news):
             pass
 
     def _compare(self) -> None:
         if self._keeper is not None:
-            self._keeper.compare()
+            self._keeper.probe_weights()
 
     def _push(self, version: int) -> None:
         if self._turns is not None:
-            self._turns.weights()
-        clients = [] if self._keeper is None else self._keeper.present()
+            self._turns.resume_weights()
+        clients = [] if self._keeper is None else self._keeper.available()
         self._given(clients, self._sync.push(version, clients))
         if self._turns is not None:
-            self._turns.cache()
+            self._turns.resume_kv_cache()
 
     def _forget_lost(self) -> None:
-        for client in self._keeper.lost() if self._keeper else ():
+        for client in self._keeper.take_lost() if self._keeper else ():
             self._sync.forget(client)
             if self._turns is not None:
                 self._turns.forget(client)
 
-    def _given(self, clients: Sequence[Client], failed: dict[Client, str]) -> None:
+    def _given(self, clients: Sequence[SGLangClient], failed: dict[SGLangClient, str]) -> None:
         if self._keeper is not None:
-            self._keeper.given(clients, failed)
+            self._keeper.mark_updated(clients, failed)
 
     def _take_probe(self, version: int) -> None:
         logprobs = self._logprobs(self._probe_ids)
         if self._keeper is not None:
             versions = {str(version), *((NOBODY_SENT,) if version == 0 else ())}
-            probe = Probe(self._probe_ids, logprobs, versions=versions)
+            probe = LogprobProbe(self._probe_ids, logprobs, versions=versions)
             self._keeper.expected = replace(self._keeper.expected, probe=probe)
 
 
-def _written(ticket: _Begun, part_tokens: int, keeper: Keeper) -> Iterator[Any]:
+def _written(ticket: _PendingRollout, part_tokens: int, keeper: ServerManager) -> Iterator[Any]:
     """News on the main rank: responses in parts, without their prompts, which all ranks have."""
-    assert ticket.writing is not None
+    assert ticket.generation is not None
     part: list[Sample] = []
     tokens = 0
     while True:
         yield _comeback(keeper)
         try:
-            sample = ticket.writing.next(POLL_SECONDS)
+            sample = ticket.generation.next_sample(_POLL_SECONDS)
         except queue.Empty:
             continue
         if sample is not None:
@@ -222,13 +222,13 @@ def _written(ticket: _Begun, part_tokens: int, keeper: Keeper) -> Iterator[Any]:
             return
 
 
-def _until_written(ticket: _Begun, keeper: Keeper) -> Iterator[Any]:
+def _until_written(ticket: _PendingRollout, keeper: ServerManager) -> Iterator[Any]:
     """News on the main rank until no response is missing, or none will come any more."""
-    assert ticket.writing is not None
-    while not ticket.writing.finished:
+    assert ticket.generation is not None
+    while not ticket.generation.finished:
         yield _comeback(keeper)
-        time.sleep(POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
-def _comeback(keeper: Keeper) -> str | None:
-    return REFRESH if keeper.stale() else None
+def _comeback(keeper: ServerManager) -> str | None:
+    return _REFRESH if keeper.outdated() else None

@@ -14,21 +14,21 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.interface import Wanted
-from eaopd_megatron.rollout.sglang.generation import Writing
-from eaopd_megatron.rollout.sglang.identity import READY_PATH, Expected, Paused, admit_workers, identify, worker_urls
-from eaopd_megatron.rollout.sglang.server import Server, ServerSettings
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, Limits
+from eaopd_megatron.rollout.sglang.generation import BackgroundGeneration
+from eaopd_megatron.rollout.sglang.identity import ROUTER_READY_PATH, ExpectedModel, ServerPaused, verify_workers, verify_server, worker_urls
+from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, LengthLimits
 from eaopd_megatron.rollout.weight_sync.session import resume
-from eaopd_megatron.serving.client import Busy, Client, ServerGone, read_api_key
-from eaopd_megatron.serving.pool import Held, Pool
-from eaopd_megatron.serving.process import stop_all, wait_ready
-from eaopd_megatron.serving.readiness import Arrival, Loop, until_done
+from eaopd_megatron.serving.client import Busy, SGLangClient, ServerGone, read_api_key
+from eaopd_megatron.serving.pool import NotYet, ServerPool
+from eaopd_megatron.serving.process import stop_servers, wait_until_serving
+from eaopd_megatron.serving.readiness import Arrival, EventLoopThread, poll_until_done
 
-DEATHS = 5
+MAX_RESTARTS = 5
 """A server that dies so often in a row, without having served, is not started again."""
 
 
-class Keeper:
+class ServerManager:
     """Its public methods are called by the main thread; `loop` runs whatever talks to servers."""
 
     def __init__(
@@ -37,19 +37,19 @@ class Keeper:
         """logs: folder of the logs of servers started here. first_gpu: of the first of them, among the visible ones."""
         self._recipe, self._folder, self._logs = recipe, folder, logs
         self._first_gpu, self._report = first_gpu, report
-        self.loop = Loop()
+        self.loop = EventLoopThread()
         self._arrival = Arrival("rollout server", recipe.servers.start_minutes, report)
-        self.expected: Expected
-        self.clients: list[Client] = []  # one a server, also where a router is in front of them
-        self._pool: Pool[Client, Limits] | None = None
-        self._router: Client | None = None
-        self._wanted: frozenset[str] = frozenset()  # versions of weights that may answer
-        self._stale: dict[Client, None] = {}  # there, with weights of another version
-        self._refused: set[Client] = set()  # could not be given weights when they were last sent
-        self._started: list[Server] = []
-        self._server_of: dict[Client, Server] = {}
-        self._deaths: Counter[Client] = Counter()
-        self._held: list[Client] | None = None  # dead ones that wait to be started; none: they are started at once
+        self.expected: ExpectedModel
+        self.clients: list[SGLangClient] = []  # one a server, also where a router is in front of them
+        self._pool: ServerPool[SGLangClient, LengthLimits] | None = None
+        self._router: SGLangClient | None = None
+        self._allowed_versions: frozenset[str] = frozenset()  # versions of weights that may answer
+        self._outdated: dict[SGLangClient, None] = {}  # there, with weights of another version
+        self._update_failed: set[SGLangClient] = set()  # could not be given weights when they were last sent
+        self._started: list[SGLangServer] = []
+        self._server_of: dict[SGLangClient, SGLangServer] = {}
+        self._deaths: Counter[SGLangClient] = Counter()
+        self._stopped: list[SGLangClient] | None = None  # dead ones that wait to be started; none: they are started at once
         # the kernel ends the servers with the thread that started them: one thread starts them all, and lives on
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="servers")
         self._starting: Future[None] | None = None
@@ -60,108 +60,108 @@ class Keeper:
         response, at the most."""
         chosen = self._recipe.servers
         config = self._folder.config.to_dict()
-        self.expected = Expected(self._folder.family.architecture, self._folder.vocab_size, total, config=config)
+        self.expected = ExpectedModel(self._folder.family.architecture, self._folder.vocab_size, total, config=config)
         self.loop.__enter__()
         if not chosen.started:
             self._key = None if chosen.api_key_file is None else read_api_key(Path(chosen.api_key_file))
             return
         self._key = secrets.token_urlsafe(24)
-        settings = server_settings(self._recipe, self._folder, total, self._key)
+        settings = rollout_server_settings(self._recipe, self._folder, total, self._key)
         self._started = [
-            Server(settings, self._logs / f"server_{i}.log", first_gpu=self._first_gpu + i * chosen.tensor_parallel)
+            SGLangServer(settings, self._logs / f"server_{i}.log", first_gpu=self._first_gpu + i * chosen.tensor_parallel)
             for i in range(chosen.count)
         ]
         self._starting = self._starter.submit(self._start)
 
-    def until_there(self) -> Iterator[None]:
+    def wait_until_ready(self) -> Iterator[None]:
         """Ends when the servers are there and are what they should be; yields while they are not. Raises UserError."""
         chosen = self._recipe.servers
         if self._starting is not None:
-            yield from until_done(self._starting)
+            yield from poll_until_done(self._starting)
             self._server_of = {self._client(server.url): server for server in self._started}
             self.clients = list(self._server_of)
         elif chosen.router is None:
             self.clients = [self._client(url) for url in chosen.urls]
         else:
-            self._router = self._client(chosen.router, READY_PATH)
-            urls = yield from until_done(self.loop.begin(self._arrival.of(self._router, worker_urls)))
+            self._router = self._client(chosen.router, ROUTER_READY_PATH)
+            urls = yield from poll_until_done(self.loop.submit(self._arrival.of(self._router, worker_urls)))
             self.clients = [self._client(url) for url in urls]
             self._router.connections *= max(1, len(urls))  # it is one client for the work of all of them
-        yield from until_done(self.loop.begin(self._identify_all()))
+        yield from poll_until_done(self.loop.submit(self._identify_all()))
         for client, server in self._server_of.items():
-            server.forget_key_file()
+            server.remove_key_file()
             server.on_exit = partial(self._died, client)
 
-    def serve(self, versions: Iterable[int]) -> None:
+    def set_allowed_versions(self, versions: Iterable[int]) -> None:
         """Weights of these versions may answer from now on; a server with others waits for weights."""
-        self._wanted = frozenset(map(str, versions))
+        self._allowed_versions = frozenset(map(str, versions))
         if self._pool is None:
-            self._pool = Pool(
+            self._pool = ServerPool(
                 self.clients if self._router is None else [self._router],
                 self._admit,
-                all_down=60 * self._recipe.servers.all_down_minutes,
+                unavailable_timeout=60 * self._recipe.servers.all_down_minutes,
                 report=self._report,
             )
             self.loop.run(self._pool.open())
 
-    def begin(self, wanted: Wanted) -> Writing:
+    def submit(self, wanted: Wanted) -> BackgroundGeneration:
         """The servers begin to write the responses."""
         assert self._pool is not None, "serve comes first"
-        return Writing(self.loop, self._pool, wanted.prompts, wanted.sampling, lambda: self._wanted)
+        return BackgroundGeneration(self.loop, self._pool, wanted.prompts, wanted.sampling, lambda: self._allowed_versions)
 
-    def stale(self) -> list[Client]:
+    def outdated(self) -> list[SGLangClient]:
         """Servers that are there and wait for the student's weights."""
-        return list(self._stale)
+        return list(self._outdated)
 
-    def present(self) -> list[Client]:
+    def available(self) -> list[SGLangClient]:
         """Servers that can be given weights."""
         if not self.loop.running or self._pool is None or self._router is not None:
             return list(self.clients)
-        return [*self._pool.alive(), *self._stale]
+        return [*self._pool.available(), *self._outdated]
 
-    def given(self, clients: Iterable[Client], failed: Mapping[Client, str]) -> None:
+    def mark_updated(self, clients: Iterable[SGLangClient], failed: Mapping[SGLangClient, str]) -> None:
         """These have been given weights, but for those that failed, which are lost."""
         for client in clients:
-            self._stale.pop(client, None)
+            self._outdated.pop(client, None)
             if client not in failed:
-                self._refused.discard(client)
+                self._update_failed.discard(client)
                 self._deaths[client] = 0  # it came up whole, whatever ends it before it has been asked for anything
         for client, reason in failed.items():
-            self._refused.add(client)
+            self._update_failed.add(client)
             if self._pool is not None and self._router is None:
-                self.loop.call(self._pool.lost, client, reason)
+                self.loop.call_soon(self._pool.mark_lost, client, reason)
             else:
                 self._report(f"rollout server {client.url} did not get the student's weights: {reason}")
 
-    def lost(self) -> set[Client]:
+    def take_lost(self) -> set[SGLangClient]:
         """The servers that were lost since this was last asked."""
         return set() if self._pool is None else self._pool.take_lost()
 
-    def compare(self) -> None:
+    def probe_weights(self) -> None:
         """The probe on every server that is there. Raises UserError for one that holds other weights."""
 
         async def compared() -> None:
-            found = await asyncio.gather(*(identify(c, self.expected) for c in self.present()), return_exceptions=True)
+            found = await asyncio.gather(*(verify_server(c, self.expected) for c in self.available()), return_exceptions=True)
             for one in found:
                 if isinstance(one, UserError):
                     raise one
 
         self.loop.run(compared())
 
-    def start_dead_ones(self) -> None:
+    def restart_stopped(self) -> None:
         """Servers that died since `end_absent_ones` are started, and from now on at once."""
-        held, self._held = self._held or [], None
+        held, self._stopped = self._stopped or [], None
         for client in held:
             self._restart(client)
 
-    def end_absent_ones(self) -> None:
+    def stop_unreachable(self) -> None:
         """Servers that are not there, which may be starting, are ended, and none is started until `start_dead_ones`."""
-        self._held = []
-        for client in set(self._server_of) - set(self.present()):
+        self._stopped = []
+        for client in set(self._server_of) - set(self.available()):
             server = self._server_of[client]
             server.stop()
             server.on_exit = partial(self._died, client)
-            self._held.append(client)
+            self._stopped.append(client)
 
     def close(self) -> None:
         """Ends the servers that were started here. A second call does nothing."""
@@ -170,7 +170,7 @@ class Keeper:
         if self.loop.running:
             self.loop.run(self._close())
             self.loop.__exit__()
-        stop_all(self._started)
+        stop_servers(self._started)
         self._started, self._server_of, self.clients, self._pool = [], {}, [], None
         self._starter.shutdown(cancel_futures=True)
 
@@ -179,30 +179,30 @@ class Keeper:
     def _start(self) -> None:
         for server in self._started:
             server.start()
-        wait_ready(self._started, limit=60 * self._recipe.servers.start_minutes, report=self._report)
+        wait_until_serving(self._started, limit=60 * self._recipe.servers.start_minutes, report=self._report)
 
-    def _died(self, client: Client, why: str) -> None:
+    def _died(self, client: SGLangClient, why: str) -> None:
         """From a thread of the server's."""
-        self._stale.pop(client, None)
+        self._outdated.pop(client, None)
         if self._pool is not None:
-            self.loop.call(self._pool.lost, client, why)
+            self.loop.call_soon(self._pool.mark_lost, client, why)
         self._deaths[client] += 1
-        if self._deaths[client] >= DEATHS:
-            self._report(f"rollout server {client.url} died {DEATHS} times in a row and is not started again: it {why}")
-        elif self._held is None:
+        if self._deaths[client] >= MAX_RESTARTS:
+            self._report(f"rollout server {client.url} died {MAX_RESTARTS} times in a row and is not started again: it {why}")
+        elif self._stopped is None:
             self._restart(client)
         else:
-            self._held.append(client)
+            self._stopped.append(client)
 
-    def _restart(self, client: Client) -> None:
+    def _restart(self, client: SGLangClient) -> None:
         self._starter.submit(self._server_of[client].start)
 
     # In the event loop
 
-    def _client(self, url: str, ready_path: str = "/ready") -> Client:
+    def _client(self, url: str, ready_path: str = "/ready") -> SGLangClient:
         known = next((client for client in self.clients if client.url == url.rstrip("/")), None)
         connections = self._recipe.servers.max_running
-        return known or Client(url, api_key=self._key, connections=connections, ready_path=ready_path)
+        return known or SGLangClient(url, api_key=self._key, connections=connections, ready_path=ready_path)
 
     async def _identify_all(self) -> None:
         """Raises UserError where one is not what it should be, or none is there."""
@@ -211,53 +211,53 @@ class Keeper:
             assert self._router is not None
             raise UserError(f"the router {self._router.url} has no servers: start it with --worker-urls")
 
-    async def _identify_first(self, client: Client) -> Limits:
+    async def _identify_first(self, client: SGLangClient) -> LengthLimits:
         """Before any update of this run: a server that is paused was left so by a run that was killed in one."""
         try:
-            return await identify(client, self.expected)
-        except Paused:
+            return await verify_server(client, self.expected)
+        except ServerPaused:
             self._report(f"rollout server {client.url} is paused by an update that broke off: it is continued")
             await resume(client)
-            return await identify(client, self.expected)
+            return await verify_server(client, self.expected)
 
-    async def _admit(self, client: Client) -> Limits:
+    async def _admit(self, client: SGLangClient) -> LengthLimits:
         """What `Pool` asks of each server before it gets work."""
         if client is not self._router:
             return await self._admit_server(client)
         try:
-            limits = await admit_workers(client, self._admit_server, self._client)
+            limits = await verify_workers(client, self._admit_server, self._client)
         except ServerGone:
-            if not self._stale:
+            if not self._outdated:
                 raise
-        if self._stale:  # the router would send requests to those as well
-            raise self._waits("some of its servers wait", *self._stale)
+        if self._outdated:  # the router would send requests to those as well
+            raise self._waits("some of its servers wait", *self._outdated)
         return limits
 
-    async def _admit_server(self, client: Client) -> Limits:
+    async def _admit_server(self, client: SGLangClient) -> LengthLimits:
         try:
-            limits = await identify(client, self.expected)
+            limits = await verify_server(client, self.expected)
             version = str((await client.model_info()).get("weight_version"))
         except ServerGone:
-            self._stale.pop(client, None)
+            self._outdated.pop(client, None)
             raise
-        except Paused as paused:  # an update may be running: only new weights, which end it, let the server continue
-            self._stale[client] = None
+        except ServerPaused as paused:  # an update may be running: only new weights, which end it, let the server continue
+            self._outdated[client] = None
             raise self._waits(f"{paused} and waits", client) from None
-        if version not in self._wanted:
-            self._stale[client] = None
+        if version not in self._allowed_versions:
+            self._outdated[client] = None
             raise self._waits(f"it has weights '{version}' and waits", client)
-        self._stale.pop(client, None)
-        self._refused.discard(client)
+        self._outdated.pop(client, None)
+        self._update_failed.discard(client)
         self._deaths[client] = 0
         if client in self._server_of:
-            self._server_of[client].forget_key_file()
+            self._server_of[client].remove_key_file()
         return limits
 
-    def _waits(self, what: str, *clients: Client) -> Busy:
+    def _waits(self, what: str, *clients: SGLangClient) -> Busy:
         """For weights, which come when the main thread has time: it may train. Not so for ever, where they have come
         and could not be taken."""
         why = f"{what} for the student's weights"
-        return Busy(why) if self._refused.intersection(clients) else Held(why)
+        return Busy(why) if self._update_failed.intersection(clients) else NotYet(why)
 
     async def _close(self) -> None:
         if self._pool is not None:
@@ -266,16 +266,16 @@ class Keeper:
             await client.close()
 
 
-def server_settings(recipe: Recipe, student: HfFolder, total_tokens: int, key: str) -> ServerSettings:
+def rollout_server_settings(recipe: Recipe, student: HfFolder, total_tokens: int, key: str) -> SGLangSettings:
     """Of a server that writes the recipe's responses. total_tokens: of a prompt and its response, at the most."""
     chosen = recipe.servers
-    return ServerSettings(
+    return SGLangSettings(
         student.path,
         total_tokens + RESERVED_TOKENS + SLACK_TOKENS,
         tensor_parallel=chosen.tensor_parallel,
         precision=recipe.student.precision,
-        memory_fraction=chosen.memory_fraction,
-        max_running=chosen.max_running,
+        mem_fraction_static=chosen.memory_fraction,
+        max_concurrent_requests=chosen.max_running,
         api_key=key,
         colocated=chosen.placement == "colocated",
     )

@@ -22,7 +22,7 @@ SLACK_TOKENS = 6
 """By how much more than RESERVED_TOKENS a server wants a prompt to be shorter than its context."""
 
 
-class Span(NamedTuple):
+class WeightSpan(NamedTuple):
     """Response tokens [start, end) were sampled by weights `version`."""
 
     version: str
@@ -31,7 +31,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerateRequest:
     """One response that is wanted. `id` is the caller's, and unique among the requests of a call."""
 
     id: str
@@ -57,22 +57,22 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Limits:
+class LengthLimits:
     """What a server can take: token ids [0, vocab_size), `prompt_tokens` in, `total_tokens` in and out together."""
 
     vocab_size: int
     prompt_tokens: int
     total_tokens: int
 
-    def both(self, other: Limits) -> Limits:
+    def intersect(self, other: LengthLimits) -> LengthLimits:
         """What two servers of the same vocabulary can both take."""
-        return Limits(
+        return LengthLimits(
             self.vocab_size,
             min(self.prompt_tokens, other.prompt_tokens),
             min(self.total_tokens, other.total_tokens),
         )
 
-    def check(self, body: Mapping[str, Any]) -> None:
+    def validate(self, body: Mapping[str, Any]) -> None:
         """Raises UserError for a body of POST /generate that would end the server or be cut by it."""
         ids, name = body["input_ids"], f"request {body.get('rid', '')}"
         sampling = body["sampling_params"]
@@ -103,7 +103,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Completion:
+class GenerationOutput:
     """A finished response. logprobs: nats, one per token, at the sampling temperature, before top_p (of greedy
     responses: at temperature 1); at temperature 1 and top_p 1 they are the policy's own."""
 
@@ -111,15 +111,15 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str  # "stop" | "length"
-    versions: tuple[Span, ...]
+    weight_spans: tuple[WeightSpan, ...]
     server: str
 
-    def sample(self, prompt: Prompt, index: int = 0) -> Sample:
+    def to_sample(self, prompt: Prompt, index: int = 0) -> Sample:
         """The response as the trainer takes it. Raises UserError where the weights have no version of the trainer's."""
         try:
-            spans = [(int(version), start, end) for version, start, end in self.versions]
+            spans = [(int(version), start, end) for version, start, end in self.weight_spans]
         except ValueError:
-            named = ", ".join(sorted({span.version for span in self.versions}))
+            named = ", ".join(sorted({span.version for span in self.weight_spans}))
             raise UserError(f"{self.server} answered with weights '{named}', which no trainer sent") from None
         return Sample(
             prompt,
@@ -132,12 +132,12 @@ class Completion:
         )
 
 
-class Aborted(Busy):
+class RequestAborted(Busy):
     """The server gave a request up before its response was finished."""
 
 
 @contextmanager
-def reading(rid: str, server: str) -> Iterator[None]:
+def checking_answer(rid: str, server: str) -> Iterator[None]:
     """What an answer lacks that is read inside becomes a UserError."""
     try:
         yield
@@ -145,28 +145,28 @@ def reading(rid: str, server: str) -> Iterator[None]:
         raise UserError(f"{server} answered request {rid} without {error}: is it SGLang's /generate?") from None
 
 
-def meta_of(rid: str, answer: Mapping[str, Any], server: str) -> dict[str, Any]:
+def checked_meta_info(rid: str, answer: Mapping[str, Any], server: str) -> dict[str, Any]:
     """meta_info of the answer to this request, inside of `reading`. Raises Aborted, and UserError."""
     meta: dict[str, Any] = answer["meta_info"]
     if meta["id"] != rid:
         raise UserError(f"{server} answered request {rid} with the answer to {meta['id']}")
     if meta["finish_reason"]["type"] == "abort":
-        raise Aborted(str(meta["finish_reason"].get("message", "")))
+        raise RequestAborted(str(meta["finish_reason"].get("message", "")))
     return meta
 
 
-def completion(request: Request, rid: str, answer: Mapping[str, Any], server: str) -> Completion:
+def parse_output(request: GenerateRequest, rid: str, answer: Mapping[str, Any], server: str) -> GenerationOutput:
     """An answer of /generate, checked.
 
     Raises Aborted, and UserError for an answer that is not one to this request or that no healthy model gives.
     """
-    with reading(rid, server):
-        meta = meta_of(rid, answer, server)
+    with checking_answer(rid, server):
+        meta = checked_meta_info(rid, answer, server)
         reason = meta["finish_reason"]
         kind = reason["type"]
         ids = answer["output_ids"]
         logprobs, named = zip(*((lp, token) for lp, token, _ in meta["output_token_logprobs"]), strict=True)
-        spans = tuple(Span(span["version"], span["start"], span["end"]) for span in meta["weight_versions"])
+        spans = tuple(WeightSpan(span["version"], span["start"], span["end"]) for span in meta["weight_versions"])
     if list(named) != ids or not 0 < len(ids) <= request.sampling.max_new_tokens:
         raise UserError(f"{server} answered request {rid} with {len(ids)} tokens and log-probs of {len(named)} others")
     if not all(isinstance(lp, float | int) and -math.inf < lp <= 1e-3 for lp in logprobs):
@@ -180,4 +180,4 @@ def completion(request: Request, rid: str, answer: Mapping[str, Any], server: st
         raise UserError(f"{server} cut request {rid} after {len(ids)} tokens ('{kind}'): its context is too short")
     if [span.start for span in spans] != [0, *(span.end for span in spans[:-1])] or spans[-1].end != len(ids):
         raise UserError(f"{server} answered request {rid} with weight versions that do not cover its tokens: {spans}")
-    return Completion(request.id, list(ids), list(logprobs), kind, spans, server)
+    return GenerationOutput(request.id, list(ids), list(logprobs), kind, spans, server)

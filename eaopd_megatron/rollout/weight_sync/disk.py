@@ -12,7 +12,7 @@ from eaopd_megatron.checkpoint.hf_export import Tensors, write_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.rollout.weight_sync.session import Session
 from eaopd_megatron.rollout.weight_sync.transport import Push, Run, Transport
-from eaopd_megatron.serving.client import Client
+from eaopd_megatron.serving.client import SGLangClient
 
 
 class Disk(Transport):
@@ -22,7 +22,7 @@ class Disk(Transport):
         self._run, self._session, self._source = run, Session(seconds), source
         self._scratch, self._dtype = scratch, dtype
 
-    def send(self, tensors: Tensors, version: str, clients: Sequence[Client]) -> dict[Client, str]:
+    def send(self, tensors: Tensors, version: str, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         """Raises UserError when the folder cannot be written."""
         folder = self.folder(version)
         write_hf(tensors, self._source, folder, self._dtype)
@@ -31,7 +31,7 @@ class Disk(Transport):
                 shutil.rmtree(other)
         return self.load(version, clients)
 
-    def load(self, version: str, clients: Sequence[Client]) -> dict[Client, str]:
+    def load(self, version: str, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         """Give servers a version that is in the folder already. Returns those that have not got it, with the reason."""
         push = Push(self._run, clients)
         push.each(lambda client: self._session.load(client, self.folder(version).resolve(), version))

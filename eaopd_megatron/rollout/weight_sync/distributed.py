@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.weight_sync.transport import Bucket, BucketTransport, Calls, Push, Run
-from eaopd_megatron.serving.client import Client
+from eaopd_megatron.serving.client import SGLangClient
 
 ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
@@ -153,7 +153,7 @@ class Broadcast:
     """A bucket on its way: what the servers were told, and what was begun on each group."""
 
     calls: Calls
-    works: dict[Client, list[dist.Work]]
+    works: dict[SGLangClient, list[dist.Work]]
     bucket: Bucket
 
 
@@ -163,11 +163,11 @@ class Distributed(BucketTransport[Broadcast]):
     def __init__(self, run: Run, seconds: float, capacity: int, *, backend: str, address: str | None = None) -> None:
         super().__init__(run, seconds, capacity)
         self._seconds, self._backend, self._address = seconds, backend, address
-        self._groups: dict[Client, UpdateGroup] = {}
+        self._groups: dict[SGLangClient, UpdateGroup] = {}
         # a server refuses the name of a group that it knows, be it of a run that has ended
         self._names = (f"weights-{uuid.uuid4().hex[:8]}-{generation}" for generation in itertools.count(1))
 
-    def connect(self, push: Push, ranks: Mapping[Client, int]) -> None:
+    def connect(self, push: Push, ranks: Mapping[SGLangClient, int]) -> None:
         """A group for every server that has none."""
         made = {client: self._group(client, count) for client, count in ranks.items() if client not in self._groups}
         calls = push.start(lambda client: self._invite(client, made[client]), made)
@@ -193,7 +193,7 @@ class Distributed(BucketTransport[Broadcast]):
             parts = [tensor for _, tensor in bucket.tensors()]
         groups = self._groups
 
-        async def announce(client: Client) -> Any:
+        async def announce(client: SGLangClient) -> Any:
             named = {**body, "group_name": groups[client].name}
             return await self._session.post(client, "/update_weights_from_distributed", named)
 
@@ -211,7 +211,7 @@ class Distributed(BucketTransport[Broadcast]):
                     work.wait(timedelta(seconds=self._seconds))
         self._drop_failed(push)
 
-    def forget(self, client: Client) -> None:
+    def forget(self, client: SGLangClient) -> None:
         if client in self._groups:
             self._groups.pop(client).leave()
 
@@ -219,15 +219,15 @@ class Distributed(BucketTransport[Broadcast]):
         names = {client: {"group_name": group.name} for client, group in self._groups.items()}
         path = "/destroy_weights_update_group"
         Push(self._run, names).each(
-            lambda client: client.call("POST", path, names[client], seconds=FAREWELL_SECONDS, retries=1)
+            lambda client: client.request("POST", path, names[client], seconds=FAREWELL_SECONDS, retries=1)
         )
         for client in names:
             self.forget(client)
 
-    def _group(self, client: Client, ranks: int) -> UpdateGroup:
+    def _group(self, client: SGLangClient, ranks: int) -> UpdateGroup:
         return UpdateGroup(next(self._names), ranks, self._address or own_address(client.url), seconds=self._seconds)
 
-    async def _invite(self, client: Client, group: UpdateGroup) -> Any:
+    async def _invite(self, client: SGLangClient, group: UpdateGroup) -> Any:
         body = {
             "master_address": group.address,
             "master_port": group.port,
@@ -247,7 +247,7 @@ class Distributed(BucketTransport[Broadcast]):
         return True
 
     @contextmanager
-    def _leaving(self, push: Push, client: Client) -> Iterator[None]:
+    def _leaving(self, push: Push, client: SGLangClient) -> Iterator[None]:
         """A server whose group has an error inside leaves the update."""
         try:
             yield

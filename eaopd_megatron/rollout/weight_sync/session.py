@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.client import Client
+from eaopd_megatron.serving.client import SGLangClient
 
 BROKEN_OFF = "broken off"
 """The version of weights of which an update may have changed a part."""
@@ -23,18 +23,18 @@ class Session:
 
     seconds: float
 
-    async def post(self, client: Client, path: str, body: Mapping[str, Any]) -> Any:
+    async def post(self, client: SGLangClient, path: str, body: Mapping[str, Any]) -> Any:
         """The server's answer to what takes long."""
-        return await client.call("POST", path, body, seconds=self.seconds, retries=1)
+        return await client.request("POST", path, body, seconds=self.seconds, retries=1)
 
-    async def ranks(self, client: Client) -> int:
+    async def ranks(self, client: SGLangClient) -> int:
         """How many processes share its weights. Refuses (UserError) servers that take weights from a folder alone."""
         info = await client.server_info()
         if info["dp_size"] != 1:
             raise UserError(f"{client.url} has dp_size {info['dp_size']}, which takes weight_sync.transport=disk")
         return int(info["tp_size"])
 
-    async def begin(self, client: Client) -> None:
+    async def begin(self, client: SGLangClient) -> None:
         """From now on it generates nothing and takes weights."""
         await self._pause(client)
         try:
@@ -45,13 +45,13 @@ class Session:
             await say(client, "/end_weight_update", {})  # of an update that broke off
             await say(client, "/begin_weight_update", {})
 
-    async def end(self, client: Client, version: str) -> None:
+    async def end(self, client: SGLangClient, version: str) -> None:
         """It has all weights: they are `version`, and it generates again."""
         await say(client, "/end_weight_update", {})
         await say(client, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
         await self._resume(client, version)
 
-    async def load(self, client: Client, folder: Path, version: str) -> None:
+    async def load(self, client: SGLangClient, folder: Path, version: str) -> None:
         """It reads weights from a folder, whatever it did before, and generates again."""
         await self._pause(client)
         await _end_broken_off(client)
@@ -59,7 +59,7 @@ class Session:
         await self.post(client, "/update_weights_from_disk", body)
         await self._resume(client, version)
 
-    async def checksum(self, client: Client) -> str:
+    async def checksum(self, client: SGLangClient) -> str:
         """Of the weights that it has, over all of its ranks."""
         try:
             answer = await self.post(client, "/weights_checker", {"action": "checksum"})
@@ -70,25 +70,25 @@ class Session:
             ) from None
         return str(answer["per_engine_checksum"])
 
-    async def _pause(self, client: Client) -> None:
+    async def _pause(self, client: SGLangClient) -> None:
         # retracted, what may still run gives its cache back: the server ends itself if that is in use afterwards
         await say(client, "/pause_generation", {"mode": "retract"})
 
-    async def _resume(self, client: Client, version: str) -> None:
+    async def _resume(self, client: SGLangClient, version: str) -> None:
         await say(client, "/continue_generation", {})
         found = (await client.model_info()).get("weight_version")
         if found != version:
             raise UserError(f"it has weights '{found}' after an update to '{version}'")
 
 
-async def resume(client: Client) -> None:
+async def resume(client: SGLangClient) -> None:
     """A server that an update which broke off left paused generates again. Raises as `Session` does."""
     await _end_broken_off(client)
     await say(client, "/update_weight_version", {"new_version": BROKEN_OFF, "abort_all_requests": False})
     await say(client, "/continue_generation", {})
 
 
-async def _end_broken_off(client: Client) -> None:
+async def _end_broken_off(client: SGLangClient) -> None:
     """End the session of an update that broke off, if there is one."""
     try:
         await say(client, "/end_weight_update", {})
@@ -97,6 +97,6 @@ async def _end_broken_off(client: Client) -> None:
             raise
 
 
-async def say(client: Client, path: str, body: Mapping[str, Any]) -> None:
+async def say(client: SGLangClient, path: str, body: Mapping[str, Any]) -> None:
     """What does not take long. Raises as `Session` does."""
-    await client.call("POST", path, body, retries=1)
+    await client.request("POST", path, body, retries=1)

@@ -22,7 +22,7 @@ from eaopd_megatron.rollout.weight_sync.distributed import Distributed
 from eaopd_megatron.rollout.weight_sync.session import Session
 from eaopd_megatron.rollout.weight_sync.tensor import InRequest
 from eaopd_megatron.rollout.weight_sync.transport import Push, Run, Transport, capacity
-from eaopd_megatron.serving.client import Client
+from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.utils.log import log_rank0
 
 
@@ -54,7 +54,7 @@ class WeightSync:
         self._disk = Disk(self._run, seconds, folder, scratch, model.dtype)
         self._transport = self._made()
 
-    def push(self, version: int, clients: Sequence[Client] = ()) -> dict[Client, str]:
+    def push(self, version: int, clients: Sequence[SGLangClient] = ()) -> dict[SGLangClient, str]:
         """Give all servers the model's current weights as `version`, while none of them generates. Collective.
 
         Returns those that have not got them. One that is still there after the update broke off gets them by disk.
@@ -62,7 +62,7 @@ class WeightSync:
         """
         failed = self._send(self._transport, version, clients)
         if self._transport is not self._disk:
-            answers = Push(self._run, failed).each(lambda client: client.there())
+            answers = Push(self._run, failed).each(lambda client: client.reachable())
             there = [client for client, found in answers.items() if found]
             for client in failed:
                 self._report(f"rollout server {client.url}: no weights {version}: {failed[client]}")
@@ -73,7 +73,7 @@ class WeightSync:
             agree(self._parallel, lambda: self._compare([client for client in clients if client not in failed]))
         return failed
 
-    def refresh(self, version: int, clients: Sequence[Client] = ()) -> dict[Client, str]:
+    def refresh(self, version: int, clients: Sequence[SGLangClient] = ()) -> dict[SGLangClient, str]:
         """Give servers that came back the current weights, by disk, while others may generate. Collective.
 
         The folder is written once a version. Returns and raises as `push`.
@@ -82,7 +82,7 @@ class WeightSync:
             return self._send(self._disk, version, clients)
         return self._disk.load(str(version), clients)
 
-    def forget(self, client: Client) -> None:
+    def forget(self, client: SGLangClient) -> None:
         """The server is dead: its part in an update group is ended."""
         self._transport.forget(client)
 
@@ -103,7 +103,7 @@ class WeightSync:
             return Distributed(self._run, seconds, room, backend=backend, address=options.address)
         return InRequest(self._run, seconds, room) if options.transport == "tensor" else self._disk
 
-    def _send(self, transport: Transport, version: int, clients: Sequence[Client]) -> dict[Client, str]:
+    def _send(self, transport: Transport, version: int, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         by_disk = transport is self._disk
         parameters: Mapping[str, torch.Tensor] = self._model.global_parameters()
         tensors = gather_hf(parameters, self._folder, self._parallel, on_device=not by_disk)
@@ -115,14 +115,14 @@ class WeightSync:
             self._written = version
         return failed or {}
 
-    def _any(self, there: Sequence[Client]) -> bool:
+    def _any(self, there: Sequence[SGLangClient]) -> bool:
         """Whether the main rank names any, on all ranks."""
         found = [bool(there)]
         if self._parallel.world_size > 1:
             dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def _compare(self, clients: Sequence[Client]) -> None:
+    def _compare(self, clients: Sequence[SGLangClient]) -> None:
         push = Push(self._run, clients)
         sums = push.each(self._session.checksum)
         if push.failed:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from eaopd_megatron.rollout.weight_sync.transport import Bucket, BucketTransport, Calls, Push
-from eaopd_megatron.serving.client import Client
+from eaopd_megatron.serving.client import SGLangClient
 
 DEVICE_INDEX = 6
 """The place of the device among the arguments with which torch rebuilds a CUDA tensor."""
@@ -25,13 +25,13 @@ DEVICE_INDEX = 6
 class InRequest(BucketTransport[Calls]):
     """See the module."""
 
-    _ranks: Mapping[Client, int]
+    _ranks: Mapping[SGLangClient, int]
 
-    def connect(self, push: Push, ranks: Mapping[Client, int]) -> None:
+    def connect(self, push: Push, ranks: Mapping[SGLangClient, int]) -> None:
         self._ranks = ranks
 
     def start(self, push: Push, bucket: Bucket) -> Calls:
-        async def send(client: Client) -> Any:
+        async def send(client: SGLangClient) -> Any:
             # each rank of a server opens the handles of its own string, once
             strings = [serialized(bucket) for _ in range(self._ranks[client])]
             body = {"serialized_named_tensors": strings}

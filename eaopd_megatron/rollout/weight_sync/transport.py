@@ -14,7 +14,7 @@ import torch
 from eaopd_megatron.checkpoint.hf_export import Tensors
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.weight_sync.session import Session
-from eaopd_megatron.serving.client import Busy, Client, ServerGone
+from eaopd_megatron.serving.client import Busy, SGLangClient, ServerGone
 
 GATHERED_COPIES = 3
 """Of a parameter while its Hugging Face tensors are made: its shards, the shards joined, the tensors."""
@@ -87,9 +87,9 @@ def buckets(tensors: Iterable[tuple[str, torch.Tensor]], capacity: int) -> Itera
 
 T = TypeVar("T")
 Sent = TypeVar("Sent")
-Call = Callable[[Client], Coroutine[Any, Any, Any]]
+Call = Callable[[SGLangClient], Coroutine[Any, Any, Any]]
 """What is asked of a server."""
-Calls = Mapping[Client, "asyncio.Task[Any]"]
+Calls = Mapping[SGLangClient, "asyncio.Task[Any]"]
 
 
 class Run(Protocol):
@@ -101,20 +101,20 @@ class Run(Protocol):
 class Push:
     """The servers of one update: `left` are still in it, the others `failed`, each for a reason of one line."""
 
-    def __init__(self, run: Run, clients: Iterable[Client]) -> None:
+    def __init__(self, run: Run, clients: Iterable[SGLangClient]) -> None:
         self._run, self.left = run, list(clients)
-        self.failed: dict[Client, str] = {}
+        self.failed: dict[SGLangClient, str] = {}
 
-    def start(self, call: Call, clients: Iterable[Client] | None = None) -> Calls:
+    def start(self, call: Call, clients: Iterable[SGLangClient] | None = None) -> Calls:
         """Begin a call of every server that is left, or of some."""
         called = list(self.left if clients is None else clients)
 
-        async def begin() -> dict[Client, asyncio.Task[Any]]:
+        async def begin() -> dict[SGLangClient, asyncio.Task[Any]]:
             return {client: asyncio.create_task(call(client)) for client in called}
 
         return self._run(begin()) if called else {}
 
-    def finish(self, calls: Calls) -> dict[Client, Any]:
+    def finish(self, calls: Calls) -> dict[SGLangClient, Any]:
         """The answers. A server whose call failed leaves the update."""
 
         async def wait() -> list[Any]:
@@ -128,11 +128,11 @@ class Push:
                 raise answer
         return {client: answer for client, answer in answers.items() if client in self.left}
 
-    def each(self, call: Call) -> dict[Client, Any]:
+    def each(self, call: Call) -> dict[SGLangClient, Any]:
         """`start` and `finish`."""
         return self.finish(self.start(call))
 
-    def fail(self, client: Client, reason: str) -> None:
+    def fail(self, client: SGLangClient, reason: str) -> None:
         """The server leaves the update; its first reason counts."""
         if client in self.left:
             self.left.remove(client)
@@ -143,13 +143,13 @@ class Transport(ABC):
     """A way to the servers, used by one thread of the main rank."""
 
     @abstractmethod
-    def send(self, tensors: Tensors, version: str, clients: Sequence[Client]) -> dict[Client, str]:
+    def send(self, tensors: Tensors, version: str, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         """Give all servers the tensors as `version`. Returns those that have not got them, each with a reason.
 
         The tensors may not be run to their end.
         """
 
-    def forget(self, client: Client) -> None:  # noqa: B027 (most keep nothing)
+    def forget(self, client: SGLangClient) -> None:  # noqa: B027 (most keep nothing)
         """The server is dead, or another one has taken its place: what is kept for it is given up."""
 
     def close(self) -> None:  # noqa: B027
@@ -164,7 +164,7 @@ class BucketTransport(Transport, Generic[Sent]):
         self._run, self._session, self._capacity = run, Session(seconds), capacity
 
     @abstractmethod
-    def connect(self, push: Push, ranks: Mapping[Client, int]) -> None:
+    def connect(self, push: Push, ranks: Mapping[SGLangClient, int]) -> None:
         """Whatever the servers, each of so many ranks, need before the first bucket."""
 
     @abstractmethod
@@ -175,7 +175,7 @@ class BucketTransport(Transport, Generic[Sent]):
     def finish(self, push: Push, sent: Sent) -> None:
         """Returns when the bucket's memory is free again: each server has it or has left the update."""
 
-    def send(self, tensors: Tensors, version: str, clients: Sequence[Client]) -> dict[Client, str]:
+    def send(self, tensors: Tensors, version: str, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         push = Push(self._run, clients)
         push.each(self._session.begin)
         self.connect(push, push.each(self._session.ranks))
