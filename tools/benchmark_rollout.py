@@ -28,7 +28,7 @@ from eaopd_megatron.data.types import Sampling  # noqa: E402
 from eaopd_megatron.rollout.sglang.generation import GenerateCall  # noqa: E402
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server  # noqa: E402
 from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings  # noqa: E402
-from eaopd_megatron.rollout.sglang.wire import LengthLimits, GenerateRequest  # noqa: E402
+from eaopd_megatron.rollout.sglang.wire import GenerateRequest, LengthLimits  # noqa: E402
 from eaopd_megatron.serving.client import SGLangClient, read_api_key  # noqa: E402
 from eaopd_megatron.serving.pool import ServerPool  # noqa: E402
 

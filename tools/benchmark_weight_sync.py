@@ -184,7 +184,9 @@ def invitation(group: UpdateGroup) -> dict[str, Any]:
     }
 
 
-def run_in_background(run: Any, session: Session, client: SGLangClient, path: str, body: dict[str, Any]) -> asyncio.Task[Any]:
+def run_in_background(
+    run: Any, session: Session, client: SGLangClient, path: str, body: dict[str, Any]
+) -> asyncio.Task[Any]:
     async def begin() -> asyncio.Task[Any]:
         return asyncio.create_task(session.post(client, path, body))
 

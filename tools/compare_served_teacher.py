@@ -68,7 +68,9 @@ def main() -> None:
 def served(folder: HfFolder) -> Iterator[str]:
     """URL of a server that holds the model."""
     context = LONGEST + RESERVED_TOKENS + SLACK_TOKENS
-    settings = SGLangSettings(folder.path, context, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=RUNNING)
+    settings = SGLangSettings(
+        folder.path, context, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=RUNNING
+    )
     with tempfile.TemporaryDirectory() as logs, SGLangServers(settings, 1, Path(logs)) as servers:
         yield servers.all[0].url
 

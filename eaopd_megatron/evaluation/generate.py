@@ -24,7 +24,7 @@ from eaopd_megatron.rollout.sglang import generation as writing
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
 from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings
 from eaopd_megatron.rollout.sglang.server_manager import MAX_RESTARTS, SLACK_TOKENS
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, LengthLimits, GenerateRequest
+from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, GenerateRequest, LengthLimits
 from eaopd_megatron.serving.client import SGLangClient, read_api_key
 from eaopd_megatron.serving.pool import ServerPool
 from eaopd_megatron.serving.readiness import EventLoopThread

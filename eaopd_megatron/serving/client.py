@@ -16,7 +16,7 @@ from typing import Any
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.connection import Address, Connection, Response, ServerGone
 
-__all__ = ["Busy", "SGLangClient", "Timeouts", "ServerGone", "read_api_key"]
+__all__ = ["Busy", "SGLangClient", "ServerGone", "Timeouts", "read_api_key"]
 
 
 class Busy(Exception):

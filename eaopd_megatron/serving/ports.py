@@ -35,7 +35,9 @@ def node_address(environment: Mapping[str, str] = os.environ) -> str:
     try:
         return socket.gethostbyname(name)
     except OSError as error:
-        raise UserError(f"the node's name {name} has no address ({error}): set {INTERFACE_VARIABLE} to its network") from None
+        raise UserError(
+            f"the node's name {name} has no address ({error}): set {INTERFACE_VARIABLE} to its network"
+        ) from None
 
 
 class PortClaim:
@@ -77,7 +79,9 @@ def port_range(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
         low, high = (int(part) for part in text.split("-"))
         if 1024 <= low <= high < 65536:
             return low, high
-    raise UserError(f"{PORT_RANGE_VARIABLE} is {text}; it must be two ports between 1024 and 65535, such as {_DEFAULT_PORT_RANGE}")
+    raise UserError(
+        f"{PORT_RANGE_VARIABLE} is {text}; it must be two ports between 1024 and 65535, such as {_DEFAULT_PORT_RANGE}"
+    )
 
 
 def _in_turn(low: int, high: int, seed: int) -> Iterator[int]:

@@ -71,7 +71,8 @@ class Supervisor:
     def _restart(self, server: ServerProcess, deaths: int) -> None:
         if deaths == DEATHS:
             self._report(
-                f"{server.kind} {server.url} died {DEATHS} times in a row and is not started again: it {server.exit_reason()}"
+                f"{server.kind} {server.url} died {DEATHS} times in a row and is not started again: "
+                f"it {server.exit_reason()}"
             )
         elif not self._ending.is_set():
             self._report(f"{server.kind} {server.url} is started again: it {server.exit_reason()}")

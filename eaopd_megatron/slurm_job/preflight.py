@@ -66,7 +66,9 @@ def look(token: Path, holds: str, models: Sequence[str], stage: str | None) -> N
         claim_port(address)
         alone = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
         if address.startswith("127.") and not alone and not os.environ.get(INTERFACE_VARIABLE):
-            problems.append(f"its name has the address {address}, which no other node reaches: set {INTERFACE_VARIABLE}")
+            problems.append(
+                f"its name has the address {address}, which no other node reaches: set {INTERFACE_VARIABLE}"
+            )
     except UserError as error:
         problems.append(str(error))
     gpus = _gpus(facts, problems)

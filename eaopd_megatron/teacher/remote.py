@@ -29,7 +29,7 @@ from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.model import DTYPES
 from eaopd_megatron.objective import TeacherHidden
 from eaopd_megatron.serving.client import read_api_key
-from eaopd_megatron.serving.pool import C, PoolCall, L, ServerPool
+from eaopd_megatron.serving.pool import C, L, PoolCall, ServerPool
 from eaopd_megatron.serving.readiness import FUTURE_POLL_SECONDS, Arrival, EventLoopThread, poll_until_done
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import TeacherSignal, require_count
@@ -272,7 +272,9 @@ class RemoteTeacher(Generic[C, L]):
         self._pool = ServerPool(clients, admit, kind=KIND, unavailable_timeout=all_down, report=self._report)
         await self._pool.open()
 
-    async def _pull(self, pool: ServerPool[C, L], call: PoolCall[C, L, torch.Tensor], samples: Sequence[Sample]) -> None:
+    async def _pull(
+        self, pool: ServerPool[C, L], call: PoolCall[C, L, torch.Tensor], samples: Sequence[Sample]
+    ) -> None:
         async for rows in pool.run([call]):
             parts = rows.split([len(sample.response_ids) for sample in samples])
             for sample, part in zip(samples, parts, strict=True):

@@ -31,7 +31,10 @@ class Script:
         self.resets = resets
 
     async def serve(
-        self, work: Callable[[SGLangClient], Awaitable[None]], tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+        self,
+        work: Callable[[SGLangClient], Awaitable[None]],
+        tls: ssl.SSLContext | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
         server = await asyncio.start_server(self._connection, "127.0.0.1", ssl=tls)
         port = server.sockets[0].getsockname()[1]

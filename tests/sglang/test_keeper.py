@@ -16,7 +16,7 @@ from eaopd_megatron.config import load_recipe
 from eaopd_megatron.rollout.sglang.identity import LogprobProbe, verify_server
 from eaopd_megatron.rollout.sglang.server_manager import MAX_RESTARTS, ServerManager
 from eaopd_megatron.rollout.weight_sync.session import Session
-from eaopd_megatron.serving.client import Busy, SGLangClient, ServerGone
+from eaopd_megatron.serving.client import Busy, ServerGone, SGLangClient
 from eaopd_megatron.serving.pool import NotYet
 from tests.sglang.double import Double
 from tests.sglang.test_pool import EXPECTED, QUICK
@@ -36,7 +36,9 @@ class CountedServer:
 
 def keeper_of(folder: Path, said: list[str], *overrides: str) -> ServerManager:
     student = HfFolder.open(str(COUNTDOWN / "student"))
-    keeper = ServerManager(load_recipe(COUNTDOWN / "eopd.yaml", overrides), student, folder, first_gpu=0, report=said.append)
+    keeper = ServerManager(
+        load_recipe(COUNTDOWN / "eopd.yaml", overrides), student, folder, first_gpu=0, report=said.append
+    )
     keeper.expected = EXPECTED
     return keeper
 

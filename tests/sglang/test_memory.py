@@ -13,7 +13,7 @@ import pytest
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.colocation import ColocatedServers, release_memory_occupation
-from eaopd_megatron.serving.client import SGLangClient, Timeouts, ServerGone
+from eaopd_megatron.serving.client import ServerGone, SGLangClient, Timeouts
 from tests.sglang.double import Double
 
 PATIENCE = Timeouts(attempts=1)

@@ -14,7 +14,7 @@ from eaopd_megatron.data.types import Sampling
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.generation import GenerateCall
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
-from eaopd_megatron.rollout.sglang.wire import GenerationOutput, LengthLimits, GenerateRequest
+from eaopd_megatron.rollout.sglang.wire import GenerateRequest, GenerationOutput, LengthLimits
 from eaopd_megatron.serving.client import SGLangClient, Timeouts
 from eaopd_megatron.serving.pool import NotYet, ServerPool
 from tests.sglang.double import Double
@@ -48,7 +48,14 @@ async def pool_of(
 ) -> AsyncIterator[ServerPool[SGLangClient, LengthLimits]]:
     clients = [SGLangClient(double.url, connections=connections, timeouts=patience) for double in doubles]
     report = (said if said is not None else []).append
-    pool = ServerPool(clients, admit, unavailable_timeout=all_down, heartbeat_interval=heartbeat, readmission_wait=0.001, report=report)
+    pool = ServerPool(
+        clients,
+        admit,
+        unavailable_timeout=all_down,
+        heartbeat_interval=heartbeat,
+        readmission_wait=0.001,
+        report=report,
+    )
     try:
         await pool.open()
         yield pool
@@ -57,7 +64,9 @@ async def pool_of(
 
 
 async def collect(
-    pool: ServerPool[SGLangClient, LengthLimits], wanted: Sequence[GenerateRequest], versions: Collection[str] | None = None
+    pool: ServerPool[SGLangClient, LengthLimits],
+    wanted: Sequence[GenerateRequest],
+    versions: Collection[str] | None = None,
 ) -> list[GenerationOutput]:
     calls = [GenerateCall(request, lambda: versions) for request in wanted]
     return [completion async for completion in pool.run(calls)]
@@ -184,7 +193,9 @@ def test_a_server_that_waits_for_weights_counts_as_down() -> None:
                 return await admit(client)
 
             client = SGLangClient(one.url, timeouts=QUICK)
-            pool = ServerPool([client], admit_unless_stale, unavailable_timeout=0.2, readmission_wait=0.001, report=lambda _: None)
+            pool = ServerPool(
+                [client], admit_unless_stale, unavailable_timeout=0.2, readmission_wait=0.001, report=lambda _: None
+            )
             await pool.open()
             stale = True
             pool.mark_lost(client, "it was killed by 9")

@@ -27,7 +27,7 @@ from eaopd_megatron.rollout.sglang import identity
 from eaopd_megatron.rollout.sglang.generation import GenerateCall
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, LogprobProbe, verify_server
 from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangServers, SGLangSettings, sglang_command
-from eaopd_megatron.rollout.sglang.wire import GenerationOutput, LengthLimits, GenerateRequest
+from eaopd_megatron.rollout.sglang.wire import GenerateRequest, GenerationOutput, LengthLimits
 from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.serving.pool import ServerPool
 from eaopd_megatron.serving.process import _REDACTED
@@ -60,7 +60,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
         sglang_command(cuda=torch.cuda.is_available())
     except UserError as missing:
         pytest.skip(str(missing))
-    settings = InPieces(STUDENT, CONTEXT, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=16, api_key=KEY)
+    settings = InPieces(
+        STUDENT, CONTEXT, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=16, api_key=KEY
+    )
     with SGLangServers(settings, 1, tmp_path_factory.mktemp("logs")) as servers:
         yield servers.all[0]
 
@@ -187,7 +189,9 @@ def test_log_probs_are_of_another_distribution(
 
 
 @pytest.mark.parametrize("kind", ["none", "swap", "label"])
-def test_a_teacher_scores_other_tokens(real: SGLangServer, logits: Callable[[list[int]], torch.Tensor], kind: str) -> None:
+def test_a_teacher_scores_other_tokens(
+    real: SGLangServer, logits: Callable[[list[int]], torch.Tensor], kind: str
+) -> None:
     """Top-k and log p(y) are those of each response token's own position, also where the prompt is in the server's
     cache and where prompt and response are longer than what it takes at once."""
     folder, terminal = HfFolder.open(str(STUDENT)), TerminalMap(kind, student_id=3, teacher_id=109)

@@ -16,7 +16,7 @@ from eaopd_megatron.data.types import Prompt, Sampling
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, LogprobProbe, verify_server
-from eaopd_megatron.rollout.sglang.wire import RequestAborted, LengthLimits, GenerateRequest, WeightSpan, parse_output
+from eaopd_megatron.rollout.sglang.wire import GenerateRequest, LengthLimits, RequestAborted, WeightSpan, parse_output
 from eaopd_megatron.serving.client import Busy, SGLangClient, Timeouts, read_api_key
 from tests.sglang.double import Double
 from tests.sglang.pooled import pooled
@@ -149,7 +149,9 @@ def with_client(double: Double, work: Callable[[SGLangClient], Any], **settings:
         ({"api_key": "right"}, EXPECTED, "refuses the API key"),
     ],
 )
-def test_another_server_is_taken_for_the_students(settings: dict[str, Any], expected: ExpectedModel, message: str) -> None:
+def test_another_server_is_taken_for_the_students(
+    settings: dict[str, Any], expected: ExpectedModel, message: str
+) -> None:
     double = Double(**settings)
 
     async def look(client: SGLangClient) -> None:

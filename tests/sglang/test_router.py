@@ -46,7 +46,9 @@ class RouterDouble(PlainServer):
         return Refused(status, body, {"x-smg-error-code": code})
 
 
-async def pool_through(router: RouterDouble, said: list[str], all_down: float = 60.0) -> ServerPool[SGLangClient, LengthLimits]:
+async def pool_through(
+    router: RouterDouble, said: list[str], all_down: float = 60.0
+) -> ServerPool[SGLangClient, LengthLimits]:
     async def admit_router(client: SGLangClient) -> LengthLimits:
         return await verify_workers(client, admit, lambda url: SGLangClient(url, timeouts=QUICK))
 

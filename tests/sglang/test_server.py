@@ -101,7 +101,9 @@ def test_a_port_that_was_taken_meanwhile_ends_the_run(
     assert server.ready() and server.port != first
 
 
-def test_a_server_that_never_serves_is_waited_for_without_end(program: Callable[..., None], server: SGLangServer) -> None:
+def test_a_server_that_never_serves_is_waited_for_without_end(
+    program: Callable[..., None], server: SGLangServer
+) -> None:
     program("-u", "-c", "import time; print('loading weights', flush=True); time.sleep(1000)")
     said: list[str] = []
     server.start()

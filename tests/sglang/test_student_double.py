@@ -18,7 +18,7 @@ from eaopd_megatron.rollout.sglang import server as module
 from eaopd_megatron.rollout.sglang.generation import GenerateCall
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
 from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangServers, SGLangSettings
-from eaopd_megatron.rollout.sglang.wire import GenerationOutput, LengthLimits, GenerateRequest
+from eaopd_megatron.rollout.sglang.wire import GenerateRequest, GenerationOutput, LengthLimits
 from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.serving.pool import ServerPool
 from tests.sglang.student_double import stand_in

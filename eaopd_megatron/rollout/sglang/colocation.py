@@ -25,14 +25,16 @@ from eaopd_megatron.distributed.errors import agree
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.sglang.server_manager import ServerManager
-from eaopd_megatron.serving.client import Busy, SGLangClient, ServerGone
+from eaopd_megatron.serving.client import Busy, ServerGone, SGLangClient
 
 MemoryTag = Literal["weights", "kv_cache"]
 _IDLE_SECONDS = 30.0
 """What a request has to end that nobody waits for any more."""
 
 
-async def release_memory_occupation(client: SGLangClient, tags: Sequence[MemoryTag], *, idle: float = _IDLE_SECONDS) -> None:
+async def release_memory_occupation(
+    client: SGLangClient, tags: Sequence[MemoryTag], *, idle: float = _IDLE_SECONDS
+) -> None:
     """The server gives that memory back, once no request runs; its cache of prompts is empty then.
 
     Raises ServerGone, Busy, and UserError where a request still runs after `idle` seconds.
@@ -87,7 +89,9 @@ class ColocatedServers:
             await release_memory_occupation(client, tags)
             away.update(tags)
 
-    async def _each(self, clients: Sequence[SGLangClient], work: Callable[[SGLangClient], Awaitable[None]]) -> dict[SGLangClient, str]:
+    async def _each(
+        self, clients: Sequence[SGLangClient], work: Callable[[SGLangClient], Awaitable[None]]
+    ) -> dict[SGLangClient, str]:
         lost: dict[SGLangClient, str] = {}
 
         async def one(client: SGLangClient) -> None:

@@ -6,7 +6,7 @@ import queue
 from collections.abc import Callable, Collection, Sequence
 
 from eaopd_megatron.data.types import Prompt, Sample, Sampling
-from eaopd_megatron.rollout.sglang.wire import GenerationOutput, LengthLimits, GenerateRequest, parse_output
+from eaopd_megatron.rollout.sglang.wire import GenerateRequest, GenerationOutput, LengthLimits, parse_output
 from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.serving.pool import ServerPool, StaleServer
 from eaopd_megatron.serving.readiness import EventLoopThread
@@ -31,7 +31,9 @@ class GenerateCall:
         body = self.request.body(number)
         done = parse_output(self.request, body["rid"], await client.generate(body), client.url)
         wanted = self._versions()
-        if wanted is not None and (old := next((s.version for s in done.weight_spans if s.version not in wanted), None)):
+        if wanted is not None and (
+            old := next((s.version for s in done.weight_spans if s.version not in wanted), None)
+        ):
             raise StaleServer(f"it has weights of version '{old}'")
         return done
 

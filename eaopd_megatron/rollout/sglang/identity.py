@@ -13,7 +13,7 @@ from typing import Any
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, LengthLimits
-from eaopd_megatron.serving.client import Busy, SGLangClient, ServerGone
+from eaopd_megatron.serving.client import Busy, ServerGone, SGLangClient
 
 SGLANG_VERSION = "0.5.21"
 """The release whose interface this package speaks."""
@@ -158,7 +158,9 @@ ROUTER_READY_PATH = "/readiness"
 
 
 async def verify_workers(
-    router: SGLangClient, admit: Callable[[SGLangClient], Awaitable[LengthLimits]], worker: Callable[[str], SGLangClient]
+    router: SGLangClient,
+    admit: Callable[[SGLangClient], Awaitable[LengthLimits]],
+    worker: Callable[[str], SGLangClient],
 ) -> LengthLimits:
     """What `pool.Pool` asks of a router: each of its servers that is there is admitted; what all of them can take.
 

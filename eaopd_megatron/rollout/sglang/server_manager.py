@@ -15,11 +15,18 @@ from eaopd_megatron.config import Recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.interface import Wanted
 from eaopd_megatron.rollout.sglang.generation import BackgroundGeneration
-from eaopd_megatron.rollout.sglang.identity import ROUTER_READY_PATH, ExpectedModel, ServerPaused, verify_workers, verify_server, worker_urls
+from eaopd_megatron.rollout.sglang.identity import (
+    ROUTER_READY_PATH,
+    ExpectedModel,
+    ServerPaused,
+    verify_server,
+    verify_workers,
+    worker_urls,
+)
 from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, LengthLimits
 from eaopd_megatron.rollout.weight_sync.session import resume
-from eaopd_megatron.serving.client import Busy, SGLangClient, ServerGone, read_api_key
+from eaopd_megatron.serving.client import Busy, ServerGone, SGLangClient, read_api_key
 from eaopd_megatron.serving.pool import NotYet, ServerPool
 from eaopd_megatron.serving.process import stop_servers, wait_until_serving
 from eaopd_megatron.serving.readiness import Arrival, EventLoopThread, poll_until_done
@@ -49,7 +56,9 @@ class ServerManager:
         self._started: list[SGLangServer] = []
         self._server_of: dict[SGLangClient, SGLangServer] = {}
         self._deaths: Counter[SGLangClient] = Counter()
-        self._stopped: list[SGLangClient] | None = None  # dead ones that wait to be started; none: they are started at once
+        self._stopped: list[SGLangClient] | None = (
+            None  # dead ones that wait to be started; none: they are started at once
+        )
         # the kernel ends the servers with the thread that started them: one thread starts them all, and lives on
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="servers")
         self._starting: Future[None] | None = None
@@ -68,7 +77,9 @@ class ServerManager:
         self._key = secrets.token_urlsafe(24)
         settings = rollout_server_settings(self._recipe, self._folder, total, self._key)
         self._started = [
-            SGLangServer(settings, self._logs / f"server_{i}.log", first_gpu=self._first_gpu + i * chosen.tensor_parallel)
+            SGLangServer(
+                settings, self._logs / f"server_{i}.log", first_gpu=self._first_gpu + i * chosen.tensor_parallel
+            )
             for i in range(chosen.count)
         ]
         self._starting = self._starter.submit(self._start)
@@ -107,7 +118,9 @@ class ServerManager:
     def submit(self, wanted: Wanted) -> BackgroundGeneration:
         """The servers begin to write the responses."""
         assert self._pool is not None, "serve comes first"
-        return BackgroundGeneration(self.loop, self._pool, wanted.prompts, wanted.sampling, lambda: self._allowed_versions)
+        return BackgroundGeneration(
+            self.loop, self._pool, wanted.prompts, wanted.sampling, lambda: self._allowed_versions
+        )
 
     def outdated(self) -> list[SGLangClient]:
         """Servers that are there and wait for the student's weights."""
@@ -141,7 +154,9 @@ class ServerManager:
         """The probe on every server that is there. Raises UserError for one that holds other weights."""
 
         async def compared() -> None:
-            found = await asyncio.gather(*(verify_server(c, self.expected) for c in self.available()), return_exceptions=True)
+            found = await asyncio.gather(
+                *(verify_server(c, self.expected) for c in self.available()), return_exceptions=True
+            )
             for one in found:
                 if isinstance(one, UserError):
                     raise one
@@ -188,7 +203,9 @@ class ServerManager:
             self.loop.call_soon(self._pool.mark_lost, client, why)
         self._deaths[client] += 1
         if self._deaths[client] >= MAX_RESTARTS:
-            self._report(f"rollout server {client.url} died {MAX_RESTARTS} times in a row and is not started again: it {why}")
+            self._report(
+                f"rollout server {client.url} died {MAX_RESTARTS} times in a row and is not started again: it {why}"
+            )
         elif self._stopped is None:
             self._restart(client)
         else:
@@ -240,7 +257,9 @@ class ServerManager:
         except ServerGone:
             self._outdated.pop(client, None)
             raise
-        except ServerPaused as paused:  # an update may be running: only new weights, which end it, let the server continue
+        except (
+            ServerPaused
+        ) as paused:  # an update may be running: only new weights, which end it, let the server continue
             self._outdated[client] = None
             raise self._waits(f"{paused} and waits", client) from None
         if version not in self._allowed_versions:
