@@ -76,7 +76,7 @@ def teach(
     from eaopd_megatron.config import load_recipe
     from eaopd_megatron.teacher.service.choice import chosen
 
-    layout = chosen(load_recipe(recipe, overrides or []), teacher).layout
+    layout = chosen(load_recipe(recipe, overrides or []), teacher).parallel_layout
     raise typer.Exit(launch(arguments, teacher_world_size(layout)))
 
 
@@ -191,13 +191,13 @@ def show(
     ] = None,
 ) -> None:
     """Print a recipe as it would be run: its bases, its overrides and every default."""
-    from eaopd_megatron.config import dump, load_recipe, setting
+    from eaopd_megatron.config import dump_recipe, load_recipe, recipe_value
 
     loaded = load_recipe(recipe, overrides or [])
     if key is None:
-        print(dump(loaded), end="")
+        print(dump_recipe(loaded), end="")
     else:
-        value = setting(loaded, key)
+        value = recipe_value(loaded, key)
         print(value if isinstance(value, str) else json.dumps(value))
 
 

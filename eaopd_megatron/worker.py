@@ -49,7 +49,7 @@ def _train(recipe: Recipe) -> None:
     collectives = RunFolder(Path(recipe.run.folder)).collectives
     flight_recorder.record(collectives, recipe.distributed.flight_recorder)
     parallel, store = groups.start(
-        recipe.student.layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes
+        recipe.student.parallel_layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes
     )
     record = partial(flight_recorder.dump, collectives, parallel.rank)
     with watched(store, parallel.rank, parallel.world_size, on_failure=record):

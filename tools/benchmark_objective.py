@@ -341,7 +341,7 @@ def plot(figures: Sequence[Figures], path: Path) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """One rank."""
-    parallel, _ = groups.start(groups.Layout(options.ranks))
+    parallel, _ = groups.start(groups.ParallelLayout(options.ranks))
     torch.set_num_threads(1)
     figures: list[Figures] = []
     if parallel.is_main:

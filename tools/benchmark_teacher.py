@@ -34,9 +34,9 @@ sys.path.insert(0, str(ROOT))
 
 warnings.simplefilter("ignore")  # about optional packages
 
-from eaopd_megatron.config.schema import Teacher as Options  # noqa: E402
+from eaopd_megatron.config.schema import TeacherConfig as Options  # noqa: E402
 from eaopd_megatron.data.types import Prompt, Sample  # noqa: E402
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel  # noqa: E402
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout  # noqa: E402
 from eaopd_megatron.teacher.client import TeacherClient  # noqa: E402
 from eaopd_megatron.teacher.eos_map import TerminalMap  # noqa: E402
 from eaopd_megatron.teacher.remote import RemoteTeacher  # noqa: E402
@@ -257,7 +257,7 @@ def overlap(iterations: int) -> None:
     """Prints an iteration's seconds against those of its generation and training."""
     width = 64
     info = Info(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width})
-    parallel = Parallel(Layout(), 0, 1, 0, cast(Any, None), 0, 1, cast(Any, None), torch.device("cpu"))
+    parallel = Parallel(ParallelLayout(), 0, 1, 0, cast(Any, None), 0, 1, cast(Any, None), torch.device("cpu"))
     with served(width, TEACHER / (PARTS * RESPONSE)) as (url, _):
         teacher = RemoteTeacher(
             parallel,

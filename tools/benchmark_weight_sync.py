@@ -115,7 +115,7 @@ def measure(url: str, bucket_mib: int, rounds: int) -> None:
             parameter.data.fill_(number)
         shapes = folder.family.hf_shapes(folder.config)
         client = SGLangClient(url)
-        options = tree.WeightSync(bucket_mib=bucket_mib, timeout_seconds=SECONDS, address="127.0.0.1")
+        options = tree.WeightSyncConfig(bucket_mib=bucket_mib, timeout_seconds=SECONDS, address="127.0.0.1")
         sync = WeightSync(model, folder, parallel, options, Path(place), run, report=print)
         version = iter(range(1, 10**6))
 

@@ -58,7 +58,7 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from eaopd_megatron.checkpoint import convert as conversion
     from eaopd_megatron.distributed import parallel_state as groups
 
-    layout = groups.Layout(
+    layout = groups.ParallelLayout(
         tensor_parallel=sizes["tensor"],
         sequence_parallel=sizes["tensor"] > 1,  # weights are the same; experts ask for it
         pipeline_parallel=sizes["pipeline"],

@@ -22,7 +22,7 @@ from eaopd_megatron.checkpoint.hf_import import load_hf, placement_of, shard_sha
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.distributed.errors import agree
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.pipeline import gathered_logits
@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 Say = Callable[[str], None]
 
 
-def check_import(hf: str, layout: Layout) -> HfFolder:
+def check_import(hf: str, layout: ParallelLayout) -> HfFolder:
     """The folder, when it can be imported at this layout (UserError otherwise). Reads headers only."""
     folder = HfFolder.open(hf, "--hf")
     check_supported(folder.config, layout, folder.label)
@@ -42,7 +42,7 @@ def check_import(hf: str, layout: Layout) -> HfFolder:
     return folder
 
 
-def describe(folder: HfFolder, layout: Layout) -> Iterator[str]:
+def describe(folder: HfFolder, layout: ParallelLayout) -> Iterator[str]:
     """One line a parameter: its stage, its Megatron name, cut and shape on a rank, the tensors that it is made of."""
     tied = folder.config.tie_word_embeddings
     placement = placement_of(folder, layout)
@@ -150,7 +150,7 @@ def one_process() -> Iterator[Parallel]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     try:
-        yield groups.start(Layout())[0]
+        yield groups.start(ParallelLayout())[0]
     finally:
         groups.stop()
         os.environ.clear()

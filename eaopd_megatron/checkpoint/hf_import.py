@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.models.mapping import EMBEDDING, OUTPUT, MappedParam, PermutedRows, ShardSpec
 from eaopd_megatron.models.shapes import padded_vocab_size
@@ -23,7 +23,7 @@ class Placement:
     sizes: the model's, by the names that its family's rules use.
     """
 
-    layout: Layout
+    layout: ParallelLayout
     sizes: Mapping[str, int]
 
     def stage(self, entry: MappedParam) -> int:
@@ -98,7 +98,7 @@ class Seats:
         return [ranks[number] for number in range(placement.shards(entry))]
 
 
-def placement_of(folder: HfFolder, layout: Layout) -> Placement:
+def placement_of(folder: HfFolder, layout: ParallelLayout) -> Placement:
     """Where a layout puts the parameters of a folder's model."""
     return Placement(layout, folder.family.sizes(folder.config))
 

@@ -99,12 +99,12 @@ def _complete_teachers(merged: dict[str, Any]) -> None:
             common.setdefault("model", models[0])
 
 
-def dump(recipe: Recipe) -> str:
+def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included, that `load_recipe` turns into an equal one."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(recipe.model_dump())))
 
 
-def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
+def recipe_differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     """(dotted key, value in `a`, value in `b`) of every setting that differs, in the recipe's order.
 
     None stands for the value of a key that only the other one has: a teacher's.
@@ -114,7 +114,7 @@ def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     return [(key, left.get(key), right.get(key)) for key in names if left.get(key) != right.get(key)]
 
 
-def setting(recipe: Recipe, key: str) -> Any:
+def recipe_value(recipe: Recipe, key: str) -> Any:
     """The value of a dotted key. Raises RecipeError where there is none."""
     values = dict(keys.flatten(recipe.model_dump()))
     if key not in values:
@@ -221,14 +221,14 @@ def _located(key: str, value: Any, folders: Sequence[Path]) -> Any:
 
 def _check_objective(recipe: Recipe, origin: Callable[[str], str]) -> None:
     try:
-        objective = recipe.objective.build()
+        objective = recipe.objective.build_objective()
     except ValueError as error:
         named = next(
             (key for key in type(recipe.objective).model_fields if re.search(rf"\b{key}\b", str(error))), "preset"
         )
         raise RecipeError(f"{origin(f'objective.{named}')}: objective: {_one_line(error)}") from None
     for name, teacher in recipe.named_teachers().items():
-        if refusal := objective.refusal(recipe.signal(teacher)):
+        if refusal := objective.refusal(recipe.resolve_signal(teacher)):
             key = f"teachers.{name}" if name else "teacher"
             where = origin(f"{key}.signal")
             raise RecipeError(f"{where}: objective and {key}.signal do not fit: {_one_line(refusal)}")

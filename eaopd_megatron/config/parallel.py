@@ -10,7 +10,7 @@ from eaopd_megatron.errors import UserError
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """How one model is cut over ranks. The data-parallel size is what the number of ranks leaves.
 
     tensor x context x data ranks make a pipeline stage; expert parallelism cuts the experts over the same ranks.
@@ -25,37 +25,37 @@ class Layout:
     expert_tensor_parallel: int = 1  # ranks that share one expert's matrices
 
     @property
-    def model_ranks(self) -> int:
+    def model_parallel_size(self) -> int:
         """Ranks that one copy of the model takes."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
     @property
-    def expert_ranks(self) -> int:
+    def expert_model_parallel_size(self) -> int:
         """Ranks that one copy of the experts takes, in all pipeline stages."""
         return self.expert_parallel * self.expert_tensor_parallel * self.pipeline_parallel
 
     @property
-    def smallest_copies(self) -> int:
+    def min_data_parallel_size(self) -> int:
         """The smallest data-parallel size whose ranks hold all experts."""
-        return math.lcm(self.model_ranks, self.expert_ranks) // self.model_ranks
+        return math.lcm(self.model_parallel_size, self.expert_model_parallel_size) // self.model_parallel_size
 
     @property
-    def least_ranks(self) -> int:
+    def min_world_size(self) -> int:
         """Ranks of the smallest world that holds the model."""
-        return self.model_ranks * self.smallest_copies
+        return self.model_parallel_size * self.min_data_parallel_size
 
     def without_experts(self) -> Self:
         """The same ranks for a model that has none: a dense teacher of a mixture of experts, or the other way round."""
         return replace(self, expert_parallel=1, expert_tensor_parallel=1)
 
-    def check_world(self, world_size: int) -> None:
+    def check_world_size(self, world_size: int) -> None:
         """Refuse (UserError) a number of ranks that this layout does not divide."""
-        if world_size % self.model_ranks:
+        if world_size % self.model_parallel_size:
             names = ("tensor_parallel", "pipeline_parallel", "context_parallel")
             parts = [f"student.{name}={getattr(self, name)}" for name in names if getattr(self, name) > 1]
-            product = f" ({self.model_ranks} ranks a copy)" if len(parts) > 1 else ""
+            product = f" ({self.model_parallel_size} ranks a copy)" if len(parts) > 1 else ""
             raise UserError(f"{' x '.join(parts)}{product} does not divide the {world_size} ranks that were started")
-        if world_size % self.expert_ranks:
+        if world_size % self.expert_model_parallel_size:
             raise UserError(
                 f"student.expert_parallel={self.expert_parallel} x expert_tensor_parallel="
                 f"{self.expert_tensor_parallel} x pipeline_parallel={self.pipeline_parallel} does not divide the "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from eaopd_megatron.config.parallel import Layout
+from eaopd_megatron.config.parallel import ParallelLayout
 
 if TYPE_CHECKING:
     from eaopd_megatron.objective import Objective
@@ -38,7 +38,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Run(Section):
+class RunConfig(Section):
     """The folder of a run and what is kept in it."""
 
     folder: Name
@@ -51,7 +51,7 @@ class Run(Section):
     log_rollouts: CountOrZero = 4  # samples recorded an iteration
 
 
-class Student(Section):
+class StudentConfig(Section):
     """The model that is trained, and how it is laid out over the ranks."""
 
     model: Name  # a Hugging Face folder, or a hub id
@@ -83,22 +83,23 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _experts_divide_the_ranks(self) -> Self:
-        layout = self.layout
-        ranks = layout.model_ranks * (self.data_parallel or 0)
-        if ranks % layout.expert_ranks:
+        layout = self.parallel_layout
+        ranks = layout.model_parallel_size * (self.data_parallel or 0)
+        if ranks % layout.expert_model_parallel_size:
             raise ValueError(
-                f"student.expert_parallel x expert_tensor_parallel x pipeline_parallel is {layout.expert_ranks}, which "
-                f"does not divide the {ranks} ranks that student.data_parallel={self.data_parallel} makes"
+                "student.expert_parallel x expert_tensor_parallel x pipeline_parallel is "
+                f"{layout.expert_model_parallel_size}, which does not divide the {ranks} ranks that "
+                f"student.data_parallel={self.data_parallel} makes"
             )
         return self
 
     @property
-    def layout(self) -> Layout:
+    def parallel_layout(self) -> ParallelLayout:
         """How one copy is cut over ranks."""
-        return Layout(**{field.name: getattr(self, field.name) for field in fields(Layout)})
+        return ParallelLayout(**{field.name: getattr(self, field.name) for field in fields(ParallelLayout)})
 
 
-class Teacher(Section):
+class TeacherConfig(Section):
     """The model whose distribution the student learns, and what is handed over of it."""
 
     model: Name  # a Hugging Face folder, or a hub id
@@ -122,15 +123,17 @@ class Teacher(Section):
     all_down_minutes: Positive = 10.0  # without any replica before the run saves its state and stops
 
     @property
-    def started(self) -> bool:
+    def launched_by_trainer(self) -> bool:
         """Whether the trainer starts and ends the replicas."""
         return self.placement != "colocated" and not self.urls
 
     @property
-    def layout(self) -> Layout:
+    def parallel_layout(self) -> ParallelLayout:
         """Of a separate teacher's ranks, or of a served one's GPUs."""
         tp, pp, ep = self.tensor_parallel or 1, self.pipeline_parallel or 1, self.expert_parallel or 1
-        return Layout(tensor_parallel=tp, pipeline_parallel=pp, expert_parallel=ep, sequence_parallel=tp > 1 < ep)
+        return ParallelLayout(
+            tensor_parallel=tp, pipeline_parallel=pp, expert_parallel=ep, sequence_parallel=tp > 1 < ep
+        )
 
     @model_validator(mode="after")
     def _placement_has_its_own_keys(self) -> Self:
@@ -158,7 +161,7 @@ class Teacher(Section):
         return self
 
 
-class ObjectiveChoice(Section):
+class ObjectiveConfig(Section):
     """A preset of the objective and what differs from it (none: as the preset says)."""
 
     preset: Name = "eopd"
@@ -176,7 +179,7 @@ class ObjectiveChoice(Section):
     ramp: Literal["linear", "cosine"] = "linear"
     ramp_updates: Count | None = None  # completed updates; none: all of the run's
 
-    def build(self) -> Objective:
+    def build_objective(self) -> Objective:
         """The objective itself. Raises ValueError, naming the field, for a value that it does not take."""
         from eaopd_megatron.objective import Objective
 
@@ -188,7 +191,7 @@ class ObjectiveChoice(Section):
         return objective
 
 
-class Data(Section):
+class DataConfig(Section):
     """The prompts."""
 
     source: Name = "countdown"  # or a .jsonl or .parquet file, or hub:owner/name[:config][@revision]
@@ -204,7 +207,7 @@ class Data(Section):
     last_batch: Literal["drop", "keep"] = "drop"  # a batch smaller than the others
 
 
-class Servers(Section):
+class ServersConfig(Section):
     """The SGLang servers of rollout.engine=sglang: started and ended by the trainer, or named by their URLs."""
 
     count: Count = 1  # that the trainer starts on its own host
@@ -219,7 +222,7 @@ class Servers(Section):
     all_down_minutes: Positive = 10.0  # without any server before the run saves its state and stops
 
     @property
-    def started(self) -> bool:
+    def launched_by_trainer(self) -> bool:
         """Whether the trainer starts and ends them."""
         return not self.urls and self.router is None
 
@@ -227,14 +230,14 @@ class Servers(Section):
     def _servers_are_found_in_one_way(self) -> Self:
         if self.urls and self.router is not None:
             raise ValueError("servers.urls and servers.router are both given; a router knows its servers")
-        if not self.started and self.placement == "colocated":
+        if not self.launched_by_trainer and self.placement == "colocated":
             raise ValueError("servers.placement=colocated is for servers that the trainer starts: no URLs")
-        if self.started and self.api_key_file is not None:
+        if self.launched_by_trainer and self.api_key_file is not None:
             raise ValueError("servers.api_key_file is for servers that run already; those started here get a key")
         return self
 
 
-class WeightSync(Section):
+class WeightSyncConfig(Section):
     """How the servers get the student's weights."""
 
     transport: Literal["distributed", "disk", "tensor"] = "distributed"  # tensor: same host; disk: a shared folder
@@ -244,7 +247,7 @@ class WeightSync(Section):
     verify: Literal["version", "probe", "checksum"] = "version"  # what is compared on every server afterwards
 
 
-class Rollout(Section):
+class RolloutConfig(Section):
     """How the student writes the responses that it is trained on."""
 
     engine: Literal["local", "sglang"] = "local"  # local: on the student's own ranks
@@ -269,7 +272,7 @@ class Rollout(Section):
         return value
 
 
-class Train(Section):
+class TrainConfig(Section):
     """Algorithm 1's sizes."""
 
     iterations: Count
@@ -278,12 +281,12 @@ class Train(Section):
     micro_batch_tokens: Count = 16384  # packed tokens of a micro-batch, which context-parallel ranks share
 
     @property
-    def updates(self) -> int:
+    def updates_per_iteration(self) -> int:
         """Updates of a whole iteration."""
         return -(-self.prompts_per_iteration // self.mini_batch)
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     """AdamW and its schedule, whose steps are completed updates."""
 
     lr: Positive = 3.0e-6
@@ -306,7 +309,7 @@ class Optimizer(Section):
         return self
 
 
-class Evaluation(Section):
+class EvaluationConfig(Section):
     """Benchmarks before, during and after training."""
 
     interval: CountOrZero = 0  # iterations; 0: before and after training only
@@ -320,7 +323,7 @@ class Evaluation(Section):
     seed: CountOrZero = 1234
 
 
-class Reporting(Section):
+class ReportingConfig(Section):
     """Where metrics go beside the run's own folder."""
 
     tensorboard: bool = True
@@ -331,7 +334,7 @@ class Reporting(Section):
     profile_iterations: Count = 1
 
 
-class Distributed(Section):
+class DistributedConfig(Section):
     """Limits on waiting for other ranks."""
 
     timeout_minutes: Positive = 10.0
@@ -342,31 +345,31 @@ class Recipe(Section):
     """A whole recipe. Made by `load_recipe`; the docstrings and comments of the sections say what each key means."""
 
     seed: CountOrZero = 0
-    run: Run
-    student: Student
-    teacher: Teacher
-    teachers: dict[Name, Teacher] = {}  # several: each has the keys of `teacher` that it does not say itself
-    objective: ObjectiveChoice = ObjectiveChoice()
-    data: Data = Data()
-    rollout: Rollout = Rollout()
-    servers: Servers = Servers()
-    weight_sync: WeightSync = WeightSync()
-    train: Train
-    optimizer: Optimizer = Optimizer()
-    evaluation: Evaluation = Evaluation()
-    reporting: Reporting = Reporting()
-    distributed: Distributed = Distributed()
+    run: RunConfig
+    student: StudentConfig
+    teacher: TeacherConfig
+    teachers: dict[Name, TeacherConfig] = {}  # several: each has the keys of `teacher` that it does not say itself
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    servers: ServersConfig = ServersConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    reporting: ReportingConfig = ReportingConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
-    def named_teachers(self) -> dict[str, Teacher]:
+    def named_teachers(self) -> dict[str, TeacherConfig]:
         """Every teacher under the name by which prompts ask for it (`data.teacher_field`); a lone one is ''."""
         return self.teachers or {"": self.teacher}
 
-    def signal(self, teacher: Teacher) -> Literal["topk", "hidden", "logits"]:
+    def resolve_signal(self, teacher: TeacherConfig) -> Literal["topk", "hidden", "logits"]:
         """teacher.signal, with auto resolved: top-k where it serves the objective, else hidden states."""
         if teacher.signal != "auto":
             return teacher.signal
         served = teacher.placement == "served"  # which can give nothing else
-        return "topk" if served or self.objective.build().refusal("topk") is None else "hidden"
+        return "topk" if served or self.objective.build_objective().refusal("topk") is None else "hidden"
 
     @model_validator(mode="after")
     def _an_update_fits_into_an_iteration(self) -> Self:
@@ -381,8 +384,8 @@ class Recipe(Section):
     def _servers_fit_the_engine(self) -> Self:
         if self.rollout.engine == "local":
             for name, given in (
-                ("servers", self.servers != Servers()),
-                ("weight_sync", self.weight_sync != WeightSync()),
+                ("servers", self.servers != ServersConfig()),
+                ("weight_sync", self.weight_sync != WeightSyncConfig()),
                 ("rollout.max_lag", self.rollout.max_lag > 0),
             ):
                 if given:

@@ -45,7 +45,7 @@ def agreement_on_rank(recipe: Recipe) -> None:
     """The main rank writes run.folder/FOUND."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     minutes = recipe.distributed.timeout_minutes
-    parallel, store = groups.start(recipe.student.layout, seed=recipe.seed, timeout_minutes=minutes)
+    parallel, store = groups.start(recipe.student.parallel_layout, seed=recipe.seed, timeout_minutes=minutes)
     with watched(store, parallel.rank, parallel.world_size):
         folder = RunFolder(Path(recipe.run.folder))
         parts = build(recipe, parallel, folder, asked=lambda: 0, report=log_rank0)

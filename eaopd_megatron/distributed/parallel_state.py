@@ -14,7 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch.distributed.rendezvous import rendezvous
 
-from eaopd_megatron.config.parallel import Layout as Layout
+from eaopd_megatron.config.parallel import ParallelLayout as ParallelLayout
 from eaopd_megatron.distributed import cpu_compat as cpu
 
 
@@ -22,7 +22,7 @@ from eaopd_megatron.distributed import cpu_compat as cpu
 class Parallel:
     """This process's place: its rank, its groups and its device."""
 
-    layout: Layout
+    layout: ParallelLayout
     rank: int
     world_size: int
     tp_rank: int
@@ -88,14 +88,14 @@ class Parallel:
         return dist.get_global_rank(self.tp_group, 0)
 
 
-def start(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> tuple[Parallel, dist.Store]:
+def start(layout: ParallelLayout, *, seed: int = 0, timeout_minutes: float = 10.0) -> tuple[Parallel, dist.Store]:
     """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT and make Megatron's groups.
 
     The store is the one through which the ranks met. Raises UserError where the layout does not divide the number of
     ranks. Call `stop` at the end.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    layout.check_world(world_size)
+    layout.check_world_size(world_size)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
@@ -110,10 +110,10 @@ def start(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> tu
     return arrange(layout, seed=seed, timeout_minutes=timeout_minutes), store
 
 
-def arrange(layout: Layout, *, seed: int = 0, timeout_minutes: float = 10.0) -> Parallel:
+def arrange(layout: ParallelLayout, *, seed: int = 0, timeout_minutes: float = 10.0) -> Parallel:
     """Megatron's groups over the ranks of torch.distributed, which is initialised already. Undone by `disband`."""
     cpu.install()
-    layout.check_world(dist.get_world_size())
+    layout.check_world_size(dist.get_world_size())
     interleaved = layout.virtual_pipeline > 1
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,

@@ -58,7 +58,7 @@ def generate_on_rank(work: dict[str, Any]) -> None:
     from eaopd_megatron.rollout.local import LocalRollout
 
     tensor_parallel, batch_size = work["tensor_parallel"], work["batch_size"]
-    layout = groups.Layout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # experts ask for it
+    layout = groups.ParallelLayout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # experts ask for it
     parallel, _ = groups.start(layout)
     source = HfFolder.open(work["model"], "MODEL")
     check_supported(source.config, layout, work["model"])

@@ -29,8 +29,8 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 
 if TYPE_CHECKING:
-    from eaopd_megatron.config import Student
-    from eaopd_megatron.config.parallel import Layout
+    from eaopd_megatron.config import StudentConfig
+    from eaopd_megatron.config.parallel import ParallelLayout
 
 WORKER = (sys.executable, "-m", "eaopd_megatron.worker")
 POLL_SECONDS = 0.1
@@ -97,37 +97,37 @@ def _first_host(environment: Mapping[str, str]) -> str:
         ) from None
 
 
-def local_world_size(student: Student) -> int:
+def local_world_size(student: StudentConfig) -> int:
     """How many ranks this host starts for a student: data_parallel copies of it.
 
     Without data_parallel in the recipe: as few as hold all experts on a CPU (1 without experts), as many as the devices
     hold with GPUs.
     """
     devices = _devices()
-    layout, copies = student.layout, student.data_parallel
+    layout, copies = student.parallel_layout, student.data_parallel
     if copies is None:
-        least = layout.smallest_copies
-        copies = max(1, (devices or 0) // (layout.model_ranks * least)) * least
-    ranks = layout.model_ranks * copies
+        least = layout.min_data_parallel_size
+        copies = max(1, (devices or 0) // (layout.model_parallel_size * least)) * least
+    ranks = layout.model_parallel_size * copies
     if devices is not None and ranks > devices:
         raise UserError(
-            f"the student needs {layout.model_ranks} x {copies} ranks (tensor x pipeline x context x data_parallel), "
-            f"more than the {devices} GPUs of this host; lower them, or start the ranks of several hosts with srun or "
-            "torchrun"
+            f"the student needs {layout.model_parallel_size} x {copies} ranks (tensor x pipeline x context x "
+            f"data_parallel), more than the {devices} GPUs of this host; lower them, or start the ranks of several "
+            "hosts with srun or torchrun"
         )
     return ranks
 
 
-def teacher_world_size(layout: Layout) -> int:
+def teacher_world_size(layout: ParallelLayout) -> int:
     """How many ranks this host starts for a teacher in a role of its own: data-parallel ones only where the experts
     need them."""
     devices = _devices()
-    if devices is not None and layout.least_ranks > devices:
+    if devices is not None and layout.min_world_size > devices:
         raise UserError(
-            f"the teacher needs {layout.least_ranks} ranks (tensor x pipeline x expert_parallel), more than the "
+            f"the teacher needs {layout.min_world_size} ranks (tensor x pipeline x expert_parallel), more than the "
             f"{devices} GPUs of this host; lower them, or start the ranks of several hosts with srun or torchrun"
         )
-    return layout.least_ranks
+    return layout.min_world_size
 
 
 def _devices() -> int | None:

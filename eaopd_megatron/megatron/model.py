@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from eaopd_megatron.distributed import cpu_compat as cpu
-from eaopd_megatron.distributed.parallel_state import Layout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.megatron.layers import layer_spec, take_any_length
 from eaopd_megatron.megatron.overlap import gathered
 from eaopd_megatron.megatron.param_names import global_name
@@ -66,7 +66,7 @@ class ModelChunks(torch.nn.ModuleList):
 
 def build_model(
     hf: Any,
-    layout: Layout,
+    layout: ParallelLayout,
     dtype: torch.dtype,
     *,
     untie: bool = False,

@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from eaopd_megatron.data.packing import Packing, collate, cut
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.megatron.forward import head_of, rows_of, stage_output, whole
 from eaopd_megatron.megatron.model import ModelChunks, gpt_of
 
@@ -20,7 +20,7 @@ LastStage = Callable[[int, torch.Tensor], torch.Tensor | None]
 """(number of the micro-batch, its rows [n, h]) → the sum of their losses, or, forward only, None."""
 
 
-def packing_of(layout: Layout, context_rank: int = 0) -> Packing:
+def packing_of(layout: ParallelLayout, context_rank: int = 0) -> Packing:
     """What packing must know of a layout."""
     tensor = layout.tensor_parallel if layout.sequence_parallel else 1
     return Packing(tensor, layout.context_parallel, context_rank)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from eaopd_megatron.distributed.parallel_state import Layout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.layers import SETTINGS as FP8
 from eaopd_megatron.megatron.layers import uses_transformer_engine
@@ -23,7 +23,7 @@ Recompute = Literal["none", "selective", "full"]
 """Activations that backward makes again: none, core attention's, or whole layers' from their inputs."""
 
 
-def check_supported(hf: Any, layout: Layout, folder: str) -> None:
+def check_supported(hf: Any, layout: ParallelLayout, folder: str) -> None:
     """Refuse, before anything is allocated, a model that this version or this layout cannot hold (UserError)."""
     family = family_of(hf.architectures, folder)
     for key, value in family.required.items():
@@ -50,7 +50,7 @@ def check_supported(hf: Any, layout: Layout, folder: str) -> None:
     _check_divides(layout, ("pipeline_parallel", "virtual_pipeline"), hf, "num_hidden_layers", folder)
 
 
-def _check_experts(hf: Any, layout: Layout, folder: str) -> None:
+def _check_experts(hf: Any, layout: ParallelLayout, folder: str) -> None:
     _check_divides(layout, ("expert_parallel",), hf, "num_experts", folder)
     _check_divides(layout, ("expert_tensor_parallel",), hf, "moe_intermediate_size", folder)
     if not 1 <= hf.num_experts_per_tok <= hf.num_experts:
@@ -71,7 +71,7 @@ def _check_experts(hf: Any, layout: Layout, folder: str) -> None:
         )
 
 
-def _check_divides(layout: Layout, divisors: tuple[str, ...], hf: Any, name: str, folder: str) -> None:
+def _check_divides(layout: ParallelLayout, divisors: tuple[str, ...], hf: Any, name: str, folder: str) -> None:
     parts = {divisor: getattr(layout, divisor) for divisor in divisors}
     if getattr(hf, name) % math.prod(parts.values()):
         product = " x ".join(f"{divisor}={size}" for divisor, size in parts.items() if size > 1)
@@ -79,7 +79,7 @@ def _check_divides(layout: Layout, divisors: tuple[str, ...], hf: Any, name: str
 
 
 def transformer_config(
-    hf: Any, layout: Layout, dtype: torch.dtype, recompute: Recompute = "none", *, fp8: bool = False
+    hf: Any, layout: ParallelLayout, dtype: torch.dtype, recompute: Recompute = "none", *, fp8: bool = False
 ) -> TransformerConfig:
     """Megatron-Core's configuration of a model at this layout; no dropout, losses summed per token.
 

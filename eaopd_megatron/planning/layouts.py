@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from eaopd_megatron.config.parallel import Layout as ModelLayout
+from eaopd_megatron.config.parallel import ParallelLayout as ModelLayout
 
 if TYPE_CHECKING:
-    from eaopd_megatron.config import Student
+    from eaopd_megatron.config import StudentConfig
     from eaopd_megatron.models.shapes import ModelShape
 
 GPUS_PER_HOST = 8
@@ -22,18 +22,18 @@ class PlannedLayout(ModelLayout):
     data_parallel: int = 1
 
     @classmethod
-    def of(cls, student: Student, gpus: int | None) -> PlannedLayout:
+    def of(cls, student: StudentConfig, gpus: int | None) -> PlannedLayout:
         """The recipe's own. gpus: to be filled with data-parallel copies; none: as the recipe says, or one host."""
-        layout = student.layout
+        layout = student.parallel_layout
         if gpus is None:
-            copies = student.data_parallel or max(1, GPUS_PER_HOST // layout.model_ranks)
+            copies = student.data_parallel or max(1, GPUS_PER_HOST // layout.model_parallel_size)
         else:
-            copies = max(1, gpus // layout.model_ranks)
+            copies = max(1, gpus // layout.model_parallel_size)
         return cls(**asdict(layout), data_parallel=copies)
 
     @property
     def gpus(self) -> int:
-        return self.model_ranks * self.data_parallel
+        return self.model_parallel_size * self.data_parallel
 
     @property
     def generating_replicas(self) -> int:
@@ -43,7 +43,7 @@ class PlannedLayout(ModelLayout):
     @property
     def expert_data_parallel(self) -> int:
         """Ranks with the same experts."""
-        return self.gpus // self.expert_ranks
+        return self.gpus // self.expert_model_parallel_size
 
     @property
     def sequence_shards(self) -> int:
@@ -105,10 +105,10 @@ def layout_refusals(
     for name in ("expert_parallel", "expert_tensor_parallel"):
         if getattr(layout, name) > 1 and not shape.experts:
             found.append(f"{section}.{name}={getattr(layout, name)} needs experts, which the {role} does not have")
-    if layout.gpus % layout.expert_ranks:
+    if layout.gpus % layout.expert_model_parallel_size:
         found.append(
-            f"{section}.expert_parallel x expert_tensor_parallel x pipeline_parallel={layout.expert_ranks} does not "
-            f"divide the {layout.gpus} GPUs"
+            f"{section}.expert_parallel x expert_tensor_parallel x pipeline_parallel="
+            f"{layout.expert_model_parallel_size} does not divide the {layout.gpus} GPUs"
         )
     return list(dict.fromkeys(found))
 

@@ -113,13 +113,15 @@ class PlannedTeacher:
                 model=find_model(options.model, f"{key}.model"),
                 key=key,
                 placement=options.placement,
-                signal=recipe.signal(options),
-                top_k=recipe.objective.build().top_k,
+                signal=recipe.resolve_signal(options),
+                top_k=recipe.objective.build_objective().top_k,
                 element=BYTES_PER_NUMBER[options.precision],
                 fp8=options.precision == "fp8",
                 swapped_rows=options.terminal_map == "swap",  # at most: where the end tokens differ
                 offloaded=options.offload == "weights",
-                layout=PlannedLayout(**asdict(options.layout), data_parallel=options.layout.smallest_copies),
+                layout=PlannedLayout(
+                    **asdict(options.parallel_layout), data_parallel=options.parallel_layout.min_data_parallel_size
+                ),
                 replicas=options.replicas,
                 memory_fraction=options.memory_fraction,
             )

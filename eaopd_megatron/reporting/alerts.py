@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from eaopd_megatron.config.schema import Rollout
+from eaopd_megatron.config.schema import RolloutConfig
 from eaopd_megatron.evaluation.estimators import FloatArray
 
 TERMINAL_LOGPROB_FLOOR = -10.0  # nats; below it the teacher takes the student's stop for a mistake
@@ -34,7 +34,7 @@ class Alert:
         return self.limit - values if self.floor else values - self.limit
 
 
-def alert_rules(rollout: Rollout, updates: int, teachers: Collection[str] = ()) -> list[Alert]:
+def alert_rules(rollout: RolloutConfig, updates: int, teachers: Collection[str] = ()) -> list[Alert]:
     """Those that the recipe's limits leave on. updates: of one iteration. teachers: names, where they are several."""
     gap, truncated, lag = rollout.warn_logprob_gap, rollout.warn_truncated, rollout.max_lag * updates
     terminal = [

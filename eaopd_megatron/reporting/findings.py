@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from eaopd_megatron.config.schema import Rollout, Train
+from eaopd_megatron.config.schema import RolloutConfig, TrainConfig
 from eaopd_megatron.evaluation.estimators import Estimate, estimate_mean
 from eaopd_megatron.evaluation.results import BenchmarkResult
 from eaopd_megatron.reporting.alerts import alert_rules
@@ -69,20 +69,20 @@ def find_warnings(run: RunData) -> list[str]:
     return lines + _gate_warning(run) + _evaluation_warnings(run)
 
 
-def _rollout_options(run: RunData) -> Rollout:
+def _rollout_options(run: RunData) -> RolloutConfig:
     """The recipe's limits, or the defaults where it says none or those of another version."""
     given = run.setting("rollout")
     try:
-        known = {name: value for name, value in given.items() if name in Rollout.model_fields}
-        return Rollout.model_validate(known)
+        known = {name: value for name, value in given.items() if name in RolloutConfig.model_fields}
+        return RolloutConfig.model_validate(known)
     except (AttributeError, ValueError):
-        return Rollout()
+        return RolloutConfig()
 
 
 def _updates(run: RunData) -> int:
     """Updates of an iteration."""
     try:
-        return Train.model_validate(run.setting("train")).updates
+        return TrainConfig.model_validate(run.setting("train")).updates_per_iteration
     except ValueError:
         return 1
 

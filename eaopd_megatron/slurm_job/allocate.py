@@ -133,17 +133,17 @@ def _staged(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> tupl
 def _student_tasks(recipe: Recipe, nodes: Nodes) -> int:
     """Ranks on each of the student's nodes."""
     student = recipe.student
-    layout, each = student.layout, nodes.per_node.get("student", nodes.gpus)
+    layout, each = student.parallel_layout, nodes.per_node.get("student", nodes.gpus)
     there = nodes.student * each
     if student.data_parallel is None:
         ranks = there
-        if there % layout.least_ranks:
+        if there % layout.min_world_size:
             raise UserError(
-                f"the student's layout takes a multiple of {layout.least_ranks} ranks, its nodes carry "
+                f"the student's layout takes a multiple of {layout.min_world_size} ranks, its nodes carry "
                 f"{nodes.student} x {each}: change student.tensor_parallel, pipeline_, context_ or expert_parallel"
             )
     else:
-        ranks = layout.model_ranks * student.data_parallel
+        ranks = layout.model_parallel_size * student.data_parallel
         if ranks > there or ranks % nodes.student:
             raise UserError(
                 f"the student's layout takes {ranks} ranks with student.data_parallel={student.data_parallel}, its "
@@ -158,7 +158,7 @@ def _teachers(recipe: Recipe, nodes: Nodes) -> tuple[int, int, int]:
         return 0, 0, 0
     if recipe.teachers:
         raise UserError("the recipe has several teachers; nodes of its own are for a recipe with one: use teacher=0")
-    ranks = recipe.teacher.layout.least_ranks
+    ranks = recipe.teacher.parallel_layout.min_world_size
     if "teacher" in nodes.per_node:
         return nodes.teacher * nodes.per_node["teacher"], ranks, 1
     each = -(-ranks // nodes.gpus)

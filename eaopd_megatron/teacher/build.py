@@ -9,8 +9,8 @@ from pathlib import Path
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.config.schema import Teacher as Options
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel, ranks_beside_the_first
+from eaopd_megatron.config.schema import TeacherConfig as Options
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout, ranks_beside_the_first
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.layers import check_fp8
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
@@ -39,7 +39,7 @@ def open_folders(recipe: Recipe, student: HfFolder) -> dict[str, HfFolder]:
     return folders
 
 
-def layouts_of(layout: Layout, models: Sequence[HfFolder]) -> list[Layout]:
+def layouts_of(layout: ParallelLayout, models: Sequence[HfFolder]) -> list[ParallelLayout]:
     """The layout of each model on the same ranks: expert parallelism is that of those that have experts."""
     dense = ["experts" not in folder.family.sizes(folder.config) for folder in models]
     if all(dense):  # what cannot be used is refused, not ignored
@@ -57,7 +57,7 @@ class Surroundings:
     parallel: Parallel
     student: HfFolder
     folders: Mapping[str, HfFolder]
-    layouts: Mapping[str, Layout]
+    layouts: Mapping[str, ParallelLayout]
     vocab_size: int
     logs: Path
     asked: Callable[[], int]
@@ -72,7 +72,7 @@ def build_teachers(around: Surroundings) -> Teachers:
     for name, options in around.recipe.named_teachers().items():
         terminal = TerminalMap.between(options.terminal_map, around.student.eos_ids, around.folders[name].eos_ids)
         _check_label(around.recipe, name, terminal)
-        if options.started and beside != around.parallel.world_size:
+        if options.launched_by_trainer and beside != around.parallel.world_size:
             raise UserError(
                 f"{key_of(name)}.placement={options.placement} starts replicas on the first rank's host, where "
                 f"{beside} of the {around.parallel.world_size} ranks are, and others cannot reach them: start them "
@@ -90,7 +90,7 @@ def build_teachers(around: Surroundings) -> Teachers:
 def _check_label(recipe: Recipe, name: str, terminal: TerminalMap) -> None:
     """label leaves the teacher's distribution as it is: terms over the whole vocabulary would punish the student's end,
     whose looked-up log-prob looks well."""
-    settings = recipe.objective.build()
+    settings = recipe.objective.build_objective()
     exact = [key for key in ("reverse_kl", "forward_kl") if getattr(settings, key) == "exact"]
     if terminal.kind == "label" and exact:
         raise UserError(
@@ -105,12 +105,12 @@ def _first_gpus(recipe: Recipe, ranks: int) -> dict[str, int]:
     the rollout's servers, and those of the teachers before it. ranks: on that host."""
     free = ranks
     servers = recipe.servers
-    if recipe.rollout.engine == "sglang" and servers.started and servers.placement == "separate":
+    if recipe.rollout.engine == "sglang" and servers.launched_by_trainer and servers.placement == "separate":
         free += servers.count * servers.tensor_parallel
     found = {}
     for name, options in recipe.named_teachers().items():
         found[name] = free
-        free += options.replicas * options.layout.least_ranks if options.started else 0
+        free += options.replicas * options.parallel_layout.min_world_size if options.launched_by_trainer else 0
     return found
 
 
@@ -122,7 +122,7 @@ def _colocated(around: Surroundings, name: str, options: Options, terminal: Term
         model,
         around.parallel,
         vocab_size=around.vocab_size,
-        signal=around.recipe.signal(options),
+        signal=around.recipe.resolve_signal(options),
         top_k=_top_k(around),
         terminal=terminal,
         budget=around.recipe.train.micro_batch_tokens,
@@ -191,12 +191,12 @@ def _served(around: Surroundings, name: str, options: Options, terminal: Termina
 
 
 def _top_k(around: Surroundings) -> int:
-    return min(around.recipe.objective.build().top_k, around.vocab_size)
+    return min(around.recipe.objective.build_objective().top_k, around.vocab_size)
 
 
 def _replicas(around: Surroundings, name: str, options: Options, first_gpu: int) -> TeacherReplicas | None:
     """On the main rank, where the trainer starts them."""
-    if not (options.started and around.parallel.is_main):
+    if not (options.launched_by_trainer and around.parallel.is_main):
         return None
     return TeacherReplicas(around.recipe, name, around.logs, first_gpu=first_gpu, report=around.report)
 
@@ -206,7 +206,7 @@ def _colocated_model(
     parallel: Parallel,
     student: HfFolder,
     folder: HfFolder,
-    layout: Layout,
+    layout: ParallelLayout,
     terminal: TerminalMap,
 ) -> ModelChunks:
     """Its output layer has the student's rows and shards: the objective takes both models' logits side by side."""

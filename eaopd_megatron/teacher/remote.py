@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_output_head
-from eaopd_megatron.config.schema import Teacher as Options
+from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.data.types import MicroBatch, Sample
 from eaopd_megatron.distributed.broadcast import relay, wait_together
 from eaopd_megatron.distributed.errors import agree

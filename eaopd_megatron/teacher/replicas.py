@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.config import Recipe, dump
-from eaopd_megatron.config.schema import Teacher as Options
+from eaopd_megatron.config import Recipe, dump_recipe
+from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS
@@ -68,7 +68,7 @@ class TeacherReplicas:
 
     def _gpus(self) -> list[range]:
         """Of each replica, among the visible ones. Raises UserError where there are too few."""
-        size, count = self._options.layout.least_ranks, self._options.replicas
+        size, count = self._options.parallel_layout.min_world_size, self._options.replicas
         places = [range(first, first + size) for first in range(self._first_gpu, self._first_gpu + size * count, size)]
         if torch.cuda.is_available() and places[-1].stop > torch.cuda.device_count():
             key = key_of(self._name)
@@ -85,7 +85,7 @@ class TeacherReplicas:
     def _separate(self, number: int, gpus: range, longest: int) -> ServerProcess:
         recipe = self._logs / "recipe.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(recipe, dump(self._recipe))
+        atomic_write(recipe, dump_recipe(self._recipe))
         return SeparateReplica(recipe, self._name, self._log(number), gpus=gpus, api_key=self._key)
 
     def _sglang(self, number: int, gpus: range, longest: int) -> ServerProcess:

@@ -22,7 +22,7 @@ import torch
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.config.schema import Teacher
+from eaopd_megatron.config.schema import TeacherConfig
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import HiddenRows, Rows, TopKRows
 
@@ -119,7 +119,7 @@ class Info:
             raise ValueError(f"it is no eaopd teacher of this version ({error})") from None
 
 
-def identity(recipe: Recipe, options: Teacher, student: HfFolder, folder: HfFolder, *, layout: str = "") -> Info:
+def identity(recipe: Recipe, options: TeacherConfig, student: HfFolder, folder: HfFolder, *, layout: str = "") -> Info:
     """folder: the teacher's. It reads a little of every tensor for the fingerprint. Raises UserError for a folder that
     is not whole."""
     terminal = TerminalMap.between(options.terminal_map, student.eos_ids, folder.eos_ids)
@@ -127,8 +127,8 @@ def identity(recipe: Recipe, options: Teacher, student: HfFolder, folder: HfFold
     return Info(
         model=options.model,
         fingerprint=folder.fingerprint,
-        signal=recipe.signal(options),
-        top_k=min(recipe.objective.build().top_k, vocab_size),
+        signal=recipe.resolve_signal(options),
+        top_k=min(recipe.objective.build_objective().top_k, vocab_size),
         width=int(folder.config.hidden_size),
         dtype="fp32" if options.precision == "fp32" else "bf16",  # fp8 is the weights'
         vocab_size=vocab_size,

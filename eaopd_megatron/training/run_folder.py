@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eaopd_megatron.config import Recipe, differences, dump, load_recipe
+from eaopd_megatron.config import Recipe, dump_recipe, load_recipe, recipe_differences
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.files import atomic_write
 
@@ -114,7 +114,7 @@ class RunFolder:
                 f"{self.path} holds a run whose teachers are {there}, this recipe's are {here}: "
                 "choose another run.folder, or remove that one"
             )
-        for key, there, here in differences(before, recipe):
+        for key, there, here in recipe_differences(before, recipe):
             if not _is_free(key):
                 raise UserError(
                     f"{self.path} holds a run with {key}={there}, this recipe has {here}: "
@@ -123,7 +123,7 @@ class RunFolder:
 
     def write_config(self, recipe: Recipe) -> None:
         """Keep the resolved recipe beside the run."""
-        atomic_write(self.config, dump(recipe))
+        atomic_write(self.config, dump_recipe(recipe))
 
 
 def _is_free(key: str) -> bool:

@@ -79,10 +79,14 @@ class Run:
         )
         chosen = recipe.objective
         self.objective = ObjectiveSchedule(
-            chosen.build(), chosen.ramp_updates or updates, chosen.ramp, chosen.threshold_end, chosen.forward_weight_end
+            chosen.build_objective(),
+            chosen.ramp_updates or updates,
+            chosen.ramp,
+            chosen.threshold_end,
+            chosen.forward_weight_end,
         )
         self.averages = Averages()
-        self.alerts = AlertMonitor(alert_rules(recipe.rollout, recipe.train.updates, recipe.teachers))
+        self.alerts = AlertMonitor(alert_rules(recipe.rollout, recipe.train.updates_per_iteration, recipe.teachers))
         self.throughput = Throughput(self.parts.student_folder.config, parallel.world_size)
         window = (recipe.reporting.profile_from, recipe.reporting.profile_iterations)
         self.profiler = ProfilerWindow(self.folder.profile, parallel.rank, *window)

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from eaopd_megatron.distributed import parallel_state as groups
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 
 
 @contextlib.contextmanager
-def arranged(layout: Layout) -> Iterator[Parallel]:
+def arranged(layout: ParallelLayout) -> Iterator[Parallel]:
     """Megatron's groups at a layout over the ranks that are there.
 
     A rank that ended its groups while another one still connects to them, or reads from them, would leave that one

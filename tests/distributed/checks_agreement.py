@@ -29,7 +29,7 @@ def check_a_teacher_of_several_has_no_prompt(group: dist.ProcessGroup, recipe: s
     """Each is tried on the prompts that name it; one that none names has nothing to say."""
     changes = ["teachers.math.signal=topk", "teachers.code.signal=topk", "teachers.none.signal=topk"]
     loaded = load_recipe(recipe, [*DEEP, *changes, "evaluation.benchmarks=[]", f"run.folder={folder}"])
-    with arranged(loaded.student.layout) as parallel:
+    with arranged(loaded.student.parallel_layout) as parallel:
         parts = build(loaded, parallel, RunFolder(Path(folder)), asked=lambda: 0, report=print)
         found = {one.name: one for one in agreements(loaded, parts, parallel)}
     assert list(found) == ["math", "code", "none"]
@@ -44,7 +44,7 @@ def check_another_end_goes_unnoticed(group: dist.ProcessGroup, recipe: str, teac
     for layout, kind, preset in CASES:
         changes = [f"teacher.model={teacher}", f"teacher.terminal_map={kind}", f"objective.preset={preset}"]
         loaded = load_recipe(recipe, [*layout, *changes, "evaluation.benchmarks=[]", f"run.folder={folder}"])
-        with arranged(loaded.student.layout) as parallel:
+        with arranged(loaded.student.parallel_layout) as parallel:
             parts = build(loaded, parallel, RunFolder(Path(folder)), asked=lambda: 0, report=print)
             (found,) = agreements(loaded, parts, parallel)
         assert found.prompts == PROMPTS and len(found.ends) > PROMPTS // 2

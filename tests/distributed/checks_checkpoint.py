@@ -21,7 +21,7 @@ from eaopd_megatron.checkpoint import store
 from eaopd_megatron.checkpoint.dist_checkpoint import Prepared, load_sharded, restore, save_sharded, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import build_model
 from tests.distributed.trainer import LEARNING_RATES, Precision, Trainer, world
@@ -35,7 +35,7 @@ def _equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> Non
 
 def check_update(group: Any, folder: str, hf: str, ranks: int, tp: int, sp: bool) -> None:
     expected = json.loads((Path(hf) / "expected.json").read_text())["updates"]
-    with world(folder, ranks, Layout(tp, sp)) as parallel:
+    with world(folder, ranks, ParallelLayout(tp, sp)) as parallel:
         if parallel is None:
             return
         found = Trainer(hf, parallel).train(LEARNING_RATES[: len(expected)])
@@ -45,7 +45,7 @@ def check_update(group: Any, folder: str, hf: str, ranks: int, tp: int, sp: bool
 
 
 def check_gradient_that_is_not_finite(group: Any, folder: str, hf: str) -> None:
-    with world(folder, 4, Layout(2, True)) as parallel:
+    with world(folder, 4, ParallelLayout(2, True)) as parallel:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         trainer.train(LEARNING_RATES[:1])
@@ -57,7 +57,7 @@ def check_gradient_that_is_not_finite(group: Any, folder: str, hf: str) -> None:
 
 
 def check_resume(group: Any, folder: str, hf: str, ranks: int, tp: int, sp: bool, precision: Precision) -> None:
-    with world(f"{folder}/whole", ranks, Layout(tp, sp)) as parallel:
+    with world(f"{folder}/whole", ranks, ParallelLayout(tp, sp)) as parallel:
         if parallel is not None:
             whole = Trainer(hf, parallel, precision)
             figures = whole.train(LEARNING_RATES)
@@ -66,7 +66,7 @@ def check_resume(group: Any, folder: str, hf: str, ranks: int, tp: int, sp: bool
             first.train(LEARNING_RATES[:2])
             sharded = training_state(first.model, first.optimizer)
             CheckpointStore(Path(folder), 1).save(2, sharded, {"updates": 2}, None, parallel)
-    with world(f"{folder}/again", ranks, Layout(tp, sp)) as parallel:
+    with world(f"{folder}/again", ranks, ParallelLayout(tp, sp)) as parallel:
         if parallel is None:
             return
         second = Trainer(hf, parallel, precision)
@@ -85,7 +85,7 @@ def check_resume(group: Any, folder: str, hf: str, ranks: int, tp: int, sp: bool
 
 def check_recipe_wins(group: Any, folder: str, hf: str) -> None:
     """A resumed run has its recipe's weight decay, betas and eps; a save before the first update can be loaded."""
-    with world(folder, 4, Layout(2)) as parallel:
+    with world(folder, 4, ParallelLayout(2)) as parallel:
         assert parallel is not None
         first = Trainer(hf, parallel)
         os.makedirs(f"{folder}/sharded", exist_ok=True)
@@ -104,7 +104,7 @@ def check_recipe_wins(group: Any, folder: str, hf: str) -> None:
 
 def check_disk_full(group: Any, folder: str, hf: str, rank: int, file: str, limit: int | None) -> None:
     """One rank cannot write one file: all ranks get the same line, and what was saved before stays."""
-    with world(folder, 4, Layout(2)) as parallel:
+    with world(folder, 4, ParallelLayout(2)) as parallel:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
@@ -152,7 +152,7 @@ def _failing_disk(here: bool, file: str, limit: int | None) -> Iterator[None]:
 
 def check_background_save(group: Any, folder: str, hf: str) -> None:
     """What is written is the state at the save, though training changes every tensor and uses its groups meanwhile."""
-    with world(folder, 4, Layout(2)) as parallel:
+    with world(folder, 4, ParallelLayout(2)) as parallel:
         assert parallel is not None
         overlapped: dict[str, Any] = {"distributed": True, "overlap": True, "bucket_size": 3000}
         trainer = Trainer(hf, parallel, **overlapped)
@@ -185,7 +185,7 @@ def check_background_save(group: Any, folder: str, hf: str) -> None:
 
 def check_background_save_on_a_full_disk(group: Any, folder: str, hf: str) -> None:
     """The thread's error on one rank is every rank's, at the next save, and training's groups are as they were."""
-    with world(folder, 4, Layout(2)) as parallel:
+    with world(folder, 4, ParallelLayout(2)) as parallel:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2, background=True)
@@ -219,7 +219,7 @@ def check_killed_before_the_rename(group: Any, folder: str, hf: str) -> None:
     def die(path: Path, target: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with world(folder, 4, Layout(2)) as parallel:
+    with world(folder, 4, ParallelLayout(2)) as parallel:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 1)
@@ -231,7 +231,7 @@ def check_killed_before_the_rename(group: Any, folder: str, hf: str) -> None:
 
 def check_error_of_one_rank(group: Any, folder: str, hf: str) -> None:
     """Megatron-Core finds a lost shard on the first rank only: all ranks stop, and it does not pass as a full disk."""
-    with world(folder, 4, Layout(2)) as parallel:
+    with world(folder, 4, ParallelLayout(2)) as parallel:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         state = training_state(trainer.model)
@@ -245,7 +245,7 @@ def check_error_of_one_rank(group: Any, folder: str, hf: str) -> None:
 
 def check_damaged_checkpoint(group: Any, folder: str, hf: str) -> None:
     """All ranks refuse a checkpoint with one changed byte, and name the file."""
-    with world(folder, 4, Layout(2)) as parallel:
+    with world(folder, 4, ParallelLayout(2)) as parallel:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
@@ -272,7 +272,7 @@ def check_damaged_checkpoint(group: Any, folder: str, hf: str) -> None:
 
 def check_tensors_that_do_not_fit(group: Any, folder: str, hf: str) -> None:
     """A missing tensor and another shape are told in one line on every rank."""
-    with world(folder, 4, Layout(2)) as parallel:
+    with world(folder, 4, ParallelLayout(2)) as parallel:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         path = Path(folder) / "sharded"
@@ -293,7 +293,7 @@ def check_no_process_is_started(group: Any, folder: str, hf: str) -> None:
     def refuse(process: Any) -> None:
         raise AssertionError(f"{process} would be started")
 
-    with world(folder, 4, Layout(2)) as parallel:
+    with world(folder, 4, ParallelLayout(2)) as parallel:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         start, BaseProcess.start = BaseProcess.start, refuse  # type: ignore[method-assign, assignment]
@@ -310,7 +310,7 @@ def check_writer_and_reader_agree(group: Any, folder: str, hf: str) -> None:
     """torch's writer and Megatron-Core's planner still meet: its reader finds every tensor, each is stored once."""
     from megatron.core import dist_checkpointing
 
-    with world(folder, 4, Layout(2)) as parallel:
+    with world(folder, 4, ParallelLayout(2)) as parallel:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         path = Path(folder) / "sharded"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.data.types import Sample
-from eaopd_megatron.distributed.parallel_state import Layout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.objective import Objective, TeacherLogits
 from eaopd_megatron.objective.reference import dense_loss
 from eaopd_megatron.training.metrics import Averages
@@ -80,7 +80,7 @@ def check_stale_samples_are_weighted_and_fresh_ones_are_not(
 ) -> None:
     """Several samples a micro-batch, stale ones beside fresh ones."""
     expected = reference(student, teacher)
-    for layout in (Layout(1), Layout(2), Layout(2, sequence_parallel=True, context_parallel=2)):
+    for layout in (ParallelLayout(1), ParallelLayout(2), ParallelLayout(2, sequence_parallel=True, context_parallel=2)):
         with arranged(layout) as parallel:
             made = built(student, {"": teacher}, OBJECTIVE, parallel, budget=20, signal="topk")
             mine = samples(made.folder.vocab_size)[parallel.dp_rank :: parallel.dp_size]

@@ -12,7 +12,7 @@ from eaopd_megatron.checkpoint.dist_checkpoint import restore, training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.data.packing import collate
-from eaopd_megatron.distributed.parallel_state import Layout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.megatron.forward import head_of, stage_output
 from eaopd_megatron.megatron.layers import CoreAttention
 from eaopd_megatron.megatron.offload import TrainerMemory
@@ -68,7 +68,7 @@ def check_resume_elsewhere(
     weights, norms = reference(hf, precision)
     checkpoints = CheckpointStore(Path(folder) / "checkpoints", 1)
     for number, place in enumerate((before, after)):
-        with world(f"{folder}/{number}", place["ranks"], Layout(**place["layout"])) as parallel:
+        with world(f"{folder}/{number}", place["ranks"], ParallelLayout(**place["layout"])) as parallel:
             if parallel is None:
                 continue
             trainer = Trainer(hf, parallel, precision, **place["options"])
@@ -95,7 +95,7 @@ def check_losses_go_on_elsewhere(
     """Real losses: four updates at one layout; the last two again at another, from the checkpoint in the middle."""
     checkpoints = CheckpointStore(Path(folder) / "checkpoints", 1)
     kept = Path(folder) / "expected.pt"
-    with world(f"{folder}/before", before["ranks"], Layout(**before["layout"])) as parallel:
+    with world(f"{folder}/before", before["ranks"], ParallelLayout(**before["layout"])) as parallel:
         if parallel is not None:
             trainer = Trainer(hf, parallel, eps=1e-5, **before["options"])
             trainer.train(LEARNING_RATES[:2])
@@ -104,7 +104,7 @@ def check_losses_go_on_elsewhere(
             weights = trainer.whole()
             if parallel.is_main:
                 torch.save((figures, weights), kept)
-    with world(f"{folder}/after", after["ranks"], Layout(**after["layout"])) as parallel:
+    with world(f"{folder}/after", after["ranks"], ParallelLayout(**after["layout"])) as parallel:
         if parallel is not None:
             trainer = Trainer(hf, parallel, eps=1e-5, **after["options"])
             path = checkpoints.latest()
@@ -121,7 +121,7 @@ def check_placements(
     group: Any, folder: str, hf: str, ranks: int, layout: dict[str, Any], precision: Precision
 ) -> None:
     """Real losses: neither where the states lie, nor what is overlapped or computed again, changes an update."""
-    with world(folder, ranks, Layout(**layout)) as parallel:
+    with world(folder, ranks, ParallelLayout(**layout)) as parallel:
         if parallel is None:
             return
         plain = Trainer(hf, parallel, precision)
@@ -147,7 +147,7 @@ def check_memory_is_lent(
     group: Any, folder: str, hf: str, ranks: int, layout: dict[str, Any], precision: Precision
 ) -> None:
     """A training that gives its memory away before every update equals one that does not, bit for bit."""
-    with world(folder, ranks, Layout(**layout)) as parallel:
+    with world(folder, ranks, ParallelLayout(**layout)) as parallel:
         if parallel is None:
             return
         overlapped = {"distributed": True, "overlap": True, "bucket_size": SMALL_BUCKETS}
@@ -187,7 +187,7 @@ def _held(trainer: Trainer) -> int:
 
 def check_loss_waits_for_its_weight(group: Any, folder: str, hf: str) -> None:
     """The objective reads the output layer past Megatron-Core's hooks: `head_of` itself must wait for the gather."""
-    with world(folder, 2, Layout()) as parallel:
+    with world(folder, 2, ParallelLayout()) as parallel:
         if parallel is None:
             return
         trainer = Trainer(hf, parallel, distributed=True, overlap=True, bucket_size=SMALL_BUCKETS)
@@ -209,7 +209,7 @@ def check_loss_waits_for_its_weight(group: Any, folder: str, hf: str) -> None:
 def check_reduction_begins_with_the_last_micro_batch(group: Any, folder: str, hf: str) -> None:
     """The gradient of the output layer comes from the loss, not from the layer's own backward: the hook that starts
     its reduction must see it, and only once an update."""
-    with world(folder, 2, Layout()) as parallel:
+    with world(folder, 2, ParallelLayout()) as parallel:
         if parallel is None:
             return
         trainer = Trainer(hf, parallel, distributed=True, overlap=True, bucket_size=SMALL_BUCKETS)
@@ -256,13 +256,13 @@ def _as_engine(trainer: Trainer, offset: int) -> list[EngineAttention]:
 def check_extra_state(group: Any, folder: str, hf: str) -> None:
     """Transformer Engine's state goes with its layer, PP2 to TP2; with and without Engine one loads the other's."""
     paths = {engine: CheckpointStore(Path(folder) / f"engine={engine}", 1) for engine in (True, False)}
-    with world(f"{folder}/before", 2, Layout(pipeline_parallel=2)) as parallel:
+    with world(f"{folder}/before", 2, ParallelLayout(pipeline_parallel=2)) as parallel:
         if parallel is not None:
             trainer = Trainer(hf, parallel)
             paths[False].save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
             _as_engine(trainer, 10 + parallel.pp_rank)
             paths[True].save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
-    with world(f"{folder}/after", 2, Layout(2)) as parallel:
+    with world(f"{folder}/after", 2, ParallelLayout(2)) as parallel:
         if parallel is not None:
             for saved, loading, expected in ((True, True, [10, 11]), (False, True, [0, 1]), (True, False, [])):
                 trainer = Trainer(hf, parallel)
@@ -280,7 +280,7 @@ def check_extra_state(group: Any, folder: str, hf: str) -> None:
 
 def check_states_are_parts(group: Any, folder: str, hf: str) -> None:
     """Distributed: a rank holds half of the states; offloaded: the moments are the same host tensors after a step."""
-    with world(folder, 2, Layout()) as parallel:
+    with world(folder, 2, ParallelLayout()) as parallel:
         if parallel is None:
             return
         sizes = []

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.config.schema import Teacher as Options
+from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.errors import Asked, ServiceFailed
 from eaopd_megatron.objective import Objective, TeacherHidden
 from eaopd_megatron.teacher.eos_map import TerminalMap
@@ -26,9 +26,12 @@ from tests.distributed.arranged import arranged
 from tests.distributed.checks_training import compare, reference, samples, teacher_logprobs, trained
 
 LAYOUTS = {
-    "narrow": (Layout(2), Layout(1)),
-    "wide": (Layout(2, sequence_parallel=True, context_parallel=2), Layout(2, pipeline_parallel=2)),
-    "mixed": (Layout(context_parallel=2, pipeline_parallel=2), Layout(pipeline_parallel=2, virtual_pipeline=2)),
+    "narrow": (ParallelLayout(2), ParallelLayout(1)),
+    "wide": (ParallelLayout(2, sequence_parallel=True, context_parallel=2), ParallelLayout(2, pipeline_parallel=2)),
+    "mixed": (
+        ParallelLayout(context_parallel=2, pipeline_parallel=2),
+        ParallelLayout(pipeline_parallel=2, virtual_pipeline=2),
+    ),
 }
 BUDGET = 16
 
@@ -71,7 +74,7 @@ def check_a_separate_teacher_changes_no_update(
     objective = Objective.preset(preset)
     expected = reference(student, {"": teacher}, objective)
     for layout in LAYOUTS[where]:
-        for share in (True, False) if layout == Layout(2) else (True,):
+        for share in (True, False) if layout == ParallelLayout(2) else (True,):
             with arranged(layout) as parallel:
                 elsewhere = partial(remote, info=info, urls=urls)
                 options: dict[str, Any] = {"budget": BUDGET, "signal": info["signal"], "share": share}
@@ -86,7 +89,11 @@ def check_a_service_changes_no_update(
     for preset in ("eopd", "eopd_exact"):
         objective = Objective.preset(preset)
         expected = reference(student, {"": teacher}, objective)
-        for place, layout in (("colocated", Layout(2)), ("1 x 2", Layout(2)), ("2 x 1", Layout(1))):
+        for place, layout in (
+            ("colocated", ParallelLayout(2)),
+            ("1 x 2", ParallelLayout(2)),
+            ("2 x 1", ParallelLayout(1)),
+        ):
             elsewhere = None
             if place != "colocated":
                 elsewhere = partial(remote, info=info, urls=[services[place]], api_key_file=key)
@@ -107,7 +114,7 @@ def check_terminal_maps(
         Sample(Prompt(str(i), (5, 6), {}), [8, 9, last], end, [0.0] * 3, 0, i)
         for i, (last, end) in enumerate([(mine, "stop"), (mine, "length"), (9, "stop")])
     ]
-    with arranged(Layout(2)) as parallel:
+    with arranged(ParallelLayout(2)) as parallel:
         scorer = remote(*folders, parallel, info=info, urls=urls)
         scorer.start(32)
         scorer.open()
@@ -131,7 +138,7 @@ def check_a_row_that_is_not_there_is_never_zero(
     """Rows leave the host's memory when they are used; those of a sample that nobody asked for are missed."""
     folders = HfFolder.open(student), HfFolder.open(teacher)
     everything = samples(112)[:4]
-    with arranged(Layout(2)) as parallel:
+    with arranged(ParallelLayout(2)) as parallel:
         scorer = remote(*folders, parallel, info=info, urls=urls)
         scorer.start(32)
         scorer.open()
@@ -153,7 +160,7 @@ def check_all_ranks_stop_together(
     """gone: a replica that dies of its first request; held: one that never answers. One rank alone sees the failure, or
     is asked to stop."""
     folders = HfFolder.open(student), HfFolder.open(teacher)
-    with arranged(Layout(pipeline_parallel=2, context_parallel=2)) as parallel:
+    with arranged(ParallelLayout(pipeline_parallel=2, context_parallel=2)) as parallel:
         for url, number, expected in ((gone, 0, ServiceFailed), (held, 15, Asked)):
             said: list[str] = []
             signals = [0]

@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
-from eaopd_megatron.config.schema import Teacher as Options
+from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.data.countdown import EOS_ID
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.sources import load_problems
 from eaopd_megatron.data.types import Prompt, Sample, Sampling
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.megatron.pipeline import micro_batches
 from eaopd_megatron.objective import Objective, TeacherTopK, TokenLosses, linear_entropy_aware_loss
@@ -84,7 +84,7 @@ def check_a_served_teacher_says_another_loss(group: dist.ProcessGroup, student: 
     """Loss and gradient are a colocated teacher's on each token whose gate its bounds make certain; on all of them
     where the top-k is the whole vocabulary."""
     folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
-    for layout in (Layout(2, sequence_parallel=True, context_parallel=2), Layout(pipeline_parallel=2)):
+    for layout in (ParallelLayout(2, sequence_parallel=True, context_parallel=2), ParallelLayout(pipeline_parallel=2)):
         with arranged(layout) as parallel:
             samples = responses(folder, parallel)
             for kind, k in MAPS_AND_K:

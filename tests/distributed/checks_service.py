@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
-from eaopd_megatron.distributed.parallel_state import Layout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.teacher.payload import HiddenRows, TopKRows
 from eaopd_megatron.teacher.service.scorer import Scorer
@@ -33,7 +33,7 @@ def check_rows(
     whole = ScoreRequest("whole", samples, tokens.int().flatten())
     alone = ScoreRequest("alone", samples[:1], tokens[0].int())
     prompt_only = ScoreRequest("prompt", [Scored(3, 0)], tokens[0, :3].int())
-    with arranged(Layout(**layout)) as parallel:
+    with arranged(ParallelLayout(**layout)) as parallel:
         model = build_model(source.config, parallel.layout, torch.float32, untie=True)
         load_hf(model, source, parallel, row_map={swap[0]: swap[1]})
         for rows in (HiddenRows(source.config.hidden_size, torch.float32), TopKRows(TOP_K)):

@@ -17,7 +17,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample, Sampling
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.overlap import gathered
@@ -34,23 +34,23 @@ from eaopd_megatron.training.step import Student
 from tests.distributed.arranged import arranged
 from tests.tiny_models import on_disk
 
-TENSOR_LAYOUTS = (Layout(2), Layout(4))
-ROUTED_LAYOUTS = (Layout(2), Layout(pipeline_parallel=2, virtual_pipeline=2))
-SIMPLE_LAYOUTS = (Layout(1), Layout(2), Layout(2, sequence_parallel=True), Layout(4))
+TENSOR_LAYOUTS = (ParallelLayout(2), ParallelLayout(4))
+ROUTED_LAYOUTS = (ParallelLayout(2), ParallelLayout(pipeline_parallel=2, virtual_pipeline=2))
+SIMPLE_LAYOUTS = (ParallelLayout(1), ParallelLayout(2), ParallelLayout(2, sequence_parallel=True), ParallelLayout(4))
 WIDE_LAYOUTS = (
-    Layout(pipeline_parallel=2),
-    Layout(pipeline_parallel=2, virtual_pipeline=2),
-    Layout(2, sequence_parallel=True, pipeline_parallel=2),
-    Layout(context_parallel=2),
-    Layout(2, sequence_parallel=True, context_parallel=2),
-    Layout(pipeline_parallel=2, virtual_pipeline=2, context_parallel=2),
+    ParallelLayout(pipeline_parallel=2),
+    ParallelLayout(pipeline_parallel=2, virtual_pipeline=2),
+    ParallelLayout(2, sequence_parallel=True, pipeline_parallel=2),
+    ParallelLayout(context_parallel=2),
+    ParallelLayout(2, sequence_parallel=True, context_parallel=2),
+    ParallelLayout(pipeline_parallel=2, virtual_pipeline=2, context_parallel=2),
 )
 EXPERT_LAYOUTS = (
-    Layout(expert_parallel=2),
-    Layout(2, sequence_parallel=True, expert_parallel=2),
-    Layout(2, sequence_parallel=True, pipeline_parallel=2, expert_tensor_parallel=2),
-    Layout(context_parallel=2, expert_parallel=2),
-    Layout(pipeline_parallel=2, virtual_pipeline=2, expert_parallel=2),
+    ParallelLayout(expert_parallel=2),
+    ParallelLayout(2, sequence_parallel=True, expert_parallel=2),
+    ParallelLayout(2, sequence_parallel=True, pipeline_parallel=2, expert_tensor_parallel=2),
+    ParallelLayout(context_parallel=2, expert_parallel=2),
+    ParallelLayout(pipeline_parallel=2, virtual_pipeline=2, expert_parallel=2),
 )
 RATES = (3e-3, 2e-3, 1e-3)
 COUNT = 12  # samples of an iteration
@@ -293,7 +293,11 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
     """
     folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
     everything = samples(folder.vocab_size)[:4]
-    for layout in (Layout(1), Layout(pipeline_parallel=2, virtual_pipeline=2), Layout(context_parallel=2)):
+    for layout in (
+        ParallelLayout(1),
+        ParallelLayout(pipeline_parallel=2, virtual_pipeline=2),
+        ParallelLayout(context_parallel=2),
+    ):
         with arranged(layout) as parallel:
             results = []
             teacher_model = build_model(teacher_folder.config, layout, torch.float32)
@@ -351,7 +355,11 @@ def check_a_packed_sequence_sees_no_other(group: dist.ProcessGroup, student: str
     folder = HfFolder.open(student)
     prompt = Prompt("p", (5, 6, 7), {})
     one, other, another = (Sample(prompt, ids, "stop", [], 0) for ids in ([8, 9], [20] * 9, [30] * 9))
-    for layout in (Layout(1), Layout(2, sequence_parallel=True, context_parallel=2), Layout(context_parallel=4)):
+    for layout in (
+        ParallelLayout(1),
+        ParallelLayout(2, sequence_parallel=True, context_parallel=2),
+        ParallelLayout(context_parallel=4),
+    ):
         with arranged(layout) as parallel:
             model = build_model(folder.config, layout, torch.float32)
             load_hf(model, folder, parallel)
@@ -389,8 +397,8 @@ def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, studen
     sampling = Sampling(1.0, 1.0, 9, stop_ids=(3, 11, 20, 40, 41, 42, 43, 44, 45, 46))
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     seen: list[list[list[int]]] = []
-    for layout in dict.fromkeys((Layout(1), *globals()[layouts])):
-        for batch_size in (3, 16) if layout == Layout(1) else (3,):
+    for layout in dict.fromkeys((ParallelLayout(1), *globals()[layouts])):
+        for batch_size in (3, 16) if layout == ParallelLayout(1) else (3,):
             with arranged(layout) as parallel:
                 shard = build_model(folder.config, layout, torch.float32)
                 load_hf(shard, folder, parallel)
@@ -447,7 +455,7 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
         exact = frozen(torch.tensor([sample.token_ids])).logits[0, 1:-1, :size].log_softmax(-1)
     for kind in ("swap", "label", "none"):
         terminal = TerminalMap.between(kind, [mine], [theirs])
-        with arranged(Layout(2)) as parallel:
+        with arranged(ParallelLayout(2)) as parallel:
             row_map = terminal.row_map()
             untie = row_map is not None
             model = build_model(teacher_folder.config, parallel.layout, torch.float32, untie=untie, output_vocab=size)

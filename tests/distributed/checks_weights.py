@@ -16,7 +16,7 @@ import torch.distributed as dist
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import schema as tree
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.rollout.weight_sync import distributed
@@ -78,14 +78,14 @@ def trainer(
     folder: str, layout: dict[str, Any], scratch: str, urls: Sequence[str], key: str | None = None, **options: Any
 ) -> Iterator[Trainer]:
     with ExitStack() as stack:
-        parallel = stack.enter_context(arranged(Layout(**layout)))
+        parallel = stack.enter_context(arranged(ParallelLayout(**layout)))
         source = HfFolder.open(folder)
         model = build_model(source.config, parallel.layout, source.dtype)
         load_hf(model, source, parallel)
         run = stack.enter_context(in_a_loop()) if parallel.is_main else None
         patience = Timeouts(health=2.0, control=2.0 if key is None else 60.0)
         clients = [SGLangClient(url, api_key=key, timeouts=patience) for url in urls] if parallel.is_main else []
-        settings = tree.WeightSync(**{"timeout_seconds": 20.0, **options})
+        settings = tree.WeightSyncConfig(**{"timeout_seconds": 20.0, **options})
         stack.enter_context(mock.patch.object(module, "capacity", return_value=BUCKET))
         sync = WeightSync(model, source, parallel, settings, Path(scratch), run, report=lambda line: None)
         yield Trainer(parallel, source, model, sync, run, clients)

@@ -18,7 +18,7 @@ from eaopd_megatron.checkpoint.hf_export import gather_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.data.types import Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.megatron.forward import row_logits
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, set_learning_rate, step, wrap
@@ -31,7 +31,7 @@ OPTIMIZER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "cli
 
 
 @contextlib.contextmanager
-def world(folder: str, ranks: int, layout: Layout) -> Iterator[Parallel | None]:
+def world(folder: str, ranks: int, layout: ParallelLayout) -> Iterator[Parallel | None]:
     """The first `ranks` ranks as a world of their own with Megatron's groups; None on the others."""
     rank, everyone = dist.get_rank(), dist.get_world_size()
     os.makedirs(folder, exist_ok=True)

@@ -18,7 +18,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from transformers import AutoConfig
 
-from eaopd_megatron.distributed.parallel_state import Layout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import layers
 from eaopd_megatron.megatron.param_names import global_name
@@ -40,7 +40,7 @@ def config(kind: str, **changes: Any) -> Any:
 
 def refusal(hf: Any, **layout: Any) -> str:
     with pytest.raises(UserError) as refused:
-        check_supported(hf, Layout(**layout), "student.model: folder")
+        check_supported(hf, ParallelLayout(**layout), "student.model: folder")
     line = str(refused.value)
     assert line.startswith("student.model: folder: ")
     assert "\n" not in line
@@ -115,13 +115,15 @@ def test_a_cut_of_experts_that_gloo_cannot_serve_is_refused(monkeypatch: pytest.
 def test_a_feed_forward_size_is_refused_by_its_number() -> None:
     hf = config("llama", intermediate_size=81)
     assert "tensor_parallel=2 does not divide intermediate_size=81" in refusal(hf, tensor_parallel=2)
-    check_supported(config("qwen3_moe", intermediate_size=81), Layout(2, sequence_parallel=True), "no layer is dense")
+    check_supported(
+        config("qwen3_moe", intermediate_size=81), ParallelLayout(2, sequence_parallel=True), "no layer is dense"
+    )
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_family_sets_what_its_layers_have(kind: str) -> None:
     """A norm or bias that the mapping fills must be there, and no other."""
-    found = transformer_config(config(kind), Layout(), torch.float32)
+    found = transformer_config(config(kind), ParallelLayout(), torch.float32)
     rules = {rule.megatron.rpartition("}.")[2] for rule in FAMILIES[CLASSES[kind]].rules}
     assert found.qk_layernorm == ("self_attention.q_layernorm.weight" in rules)
     assert found.add_qkv_bias == ("self_attention.linear_qkv.bias" in rules)
@@ -131,7 +133,7 @@ def test_a_family_sets_what_its_layers_have(kind: str) -> None:
 
 @pytest.mark.parametrize("normalised", [True, False])
 def test_the_router_weighs_as_the_configuration_says(normalised: bool) -> None:
-    found = transformer_config(config("qwen3_moe", norm_topk_prob=normalised), Layout(), torch.float32)
+    found = transformer_config(config("qwen3_moe", norm_topk_prob=normalised), ParallelLayout(), torch.float32)
     assert found.moe_router_pre_softmax == (not normalised)
     assert (found.moe_router_topk, found.num_moe_experts, found.moe_ffn_hidden_size) == (2, 4, 24)
     assert found.moe_aux_loss_coeff == 0
@@ -140,7 +142,7 @@ def test_the_router_weighs_as_the_configuration_says(normalised: bool) -> None:
 def test_a_head_dimension_may_be_left_to_the_hidden_size() -> None:
     hf = config("qwen2")
     del hf.head_dim
-    assert transformer_config(hf, Layout(), torch.float32).kv_channels == 48 // 8
+    assert transformer_config(hf, ParallelLayout(), torch.float32).kv_channels == 48 // 8
 
 
 @pytest.mark.parametrize("theta", [1e6, 12345.5])
@@ -152,9 +154,9 @@ def test_published_configurations_in_the_old_spelling_keep_their_scaling() -> No
     """`rope_scaling` with `type` and a `rope_theta` beside it; the factor must reach Megatron-Core's attention."""
     old = {"factor": 4.0, "original_max_position_embeddings": 8, "type": "yarn"}
     hf = AutoConfig.for_model("qwen2", architectures=["Qwen2ForCausalLM"], rope_theta=1e6, rope_scaling=old)
-    check_supported(hf, Layout(), "folder")
+    check_supported(hf, ParallelLayout(), "folder")
     assert rotary_base(hf) == 1e6
-    found = transformer_config(hf, Layout(), torch.float32)
+    found = transformer_config(hf, ParallelLayout(), torch.float32)
     assert _yarn_get_concentration_factor_from_config(found) == 1
     set_attention_factor(found, hf)
     assert _yarn_get_concentration_factor_from_config(found) == pytest.approx(0.1 * math.log(4) + 1)
@@ -188,7 +190,7 @@ class Placed:
 def test_transformer_engines_layers_are_taken_where_it_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its norms are fused into the layers that follow, but not into experts, and experts are grouped."""
     TESpecProvider = transformer_engine_spec_provider.TESpecProvider
-    found = transformer_config(config(kind), Layout(), torch.float32)
+    found = transformer_config(config(kind), ParallelLayout(), torch.float32)
     found.moe_grouped_gemm = kind == "qwen3_moe"
     monkeypatch.setattr(layers, "uses_transformer_engine", lambda: True)
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", TESpecProvider, raising=False)
@@ -212,7 +214,7 @@ def test_the_local_layers_write_an_experts_norm_as_transformer_engines_do(monkey
     monkeypatch.setattr(layers, "get_num_layers_to_build", lambda config, vp_stage=None: 1)
     maps = {}
     for kind in ("qwen3", "qwen3_moe"):
-        block = layers.layer_spec(transformer_config(config(kind), Layout(), torch.float32))
+        block = layers.layer_spec(transformer_config(config(kind), ParallelLayout(), torch.float32))
         maps[kind] = set(block.layer_specs[0].submodules.sharded_state_dict_keys_map)
     assert maps["qwen3"] - maps["qwen3_moe"] == {"pre_mlp_layernorm."}
 

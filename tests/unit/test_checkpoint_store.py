@@ -18,11 +18,11 @@ import torch
 
 from eaopd_megatron.checkpoint import store
 from eaopd_megatron.checkpoint.store import CheckpointStore, check_fingerprint, fingerprint
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.errors import UserError
 
 ALONE = Parallel(
-    layout=Layout(),
+    layout=ParallelLayout(),
     rank=0,
     world_size=1,
     tp_rank=0,

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from eaopd_megatron.config import Recipe, differences, dump, load_recipe, setting
+from eaopd_megatron.config import Recipe, dump_recipe, load_recipe, recipe_differences, recipe_value
 from eaopd_megatron.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -315,33 +315,33 @@ def test_a_dumped_recipe_loads_as_another_one(
             "objective": {"preset": "opd"},
         }
     )
-    Path("dumped.yaml").write_text(dump(first), encoding="utf-8")
+    Path("dumped.yaml").write_text(dump_recipe(first), encoding="utf-8")
     assert load_recipe("dumped.yaml") == first
 
 
 def test_differences_are_not_seen_on_resume(recipe: Path) -> None:
     a, b = load_recipe(recipe), load_recipe(recipe, ["evaluation.benchmarks=[x]", "optimizer.lr=1e-5"])
-    assert differences(a, a) == []
-    assert differences(a, b) == [("optimizer.lr", 3e-6, 1e-5), ("evaluation.benchmarks", [], ["x"])]
+    assert recipe_differences(a, a) == []
+    assert recipe_differences(a, b) == [("optimizer.lr", 3e-6, 1e-5), ("evaluation.benchmarks", [], ["x"])]
 
 
 def test_one_setting_is_read(recipe: Path) -> None:
-    assert setting(load_recipe(recipe), "run.folder") == "runs/x"
+    assert recipe_value(load_recipe(recipe), "run.folder") == "runs/x"
     with pytest.raises(RecipeError, match=r"did you mean 'run\.folder'"):
-        setting(load_recipe(recipe), "run.foldr")
+        recipe_value(load_recipe(recipe), "run.foldr")
 
 
 @pytest.mark.parametrize("name", ["opd", "eopd"])
 def test_objective_is_not_the_preset(recipe: Path, name: str) -> None:
     from eaopd_megatron.objective import Objective
 
-    assert load_recipe(recipe, [f"objective.preset={name}"]).objective.build() == Objective.preset(name)
+    assert load_recipe(recipe, [f"objective.preset={name}"]).objective.build_objective() == Objective.preset(name)
 
 
 def test_objective_fields_do_not_reach_it(recipe: Path) -> None:
-    built = load_recipe(recipe, ["objective.threshold=0.5", "objective.top_k=4"]).objective.build()
+    built = load_recipe(recipe, ["objective.threshold=0.5", "objective.top_k=4"]).objective.build_objective()
     assert (built.threshold, built.top_k, built.gate) == (0.5, 4, "hard")
-    assert load_recipe(recipe, ["objective.clip=.inf"]).objective.build().clip == float("inf")
+    assert load_recipe(recipe, ["objective.clip=.inf"]).objective.build_objective().clip == float("inf")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eaopd_megatron.cli import main
-from eaopd_megatron.config import dump, load_recipe, setting
+from eaopd_megatron.config import dump_recipe, load_recipe, recipe_value
 from eaopd_megatron.errors import RecipeError, UserError
 from eaopd_megatron.training.run_folder import RunFolder
 from tests.unit.test_config import recipe, refusal
@@ -89,10 +89,10 @@ def test_show_hides_the_teachers(recipe: Path, capsys: pytest.CaptureFixture[str
     Path("shown.yaml").write_text(capsys.readouterr().out)
     loaded = load_recipe("shown.yaml")
     assert loaded == load_recipe(recipe, [*TWO, "teachers.math.offload=weights"])
-    assert load_recipe_of(dump(loaded)) == loaded
-    assert setting(loaded, "teachers.math.offload") == "weights"
+    assert load_recipe_of(dump_recipe(loaded)) == loaded
+    assert recipe_value(loaded, "teachers.math.offload") == "weights"
     with pytest.raises(RecipeError, match=r"did you mean 'teachers\.math\.offload'"):
-        setting(loaded, "teachers.math.offlod")
+        recipe_value(loaded, "teachers.math.offlod")
 
 
 def load_recipe_of(text: str) -> object:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from eaopd_megatron.config import Student
-from eaopd_megatron.config.parallel import Layout
+from eaopd_megatron.config import StudentConfig
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.launch import local as launching
 from eaopd_megatron.launch.local import joined, joined_environment, launch, local_world_size, teacher_world_size
@@ -331,7 +331,7 @@ def test_ranks_do_not_fill_the_devices(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: devices is not None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices or 0)
-    assert local_world_size(Student(model="m", tensor_parallel=tensor, data_parallel=data)) == ranks
+    assert local_world_size(StudentConfig(model="m", tensor_parallel=tensor, data_parallel=data)) == ranks
 
 
 @pytest.mark.parametrize(("devices", "ranks"), [(None, 4), (8, 8), (7, 4), (16, 16)])
@@ -340,7 +340,7 @@ def test_too_few_ranks_are_started_for_the_experts(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: devices is not None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices or 0)
-    assert local_world_size(Student(model="m", tensor_parallel=2, expert_parallel=4)) == ranks
+    assert local_world_size(StudentConfig(model="m", tensor_parallel=2, expert_parallel=4)) == ranks
 
 
 @pytest.mark.parametrize(("tensor", "data"), [(8, None), (2, 3)])
@@ -348,7 +348,7 @@ def test_more_ranks_than_devices_share_one(monkeypatch: pytest.MonkeyPatch, tens
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     with pytest.raises(UserError, match="more than the 4 GPUs of this host"):
-        local_world_size(Student(model="m", tensor_parallel=tensor, data_parallel=data))
+        local_world_size(StudentConfig(model="m", tensor_parallel=tensor, data_parallel=data))
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_more_ranks_than_devices_share_one(monkeypatch: pytest.MonkeyPatch, tens
 def test_a_teacher_has_other_ranks_than_its_layout_takes(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], ranks: int
 ) -> None:
-    layout = Layout(**options)
+    layout = ParallelLayout(**options)
     assert teacher_world_size(layout) == ranks
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: ranks - 1)

@@ -13,7 +13,7 @@ import torch
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import Layout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.megatron.generation import decoding
 from eaopd_megatron.objective import Objective
 from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
@@ -78,8 +78,8 @@ def test_expert_parallelism_is_that_of_the_model_with_experts() -> None:
         family = SimpleNamespace(sizes=lambda config: dict.fromkeys(sizes, 4))
         return SimpleNamespace(family=family, config=None)
 
-    layout = Layout(2, True, expert_parallel=2, expert_tensor_parallel=2)
-    dense = Layout(2, True)
+    layout = ParallelLayout(2, True, expert_parallel=2, expert_tensor_parallel=2)
+    dense = ParallelLayout(2, True)
     assert layouts_of(layout, [folder(), folder("experts")]) == [dense, layout]
     assert layouts_of(layout, [folder("experts"), folder()]) == [layout, dense]
     assert layouts_of(layout, [folder("experts"), folder("experts")]) == [layout, layout]
@@ -167,7 +167,7 @@ def test_the_profiler_misses_its_window(tmp_path: Path) -> None:
 
 def test_a_warning_is_said_every_iteration_or_never_again() -> None:
     recipe = load_recipe(Path(__file__).parents[2] / "recipes/countdown/eopd.yaml", ["rollout.warn_truncated=null"])
-    alerts = AlertMonitor(alert_rules(recipe.rollout, recipe.train.updates, recipe.teachers))
+    alerts = AlertMonitor(alert_rules(recipe.rollout, recipe.train.updates_per_iteration, recipe.teachers))
     good = {"rollout/logprob_gap": 0.03, "teacher/terminal_logprob": -0.1, "rollout/truncated": 1.0}
     bad = {**good, "rollout/logprob_gap": 0.25}
     assert alerts.check(good) == []

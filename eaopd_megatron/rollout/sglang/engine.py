@@ -116,7 +116,7 @@ class ServedRollout:
                 self._keeper.set_allowed_versions([before, version])  # one that comes back gets the new ones
             self._wait(partial(_until_written, self._ahead))
         # servers that were started here have the student's original weights as version 0
-        if before is not None or version > 0 or not self.recipe.servers.started:
+        if before is not None or version > 0 or not self.recipe.servers.launched_by_trainer:
             self._push(version)
         if self._keeper is not None:
             self._keeper.set_allowed_versions([version])

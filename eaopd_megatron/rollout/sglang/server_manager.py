@@ -71,7 +71,7 @@ class ServerManager:
         config = self._folder.config.to_dict()
         self.expected = ExpectedModel(self._folder.family.architecture, self._folder.vocab_size, total, config=config)
         self.loop.__enter__()
-        if not chosen.started:
+        if not chosen.launched_by_trainer:
             self._key = None if chosen.api_key_file is None else read_api_key(Path(chosen.api_key_file))
             return
         self._key = secrets.token_urlsafe(24)

@@ -37,7 +37,7 @@ class WeightSync:
         model: ModelChunks,
         folder: HfFolder,
         parallel: Parallel,
-        options: tree.WeightSync,
+        options: tree.WeightSyncConfig,
         scratch: Path,
         run: Run | None = None,
         report: Callable[[str], None] = log_rank0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.config.schema import Teacher
+from eaopd_megatron.config.schema import TeacherConfig
 from eaopd_megatron.errors import RecipeError
 
 
@@ -12,7 +12,7 @@ def key_of(name: str) -> str:
     return f"teachers.{name}" if name else "teacher"
 
 
-def chosen(recipe: Recipe, name: str) -> Teacher:
+def chosen(recipe: Recipe, name: str) -> TeacherConfig:
     """The recipe's separate teacher of this name ('': its only one). Raises RecipeError."""
     named = recipe.named_teachers()
     known = ", ".join(named)

@@ -13,12 +13,12 @@ from types import FrameType
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.config.schema import Teacher as Options
+from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.distributed.broadcast import relay
 from eaopd_megatron.distributed.errors import agree
 from eaopd_megatron.distributed.heartbeat import watched
-from eaopd_megatron.distributed.parallel_state import Layout, Parallel
+from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.errors import Asked, UserError
 from eaopd_megatron.megatron.layers import check_fp8
 from eaopd_megatron.megatron.model import DTYPES, build_model
@@ -44,9 +44,9 @@ def teach(recipe: Recipe, name: str) -> None:
         check_fp8(f"{key}.precision")
     folder = HfFolder.open(options.model, f"{key}.model")
     experts = "experts" in folder.family.sizes(folder.config)
-    layout = replace(options.layout, sequence_parallel=experts and options.layout.tensor_parallel > 1)
+    layout = replace(options.parallel_layout, sequence_parallel=experts and options.parallel_layout.tensor_parallel > 1)
     check_supported(folder.config, layout, f"{key}.model: {options.model}")
-    started, needed = int(os.environ["WORLD_SIZE"]), options.layout.least_ranks
+    started, needed = int(os.environ["WORLD_SIZE"]), options.parallel_layout.min_world_size
     if started != needed:
         raise UserError(
             f"{key}.tensor_parallel, pipeline_ and expert_parallel take {needed} ranks; {started} were started"
@@ -134,6 +134,6 @@ class Meter:
         self._requests = self._tokens = 0
 
 
-def _shown(layout: Layout) -> str:
+def _shown(layout: ParallelLayout) -> str:
     sizes = {name: getattr(layout, f"{name}_parallel") for name in ("tensor", "pipeline", "expert")}
     return " x ".join(f"{name} {size}" for name, size in sizes.items())

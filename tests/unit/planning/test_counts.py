@@ -216,7 +216,7 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
     """The plan proposes what the trainer lets pass, and nothing else that it has looked at."""
     from transformers import AutoConfig
 
-    from eaopd_megatron.distributed.parallel_state import Layout as TrainerLayout
+    from eaopd_megatron.distributed.parallel_state import ParallelLayout as TrainerLayout
     from eaopd_megatron.models.architecture import check_supported
     from eaopd_megatron.teacher.build import layouts_of
 
@@ -239,7 +239,7 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
         trainer = TrainerLayout(**{name: value for name, value in asdict(layout).items() if name != "data_parallel"})
         refused = False
         try:
-            trainer.check_world(layout.gpus)
+            trainer.check_world_size(layout.gpus)
             for folder, cut in zip(folders, layouts_of(trainer, folders), strict=True):
                 check_supported(folder.config, cut, "")
         except UserError:
