@@ -12,7 +12,7 @@ import typer
 
 from eaopd_megatron import __version__
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.launch.entrypoint import of_the_user
+from eaopd_megatron.launch.entrypoint import as_user_error
 
 app = typer.Typer(
     help="On-policy distillation for Megatron-Core with the entropy-aware objective.",
@@ -36,22 +36,22 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Starts its own ranks on this host; under torchrun or srun it joins theirs.
     """
-    from eaopd_megatron.launch.local import joined, launch, local_world_size
+    from eaopd_megatron.launch.local_ranks import is_started_rank, launch_ranks, student_world_size
 
     arguments = ["train", recipe, *(overrides or [])]
-    if joined():
+    if is_started_rank():
         _join(arguments)
         return
 
     from eaopd_megatron.config import load_recipe
-    from eaopd_megatron.training.run_folder import already_finished
+    from eaopd_megatron.training.run_folder import finished_message
 
     loaded = load_recipe(recipe, overrides or [])
-    if finished := already_finished(loaded):
+    if finished := finished_message(loaded):
         print(finished)
         return
     logs = Path(loaded.run.folder) / "logs"
-    raise typer.Exit(launch(arguments, local_world_size(loaded.student), log_folder=logs))
+    raise typer.Exit(launch_ranks(arguments, student_world_size(loaded.student), log_folder=logs))
 
 
 @app.command()
@@ -66,10 +66,10 @@ def teach(
 
     Starts its own ranks on this host; under torchrun or srun it joins theirs.
     """
-    from eaopd_megatron.launch.local import joined, launch, teacher_world_size
+    from eaopd_megatron.launch.local_ranks import is_started_rank, launch_ranks, teacher_world_size
 
     arguments = ["teach", recipe, teacher, *(overrides or [])]
-    if joined():
+    if is_started_rank():
         _join(arguments)
         return
 
@@ -77,7 +77,7 @@ def teach(
     from eaopd_megatron.teacher.service.choice import chosen
 
     layout = chosen(load_recipe(recipe, overrides or []), teacher).parallel_layout
-    raise typer.Exit(launch(arguments, teacher_world_size(layout)))
+    raise typer.Exit(launch_ranks(arguments, teacher_world_size(layout)))
 
 
 @app.command()
@@ -237,23 +237,23 @@ def doctor(
     With a recipe its student writes a few responses, on ranks of their own, and its teachers score how they stop: exit
     code 1 as well where the two do not agree.
     """
-    from eaopd_megatron.diagnostics.machine import main as examine
+    from eaopd_megatron.diagnostics.machine import check_machine as examine
 
     harmful = examine()
     if recipe is None:
         raise typer.Exit(harmful)
-    from eaopd_megatron.diagnostics.eos_check import check_agreement
+    from eaopd_megatron.diagnostics.eos_check import check_eos
 
-    raise typer.Exit(check_agreement(recipe, overrides or []) or harmful)
+    raise typer.Exit(check_eos(recipe, overrides or []) or harmful)
 
 
 def _join(arguments: list[str]) -> None:
     """This process is the rank that torchrun or srun started."""
     from eaopd_megatron import worker
-    from eaopd_megatron.launch.local import joined_environment
+    from eaopd_megatron.launch.local_ranks import rank_environment
 
-    os.environ.update(joined_environment())
-    if code := worker.main(arguments):
+    os.environ.update(rank_environment())
+    if code := worker.run_rank(arguments):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # a failed rank must not wait for the others in the destructors of its process groups
@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments, prog_name="eaopd")
     except Exception as raised:
-        error = of_the_user(raised)
+        error = as_user_error(raised)
         if error is None:
             raise
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)

@@ -10,23 +10,23 @@ from functools import partial
 from pathlib import Path
 
 from eaopd_megatron.config import Recipe, load_recipe
-from eaopd_megatron.launch.entrypoint import guarded
+from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.utils.lifetime import die_with_parent
 from eaopd_megatron.utils.log import log_rank0
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`train RECIPE [overrides]`, `teach RECIPE TEACHER [overrides]`, `agreement RECIPE [overrides]` or `evaluate FILE`
+def run_rank(arguments: Sequence[str]) -> int:
+    """`train RECIPE [overrides]`, `teach RECIPE TEACHER [overrides]`, `eos-check RECIPE [overrides]` or `evaluate FILE`
     (its options as JSON). The exit code; errors are reported."""
     verb, target, *rest = arguments
     if verb == "train":
-        return guarded(lambda: _train(load_recipe(target, rest)))
+        return run_entrypoint(lambda: _train(load_recipe(target, rest)))
     if verb == "teach":
-        return guarded(lambda: _teach(load_recipe(target, rest[1:]), rest[0]))
-    if verb == "agreement":
-        return guarded(lambda: _agreement(load_recipe(target, rest)))
+        return run_entrypoint(lambda: _teach(load_recipe(target, rest[1:]), rest[0]))
+    if verb == "eos-check":
+        return run_entrypoint(lambda: _eos_check(load_recipe(target, rest)))
     if verb == "evaluate":
-        return guarded(lambda: _evaluate(Path(target)))
+        return run_entrypoint(lambda: _evaluate(Path(target)))
     raise ValueError(f"unknown verb {verb!r}")
 
 
@@ -37,12 +37,11 @@ def _train(recipe: Recipe) -> None:
     from eaopd_megatron.distributed import parallel_state as groups
     from eaopd_megatron.distributed.heartbeat import watched
     from eaopd_megatron.errors import Asked, ServiceFailed
-    from eaopd_megatron.training.ending import finish
     from eaopd_megatron.training.loop import train
-    from eaopd_megatron.training.run_folder import RunFolder, already_finished
-    from eaopd_megatron.training.trainer import Run
+    from eaopd_megatron.training.run_folder import RunFolder, finished_message
+    from eaopd_megatron.training.trainer import Trainer
 
-    if finished := already_finished(recipe):
+    if finished := finished_message(recipe):
         log_rank0(finished)
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -53,15 +52,15 @@ def _train(recipe: Recipe) -> None:
     )
     record = partial(flight_recorder.dump, collectives, parallel.rank)
     with watched(store, parallel.rank, parallel.world_size, on_failure=record):
-        run = Run(recipe, parallel)
+        trainer = Trainer(recipe, parallel)
         try:
-            run.open()
-            train(run)
-            finish(run)
+            trainer.start()
+            train(trainer)
+            trainer.finish()
         except (Asked, ServiceFailed) as reason:
-            run.stop_early(reason)
+            trainer.save_and_stop(reason)
         finally:
-            run.close()
+            trainer.close()
     groups.stop()
 
 
@@ -74,10 +73,10 @@ def _teach(recipe: Recipe, teacher: str) -> None:
     teach(recipe, teacher)
 
 
-def _agreement(recipe: Recipe) -> None:
-    from eaopd_megatron.diagnostics.eos_trial import agreement_on_rank
+def _eos_check(recipe: Recipe) -> None:
+    from eaopd_megatron.diagnostics.eos_trial import eos_check_on_rank
 
-    agreement_on_rank(recipe)
+    eos_check_on_rank(recipe)
 
 
 def _evaluate(options: Path) -> None:
@@ -88,7 +87,7 @@ def _evaluate(options: Path) -> None:
 
 if __name__ == "__main__":
     die_with_parent()
-    code = main(sys.argv[1:])
+    code = run_rank(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     # a failed rank must not wait for its peers in the destructors of their process groups

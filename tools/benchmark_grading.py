@@ -24,7 +24,7 @@ import psutil
 from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.evaluation.benchmarks import load_benchmark
 from eaopd_megatron.evaluation.math_grader import MathGrader
-from eaopd_megatron.launch.entrypoint import guarded
+from eaopd_megatron.launch.entrypoint import run_entrypoint
 
 PATHOLOGICAL = (
     r"\boxed{10^{10^{10}}}",
@@ -119,4 +119,4 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: run(parse(sys.argv[1:]))))
+    sys.exit(run_entrypoint(lambda: run(parse(sys.argv[1:]))))

@@ -32,8 +32,8 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.distributed import parallel_state as groups
-from eaopd_megatron.launch import local as launch
-from eaopd_megatron.launch.entrypoint import guarded
+from eaopd_megatron.launch import local_ranks as launch
+from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.megatron.cross_entropy import cross_entropy
 from eaopd_megatron.objective import (
     Objective,
@@ -375,9 +375,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
-    if not launch.joined():
-        return launch.launch(arguments, options.ranks, command=(sys.executable, str(Path(__file__).resolve())))
-    return guarded(lambda: run(options))
+    if not launch.is_started_rank():
+        return launch.launch_ranks(arguments, options.ranks, command=(sys.executable, str(Path(__file__).resolve())))
+    return run_entrypoint(lambda: run(options))
 
 
 if __name__ == "__main__":

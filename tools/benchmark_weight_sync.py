@@ -33,13 +33,13 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from eaopd_megatron.checkpoint.convert import one_process  # noqa: E402
+from eaopd_megatron.checkpoint.convert import single_process_group  # noqa: E402
 from eaopd_megatron.checkpoint.hf_folder import HfFolder  # noqa: E402
 from eaopd_megatron.config import schema as tree  # noqa: E402
 from eaopd_megatron.megatron.model import build_model  # noqa: E402
-from eaopd_megatron.rollout.weight_sync.distributed import UpdateGroup  # noqa: E402
-from eaopd_megatron.rollout.weight_sync.session import Session  # noqa: E402
-from eaopd_megatron.rollout.weight_sync.sync import WeightSync  # noqa: E402
+from eaopd_megatron.rollout.weight_sync.distributed_transport import UpdateGroup  # noqa: E402
+from eaopd_megatron.rollout.weight_sync.session import UpdateSession  # noqa: E402
+from eaopd_megatron.rollout.weight_sync.updater import WeightUpdater  # noqa: E402
 from eaopd_megatron.serving.client import SGLangClient  # noqa: E402
 from tests.distributed.memory_of_conversion import growth  # noqa: E402
 from tests.sglang.double import Double  # noqa: E402
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def measure(url: str, bucket_mib: int, rounds: int) -> None:
-    with tempfile.TemporaryDirectory() as place, one_process() as parallel, in_a_loop() as run:
+    with tempfile.TemporaryDirectory() as place, single_process_group() as parallel, in_a_loop() as run:
         Path(place, "config.json").write_text(json.dumps(CONFIG))
         folder = HfFolder.open(place)
         model = build_model(folder.config, parallel.layout, torch.bfloat16)
@@ -116,16 +116,16 @@ def measure(url: str, bucket_mib: int, rounds: int) -> None:
         shapes = folder.family.hf_shapes(folder.config)
         client = SGLangClient(url)
         options = tree.WeightSyncConfig(bucket_mib=bucket_mib, timeout_seconds=SECONDS, address="127.0.0.1")
-        sync = WeightSync(model, folder, parallel, options, Path(place), run, report=print)
+        sync = WeightUpdater(model, folder, parallel, options, Path(place), run, report=print)
         version = iter(range(1, 10**6))
 
         def update() -> None:
-            failed = sync.push(next(version), [client])
+            failed = sync.update(next(version), [client])
             assert not failed, failed
 
         extra = growth(update)
         group = UpdateGroup("plain", 1, "127.0.0.1", seconds=SECONDS)
-        session = Session(SECONDS)
+        session = UpdateSession(SECONDS)
         begin = partial(run_in_background, run, session, client)
         invited = begin("/init_weights_update_group", invitation(group))
         group.join("gloo")
@@ -185,7 +185,7 @@ def invitation(group: UpdateGroup) -> dict[str, Any]:
 
 
 def run_in_background(
-    run: Any, session: Session, client: SGLangClient, path: str, body: dict[str, Any]
+    run: Any, session: UpdateSession, client: SGLangClient, path: str, body: dict[str, Any]
 ) -> asyncio.Task[Any]:
     async def begin() -> asyncio.Task[Any]:
         return asyncio.create_task(session.post(client, path, body))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer, common_vocab_size
 from eaopd_megatron.data.sources import read_jsonl
 from eaopd_megatron.evaluation.distributions import Sums, compare, means, response_logits
-from eaopd_megatron.launch.entrypoint import guarded
+from eaopd_megatron.launch.entrypoint import run_entrypoint
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -66,4 +66,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: run(parse(sys.argv[1:]))))
+    sys.exit(run_entrypoint(lambda: run(parse(sys.argv[1:]))))

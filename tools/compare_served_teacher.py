@@ -26,7 +26,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder, common_vocab_size  # n
 from eaopd_megatron.data.prompts import PromptBuilder  # noqa: E402
 from eaopd_megatron.data.sources import load_problems  # noqa: E402
 from eaopd_megatron.data.types import Prompt, Sample, Sampling  # noqa: E402
-from eaopd_megatron.launch.entrypoint import guarded  # noqa: E402
+from eaopd_megatron.launch.entrypoint import run_entrypoint  # noqa: E402
 from eaopd_megatron.objective import Objective, TeacherTopK, entropy_bounds  # noqa: E402
 from eaopd_megatron.objective.token_losses import gate_of  # noqa: E402
 from eaopd_megatron.rollout.sglang.generation import GenerateCall  # noqa: E402
@@ -136,4 +136,4 @@ def show(scored: Mapping[int, TeacherTopK], exact: torch.Tensor, threshold: floa
 
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main))
+    raise SystemExit(run_entrypoint(main))

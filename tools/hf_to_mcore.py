@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.launch import local as launch
-from eaopd_megatron.launch.entrypoint import guarded
+from eaopd_megatron.launch import local_ranks as launch
+from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.utils import files as atomic
 from eaopd_megatron.utils.log import say
 
@@ -49,12 +49,12 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if size < 1:
             raise UserError(f"--{kind}-parallel: {size} ranks cannot be; give 1 or more")
     ranks = sizes["pipeline"] * math.lcm(sizes["tensor"], sizes["expert"])  # experts are cut over a stage's ranks
-    is_rank = launch.joined()
+    is_rank = launch.is_started_rank()
     if not is_rank and not options.dry_run:
         atomic.require_absent_or_empty(options.out, "--out")
         HfFolder.open(options.hf, "--hf").check_tensors()  # before any rank is started; also the one download
         if ranks > 1:
-            return launch.launch(arguments, ranks, command=(sys.executable, str(Path(__file__).resolve())))
+            return launch.launch_ranks(arguments, ranks, command=(sys.executable, str(Path(__file__).resolve())))
     from eaopd_megatron.checkpoint import convert as conversion
     from eaopd_megatron.distributed import parallel_state as groups
 
@@ -65,22 +65,22 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         expert_parallel=sizes["expert"],
     )
     if options.dry_run:
-        for line in conversion.describe(conversion.check_import(options.hf, layout), layout):
+        for line in conversion.describe_conversion(conversion.check_import(options.hf, layout), layout):
             say(line)
     elif is_rank:
-        os.environ |= launch.joined_environment()
+        os.environ |= launch.rank_environment()
         parallel, _ = groups.start(layout)
         conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=say)
         groups.stop()
     else:
-        with conversion.one_process() as parallel:
+        with conversion.single_process_group() as parallel:
             conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=say)
     return 0
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command; errors of the user are one line."""
-    return guarded(lambda: convert(parse(arguments), arguments))
+    return run_entrypoint(lambda: convert(parse(arguments), arguments))
 
 
 if __name__ == "__main__":

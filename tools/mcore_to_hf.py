@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from eaopd_megatron.launch.entrypoint import guarded
+from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.utils import files as atomic
 from eaopd_megatron.utils.log import say
 
@@ -43,7 +43,7 @@ def convert(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """The command; errors of the user are one line."""
-    return guarded(lambda: convert(parse(arguments)))
+    return run_entrypoint(lambda: convert(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,16 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from eaopd_megatron.checkpoint.dist_checkpoint import MODEL, load_sharded, restore, save_sharded, training_state
-from eaopd_megatron.checkpoint.hf_export import DTYPE_WORDS, export_hf
+from eaopd_megatron.checkpoint.dist_checkpoint import (
+    MODEL_PREFIX,
+    load_sharded,
+    load_training_state,
+    save_sharded,
+    sharded_training_state,
+)
+from eaopd_megatron.checkpoint.hf_export import HF_DTYPE_NAMES, export_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.checkpoint.hf_import import load_hf, placement_of, shard_shape
+from eaopd_megatron.checkpoint.hf_import import load_hf, shard_placement, shard_shape
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.distributed.errors import agree
@@ -31,7 +37,7 @@ from eaopd_megatron.models.mapping import EMBEDDING
 from eaopd_megatron.utils.files import atomic_directory, partial_path, require_absent_or_empty, write_error_message
 
 TOLERANCE = 1e-5
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 
 
 def check_import(hf: str, layout: ParallelLayout) -> HfFolder:
@@ -42,11 +48,11 @@ def check_import(hf: str, layout: ParallelLayout) -> HfFolder:
     return folder
 
 
-def describe(folder: HfFolder, layout: ParallelLayout) -> Iterator[str]:
+def describe_conversion(folder: HfFolder, layout: ParallelLayout) -> Iterator[str]:
     """One line a parameter: its stage, its Megatron name, cut and shape on a rank, the tensors that it is made of."""
     tied = folder.config.tie_word_embeddings
-    placement = placement_of(folder, layout)
-    dtype = DTYPE_WORDS[folder.dtype]
+    placement = shard_placement(folder, layout)
+    dtype = HF_DTYPE_NAMES[folder.dtype]
     padded = padded_vocab_size(folder.vocab_size, layout.tensor_parallel)
     vocabulary = f"vocabulary {folder.vocab_size}, padded to {padded}"
     embeddings = "embeddings tied" if tied else "embeddings not tied"
@@ -60,7 +66,7 @@ def describe(folder: HfFolder, layout: ParallelLayout) -> Iterator[str]:
         yield f"{where}: {entry.megatron_name} {shape} = {entry.mapping.name}({made_of})"
 
 
-def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: Say) -> None:
+def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: LogFunction) -> None:
     """Write the Hugging Face folder's weights as a distributed checkpoint, in their own dtype. Collective.
 
     `out` appears when it is complete (and, with verify, when what was written gives transformers' logits).
@@ -70,7 +76,7 @@ def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: 
     model = build_model(folder.config, parallel.layout, folder.dtype)
     load_hf(model, folder, parallel)
     count = sum(parameter.numel() for parameter in model.parameters())
-    say(f"loaded {folder.path}: {count:,} parameters on the first rank, {DTYPE_WORDS[folder.dtype]}")
+    say(f"loaded {folder.path}: {count:,} parameters on the first rank, {HF_DTYPE_NAMES[folder.dtype]}")
     with contextlib.ExitStack() as stack:
         begin = (
             (lambda: stack.enter_context(atomic_directory(out))) if parallel.is_main else (lambda: partial_path(out))
@@ -78,29 +84,31 @@ def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: 
         partial = agree(parallel, begin)
         try:
             agree(parallel, lambda: _write_companions(partial, folder, parallel) if parallel.is_main else None)
-            save_sharded(partial / "sharded", training_state(model), parallel)
+            save_sharded(partial / "sharded", sharded_training_state(model), parallel)
         except OSError as error:  # on every rank
             raise UserError(write_error_message(out, error)) from error
         if verify:
             del model
             written = build_model(folder.config, parallel.layout, folder.dtype)
-            restore(written, None, load_sharded(partial / "sharded", training_state(written), parallel))
+            load_training_state(
+                written, None, load_sharded(partial / "sharded", sharded_training_state(written), parallel)
+            )
             verify_logits(written, folder, parallel, say)
     agree(parallel, lambda: None)  # none leaves before the folder has its name
     say(f"wrote {out}")
 
 
-def export_checkpoint(checkpoint: Path, out: Path, *, verify: bool, say: Say) -> None:
+def export_checkpoint(checkpoint: Path, out: Path, *, verify: bool, say: LogFunction) -> None:
     """Write an import or a run's step folder, of any layout, as a Hugging Face folder of the same dtype.
 
     Needs a single process. A folder that fails `verify` (UserError) stays, for a look at it.
     """
     require_absent_or_empty(out, "--out")
     source = open_checkpoint(checkpoint)
-    with one_process() as parallel:
+    with single_process_group() as parallel:
         check_supported(source.config, parallel.layout, source.label)
         model = build_model(source.config, parallel.layout, stored_dtype(checkpoint))
-        restore(model, None, load_sharded(checkpoint / "sharded", training_state(model), parallel))
+        load_training_state(model, None, load_sharded(checkpoint / "sharded", sharded_training_state(model), parallel))
         say(f"loaded {checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters")
         export_hf(model, parallel, source, out)
         say(f"wrote {out}")
@@ -130,13 +138,13 @@ def stored_dtype(checkpoint: Path) -> torch.dtype:
     except Exception as error:  # what a damaged pickle or JSON raises
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"--checkpoint: {checkpoint}/sharded cannot be read: {reason}") from error
-    if MODEL + EMBEDDING not in stored:
-        raise UserError(f"--checkpoint: {checkpoint}/sharded holds no model ({MODEL}{EMBEDDING} is missing)")
-    return stored[MODEL + EMBEDDING].dtype
+    if MODEL_PREFIX + EMBEDDING not in stored:
+        raise UserError(f"--checkpoint: {checkpoint}/sharded holds no model ({MODEL_PREFIX}{EMBEDDING} is missing)")
+    return stored[MODEL_PREFIX + EMBEDDING].dtype
 
 
 @contextlib.contextmanager
-def one_process() -> Iterator[Parallel]:
+def single_process_group() -> Iterator[Parallel]:
     """Megatron's groups in this process alone."""
     # The store is bound to a free port here, and held: no other process can take the port in between.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -157,7 +165,7 @@ def one_process() -> Iterator[Parallel]:
         os.environ |= before
 
 
-def verify_logits(model: ModelChunks, reference: HfFolder, parallel: Parallel, say: Say) -> None:
+def verify_logits(model: ModelChunks, reference: HfFolder, parallel: Parallel, say: LogFunction) -> None:
     """Compare the model's logits with transformers' on the same random tokens, both in fp32. Collective.
 
     Turns the model into fp32. UserError where the logits differ by more than TOLERANCE · max(1, the largest logit).
@@ -176,7 +184,7 @@ def _as_fp32(model: ModelChunks) -> ModelChunks:
     return model.float()
 
 
-def _compare(logits: torch.Tensor, tokens: torch.Tensor, reference: HfFolder, say: Say) -> None:
+def _compare(logits: torch.Tensor, tokens: torch.Tensor, reference: HfFolder, say: LogFunction) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -195,7 +203,7 @@ def _compare(logits: torch.Tensor, tokens: torch.Tensor, reference: HfFolder, sa
 def _write_companions(out: Path, folder: HfFolder, parallel: Parallel) -> None:
     (out / "hf").mkdir()
     (out / "sharded").mkdir()
-    folder.copy_companions(out / "hf")
+    folder.copy_config_and_tokenizer(out / "hf")
     record = {
         "architecture": folder.family.architecture,
         "layout": {
@@ -203,6 +211,6 @@ def _write_companions(out: Path, folder: HfFolder, parallel: Parallel) -> None:
         },
         "vocab_size": folder.vocab_size,
         "padded_vocab_size": padded_vocab_size(folder.vocab_size, parallel.tp_size),
-        "dtype": DTYPE_WORDS[folder.dtype],
+        "dtype": HF_DTYPE_NAMES[folder.dtype],
     }
     (out / "import.json").write_text(json.dumps(record, indent=2) + "\n")

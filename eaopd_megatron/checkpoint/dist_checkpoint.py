@@ -37,30 +37,30 @@ from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.optimizer_state import load_state, sharded_state
 from eaopd_megatron.megatron.overlap import wait_for_gathers
 
-MODEL = "model."
+MODEL_PREFIX = "model."
 """What the names of a model's tensors start with in a checkpoint."""
-EXTRA_STATE = "_extra_state"
+_EXTRA_STATE_SUFFIX = "_extra_state"
 """What the names of Transformer Engine's state end with that is no tensor of the model."""
-FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1)
+_FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1)
 
 
-def training_state(
+def sharded_training_state(
     model: ModelChunks, optimizer: ChainedOptimizer | None = None, *, loading: bool = False
 ) -> dict[str, Any]:
     """The sharded state dict of a model and its optimiser, to be saved or (loading) to be filled. Collective."""
     wait_for_gathers(model)
-    chunks = {str(stage): gpt.sharded_state_dict(prefix=MODEL) for stage, gpt in enumerate(model.gpts)}
+    chunks = {str(stage): gpt.sharded_state_dict(prefix=MODEL_PREFIX) for stage, gpt in enumerate(model.gpts)}
     state: dict[str, Any] = {"model": chunks}  # a chunk's own names are local; the checkpoint's are global
     if optimizer is not None:
         state["optimizer"] = sharded_state(optimizer, state["model"], loading=loading)
     return state
 
 
-def restore(model: ModelChunks, optimizer: ChainedOptimizer | None, loaded: dict[str, Any]) -> None:
+def load_training_state(model: ModelChunks, optimizer: ChainedOptimizer | None, loaded: dict[str, Any]) -> None:
     """Put what `load_sharded` returned for `training_state(..., loading=True)` into the model and its optimiser."""
     wait_for_gathers(model)
     for stage, gpt in enumerate(model.gpts):
-        _fill(gpt, {name.removeprefix(MODEL): value for name, value in loaded["model"][str(stage)].items()})
+        _fill(gpt, {name.removeprefix(MODEL_PREFIX): value for name, value in loaded["model"][str(stage)].items()})
     if optimizer is not None:
         load_state(optimizer, loaded["optimizer"])
 
@@ -68,13 +68,13 @@ def restore(model: ModelChunks, optimizer: ChainedOptimizer | None, loaded: dict
 def _fill(gpt: torch.nn.Module, values: dict[str, Any]) -> None:
     """Load a chunk's tensors. Transformer Engine's extra state may be missing, or be more than the chunk takes."""
     odd = [name for names in gpt.load_state_dict(values, strict=False) for name in names]
-    wrong = [name for name in odd if not name.endswith(EXTRA_STATE)]
+    wrong = [name for name in odd if not name.endswith(_EXTRA_STATE_SUFFIX)]
     if wrong:
         raise ValueError(f"the checkpoint's and the model's tensors differ: {', '.join(wrong[:3])}")
 
 
 @dataclass(frozen=True)
-class Prepared:
+class StagedState:
     """What this rank will write: its shards, and (equal on all ranks) the rest."""
 
     shards: dict[str, Any]  # in the form of torch.distributed.checkpoint
@@ -87,10 +87,10 @@ def save_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> Non
     Collective. Sharded tensors and objects go to `__<rank>_0.distcp`, the rest (equal on all ranks) to `common.pt`.
     When a rank fails, all ranks raise the first rank's error: an OSError with its errno, else a RuntimeError.
     """
-    write_sharded(folder, prepare_sharded(state, parallel), parallel)
+    write_staged(folder, stage_sharded(state, parallel), parallel)
 
 
-def prepare_sharded(state: dict[str, Any], parallel: Parallel, *, copy: bool = False) -> Prepared:
+def stage_sharded(state: dict[str, Any], parallel: Parallel, *, copy: bool = False) -> StagedState:
     """The first half of `save_sharded`: all that needs the training's process groups.
 
     copy: the shards are copied to host memory, so that training may go on. Where they come from CUDA it is pinned; that
@@ -98,10 +98,12 @@ def prepare_sharded(state: dict[str, Any], parallel: Parallel, *, copy: bool = F
     """
     sharded, common = agree(parallel, lambda: save_preprocess(state))
     with cuda_literals():
-        return Prepared(_shards(sharded, copy), common)
+        return StagedState(_shards(sharded, copy), common)
 
 
-def write_sharded(folder: Path, prepared: Prepared, parallel: Parallel, group: dist.ProcessGroup | None = None) -> None:
+def write_staged(
+    folder: Path, prepared: StagedState, parallel: Parallel, group: dist.ProcessGroup | None = None
+) -> None:
     """The second half: planning and writing, over a group of all ranks; a thread gives one of its own."""
     agree(parallel, lambda: _write_common(folder, prepared.common) if parallel.is_main else None, group)
     try:
@@ -133,7 +135,7 @@ def _without_absent_extras(folder: Path, state: dict[str, Any]) -> dict[str, Any
     stored = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
 
     def asked(value: Any) -> bool:
-        extra = isinstance(value, ShardedObject) and value.key.endswith(EXTRA_STATE)
+        extra = isinstance(value, ShardedObject) and value.key.endswith(_EXTRA_STATE_SUFFIX)
         return not extra or value.unique_key in stored
 
     return extract_matching_values(state, asked)[0]
@@ -145,7 +147,7 @@ def _write_common(folder: Path, common: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     with open(folder / CONFIG_FNAME, "w") as text:
-        json.dump(asdict(FORMAT), text)
+        json.dump(asdict(_FORMAT), text)
         text.flush()
         os.fsync(text.fileno())
 

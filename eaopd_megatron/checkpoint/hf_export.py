@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.checkpoint.hf_import import Seats, placement_of, shard_shape
-from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, TensorWriter, read_json
+from eaopd_megatron.checkpoint.hf_import import RankMap, shard_placement, shard_shape
+from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor, TensorWriter, read_json
 from eaopd_megatron.distributed.errors import agree
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
@@ -22,27 +22,27 @@ from eaopd_megatron.models.mapping import MappedParam
 from eaopd_megatron.utils.files import atomic_directory
 
 T = TypeVar("T")
-Tensors = Iterator[tuple[str, torch.Tensor]]
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
 """A model's Hugging Face tensors by name, one at a time."""
 
-DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-SHARD_BYTES = 5 * 10**9
+HF_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+MAX_SHARD_BYTES = 5 * 10**9
 """Of a safetensors file, at the most."""
 
 
-def gather_hf(
+def gather_hf_tensors(
     shards: Mapping[str, torch.Tensor], folder: HfFolder, parallel: Parallel, *, on_device: bool = False
-) -> Tensors:
-    """Hugging Face tensors of a model's shards, one at a time, on the main rank.
+) -> NamedTensors:
+    """Yield a model's Hugging Face tensors one at a time on the main rank, gathered from all ranks' shards.
 
-    shards: Megatron name → this rank's part (parameters, or their gradients), all of one dtype. Collective over all
-    ranks: every rank must run the iterator to its end (`on_main` does); it yields nothing on ranks other than the main
-    one. What the last pipeline stage holds as a copy of a tied embedding is left out.
-    on_device: the tensors stay where the shards are, on a GPU, and are sent from there; otherwise they come to host
-    memory. A tensor that no layout cuts may be the parameter itself.
+    shards maps Megatron names to this rank's part of a parameter (or of its gradient), all of one dtype. Collective
+    over all ranks: each rank must exhaust the iterator (`run_on_main` does so); on ranks other than the main one it
+    yields nothing. The last pipeline stage's copy of a tied embedding is skipped.
+    on_device: keep the tensors on the shards' device (GPU) and send them from there; otherwise they go to host memory.
+    A tensor that no layout shards may be the parameter itself.
     """
-    seats = Seats(parallel)
-    placement = placement_of(folder, parallel.layout)
+    seats = RankMap(parallel)
+    placement = shard_placement(folder, parallel.layout)
     dtype = next(iter(shards.values())).dtype
     device = parallel.device if on_device else torch.device("cpu")
     for entry in _entries(folder):
@@ -63,10 +63,10 @@ def gather_hf(
         yield from zip((name for name, _ in entry.hf_tensors), merged, strict=True)
 
 
-def on_main(tensors: Tensors, parallel: Parallel, work: Callable[[Tensors], T]) -> T | None:
-    """The result of `work` with `gather_hf`'s tensors on the main rank, None on the others. Collective over all ranks.
+def run_on_main(tensors: NamedTensors, parallel: Parallel, work: Callable[[NamedTensors], T]) -> T | None:
+    """Return `work(tensors)` on the main rank and None elsewhere. tensors: from `gather_hf_tensors`. Collective.
 
-    An error of `work` is raised on all ranks, when all of them have come to the end of the tensors.
+    An error in `work` is raised on all ranks, after all of them have exhausted the tensors.
     """
     result: T | None = None
     error: Exception | None = None
@@ -88,7 +88,7 @@ def export_hf(
     out: Path,
     dtype: torch.dtype | None = None,
     *,
-    max_shard_bytes: int = SHARD_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the model as the Hugging Face folder `out`: safetensors, configuration, tokenizer.
 
@@ -100,8 +100,8 @@ def export_hf(
     if not model.gpts[-1].share_embeddings_and_output_weights and hf_source.config.tie_word_embeddings:
         raise ValueError("a model with an output layer of its own cannot be exported under tied embeddings")
     written = dtype or next(iter(parameters.values())).dtype
-    tensors = gather_hf(parameters, hf_source, parallel)
-    on_main(tensors, parallel, lambda found: write_hf(found, hf_source, out, written, max_shard_bytes))
+    tensors = gather_hf_tensors(parameters, hf_source, parallel)
+    run_on_main(tensors, parallel, lambda found: write_hf(found, hf_source, out, written, max_shard_bytes))
 
 
 def _raise(error: Exception | None) -> None:
@@ -114,7 +114,7 @@ def _entries(folder: HfFolder) -> list[MappedParam]:
 
 
 def write_hf(
-    tensors: Tensors, source: HfFolder, out: Path, dtype: torch.dtype, max_shard_bytes: int = SHARD_BYTES
+    tensors: NamedTensors, source: HfFolder, out: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write gathered tensors, with `source`'s configuration and tokenizer, as the folder `out` (see `export_hf`)."""
     plan = [PlannedTensor(name, shape, dtype) for entry in _entries(source) for name, shape in entry.hf_tensors]
@@ -127,7 +127,7 @@ def write_hf(
         with TensorWriter(folder, plan, max_shard_bytes) as writer:
             for name, tensor in tensors:
                 writer.write(name, tensor)
-        source.copy_companions(folder)
+        source.copy_config_and_tokenizer(folder)
         _write_config(source, folder, dtype)
 
 
@@ -135,7 +135,7 @@ def _write_config(source: HfFolder, folder: Path, dtype: torch.dtype) -> None:
     """The source's config.json, with the dtype that was written under the key that its readers know."""
     config = read_json(source.path / "config.json", source.label)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = DTYPE_WORDS[dtype]
+    config[key] = HF_DTYPE_NAMES[dtype]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from eaopd_megatron.checkpoint.tensor_files import DTYPES, StoredTensor, TensorFiles, read_json
+from eaopd_megatron.checkpoint.safetensors_io import SAFETENSORS_DTYPES, LazyTensor, TensorFiles, read_json
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.mapping import Family
 from eaopd_megatron.models.registry import family_of
 
-COMPANIONS = (
+CONFIG_AND_TOKENIZER_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -32,9 +32,9 @@ COMPANIONS = (
     "chat_template.json",
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-NOTES = ("_name_or_path", "transformers_version")
+_IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 """Keys of config.json that say nothing of the model."""
-_HUB_FILES = ["*.json", "*.safetensors", *(name for name in COMPANIONS if not name.endswith(".json"))]
+_HUB_FILES = ["*.json", "*.safetensors", *(name for name in CONFIG_AND_TOKENIZER_FILES if not name.endswith(".json"))]
 
 
 class HfFolder:
@@ -102,13 +102,13 @@ class HfFolder:
 
     def names(self) -> list[str]:
         """Names of all tensors."""
-        return list(self.files.places)
+        return list(self.files.locations)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape from its file's header."""
-        return self.files.places[name].shape
+        return self.files.locations[name].shape
 
-    def slice(self, name: str) -> StoredTensor:
+    def slice(self, name: str) -> LazyTensor:
         """A lazy tensor that reads only the rows and columns asked for."""
         return self.files.slice(name)
 
@@ -119,7 +119,7 @@ class HfFolder:
     @property
     def dtype(self) -> torch.dtype:
         """bfloat16 where every tensor is stored in it, else float32, which holds the others without loss."""
-        stored = {place.dtype for place in self.files.places.values()}
+        stored = {place.dtype for place in self.files.locations.values()}
         return torch.bfloat16 if stored == {"BF16"} else torch.float32
 
     @functools.cached_property
@@ -132,10 +132,10 @@ class HfFolder:
         """
         self.check_tensors()
         raw = read_json(self.path / "config.json", self.label)
-        meaning = {key: value for key, value in raw.items() if key not in NOTES}
+        meaning = {key: value for key, value in raw.items() if key not in _IGNORED_CONFIG_KEYS}
         digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
         for name in sorted(self.family.hf_shapes(self.config)):
-            shape, place, tensor = self.shape(name), self.files.places[name], self.slice(name)
+            shape, place, tensor = self.shape(name), self.files.locations[name], self.slice(name)
             digest.update(f"{name} {place.dtype} {shape}".encode())
             rows = shape[0] if shape else 1
             count = 1 if len(shape) > 1 else min(rows, 64)
@@ -158,15 +158,15 @@ class HfFolder:
         """The folder's tokenizer, loaded once. UserError where there is none."""
         return self._tokenizer
 
-    def copy_companions(self, out: Path) -> None:
+    def copy_config_and_tokenizer(self, out: Path) -> None:
         """Copy config.json, generation_config.json and the tokenizer's files into out: all but the weights."""
-        for file in COMPANIONS:
+        for file in CONFIG_AND_TOKENIZER_FILES:
             if (self.path / file).exists():
                 shutil.copyfile(self.path / file, out / file)
 
     def check_tensors(self) -> None:
         """Refuse (UserError) a folder where a tensor is missing, unknown, or of a shape or dtype that does not fit."""
-        places = self.files.places
+        places = self.files.locations
         expected = self.family.hf_shapes(self.config)
         missing = [name for name in expected if name not in places]
         if missing:
@@ -181,10 +181,9 @@ class HfFolder:
                 raise UserError(
                     f"{self.label}: tensor {name} has shape {list(place.shape)}, config.json asks for {list(shape)}"
                 )
-            if place.dtype not in DTYPES:
-                raise UserError(
-                    f"{self.label}: tensor {name} is stored as {place.dtype}; supported: {', '.join(sorted(DTYPES))}"
-                )
+            if place.dtype not in SAFETENSORS_DTYPES:
+                supported = ", ".join(sorted(SAFETENSORS_DTYPES))
+                raise UserError(f"{self.label}: tensor {name} is stored as {place.dtype}; supported: {supported}")
         for copy, original in self.family.tied_copies(self.config).items():
             if copy in places and not self._same(copy, original):
                 raise UserError(

@@ -17,7 +17,7 @@ from eaopd_megatron.models.shapes import padded_vocab_size
 
 
 @dataclass(frozen=True)
-class Placement:
+class ShardPlacement:
     """A model's parameters over the ranks of a layout.
 
     sizes: the model's, by the names that its family's rules use.
@@ -55,30 +55,30 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankCoordinates:
     """A rank's numbers in the groups that decide what it holds. copy: 0 on the first of the ranks with the same."""
 
-    stage: int
-    tensor: int
-    copy: int
-    expert: int
-    expert_tensor: int
-    expert_copy: int
+    pp_rank: int
+    tp_rank: int
+    replica: int
+    ep_rank: int
+    etp_rank: int
+    expert_replica: int
 
 
-class Seats:
+class RankMap:
     """The seats of all ranks. Making it is collective over all ranks."""
 
     def __init__(self, parallel: Parallel) -> None:
-        mine = Seat(
-            stage=parallel.pp_rank,
-            tensor=parallel.tp_rank,
-            copy=parallel.dp_rank * parallel.cp_size + parallel.cp_rank,
-            expert=parallel.ep_rank,
-            expert_tensor=parallel.etp_rank,
-            expert_copy=parallel.expert_dp_rank,
+        mine = RankCoordinates(
+            pp_rank=parallel.pp_rank,
+            tp_rank=parallel.tp_rank,
+            replica=parallel.dp_rank * parallel.cp_size + parallel.cp_rank,
+            ep_rank=parallel.ep_rank,
+            etp_rank=parallel.etp_rank,
+            expert_replica=parallel.expert_dp_rank,
         )
-        seats: list[Seat | None] = [mine]
+        seats: list[RankCoordinates | None] = [mine]
         if parallel.world_size > 1:
             seats = [None] * parallel.world_size
             dist.all_gather_object(seats, mine)
@@ -86,24 +86,24 @@ class Seats:
         self._experts: dict[tuple[int, int], dict[int, int]] = {}
         for rank, seat in enumerate(seats):
             assert seat is not None
-            if seat.copy == 0:
-                self._dense.setdefault(seat.stage, {})[seat.tensor] = rank
-            if seat.expert_copy == 0:
-                self._experts.setdefault((seat.stage, seat.expert), {})[seat.expert_tensor] = rank
+            if seat.replica == 0:
+                self._dense.setdefault(seat.pp_rank, {})[seat.tp_rank] = rank
+            if seat.expert_replica == 0:
+                self._experts.setdefault((seat.pp_rank, seat.ep_rank), {})[seat.etp_rank] = rank
 
-    def holders(self, placement: Placement, entry: MappedParam) -> Sequence[int]:
+    def holders(self, placement: ShardPlacement, entry: MappedParam) -> Sequence[int]:
         """Global ranks of one copy of a parameter, in the order of its shards."""
         stage, expert = placement.stage(entry), placement.expert_rank(entry)
         ranks = self._dense[stage] if expert is None else self._experts[stage, expert]
         return [ranks[number] for number in range(placement.shards(entry))]
 
 
-def placement_of(folder: HfFolder, layout: ParallelLayout) -> Placement:
+def shard_placement(folder: HfFolder, layout: ParallelLayout) -> ShardPlacement:
     """Where a layout puts the parameters of a folder's model."""
-    return Placement(layout, folder.family.sizes(folder.config))
+    return ShardPlacement(layout, folder.family.sizes(folder.config))
 
 
-def shard_shape(entry: MappedParam, placement: Placement) -> torch.Size:
+def shard_shape(entry: MappedParam, placement: ShardPlacement) -> torch.Size:
     """The shape of a parameter on one of the ranks that share it."""
     tensors = [torch.empty(shape, device="meta") for _, shape in entry.hf_tensors]
     return entry.mapping.shard(tensors, placement.shard(entry)).shape
@@ -125,7 +125,7 @@ def load_hf(model: ModelChunks, folder: HfFolder, parallel: Parallel, *, row_map
     swaps = _permutation(row_map or {}, folder.vocab_size)
     folder.check_tensors()
     parameters = model.global_parameters()
-    placement = placement_of(folder, parallel.layout)
+    placement = shard_placement(folder, parallel.layout)
     for entry in folder.family.params(folder.config, own_output=OUTPUT in parameters):
         if not placement.holds(parallel, entry):
             continue

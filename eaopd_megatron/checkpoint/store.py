@@ -26,14 +26,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from eaopd_megatron.checkpoint.dist_checkpoint import Prepared, load_sharded, prepare_sharded, write_sharded
+from eaopd_megatron.checkpoint.dist_checkpoint import StagedState, load_sharded, stage_sharded, write_staged
 from eaopd_megatron.distributed.errors import agree
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.files import fsync_path
 
 
-class Background:
+class AsyncSaver:
     """One piece of work at a time. Its error is raised where it is waited for, and nowhere else.
 
     The thread does not keep a process alive that ends for another reason.
@@ -65,8 +65,8 @@ class Background:
             self._error = error
 
 
-SHARDED, STATE, MANIFEST = "sharded", "state.json", "manifest.json"
-INCOMPLETE, REPLACED, REMOVED, DAMAGED = ".incomplete", ".replaced", ".removed", ".damaged"
+_SHARDED, _STATE, _MANIFEST = "sharded", "state.json", "manifest.json"
+_INCOMPLETE, _REPLACED, _REMOVED, _DAMAGED = ".incomplete", ".replaced", ".removed", ".damaged"
 _COMPLETE = re.compile(r"step_(\d{6,})")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -80,10 +80,10 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, keep: int, *, background: bool = False) -> None:
         self.folder, self.keep = Path(folder), max(1, keep)
-        self._background = Background() if background else None
+        self._background = AsyncSaver() if background else None
         self._group: dist.ProcessGroup | None = None
 
-    def complete(self) -> list[Path]:
+    def completed(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
@@ -92,7 +92,7 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
-        return next(reversed(self.complete()), None)
+        return next(reversed(self.completed()), None)
 
     def clean(self, parallel: Parallel) -> None:
         """At the start of a run: remove what a killed run left unfinished. Collective."""
@@ -114,7 +114,7 @@ class CheckpointStore:
         """
         self.wait()
         final = self.folder / f"step_{step:06d}"
-        prepared = prepare_sharded(sharded_state, parallel, copy=self._background is not None)
+        prepared = stage_sharded(sharded_state, parallel, copy=self._background is not None)
         if self._background is None:
             self._write(final, prepared, state, extra_files, parallel)
         else:
@@ -131,17 +131,17 @@ class CheckpointStore:
     def _write(
         self,
         final: Path,
-        prepared: Prepared,
+        prepared: StagedState,
         state: Mapping[str, Any],
         extra_files: Callable[[Path], None] | None,
         parallel: Parallel,
     ) -> None:
         on_main = partial(_on_main, parallel, group=self._group)
-        work = final.with_name(final.name + INCOMPLETE)
+        work = final.with_name(final.name + _INCOMPLETE)
         before = self.latest()
         try:
             on_main(partial(_make_empty, work))
-            write_sharded(work / SHARDED, prepared, parallel, self._group)
+            write_staged(work / _SHARDED, prepared, parallel, self._group)
             on_main(partial(_complete, work, final, state, extra_files))
         except BaseException as error:
             if parallel.is_main:
@@ -153,15 +153,15 @@ class CheckpointStore:
             raise UserError(f"{why}; {kept}") from error
         on_main(self._remove_old)
 
-    def newest_whole(
-        self, parallel: Parallel, *, fall_back: bool = False, say: Callable[[str], None] = print
+    def latest_valid(
+        self, parallel: Parallel, *, fall_back: bool = False, log: Callable[[str], None] = print
     ) -> Path | None:
         """The newest checkpoint, verified; None where there is none. Collective.
 
         Raises UserError on every rank where it is damaged. fall_back: it is set aside as `step_XXXXXX.damaged`, `say`
         is told, and the one before it is tried, as long as there is one.
         """
-        newest_first = self.complete()[::-1]  # read once: the main rank renames while others would read again
+        newest_first = self.completed()[::-1]  # read once: the main rank renames while others would read again
         for path, older in pairwise([*newest_first, None]):
             assert path is not None
             try:
@@ -170,33 +170,33 @@ class CheckpointStore:
             except UserError as error:
                 if not fall_back or older is None:
                     raise
-                aside = path.with_name(path.name + DAMAGED)
+                aside = path.with_name(path.name + _DAMAGED)
                 _on_main(parallel, partial(_replace, path, aside))
-                say(f"{str(error).partition(';')[0]}; it is now {aside.name}: falling back to {older}")
+                log(f"{str(error).partition(';')[0]}; it is now {aside.name}: falling back to {older}")
         return None
 
     def load_sharded(self, path: Path, sharded_state: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
         """Read what `sharded_state` asks for. Collective; UserError on every rank."""
-        return load_sharded(path / SHARDED, sharded_state, parallel)
+        return load_sharded(path / _SHARDED, sharded_state, parallel)
 
     @staticmethod
     def load_state(path: Path) -> dict[str, Any]:
         """The `state` that a checkpoint was saved with."""
         try:
-            return dict(json.loads((path / STATE).read_text()))
+            return dict(json.loads((path / _STATE).read_text()))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path / STATE}: cannot be read: {error}") from error
+            raise UserError(f"{path / _STATE}: cannot be read: {error}") from error
 
     @staticmethod
     def verify(path: Path) -> None:
         """Compare a checkpoint's files with its manifest. Raises UserError with the name of the first damaged file."""
         try:
-            files = json.loads((path / MANIFEST).read_text())["files"]
+            files = json.loads((path / _MANIFEST).read_text())["files"]
             expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
         except FileNotFoundError:
-            raise UserError(f"{path}: no checkpoint ({MANIFEST} is missing)") from None
+            raise UserError(f"{path}: no checkpoint ({_MANIFEST} is missing)") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(_damaged(path, MANIFEST, f"cannot be read: {error}")) from error
+            raise UserError(_damaged(path, _MANIFEST, f"cannot be read: {error}")) from error
         for name, (size, _) in expected.items():
             if not (path / name).is_file():
                 raise UserError(_damaged(path, name, "is missing"))
@@ -216,16 +216,16 @@ class CheckpointStore:
             return
         for path in sorted(self.folder.iterdir()):
             name, dot, kind = path.name.partition(".")
-            if not _COMPLETE.fullmatch(name) or dot + kind not in (INCOMPLETE, REPLACED, REMOVED):
+            if not _COMPLETE.fullmatch(name) or dot + kind not in (_INCOMPLETE, _REPLACED, _REMOVED):
                 continue
-            if dot + kind == REPLACED and not path.with_name(name).exists():
+            if dot + kind == _REPLACED and not path.with_name(name).exists():
                 path.rename(path.with_name(name))  # killed between the two renames of `_complete`
             else:
                 shutil.rmtree(path)
 
     def _remove_old(self) -> None:
-        for path in self.complete()[: -self.keep]:
-            removed = path.with_name(path.name + REMOVED)  # first: a half-removed checkpoint must not look complete
+        for path in self.completed()[: -self.keep]:
+            removed = path.with_name(path.name + _REMOVED)  # first: a half-removed checkpoint must not look complete
             try:
                 path.rename(removed)
                 shutil.rmtree(removed)
@@ -247,13 +247,13 @@ _FINGERPRINT = (
 )
 
 
-def fingerprint(hf_config: Any) -> dict[str, Any]:
+def config_fingerprint(hf_config: Any) -> dict[str, Any]:
     """What of a Hugging Face configuration decides which weights fit it."""
     architecture = (hf_config.architectures or ["none"])[0]
     return {"architecture": architecture, **{name: getattr(hf_config, name, None) for name in _FINGERPRINT}}
 
 
-def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
+def check_config_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
     """Refuse a checkpoint (its fingerprint: found) of another model than the recipe's (UserError, first difference)."""
     for name, value in expected.items():
         if found.get(name) != value:
@@ -271,7 +271,7 @@ def _on_main(parallel: Parallel, work: Callable[[], None], group: dist.ProcessGr
 def _make_empty(work: Path) -> None:
     if work.exists():
         shutil.rmtree(work)
-    (work / SHARDED).mkdir(parents=True)
+    (work / _SHARDED).mkdir(parents=True)
 
 
 def _replace(path: Path, target: Path) -> None:
@@ -282,16 +282,16 @@ def _replace(path: Path, target: Path) -> None:
 
 def _complete(work: Path, final: Path, state: Mapping[str, Any], extra_files: Callable[[Path], None] | None) -> None:
     """Write what the main rank adds, bring everything to the disk, and let the checkpoint appear."""
-    (work / STATE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n")
+    (work / _STATE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n")
     if extra_files is not None:
         extra_files(work)
     names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
     digests = _digests(work, names)
     files = {name: {"bytes": (work / name).stat().st_size, "sha256": digests[name]} for name in names}
-    (work / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+    (work / _MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
     for path in [*work.rglob("*"), work]:
         fsync_path(path)
-    replaced = final.with_name(final.name + REPLACED)
+    replaced = final.with_name(final.name + _REPLACED)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)

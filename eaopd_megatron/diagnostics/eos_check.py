@@ -16,25 +16,25 @@ from pathlib import Path
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
-from eaopd_megatron.launch.local import launch, local_world_size
+from eaopd_megatron.launch.local_ranks import launch_ranks, student_world_size
 from eaopd_megatron.reporting.alerts import TERMINAL_LOGPROB_FLOOR
 
-FOUND = "agreement.json"
+RESULTS_FILE = "eos_check.json"
 """What the ranks write into their temporary folder."""
-Ends = tuple[int, float, float]
+ResponseEnd = tuple[int, float, float]
 """Of a response that stopped: its last token, the teacher's log-prob of it under the recipe's terminal map, and under
 none (nan: it is not among the top-k). Nats."""
 
 
-def check_agreement(recipe: str, overrides: Sequence[str]) -> int:
+def check_eos(recipe: str, overrides: Sequence[str]) -> int:
     """Starts the recipe's ranks on this host and prints what they find. 1 where a pair does not agree, or they fail."""
     load_recipe(recipe, overrides)  # a wrong key leaves no folder
     scratch = tempfile.mkdtemp(prefix="eaopd-doctor-")
     changed = [*overrides, f"run.folder={scratch}", "evaluation.benchmarks=[]"]
     loaded = load_recipe(recipe, changed)
-    if code := launch(["agreement", recipe, *changed], local_world_size(loaded.student)):
+    if code := launch_ranks(["eos-check", recipe, *changed], student_world_size(loaded.student)):
         return code  # errors name logs in the folder
-    found = [Agreement(**one) for one in json.loads((Path(scratch) / FOUND).read_text())]
+    found = [EosCheckResult(**one) for one in json.loads((Path(scratch) / RESULTS_FILE).read_text())]
     shutil.rmtree(scratch, ignore_errors=True)
     student = HfFolder.open(loaded.student.model, "student.model")
     texts = student.tokenizer().convert_ids_to_tokens(list(range(student.vocab_size)))
@@ -44,7 +44,7 @@ def check_agreement(recipe: str, overrides: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class EosCheckResult:
     """Of one teacher. student_id, teacher_id: the first end ids of the two (-1: none)."""
 
     name: str
@@ -54,7 +54,7 @@ class Agreement:
     teacher_id: int
     prompts: int
     limit: int  # tokens of a response
-    ends: Sequence[Ends]
+    ends: Sequence[ResponseEnd]
 
     @property
     def mean(self) -> float:

@@ -21,7 +21,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.sources import load_problems
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
-from eaopd_megatron.diagnostics.eos_check import FOUND, Agreement, Ends
+from eaopd_megatron.diagnostics.eos_check import RESULTS_FILE, EosCheckResult, ResponseEnd
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.distributed.heartbeat import watched
 from eaopd_megatron.distributed.parallel_state import Parallel
@@ -31,7 +31,7 @@ from eaopd_megatron.rollout.interface import Wanted
 from eaopd_megatron.teacher.build import open_folders
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import TeacherSignal
-from eaopd_megatron.training.components import Parts, build, prompt_builder
+from eaopd_megatron.training.components import Components, build_components, build_prompt_builder
 from eaopd_megatron.training.run_folder import RunFolder
 from eaopd_megatron.utils.log import log_rank0
 
@@ -41,32 +41,32 @@ TOKENS = 512
 """The longest response, where the recipe's are not shorter."""
 
 
-def agreement_on_rank(recipe: Recipe) -> None:
+def eos_check_on_rank(recipe: Recipe) -> None:
     """The main rank writes run.folder/FOUND."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     minutes = recipe.distributed.timeout_minutes
     parallel, store = groups.start(recipe.student.parallel_layout, seed=recipe.seed, timeout_minutes=minutes)
     with watched(store, parallel.rank, parallel.world_size):
         folder = RunFolder(Path(recipe.run.folder))
-        parts = build(recipe, parallel, folder, asked=lambda: 0, report=log_rank0)
+        parts = build_components(recipe, parallel, folder, stop_signal=lambda: 0, log=log_rank0)
         try:
-            found = agreements(recipe, parts, parallel)
+            found = eos_check_results(recipe, parts, parallel)
         finally:
             parts.rollout.close()
-            parts.teacher.close()
+            parts.teachers.close()
     if parallel.is_main:
-        (folder.path / FOUND).write_text(json.dumps([asdict(agreement) for agreement in found]))
+        (folder.path / RESULTS_FILE).write_text(json.dumps([asdict(agreement) for agreement in found]))
     groups.stop()
 
 
-def agreements(recipe: Recipe, parts: Parts, parallel: Parallel) -> list[Agreement]:
+def eos_check_results(recipe: Recipe, parts: Components, parallel: Parallel) -> list[EosCheckResult]:
     """Of each teacher, on every rank. Collective."""
     prompts, maps = _prompts(recipe, parts), _maps(recipe, parts.student_folder)
     mine = _ends(recipe, parts, parallel, prompts, maps)
     everything = [mine] * parallel.world_size
     dist.all_gather_object(everything, mine)
     return [
-        Agreement(
+        EosCheckResult(
             name,
             options.model,
             maps[name].kind,
@@ -80,11 +80,13 @@ def agreements(recipe: Recipe, parts: Parts, parallel: Parallel) -> list[Agreeme
     ]
 
 
-def _prompts(recipe: Recipe, parts: Parts) -> list[Prompt]:
+def _prompts(recipe: Recipe, parts: Components) -> list[Prompt]:
     """The first PROMPTS of each teacher."""
     problems = load_problems(recipe.data.source, recipe.data.split)
     names = list(recipe.named_teachers())
-    prompts, _ = prompt_builder(recipe, parts.tokenizer, recipe.data.suffix, names).build(problems, recipe.data.source)
+    prompts, _ = build_prompt_builder(recipe, parts.tokenizer, recipe.data.suffix, names).build(
+        problems, recipe.data.source
+    )
     return [p for name in names for p in islice((p for p in prompts if p.teacher == name), PROMPTS)]
 
 
@@ -103,13 +105,13 @@ def _maps(recipe: Recipe, student: HfFolder) -> dict[str, TerminalMap]:
 
 
 def _ends(
-    recipe: Recipe, parts: Parts, parallel: Parallel, prompts: Sequence[Prompt], maps: Mapping[str, TerminalMap]
-) -> dict[str, list[Ends]]:
+    recipe: Recipe, parts: Components, parallel: Parallel, prompts: Sequence[Prompt], maps: Mapping[str, TerminalMap]
+) -> dict[str, list[ResponseEnd]]:
     """Of each teacher, those of this rank's responses that stopped, on one rank of each data-parallel copy."""
     limit, count = _limit(recipe), len(prompts)
     longest = max(len(prompt.token_ids) for prompt in prompts) + limit
     parts.rollout.open(prompts, longest)
-    parts.teacher.open(longest)
+    parts.teachers.open(longest)
     parts.rollout.publish(0)
     wanted = Wanted(
         prompts,
@@ -121,11 +123,11 @@ def _ends(
     for part in parts.rollout.responses(parts.rollout.begin(wanted)):
         stopped += [sample for sample in part if sample.finish_reason == "stop"]
     parts.rollout.rest()
-    parts.teacher.ask(stopped)
-    parts.teacher.wait(stopped)
-    batches = parts.teacher.micro_batches(stopped, recipe.train.micro_batch_tokens, parallel)
-    signal_of = parts.teacher.signals(batches)
-    found: dict[str, list[Ends]] = {name: [] for name in recipe.named_teachers()}
+    parts.teachers.ask(stopped)
+    parts.teachers.wait(stopped)
+    batches = parts.teachers.micro_batches(stopped, recipe.train.micro_batch_tokens, parallel)
+    signal_of = parts.teachers.signals(batches)
+    found: dict[str, list[ResponseEnd]] = {name: [] for name in recipe.named_teachers()}
     for index, batch in enumerate(batches if parallel.is_last_stage else []):
         ends = _ends_of(batch, signal_of(index), parts, parallel, maps[batch.teacher])
         if parallel.speaks and not parallel.cp_rank:
@@ -134,10 +136,10 @@ def _ends(
 
 
 def _ends_of(
-    batch: MicroBatch, signal: TeacherSignal, parts: Parts, parallel: Parallel, terminal: TerminalMap
-) -> list[Ends]:
+    batch: MicroBatch, signal: TeacherSignal, parts: Components, parallel: Parallel, terminal: TerminalMap
+) -> list[ResponseEnd]:
     """Of the samples of a micro-batch. Collective over the ranks of the stage."""
-    labels = parts.teacher.labels(batch)
+    labels = parts.teachers.labels(batch)
     shard = {"vocab_size": parts.vocab_size, "group": parallel.tp_group}
     plain = _logprob(signal, terminal.exchanged(batch.tokens), shard)
     mapped = (

@@ -23,17 +23,17 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 PROJECT = "eaopd-megatron"
-SHOWN = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "psutil")
-OPTIONAL = {
+_SHOWN_PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "psutil")
+_OPTIONAL_PACKAGES = {
     "transformer-engine": "fused layers on GPUs",
     "sglang": "rollout on inference servers",
     "triton": "fused kernels on GPUs",
 }
-LEAST_DISK = 2 * 2**30
+_MIN_FREE_BYTES = 2 * 2**30
 """Bytes below which a run's checkpoints are at risk."""
-PROBE_SECONDS = 180
+_PROBE_SECONDS = 180
 
-PROBE = """
+_PROBE = """
 import json, sys
 facts = {}
 try:
@@ -58,7 +58,7 @@ Level = Literal["ok", "note", "problem"]
 
 
 @dataclass(frozen=True)
-class Facts:
+class MachineFacts:
     """What was seen. Bytes for memory and disk."""
 
     python: tuple[int, int, int]
@@ -83,19 +83,19 @@ class Finding:
     remedy: str = ""
 
 
-def main() -> int:
+def check_machine() -> int:
     """Prints the findings; 1 where one is a problem, else 0."""
     found = findings(gather())
     _print(found)
     return int(any(finding.level == "problem" for finding in found))
 
 
-def gather() -> Facts:
+def gather() -> MachineFacts:
     """Looks at this machine and this Python environment; takes as long as an import of torch and Megatron-Core."""
     requirements = _requirements()
-    names = {Requirement(text).name for text in requirements} | set(SHOWN) | set(OPTIONAL)
+    names = {Requirement(text).name for text in requirements} | set(_SHOWN_PACKAGES) | set(_OPTIONAL_PACKAGES)
     folder = Path.cwd()
-    return Facts(
+    return MachineFacts(
         python=sys.version_info[:3],
         packages={name: _version(name) for name in sorted(names)},
         requirements=requirements,
@@ -128,11 +128,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _probe(command: Sequence[str] = (sys.executable, "-c", PROBE)) -> dict[str, Any]:
+def _probe(command: Sequence[str] = (sys.executable, "-c", _PROBE)) -> dict[str, Any]:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS)
     except subprocess.TimeoutExpired:
-        return {"probe_error": f"the imports did not end in {PROBE_SECONDS} s"}
+        return {"probe_error": f"the imports did not end in {_PROBE_SECONDS} s"}
     facts: dict[str, Any] = {}
     for line in done.stdout.splitlines():
         if line.startswith("{"):
@@ -158,12 +158,12 @@ def _driver_gpus() -> tuple[str, ...]:
     return tuple(line.partition(" (UUID")[0] for line in listed.stdout.splitlines() if line.startswith("GPU "))
 
 
-def findings(facts: Facts) -> list[Finding]:
+def findings(facts: MachineFacts) -> list[Finding]:
     """Every line of the report, the machine first."""
     return [*_machine(facts), *_packages(facts), *_devices(facts), *_imports(facts), *_optional(facts)]
 
 
-def _machine(facts: Facts) -> list[Finding]:
+def _machine(facts: MachineFacts) -> list[Finding]:
     python = ".".join(map(str, facts.python))
     found = [
         Finding("ok", "python", f"{python} on {platform.system()} {platform.machine()}")
@@ -180,15 +180,18 @@ def _machine(facts: Facts) -> list[Finding]:
     free = f"{facts.disk_free / 2**30:.1f} GiB free for {facts.folder}"
     found.append(
         Finding("ok", "disk", free)
-        if facts.disk_free >= LEAST_DISK
+        if facts.disk_free >= _MIN_FREE_BYTES
         else Finding(
-            "problem", "disk", free, f"free at least {LEAST_DISK / 2**30:.0f} GiB, or put run.folder on another disk"
+            "problem",
+            "disk",
+            free,
+            f"free at least {_MIN_FREE_BYTES / 2**30:.0f} GiB, or put run.folder on another disk",
         )
     )
     return found
 
 
-def _packages(facts: Facts) -> list[Finding]:
+def _packages(facts: MachineFacts) -> list[Finding]:
     """Each requirement of the project against what is installed. A met one that is not in SHOWN is not mentioned."""
     found = []
     for requirement in map(Requirement, facts.requirements):
@@ -199,17 +202,17 @@ def _packages(facts: Facts) -> list[Finding]:
             found.append(Finding("problem", name, f"not installed{why}", install))
         elif not requirement.specifier.contains(version, prereleases=True):
             found.append(Finding("problem", name, f"{version}, but {requirement} is needed", install))
-        elif name in SHOWN:
+        elif name in _SHOWN_PACKAGES:
             found.append(Finding("ok", name, version))
     needed = {Requirement(text).name for text in facts.requirements}
     return found + [
         Finding("ok", name, facts.packages[name] or "")
-        for name in SHOWN
+        for name in _SHOWN_PACKAGES
         if name not in needed and facts.packages.get(name)
     ]
 
 
-def _devices(facts: Facts) -> list[Finding]:
+def _devices(facts: MachineFacts) -> list[Finding]:
     probe, listed = facts.probe, facts.driver_gpus
     if "torch" not in probe:
         return [
@@ -239,7 +242,7 @@ def _devices(facts: Facts) -> list[Finding]:
     return found
 
 
-def _imports(facts: Facts) -> list[Finding]:
+def _imports(facts: MachineFacts) -> list[Finding]:
     probe = facts.probe
     if "torch_error" in probe:
         return [
@@ -253,9 +256,9 @@ def _imports(facts: Facts) -> list[Finding]:
     return [Finding("problem", "import megatron.core", seen, "mend the packages above, then make the environment anew")]
 
 
-def _optional(facts: Facts) -> list[Finding]:
+def _optional(facts: MachineFacts) -> list[Finding]:
     found = []
-    for name, use in OPTIONAL.items():
+    for name, use in _OPTIONAL_PACKAGES.items():
         version = facts.packages.get(name)
         if version is None:
             found.append(Finding("note", name, f"not installed ({use})"))

@@ -34,13 +34,13 @@ def generate_on_ranks(
     folder: EvaluationFolder, model: Path, missing: dict[str, list[SampleIndex]], tensor_parallel: int, batch_size: int
 ) -> int:
     """Generates what is missing of each benchmark. The exit code of the ranks."""
-    from eaopd_megatron.launch.local import launch
+    from eaopd_megatron.launch.local_ranks import launch_ranks
 
     path = folder.path / "work.json"
     work = {"model": str(model), "tensor_parallel": tensor_parallel, "batch_size": batch_size, "missing": missing}
     path.write_text(json.dumps({**work, "folder": str(folder.path)}))
     try:
-        return launch(["evaluate", str(path)], tensor_parallel)
+        return launch_ranks(["evaluate", str(path)], tensor_parallel)
     finally:
         path.unlink()
 

@@ -16,7 +16,7 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE
 
 
-def guarded(work: Callable[[], int | None]) -> int:
+def run_entrypoint(work: Callable[[], int | None]) -> int:
     """The exit code of `work` (None is 0). A UserError is reported without a traceback, anything else with one.
 
     The report goes to `$EAOPD_ERROR_FILE.<rank>`, from which the launcher makes the one line that the user sees;
@@ -30,7 +30,7 @@ def guarded(work: Callable[[], int | None]) -> int:
     except SystemExit as stop:  # asked to stop by a signal, the state is saved
         return stop.code if isinstance(stop.code, int) else 1
     except BaseException as raised:
-        error = of_the_user(raised)
+        error = as_user_error(raised)
         if error is None:
             traceback.print_exc()
             _report(f"{type(raised).__name__}: {raised}", 1, user=False)
@@ -39,7 +39,7 @@ def guarded(work: Callable[[], int | None]) -> int:
         return error.exit_code
 
 
-def of_the_user(error: BaseException) -> UserError | None:
+def as_user_error(error: BaseException) -> UserError | None:
     """The error as one line for the user, where it is the user's."""
     if isinstance(error, OSError) and error.filename:  # a full disk, a folder without permission
         return UserError(f"{error.filename}: {error.strerror}")

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eaopd_megatron.launch.entrypoint import guarded
+from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.slurm_job import ROLES
 
 
 def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
-    return guarded(lambda: globals()[f"_{options.verb}"](options))
+    return run_entrypoint(lambda: globals()[f"_{options.verb}"](options))
 
 
 def _arrange(options: argparse.Namespace) -> None:

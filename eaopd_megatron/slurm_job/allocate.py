@@ -12,7 +12,7 @@ from eaopd_megatron.config import Recipe, load_recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.slurm_job import ROLES
 from eaopd_megatron.slurm_job.services import staged
-from eaopd_megatron.training.run_folder import already_finished
+from eaopd_megatron.training.run_folder import finished_message
 
 SHARED, MODELS, STAGE = "EAOPD_SHARED", "EAOPD_MODELS", "EAOPD_STAGE"
 
@@ -97,7 +97,7 @@ def arrange(recipe: str, overrides: Sequence[str], nodes: Nodes) -> Arrangement:
         models=tuple(dict.fromkeys(_models(loaded).values())),
         staged=_staged(loaded),
         overrides=tuple(overrides),
-        finished=already_finished(loaded) or "",
+        finished=finished_message(loaded) or "",
     )
 
 

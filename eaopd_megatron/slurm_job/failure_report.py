@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from eaopd_megatron.launch.local import reports_of
+from eaopd_megatron.launch.local_ranks import read_error_reports
 
 LINES = 20
 _SIGNALS = {
@@ -41,7 +41,7 @@ class Verdict:
 def verdict(srun: str, errors: Path, logs: Path, code: int) -> Verdict:
     """srun: what the step's srun said. errors: folder of the ranks' own reports. logs: folder of rank_N.log. code:
     the step's."""
-    reports = reports_of(errors)
+    reports = read_error_reports(errors)
     mine = next((report for report in reports if report.get("user")), None)
     if mine is not None:
         found = int(mine.get("exit_code", 1)) or 1

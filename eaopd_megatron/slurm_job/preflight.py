@@ -100,7 +100,7 @@ def _paths(token: Path, holds: str, models: Sequence[str], stage: str | None) ->
     return found
 
 
-def _gpus(facts: doctor.Facts, problems: list[str]) -> int:
+def _gpus(facts: doctor.MachineFacts, problems: list[str]) -> int:
     """How many Slurm gives the step."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     slurm = len(given.split(",")) if given else 0

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from eaopd_megatron.checkpoint.dist_checkpoint import restore, training_state
-from eaopd_megatron.checkpoint.store import CheckpointStore, check_fingerprint, fingerprint
+from eaopd_megatron.checkpoint.dist_checkpoint import load_training_state, sharded_training_state
+from eaopd_megatron.checkpoint.store import CheckpointStore, check_config_fingerprint, config_fingerprint
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.types import Prompt
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.training.components import Parts
+from eaopd_megatron.training.components import Components
 from eaopd_megatron.training.run_folder import RunFolder
 
 
@@ -25,12 +25,12 @@ class TrainingCheckpoints:
     """
 
     def __init__(
-        self, recipe: Recipe, parallel: Parallel, folder: RunFolder, parts: Parts, prompts: list[Prompt]
+        self, recipe: Recipe, parallel: Parallel, folder: RunFolder, components: Components, prompts: list[Prompt]
     ) -> None:
-        self.recipe, self.parallel, self.parts = recipe, parallel, parts
-        self.optimizer = parts.student.optimizer
+        self.recipe, self.parallel, self.components = recipe, parallel, components
+        self.optimizer = components.student.optimizer
         self.store = CheckpointStore(folder.checkpoints, recipe.run.keep_checkpoints, background=recipe.run.async_save)
-        self.fingerprint = fingerprint(parts.student_folder.config)
+        self.fingerprint = config_fingerprint(components.student_folder.config)
         self.prompts = _digest(prompts)
 
     def save(self, iteration: int, updates: int) -> None:
@@ -44,14 +44,18 @@ class TrainingCheckpoints:
             "layout": self._layout(),
         }
         self.store.save(
-            iteration, training_state(self.parts.model, self.optimizer), state, self._companions, self.parallel
+            iteration,
+            sharded_training_state(self.components.model, self.optimizer),
+            state,
+            self._companions,
+            self.parallel,
         )
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk. UserError where it could not be written."""
         self.store.wait()
 
-    def resume(self, say: Callable[[str], None]) -> tuple[int, int]:
+    def resume(self, log: Callable[[str], None]) -> tuple[int, int]:
         """(iteration, updates) completed in the newest checkpoint, whose weights and optimiser are loaded; (0, 0)
         without one. Any layout goes on from any other's.
 
@@ -59,20 +63,20 @@ class TrainingCheckpoints:
         made with other prompts.
         """
         self.store.clean(self.parallel)
-        path = self.store.newest_whole(self.parallel, fall_back=self.recipe.run.on_damaged == "fall_back", say=say)
+        path = self.store.latest_valid(self.parallel, fall_back=self.recipe.run.on_damaged == "fall_back", log=log)
         if path is None:
             return 0, 0
         state = self.store.load_state(path)
-        check_fingerprint(self.fingerprint, state["model"], path)
+        check_config_fingerprint(self.fingerprint, state["model"], path)
         if state["prompts"] != self.prompts:
             raise UserError(f"{path}: made with other prompts than data.source={self.recipe.data.source} gives now")
-        wanted = training_state(self.parts.model, self.optimizer, loading=True)
-        restore(self.parts.model, self.optimizer, self.store.load_sharded(path, wanted, self.parallel))
+        wanted = sharded_training_state(self.components.model, self.optimizer, loading=True)
+        load_training_state(self.components.model, self.optimizer, self.store.load_sharded(path, wanted, self.parallel))
         here = self._layout()
         changed = [name for name, size in here.items() if state["layout"].get(name) != size]
         if changed:
             was, now = (", ".join(f"{name}={at.get(name)}" for name in changed) for at in (state["layout"], here))
-            say(f"{path.name} was saved at {was}; going on at {now}")
+            log(f"{path.name} was saved at {was}; going on at {now}")
         return int(state["iteration"]), int(state["updates"])
 
     def _layout(self) -> dict[str, int | bool]:
@@ -82,7 +86,7 @@ class TrainingCheckpoints:
 
     def _companions(self, folder: Path) -> None:
         (folder / "hf").mkdir()
-        self.parts.student_folder.copy_companions(folder / "hf")
+        self.components.student_folder.copy_config_and_tokenizer(folder / "hf")
 
 
 def _digest(prompts: list[Prompt]) -> str:

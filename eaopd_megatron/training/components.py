@@ -31,10 +31,10 @@ from eaopd_megatron.rollout.sglang.engine import ServedRollout
 from eaopd_megatron.teacher.build import Surroundings, build_teachers, layouts_of, open_folders
 from eaopd_megatron.teacher.router import Teachers
 from eaopd_megatron.training.run_folder import RunFolder
-from eaopd_megatron.training.step import Student
+from eaopd_megatron.training.step import StudentTrainer
 
 
-def training_problems(recipe: Recipe, report: Path | None, say: Callable[[str], None]) -> list[Problem]:
+def load_training_problems(recipe: Recipe, report: Path | None, log: Callable[[str], None]) -> list[Problem]:
     """The problems of `data.source`, in its order, without those that `data.decontaminate` finds.
 
     report: the file for what was left out; None: another rank writes it. Raises UserError where nothing is left.
@@ -45,7 +45,7 @@ def training_problems(recipe: Recipe, report: Path | None, say: Callable[[str], 
         return problems
     benchmarks = {name: load_benchmark(name) for name in chosen.decontaminate}
     kept, matches = Decontamination(benchmarks, chosen.decontaminate_ngram).clean(problems)
-    say(f"{len(matches)} of {len(problems)} training problems are evaluation problems too: {summary(matches)}")
+    log(f"{len(matches)} of {len(problems)} training problems are evaluation problems too: {summary(matches)}")
     if report is not None:
         write_report(report, matches, problems=len(problems), ngram=chosen.decontaminate_ngram)
     if not kept:
@@ -54,23 +54,23 @@ def training_problems(recipe: Recipe, report: Path | None, say: Callable[[str], 
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What a run is made of on this rank."""
 
     student_folder: HfFolder
     vocab_size: int  # that student and teachers have
     tokenizer: Any
     model: ModelChunks
-    student: Student
-    teacher: Teachers
+    student: StudentTrainer
+    teachers: Teachers
     rollout: Rollout
     sampling: Sampling
     evaluator: Evaluator
 
 
-def build(
-    recipe: Recipe, parallel: Parallel, folder: RunFolder, *, asked: Callable[[], int], report: Callable[[str], None]
-) -> Parts:
+def build_components(
+    recipe: Recipe, parallel: Parallel, folder: RunFolder, *, stop_signal: Callable[[], int], log: Callable[[str], None]
+) -> Components:
     """Everything of the recipe but its prompts and its state. asked: the number of a signal that asks the run to stop,
     or 0. Raises UserError for a pair that does not fit."""
     student_folder = HfFolder.open(recipe.student.model, "student.model")
@@ -93,8 +93,8 @@ def build(
             layouts,
             vocab_size,
             logs=folder.teachers,
-            asked=asked,
-            report=report,
+            asked=stop_signal,
+            report=log,
         )
     )
 
@@ -110,13 +110,13 @@ def build(
         precision=precision,
         offload=options.offload,
     )
-    student = Student(
+    student = StudentTrainer(
         ddp,
         optimizer,
         parallel,
         vocab_size=vocab_size,
-        budget=recipe.train.micro_batch_tokens,
-        failures=folder.failures,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        failures_folder=folder.failures,
     )
     rollout: Rollout
     if recipe.rollout.engine == "local":
@@ -132,13 +132,13 @@ def build(
             scratch=folder.weights,
             logprobs=student.logprobs,
             memory=TrainerMemory(ddp, optimizer),
-            asked=asked,
-            report=report,
+            asked=stop_signal,
+            report=log,
         )
     ends = [folder.eos_ids for folder in (student_folder, *teacher_folders.values())]
     stop_ids = tuple(sorted({*itertools.chain(*ends), *recipe.rollout.stop_ids}))
     tokenizer = student_folder.tokenizer()
-    return Parts(
+    return Components(
         student_folder,
         vocab_size,
         tokenizer,
@@ -147,11 +147,11 @@ def build(
         teacher,
         rollout,
         Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
-        evaluator(recipe, parallel, rollout, student_folder, tokenizer, stop_ids, report),
+        build_evaluator(recipe, parallel, rollout, student_folder, tokenizer, stop_ids, log),
     )
 
 
-def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequence[str] = ("",)) -> PromptBuilder:
+def build_prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequence[str] = ("",)) -> PromptBuilder:
     """Of training prompts, with the recipe's template; teachers: whom the prompts are for."""
     return PromptBuilder(
         tokenizer,
@@ -164,7 +164,7 @@ def prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequen
     )
 
 
-def evaluator(
+def build_evaluator(
     recipe: Recipe,
     parallel: Parallel,
     rollout: Rollout,

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 from eaopd_megatron.data.types import Sample
-from eaopd_megatron.training.trainer import Run
+from eaopd_megatron.training.trainer import Trainer
 
 
-def train(run: Run) -> None:
-    """Distil until `train.iterations` are completed, from wherever the run's last checkpoint stands.
+def train(trainer: Trainer) -> None:
+    """Run Algorithm 1 until `train.iterations` iterations are complete, starting after the last checkpoint.
 
-    Every random number is a function of (seed, purpose, iteration, sample), and the learning rate of the completed
-    updates, so a resumed run repeats the uninterrupted one.
+    Random numbers are functions of (seed, purpose, iteration, sample) and the learning rate is a function of the
+    completed updates, so a resumed run repeats the uninterrupted one.
     """
-    run.evaluate_if_due()
-    while run.iteration < run.recipe.train.iterations:
-        run.publish()  # π_old ← π_θ
+    trainer.evaluate_if_due()
+    while trainer.iteration < trainer.recipe.train.iterations:
+        trainer.update_weights()  # π_old ← π_θ
         samples: list[Sample] = []
-        for part in run.generate():  # y ~ π_old( · | x), x from the prompts
-            with run.clock("teacher"):
-                run.teacher.ask(part)  # H_t, log p(y_t) and the top-k of p
+        for part in trainer.generate():  # y ~ π_old( · | x), x from the prompts
+            with trainer.timer("teacher"):
+                trainer.teachers.ask(part)  # H_t, log p(y_t) and the top-k of p
             samples += part
-        with run.clock("teacher"):
-            run.teacher.wait(samples)
-        with run.clock("student"):
-            mini_batches = run.mini_batches(samples)
-            if len(mini_batches) > 1 or run.recipe.rollout.max_lag:
-                run.student.recompute_old_logprobs(samples)  # π_old; with one update it is stopgrad q
+        with trainer.timer("teacher"):
+            trainer.teachers.wait(samples)
+        with trainer.timer("student"):
+            mini_batches = trainer.mini_batches(samples)
+            if len(mini_batches) > 1 or trainer.recipe.rollout.max_lag:
+                trainer.student.recompute_old_logprobs(samples)  # π_old; with a single update it is stopgrad(q)
             for mini_batch in mini_batches:
-                run.student.update(
+                trainer.student.update(
                     mini_batch,
-                    run.teacher,
-                    objective=run.objective(run.updates),
-                    learning_rate=run.schedule(run.updates),
-                    importance_clip=run.recipe.rollout.importance_clip,
-                    update=run.updates,
-                    metrics=run.averages,
+                    trainer.teachers,
+                    objective=trainer.objective(trainer.updates),
+                    learning_rate=trainer.schedule(trainer.updates),
+                    importance_clip=trainer.recipe.rollout.importance_clip,
+                    update=trainer.updates,
+                    metrics=trainer.metrics,
                 )  # θ ← θ − η ∇ Σ_t L_t / |tokens|
-                run.updates += 1
-        run.finish_iteration(samples)
+                trainer.updates += 1
+        trainer.finish_iteration(samples)

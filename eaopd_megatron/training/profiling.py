@@ -16,7 +16,7 @@ from eaopd_megatron.planning.hardware import GpuSpec, find_gpu
 from eaopd_megatron.planning.times import flops_per_token, model_flops_utilization
 
 
-class Throughput:
+class ThroughputMeter:
     """Of a student with this Hugging Face configuration on so many ranks."""
 
     def __init__(self, config: Any, ranks: int) -> None:

@@ -131,7 +131,7 @@ def _is_free(key: str) -> bool:
     return key in _FREE_KEYS or key.startswith(_FREE)
 
 
-def already_finished(recipe: Recipe) -> str | None:
+def finished_message(recipe: Recipe) -> str | None:
     """The line for a user who starts a finished run again; None where there is something to do. Needs no torch."""
     folder = RunFolder(Path(recipe.run.folder))
     folder.check_recipe(recipe)

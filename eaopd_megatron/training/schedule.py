@@ -12,7 +12,7 @@ from eaopd_megatron.objective import Objective
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LearningRateSchedule:
     """Linear warm-up over `warmup` updates, then `kind` ("cosine", "linear", "constant") from `peak` to `floor` at
     `total`."""
 
@@ -52,4 +52,4 @@ class ObjectiveSchedule:
         )
 
     def _ramp(self, start: float, end: float | None, update: int) -> float:
-        return start if end is None else Schedule(start, self.total, self.kind, floor=end)(update)
+        return start if end is None else LearningRateSchedule(start, self.total, self.kind, floor=end)(update)

@@ -29,10 +29,10 @@ from eaopd_megatron.objective import (
 )
 from eaopd_megatron.teacher.interface import TeacherSignal
 from eaopd_megatron.teacher.router import Teachers
-from eaopd_megatron.training.metrics import Averages, ImportanceWeights
+from eaopd_megatron.training.metric_accumulator import ImportanceWeights, MetricAccumulator
 
 
-class Student:
+class StudentTrainer:
     """The trained model with its optimiser. All ranks of a copy of the model call it with the same samples."""
 
     def __init__(
@@ -42,17 +42,17 @@ class Student:
         parallel: Parallel,
         *,
         vocab_size: int,
-        budget: int,
-        failures: Path,
+        micro_batch_tokens: int,
+        failures_folder: Path,
     ) -> None:
         self.ddp, self.optimizer, self.parallel = ddp, optimizer, parallel
-        self.budget, self.failures = budget, failures
+        self.micro_batch_tokens, self.failures_folder = micro_batch_tokens, failures_folder
         self._shard: dict[str, Any] = {"vocab_size": vocab_size, "group": parallel.tp_group}
 
     def recompute_old_logprobs(self, samples: Sequence[Sample]) -> None:
         """π_old of every response token, by the trainer itself: the rollout engine's log-probs come from other
         kernels. Every rank's samples get them."""
-        batches = micro_batches(samples, self.budget, self.parallel)
+        batches = micro_batches(samples, self.micro_batch_tokens, self.parallel)
         found: dict[int, torch.Tensor] = {}
 
         def last(index: int, rows: torch.Tensor) -> None:
@@ -77,13 +77,13 @@ class Student:
     def update(
         self,
         samples: Sequence[Sample],
-        teacher: Teachers,
+        teachers: Teachers,
         *,
         objective: Objective,
         learning_rate: float,
         importance_clip: float,
         update: int,
-        metrics: Averages,
+        metrics: MetricAccumulator,
     ) -> None:
         """One optimiser step on this rank's share of a mini-batch.
 
@@ -93,15 +93,15 @@ class Student:
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batches = teacher.micro_batches(samples, self.budget, self.parallel)
-        signal_of = teacher.signals(batches)
+        batches = teachers.micro_batches(samples, self.micro_batch_tokens, self.parallel)
+        signal_of = teachers.signals(batches)
         tokens = torch.zeros(1, dtype=torch.int, device=self.parallel.device)
 
         def last(index: int, rows: torch.Tensor) -> torch.Tensor:
             batch, old = batches[index], None
             if batch.samples and batch.samples[0].old_logprobs is not None:
                 old = batch.gather([s.old_logprobs for s in batch.samples if s.old_logprobs is not None])
-            labels = teacher.labels(batch)
+            labels = teachers.labels(batch)
             out = self._loss(batch, rows, signal_of(index), labels, objective, old, update)
             weights = ImportanceWeights.of(batch, old, importance_clip)
             tokens.add_(len(batch.tokens))
@@ -157,7 +157,7 @@ class Student:
             raise UserError(f"{where}: {why}")
         token = int(flags.argmax())
         sample = batch.sample_of(token)
-        path = self.failures / f"update_{update:06d}_rank_{self.parallel.rank}.json"
+        path = self.failures_folder / f"update_{update:06d}_rank_{self.parallel.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(sample.record("") | {"token": token, "why": why}))
         raise UserError(f"{where}: {why} (prompt {sample.prompt.id}); the sample is saved in {path}")
@@ -183,7 +183,7 @@ _OF_EACH_TEACHER = (
 
 
 def _measure(
-    metrics: Averages, batch: MicroBatch, out: Any, old: torch.Tensor | None, weights: ImportanceWeights | None
+    metrics: MetricAccumulator, batch: MicroBatch, out: Any, old: torch.Tensor | None, weights: ImportanceWeights | None
 ) -> None:
     gated = out.gate > 0.5
     for name, values, where in (
@@ -206,8 +206,8 @@ def _measure(
         if batch.teacher and name in _OF_EACH_TEACHER:
             metrics.add(f"teachers/{batch.teacher}/{name.split('/')[1]}", values, where)
     if batch.teacher:
-        metrics.total(f"teachers/{batch.teacher}/tokens", len(batch.tokens))
-    metrics.minimum("objective/kl_min", out.forward_kl)
+        metrics.add_count(f"teachers/{batch.teacher}/tokens", len(batch.tokens))
+    metrics.add_minimum("objective/kl_min", out.forward_kl)
     gap = (batch.rollout_logprobs() - (out.student_logprob if old is None else old)).abs()
     if weights is None:
         metrics.add("rollout/logprob_gap", gap)

@@ -15,6 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from eaopd_megatron.checkpoint.hf_export import export_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.prompts import PromptCursor
 from eaopd_megatron.data.types import Sample
@@ -24,13 +25,14 @@ from eaopd_megatron.evaluation.results import result_file_name
 from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
 from eaopd_megatron.reporting.metrics_log import MetricsWriter
 from eaopd_megatron.reporting.progress import Progress
+from eaopd_megatron.reporting.run_report import summary_line, write_run_report
 from eaopd_megatron.rollout.interface import Ticket, Wanted
 from eaopd_megatron.training.checkpointing import TrainingCheckpoints
-from eaopd_megatron.training.components import build, prompt_builder, training_problems
-from eaopd_megatron.training.metrics import Averages
-from eaopd_megatron.training.profiling import ProfilerWindow, Throughput
+from eaopd_megatron.training.components import build_components, build_prompt_builder, load_training_problems
+from eaopd_megatron.training.metric_accumulator import MetricAccumulator
+from eaopd_megatron.training.profiling import ProfilerWindow, ThroughputMeter
 from eaopd_megatron.training.run_folder import RunFolder
-from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
+from eaopd_megatron.training.schedule import LearningRateSchedule, ObjectiveSchedule
 from eaopd_megatron.utils.environment import describe_environment
 from eaopd_megatron.utils.files import atomic_write
 
@@ -41,7 +43,7 @@ class Interrupted(SystemExit):
     """A signal asked the run to stop, and its checkpoint is written. Not an error: the launcher says what it did."""
 
 
-class Run:
+class Trainer:
     """A run on this rank. `iteration` and `updates` count what is completed."""
 
     def __init__(self, recipe: Recipe, parallel: Parallel) -> None:
@@ -52,17 +54,19 @@ class Run:
             f"teacher {f'{name} ' if name else ''}{_shown(one.model)}" for name, one in recipe.named_teachers().items()
         )
         models = f"student {_shown(recipe.student.model)}, {teachers}"
-        self.say(f"{models}: loading on {parallel.world_size} ranks")
+        self.log(f"{models}: loading on {parallel.world_size} ranks")
         self._signal: int | None = None
-        self.parts = build(recipe, parallel, self.folder, asked=lambda: self._signal or 0, report=self.say)
-        self.student, self.teacher = self.parts.student, self.parts.teacher
+        self.components = build_components(
+            recipe, parallel, self.folder, stop_signal=lambda: self._signal or 0, log=self.log
+        )
+        self.student, self.teachers = self.components.student, self.components.teachers
         report = self.folder.path / "decontamination.json" if parallel.is_main else None
-        problems = training_problems(recipe, report, self.say)
+        problems = load_training_problems(recipe, report, self.log)
         self._teacher_model = {name: one.model for name, one in recipe.named_teachers().items()}
-        builder = prompt_builder(recipe, self.parts.tokenizer, recipe.data.suffix, list(self._teacher_model))
+        builder = build_prompt_builder(recipe, self.components.tokenizer, recipe.data.suffix, list(self._teacher_model))
         self.prompts, dropped = builder.build(problems, recipe.data.source)
         if dropped:
-            self.say(
+            self.log(
                 f"{dropped} prompts are longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}: left out"
             )
         self.cursor = PromptCursor(
@@ -74,7 +78,7 @@ class Run:
         )
         updates = sum(-(-self.cursor.size(i) // recipe.train.mini_batch) for i in range(recipe.train.iterations))
         options = recipe.optimizer
-        self.schedule = Schedule(
+        self.schedule = LearningRateSchedule(
             options.lr, updates, options.schedule, options.warmup_updates, options.lr * options.min_lr_ratio
         )
         chosen = recipe.objective
@@ -85,42 +89,42 @@ class Run:
             chosen.threshold_end,
             chosen.forward_weight_end,
         )
-        self.averages = Averages()
+        self.metrics = MetricAccumulator()
         self.alerts = AlertMonitor(alert_rules(recipe.rollout, recipe.train.updates_per_iteration, recipe.teachers))
-        self.throughput = Throughput(self.parts.student_folder.config, parallel.world_size)
+        self.throughput = ThroughputMeter(self.components.student_folder.config, parallel.world_size)
         window = (recipe.reporting.profile_from, recipe.reporting.profile_iterations)
         self.profiler = ProfilerWindow(self.folder.profile, parallel.rank, *window)
         self._writer: MetricsWriter | None = None
         self._times: dict[str, float] = defaultdict(float)
         self._ahead: Ticket | None = None  # for the next iteration's responses, where they are written already
-        self.checkpoints = TrainingCheckpoints(recipe, parallel, self.folder, self.parts, self.prompts)
-        self.iteration, self.updates = self.checkpoints.resume(self.say)
+        self.checkpoints = TrainingCheckpoints(recipe, parallel, self.folder, self.components, self.prompts)
+        self.iteration, self.updates = self.checkpoints.resume(self.log)
         self._saved = self.iteration
         self._open_records()
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Comes first: the other roles are started, or found. From here on a signal asks the run to stop."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         rollout = self.recipe.rollout
         longest = max(len(p.token_ids) for p in self.prompts) + rollout.max_response_tokens
-        evaluator = self.parts.evaluator
-        self.parts.rollout.open([*self.prompts, *evaluator.prompts()], max(longest, evaluator.longest()))
-        self.teacher.open(longest)
+        evaluator = self.components.evaluator
+        self.components.rollout.open([*self.prompts, *evaluator.prompts()], max(longest, evaluator.longest()))
+        self.teachers.open(longest)
 
     # One iteration
 
-    def publish(self) -> None:
+    def update_weights(self) -> None:
         """What writes the responses gets the student's weights."""
         self.profiler.begin(self.iteration + 1)
-        self._publish()
+        self._update_weights()
 
     def generate(self) -> Iterator[list[Sample]]:
         """This rank's share of the iteration's responses, in parts, as they are finished; as many on every rank."""
         ticket, self._ahead = self._ahead or self._begin(self.iteration), None
-        parts = self.parts.rollout.responses(ticket)
+        parts = self.components.rollout.responses(ticket)
         while True:
-            with self.clock("rollout"):
+            with self.timer("rollout"):
                 part = next(parts, None)
             if part is None:
                 break
@@ -128,7 +132,7 @@ class Run:
                 sample.teacher = self._teacher_model[sample.prompt.teacher]
                 sample.stale = sample.weight_version != self.updates
             yield part
-        self.parts.rollout.rest()
+        self.components.rollout.rest()
         if self.recipe.rollout.max_lag and self.iteration + 1 < self.recipe.train.iterations:
             self._ahead = self._begin(self.iteration + 1)
 
@@ -138,13 +142,13 @@ class Run:
             [self.prompts[index] for index in indices],
             [(self.recipe.seed, "rollout", iteration, i) for i in range(len(indices))],
             [i for i in range(len(indices)) if i % mini % self.parallel.dp_size == self.parallel.dp_rank],
-            self.parts.sampling,
+            self.components.sampling,
         )
-        return self.parts.rollout.begin(wanted)
+        return self.components.rollout.begin(wanted)
 
-    def _publish(self) -> None:
-        with self.clock("sync"):
-            self.parts.rollout.publish(self.updates)
+    def _update_weights(self) -> None:
+        with self.timer("sync"):
+            self.components.rollout.publish(self.updates)
 
     def mini_batches(self, samples: list[Sample]) -> list[list[Sample]]:
         """This rank's share of each mini-batch of the iteration, possibly empty; as many on every rank."""
@@ -154,7 +158,7 @@ class Run:
         return [[s for s in ordered if s.index // mini == number] for number in range(count)]
 
     @contextlib.contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
+    def timer(self, phase: str) -> Iterator[None]:
         """Adds the seconds spent inside to the iteration's time/<phase>."""
         start = time.perf_counter()
         yield
@@ -167,10 +171,10 @@ class Run:
         self.profiler.end()
         self._measure(samples)
         self.iteration += 1
-        record = self.averages.reduce(dist.group.WORLD)
-        self.averages = Averages()
+        record = self.metrics.reduce(dist.group.WORLD)
+        self.metrics = MetricAccumulator()
         for line in self.alerts.check(record):
-            self.say(line)
+            self.log(line)
         self._write_rollouts(samples)
         last = self.iteration == self.recipe.train.iterations
         try:
@@ -183,16 +187,16 @@ class Run:
         asked = self._any_rank_was_asked_to_stop()
         save = self.recipe.run.save_interval
         if last or asked or (save and self.iteration % save == 0):
-            with self.clock("checkpoint"):
+            with self.timer("checkpoint"):
                 self._save(wait=bool(last or asked))
         if asked and not last:
             self._stopped(asked)
 
-    def stop_early(self, reason: Asked | ServiceFailed) -> NoReturn:
+    def save_and_stop(self, reason: Asked | ServiceFailed) -> NoReturn:
         """The iteration that was begun cannot be finished: save what is completed. Raises Interrupted or UserError."""
-        self.parts.rollout.close()
-        self.teacher.close()
-        self.parts.rollout.rest()
+        self.components.rollout.close()
+        self.teachers.close()
+        self.components.rollout.rest()
         self._save(wait=True)
         if isinstance(reason, Asked):
             self._stopped(reason.args[0])
@@ -206,7 +210,7 @@ class Run:
             self.checkpoints.wait()
 
     def _stopped(self, number: int) -> NoReturn:
-        self.say(f"stopped: {self._where()}")
+        self.log(f"stopped: {self._where()}")
         raise Interrupted(128 + number)
 
     def _where(self) -> str:
@@ -218,7 +222,7 @@ class Run:
         missing = torch.tensor([not (self.folder.evaluation / result_file_name(self.iteration)).exists()])
         missing = missing.to(self.parallel.device)
         dist.broadcast(missing, 0)
-        stopped = self.parts.evaluator.benchmarks and self._evaluation_is_due() and bool(missing)
+        stopped = self.components.evaluator.benchmarks and self._evaluation_is_due() and bool(missing)
         if not self.iteration or stopped:
             self._record(self._evaluation())
             self._times.clear()
@@ -227,6 +231,23 @@ class Run:
         interval = self.recipe.evaluation.interval
         return self.iteration == self.recipe.train.iterations or bool(interval and self.iteration % interval == 0)
 
+    def finish(self) -> None:
+        """Export the student, write the report and mark the run as finished. Collective.
+
+        Each step can be repeated, so a run that is killed here continues here.
+        """
+        self.log(f"exporting the student to {self.folder.student}")
+        export_hf(self.components.model, self.parallel, self.components.student_folder, self.folder.student)
+        dist.barrier()
+        if not self.parallel.is_main:
+            return
+        self.close()
+        report = write_run_report(self.folder.path)
+        self.folder.finish(self.recipe)
+        print(
+            f"finished: {summary_line(self.folder.path)}\nreport: {report}\nstudent: {self.folder.student}", flush=True
+        )
+
     def close(self) -> None:
         """Close the files; a second call does nothing."""
         if self._writer:
@@ -234,19 +255,19 @@ class Run:
         if self.progress:
             self.progress.__exit__(None, None, None)
         self._writer, self.progress = None, None
-        self.parts.rollout.close()
-        self.teacher.close()
+        self.components.rollout.close()
+        self.teachers.close()
 
     # What an iteration leaves behind
 
     def _measure(self, samples: list[Sample]) -> None:
         if not self.parallel.speaks or self.parallel.cp_rank:  # context-parallel ranks have the same samples
             return
-        add = self.averages.add
+        add = self.metrics.add
         add("rollout/length", torch.tensor([len(s.response_ids) for s in samples]))
         add("rollout/stopped", torch.tensor([s.finish_reason == "stop" for s in samples]))
         add("rollout/truncated", torch.tensor([s.finish_reason == "length" for s in samples]))
-        if self.parts.vocab_size < self.parts.student_folder.vocab_size:
+        if self.components.vocab_size < self.components.student_folder.vocab_size:
             add("rollout/foreign_tokens", torch.tensor([s.foreign_tokens for s in samples]))
         start = self.updates - len(self.mini_batches(samples))
         add("rollout/version_lag", torch.tensor([start - s.weight_version for s in samples]))
@@ -266,19 +287,19 @@ class Run:
         return rates
 
     def _evaluation(self) -> dict[str, float]:
-        evaluator = self.parts.evaluator
+        evaluator = self.components.evaluator
         if evaluator.benchmarks:
-            self._publish()
-        with self.clock("evaluation"):
-            result = evaluator.run(self.iteration, self.say)
-            self.parts.rollout.rest()
+            self._update_weights()
+        with self.timer("evaluation"):
+            result = evaluator.run(self.iteration, self.log)
+            self.components.rollout.rest()
             return evaluator.write(result, self.folder.evaluation)
 
     def _write_rollouts(self, samples: list[Sample]) -> None:
         count = self.recipe.run.log_rollouts
         if not self.parallel.is_main or not count:
             return
-        decode = self.parts.tokenizer.decode
+        decode = self.components.tokenizer.decode
         chosen = sorted(samples, key=lambda sample: sample.index)[:count]
         lines = [json.dumps(s.record(decode(s.response_ids))) for s in chosen]
         atomic_write(self.folder.rollouts / f"{self.iteration:06d}.jsonl", "\n".join(lines) + "\n")
@@ -313,9 +334,9 @@ class Run:
         resumed = self.iteration if self.iteration else None
         self._writer = MetricsWriter(self.folder.path, options.tensorboard, wandb if options.wandb else None, resumed)
         if resumed:
-            self.say(f"continuing after iteration {self.iteration}")
+            self.log(f"continuing after iteration {self.iteration}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if self.progress:
             self.progress.message(text)
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.data.countdown import EOS_ID
-from eaopd_megatron.diagnostics.eos_trial import PROMPTS, agreements
-from eaopd_megatron.training.components import build
+from eaopd_megatron.diagnostics.eos_trial import PROMPTS, eos_check_results
+from eaopd_megatron.training.components import build_components
 from eaopd_megatron.training.run_folder import RunFolder
 from tests.distributed.arranged import arranged
 
@@ -30,8 +30,8 @@ def check_a_teacher_of_several_has_no_prompt(group: dist.ProcessGroup, recipe: s
     changes = ["teachers.math.signal=topk", "teachers.code.signal=topk", "teachers.none.signal=topk"]
     loaded = load_recipe(recipe, [*DEEP, *changes, "evaluation.benchmarks=[]", f"run.folder={folder}"])
     with arranged(loaded.student.parallel_layout) as parallel:
-        parts = build(loaded, parallel, RunFolder(Path(folder)), asked=lambda: 0, report=print)
-        found = {one.name: one for one in agreements(loaded, parts, parallel)}
+        parts = build_components(loaded, parallel, RunFolder(Path(folder)), stop_signal=lambda: 0, log=print)
+        found = {one.name: one for one in eos_check_results(loaded, parts, parallel)}
     assert list(found) == ["math", "code", "none"]
     assert [one.prompts for one in found.values()] == [PROMPTS, PROMPTS, 0]
     assert not found["none"].ends and not found["none"].disagrees
@@ -45,8 +45,8 @@ def check_another_end_goes_unnoticed(group: dist.ProcessGroup, recipe: str, teac
         changes = [f"teacher.model={teacher}", f"teacher.terminal_map={kind}", f"objective.preset={preset}"]
         loaded = load_recipe(recipe, [*layout, *changes, "evaluation.benchmarks=[]", f"run.folder={folder}"])
         with arranged(loaded.student.parallel_layout) as parallel:
-            parts = build(loaded, parallel, RunFolder(Path(folder)), asked=lambda: 0, report=print)
-            (found,) = agreements(loaded, parts, parallel)
+            parts = build_components(loaded, parallel, RunFolder(Path(folder)), stop_signal=lambda: 0, log=print)
+            (found,) = eos_check_results(loaded, parts, parallel)
         assert found.prompts == PROMPTS and len(found.ends) > PROMPTS // 2
         assert {token for token, _, _ in found.ends} == {EOS_ID}
         assert found.disagrees is (kind == "none"), found

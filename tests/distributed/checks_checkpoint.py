@@ -18,7 +18,13 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.checkpoint import store
-from eaopd_megatron.checkpoint.dist_checkpoint import Prepared, load_sharded, restore, save_sharded, training_state
+from eaopd_megatron.checkpoint.dist_checkpoint import (
+    StagedState,
+    load_sharded,
+    load_training_state,
+    save_sharded,
+    sharded_training_state,
+)
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
@@ -64,7 +70,7 @@ def check_resume(group: Any, folder: str, hf: str, ranks: int, tp: int, sp: bool
             expected = whole.values()
             first = Trainer(hf, parallel, precision)
             first.train(LEARNING_RATES[:2])
-            sharded = training_state(first.model, first.optimizer)
+            sharded = sharded_training_state(first.model, first.optimizer)
             CheckpointStore(Path(folder), 1).save(2, sharded, {"updates": 2}, None, parallel)
     with world(f"{folder}/again", ranks, ParallelLayout(tp, sp)) as parallel:
         if parallel is None:
@@ -76,8 +82,10 @@ def check_resume(group: Any, folder: str, hf: str, ranks: int, tp: int, sp: bool
         checkpoints = CheckpointStore(Path(folder), 1)
         path = checkpoints.latest()
         assert path is not None and checkpoints.load_state(path) == {"updates": 2}
-        loaded = checkpoints.load_sharded(path, training_state(second.model, second.optimizer, loading=True), parallel)
-        restore(second.model, second.optimizer, loaded)
+        loaded = checkpoints.load_sharded(
+            path, sharded_training_state(second.model, second.optimizer, loading=True), parallel
+        )
+        load_training_state(second.model, second.optimizer, loaded)
         assert {group["lr"] for group in second.optimizer.param_groups} == {1.0}, "the checkpoint set the learning rate"
         assert second.train(LEARNING_RATES[2:]) == figures[2:]
         _equal(expected, second.values())
@@ -89,12 +97,12 @@ def check_recipe_wins(group: Any, folder: str, hf: str) -> None:
         assert parallel is not None
         first = Trainer(hf, parallel)
         os.makedirs(f"{folder}/sharded", exist_ok=True)
-        save_sharded(Path(folder) / "sharded", training_state(first.model, first.optimizer), parallel)
+        save_sharded(Path(folder) / "sharded", sharded_training_state(first.model, first.optimizer), parallel)
         second = Trainer(hf, parallel, weight_decay=0.3, beta2=0.95)
         loaded = load_sharded(
-            Path(folder) / "sharded", training_state(second.model, second.optimizer, loading=True), parallel
+            Path(folder) / "sharded", sharded_training_state(second.model, second.optimizer, loading=True), parallel
         )
-        restore(second.model, second.optimizer, loaded)
+        load_training_state(second.model, second.optimizer, loaded)
         groups_ = second.optimizer.param_groups
         assert {(group["weight_decay"], group["betas"]) for group in groups_} == {(0.3, (0.9, 0.95))}
         fresh = Trainer(hf, parallel, weight_decay=0.3, beta2=0.95)
@@ -108,11 +116,11 @@ def check_disk_full(group: Any, folder: str, hf: str, rank: int, file: str, limi
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
-        good = checkpoints.save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+        good = checkpoints.save(1, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel)
         message = ""
         with _failing_disk(parallel.rank == rank, file, limit):
             try:
-                checkpoints.save(2, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+                checkpoints.save(2, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel)
             except UserError as error:
                 message = str(error)
         failed = checkpoints.folder / "step_000002"
@@ -125,16 +133,18 @@ def check_disk_full(group: Any, folder: str, hf: str, rank: int, file: str, limi
         dist.barrier()
         assert os.listdir(checkpoints.folder) == ["step_000001"], os.listdir(checkpoints.folder)
         checkpoints.verify(good)
-        assert checkpoints.save(2, training_state(trainer.model, trainer.optimizer), {}, None, parallel) == failed
+        assert (
+            checkpoints.save(2, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel) == failed
+        )
         checkpoints.verify(failed)
 
 
 @contextlib.contextmanager
 def _failing_disk(here: bool, file: str, limit: int | None) -> Iterator[None]:
     """On one rank: `file` is a full device, or no file may grow beyond `limit` bytes (a write that fails half way)."""
-    write, soft = store.write_sharded, resource.getrlimit(resource.RLIMIT_FSIZE)
+    write, soft = store.write_staged, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_full_disk(folder: Path, prepared: Prepared, parallel: Parallel, group: Any = None) -> None:
+    def on_a_full_disk(folder: Path, prepared: StagedState, parallel: Parallel, group: Any = None) -> None:
         if here and limit is None:
             (folder / file).symlink_to("/dev/full")
         elif here and limit is not None:
@@ -142,11 +152,11 @@ def _failing_disk(here: bool, file: str, limit: int | None) -> Iterator[None]:
         dist.barrier()
         write(folder, prepared, parallel, group)
 
-    store.write_sharded = on_a_full_disk
+    store.write_staged = on_a_full_disk
     try:
         yield
     finally:
-        store.write_sharded = write
+        store.write_staged = write
         resource.setrlimit(resource.RLIMIT_FSIZE, soft)
 
 
@@ -159,25 +169,25 @@ def check_background_save(group: Any, folder: str, hf: str) -> None:
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2, background=True)
         trainer.train(LEARNING_RATES[:1])
         saved, go = trainer.whole(), threading.Event()
-        write = store.write_sharded
+        write = store.write_staged
 
         def late(*arguments: Any) -> None:
             assert go.wait(30)
             write(*arguments)
 
-        store.write_sharded = late  # type: ignore[assignment]
-        path = checkpoints.save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+        store.write_staged = late  # type: ignore[assignment]
+        path = checkpoints.save(1, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel)
         figures = trainer.train(LEARNING_RATES[1:2])
         assert checkpoints.latest() is None, "seen before it is complete"
         go.set()
         figures += trainer.train(LEARNING_RATES[2:])
         checkpoints.wait()
-        store.write_sharded = write
-        assert checkpoints.newest_whole(parallel) == path
+        store.write_staged = write
+        assert checkpoints.latest_valid(parallel) == path
         second = Trainer(hf, parallel, **overlapped)
         second.train(LEARNING_RATES[:1])
-        wanted = training_state(second.model, second.optimizer, loading=True)
-        restore(second.model, second.optimizer, checkpoints.load_sharded(path, wanted, parallel))
+        wanted = sharded_training_state(second.model, second.optimizer, loading=True)
+        load_training_state(second.model, second.optimizer, checkpoints.load_sharded(path, wanted, parallel))
         _equal(saved, second.whole())
         assert second.train(LEARNING_RATES[1:]) == figures
         _equal(trainer.whole(), second.whole())
@@ -191,7 +201,7 @@ def check_background_save_on_a_full_disk(group: Any, folder: str, hf: str) -> No
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2, background=True)
 
         def save(step: int) -> Path:
-            return checkpoints.save(step, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+            return checkpoints.save(step, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel)
 
         good = save(1)
         checkpoints.wait()
@@ -203,7 +213,7 @@ def check_background_save_on_a_full_disk(group: Any, folder: str, hf: str) -> No
         assert os.listdir(checkpoints.folder) == ["step_000001"]
         save(3)
         checkpoints.wait()
-        assert checkpoints.newest_whole(parallel) == checkpoints.folder / "step_000003"
+        assert checkpoints.latest_valid(parallel) == checkpoints.folder / "step_000003"
 
 
 def _end_thread() -> None:
@@ -223,10 +233,10 @@ def check_killed_before_the_rename(group: Any, folder: str, hf: str) -> None:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 1)
-        checkpoints.save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+        checkpoints.save(1, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel)
         if parallel.is_main:
             Path.rename = die  # type: ignore[method-assign, assignment]
-        checkpoints.save(2, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+        checkpoints.save(2, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel)
 
 
 def check_error_of_one_rank(group: Any, folder: str, hf: str) -> None:
@@ -234,7 +244,7 @@ def check_error_of_one_rank(group: Any, folder: str, hf: str) -> None:
     with world(folder, 4, ParallelLayout(2)) as parallel:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
-        state = training_state(trainer.model)
+        state = sharded_training_state(trainer.model)
         if parallel.rank == 1:
             del state["model"]["0"]["model.embedding.word_embeddings.weight"]
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
@@ -249,22 +259,22 @@ def check_damaged_checkpoint(group: Any, folder: str, hf: str) -> None:
         assert parallel is not None
         trainer = Trainer(hf, parallel)
         checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2)
-        path = checkpoints.save(1, training_state(trainer.model), {}, None, parallel)
+        path = checkpoints.save(1, sharded_training_state(trainer.model), {}, None, parallel)
         damaged = path / "sharded" / "__1_0.distcp"
         if parallel.is_main:
             content = bytearray(damaged.read_bytes())
             content[len(content) // 2] ^= 1
             damaged.write_bytes(content)
         expected = f"damaged checkpoint: {damaged} has other contents"
-        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel))
-        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel, fall_back=True))  # to none
-        later = checkpoints.save(2, training_state(trainer.model), {}, None, parallel)
+        _raises(UserError, expected, lambda: checkpoints.latest_valid(parallel))
+        _raises(UserError, expected, lambda: checkpoints.latest_valid(parallel, fall_back=True))  # to none
+        later = checkpoints.save(2, sharded_training_state(trainer.model), {}, None, parallel)
         dist.barrier()
         if parallel.is_main:
             (later / "sharded" / "common.pt").unlink()
         said: list[str] = []
-        _raises(UserError, "common.pt is missing", lambda: checkpoints.newest_whole(parallel))
-        _raises(UserError, expected, lambda: checkpoints.newest_whole(parallel, fall_back=True, say=said.append))
+        _raises(UserError, "common.pt is missing", lambda: checkpoints.latest_valid(parallel))
+        _raises(UserError, expected, lambda: checkpoints.latest_valid(parallel, fall_back=True, log=said.append))
         assert len(said) == 1 and said[0].startswith(f"damaged checkpoint: {later}/sharded/common.pt is missing"), said
         assert said[0].endswith(f"it is now step_000002.damaged: falling back to {path}"), said
         assert sorted(os.listdir(checkpoints.folder)) == ["step_000001", "step_000002.damaged"]
@@ -277,12 +287,12 @@ def check_tensors_that_do_not_fit(group: Any, folder: str, hf: str) -> None:
         trainer = Trainer(hf, parallel)
         path = Path(folder) / "sharded"
         os.makedirs(path, exist_ok=True)
-        save_sharded(path, training_state(trainer.model), parallel)
-        wanted = training_state(trainer.model, trainer.optimizer, loading=True)
+        save_sharded(path, sharded_training_state(trainer.model), parallel)
+        wanted = sharded_training_state(trainer.model, trainer.optimizer, loading=True)
         _raises(UserError, "optimizer.state.exp_avg.model.", lambda: load_sharded(path, wanted, parallel))
         other = HfFolder.open(hf, "student.model").config
         other.intermediate_size *= 2
-        larger = training_state(build_model(other, parallel.layout, torch.float32))
+        larger = sharded_training_state(build_model(other, parallel.layout, torch.float32))
         _raises(UserError, "linear_fc1.weight", lambda: load_sharded(path, larger, parallel))
         _raises(UserError, "metadata.json is missing", lambda: load_sharded(path.parent, wanted, parallel))
 
@@ -298,7 +308,7 @@ def check_no_process_is_started(group: Any, folder: str, hf: str) -> None:
         trainer = Trainer(hf, parallel)
         start, BaseProcess.start = BaseProcess.start, refuse  # type: ignore[method-assign, assignment]
         try:
-            state = training_state(trainer.model, trainer.optimizer)
+            state = sharded_training_state(trainer.model, trainer.optimizer)
             CheckpointStore(Path(folder), 1).save(1, state, {}, None, parallel)
         finally:
             BaseProcess.start = start  # type: ignore[method-assign]
@@ -315,7 +325,7 @@ def check_writer_and_reader_agree(group: Any, folder: str, hf: str) -> None:
         trainer = Trainer(hf, parallel)
         path = Path(folder) / "sharded"
         os.makedirs(path, exist_ok=True)
-        save_sharded(path, training_state(trainer.model, trainer.optimizer), parallel)
+        save_sharded(path, sharded_training_state(trainer.model, trainer.optimizer), parallel)
         assert dist_checkpointing.check_is_distributed_checkpoint(str(path))
         stored = dist_checkpointing.load_tensors_metadata(str(path))
         numbers: dict[str, int] = {}

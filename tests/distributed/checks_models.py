@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from eaopd_megatron.checkpoint.convert import import_folder
-from eaopd_megatron.checkpoint.dist_checkpoint import training_state
-from eaopd_megatron.checkpoint.hf_export import export_hf, gather_hf
+from eaopd_megatron.checkpoint.dist_checkpoint import sharded_training_state
+from eaopd_megatron.checkpoint.hf_export import export_hf, gather_hf_tensors
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.checkpoint.store import CheckpointStore
@@ -70,7 +70,7 @@ def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: di
         gradients = {name: getattr(p, "main_grad") for name, p in model.global_parameters().items()}  # noqa: B009
         theirs = {name[5:]: gradient for name, gradient in expected.items() if name.startswith("grad.")}
         seen = set()
-        for name, gradient in gather_hf(gradients, source, parallel):
+        for name, gradient in gather_hf_tensors(gradients, source, parallel):
             close(gradient, theirs[name], f"gradient of {name}")
             seen.add(name)
         assert seen == (theirs.keys() if parallel.is_main else set())
@@ -212,9 +212,9 @@ def check_step_folder(group: dist.ProcessGroup, folder: str, out: str) -> None:
 
         def companions(step: Path) -> None:
             (step / "hf").mkdir()
-            source.copy_companions(step / "hf")
+            source.copy_config_and_tokenizer(step / "hf")
 
-        CheckpointStore(Path(out), 1).save(7, training_state(model, optimizer), {}, companions, parallel)
+        CheckpointStore(Path(out), 1).save(7, sharded_training_state(model, optimizer), {}, companions, parallel)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from eaopd_megatron.checkpoint.dist_checkpoint import restore, training_state
+from eaopd_megatron.checkpoint.dist_checkpoint import load_training_state, sharded_training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.data.packing import collate
@@ -75,7 +75,7 @@ def check_resume_elsewhere(
             gradients = gradients_of(f"{hf}/gradient", parallel)
             if number == 0:
                 _drive(trainer, range(2), gradients, norms)
-                state = training_state(trainer.model, trainer.optimizer)
+                state = sharded_training_state(trainer.model, trainer.optimizer)
                 checkpoints.save(2, state, {}, None, parallel)
                 continue
             with torch.no_grad():
@@ -83,8 +83,8 @@ def check_resume_elsewhere(
                     parameter.fill_(7.0)  # nothing may be left of what was there
             path = checkpoints.latest()
             assert path is not None
-            wanted = training_state(trainer.model, trainer.optimizer, loading=True)
-            restore(trainer.model, trainer.optimizer, checkpoints.load_sharded(path, wanted, parallel))
+            wanted = sharded_training_state(trainer.model, trainer.optimizer, loading=True)
+            load_training_state(trainer.model, trainer.optimizer, checkpoints.load_sharded(path, wanted, parallel))
             _drive(trainer, range(2, 4), gradients, norms)
             _same(trainer.whole(), weights, 1e-6 if precision == "fp32" else 8e-3)
 
@@ -99,7 +99,7 @@ def check_losses_go_on_elsewhere(
         if parallel is not None:
             trainer = Trainer(hf, parallel, eps=1e-5, **before["options"])
             trainer.train(LEARNING_RATES[:2])
-            checkpoints.save(2, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+            checkpoints.save(2, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel)
             figures = trainer.train(LEARNING_RATES[2:])
             weights = trainer.whole()
             if parallel.is_main:
@@ -109,8 +109,8 @@ def check_losses_go_on_elsewhere(
             trainer = Trainer(hf, parallel, eps=1e-5, **after["options"])
             path = checkpoints.latest()
             assert path is not None
-            wanted = training_state(trainer.model, trainer.optimizer, loading=True)
-            restore(trainer.model, trainer.optimizer, checkpoints.load_sharded(path, wanted, parallel))
+            wanted = sharded_training_state(trainer.model, trainer.optimizer, loading=True)
+            load_training_state(trainer.model, trainer.optimizer, checkpoints.load_sharded(path, wanted, parallel))
             figures, weights = torch.load(kept)
             for ours, theirs in zip(trainer.train(LEARNING_RATES[2:]), figures, strict=True):
                 assert all(abs(a - b) <= 1e-6 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
@@ -163,7 +163,7 @@ def check_memory_is_lent(
                 _same(trainer.whole(), before, 0.0)  # a server is given the weights meanwhile
                 assert _held(trainer) == 0, options
                 with pytest.raises(RuntimeError, match="states are released"):  # freed memory would be written down
-                    training_state(trainer.model, trainer.optimizer)
+                    sharded_training_state(trainer.model, trainer.optimizer)
                 memory.resume()
                 memory.resume()
                 assert _held(trainer) > 0
@@ -259,9 +259,9 @@ def check_extra_state(group: Any, folder: str, hf: str) -> None:
     with world(f"{folder}/before", 2, ParallelLayout(pipeline_parallel=2)) as parallel:
         if parallel is not None:
             trainer = Trainer(hf, parallel)
-            paths[False].save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+            paths[False].save(1, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel)
             _as_engine(trainer, 10 + parallel.pp_rank)
-            paths[True].save(1, training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+            paths[True].save(1, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel)
     with world(f"{folder}/after", 2, ParallelLayout(2)) as parallel:
         if parallel is not None:
             for saved, loading, expected in ((True, True, [10, 11]), (False, True, [0, 1]), (True, False, [])):
@@ -272,8 +272,8 @@ def check_extra_state(group: Any, folder: str, hf: str) -> None:
                         parameter.fill_(7.0)
                 path = paths[saved].latest()
                 assert path is not None
-                wanted = training_state(trainer.model, trainer.optimizer, loading=True)
-                restore(trainer.model, trainer.optimizer, paths[saved].load_sharded(path, wanted, parallel))
+                wanted = sharded_training_state(trainer.model, trainer.optimizer, loading=True)
+                load_training_state(trainer.model, trainer.optimizer, paths[saved].load_sharded(path, wanted, parallel))
                 assert [int(attention.blob) for attention in attentions] == expected
                 _same(trainer.whole(), tensors(hf), 0.0)
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from eaopd_megatron.checkpoint.hf_export import gather_hf
+from eaopd_megatron.checkpoint.hf_export import gather_hf_tensors
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.data.packing import collate
@@ -29,8 +29,8 @@ from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import Teacher, TeacherSignal
 from eaopd_megatron.teacher.router import Teachers
-from eaopd_megatron.training.metrics import Averages
-from eaopd_megatron.training.step import Student
+from eaopd_megatron.training.metric_accumulator import MetricAccumulator
+from eaopd_megatron.training.step import StudentTrainer
 from tests.distributed.arranged import arranged
 from tests.tiny_models import on_disk
 
@@ -146,7 +146,7 @@ class Built:
     folder: HfFolder
     vocab_size: int
     model: ModelChunks
-    learner: Student
+    learner: StudentTrainer
     scorer: Teachers
 
     def teacher_models(self) -> list[ModelChunks]:
@@ -155,7 +155,7 @@ class Built:
     def gradients(self, parallel: Parallel) -> dict[str, torch.Tensor]:
         """The last update's, clipped, under transformers' names on the first rank. Collective."""
         buffers = {name: getattr(p, "main_grad") for name, p in self.model.global_parameters().items()}  # noqa: B009
-        return {name: tensor.clone() for name, tensor in gather_hf(buffers, self.folder, parallel)}
+        return {name: tensor.clone() for name, tensor in gather_hf_tensors(buffers, self.folder, parallel)}
 
 
 Elsewhere = Callable[[HfFolder, HfFolder, Parallel], Teacher]
@@ -183,7 +183,7 @@ def built(
     )
     vocab_size = min(one.vocab_size for one in (folder, *teacher_folders))
     common: dict[str, Any] = {"vocab_size": vocab_size, "budget": budget}
-    learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
+    learner = StudentTrainer(ddp, optimizer, parallel, failures_folder=Path("unused"), **common)
     common |= {"signal": signal, "top_k": objective.top_k, "terminal": TerminalMap("none", -1, -1), "offload": offload}
     scorers: dict[str, Teacher] = {}
     for name, teacher_folder, teacher_layout in zip(teachers, teacher_folders, layouts, strict=True):
@@ -225,7 +225,7 @@ def trained(
     found: dict[str, float] = {}
     gradients: dict[str, torch.Tensor] = {}
     for update, rate in enumerate(RATES):
-        averages = Averages()
+        averages = MetricAccumulator()
         batch = [s for s in mine if s.index // MINI == update]
         options: dict[str, Any] = {"learning_rate": rate, "importance_clip": 2.0, "update": update}
         learner.update(batch, scorer, objective=objective, metrics=averages, **options)
@@ -241,7 +241,9 @@ def trained(
             away = [parameter.untyped_storage().nbytes() == 0 for parameter in teacher_model.parameters()]
             assert all(away) if offload else not any(away)
     scorer.close()
-    return Trained(dict(gather_hf(dict(made.model.global_parameters()), made.folder, parallel)), gradients, found)
+    return Trained(
+        dict(gather_hf_tensors(dict(made.model.global_parameters()), made.folder, parallel)), gradients, found
+    )
 
 
 def compare(found: Trained, expected: Trained, what: str) -> None:
@@ -310,7 +312,7 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
                     ddp, lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0, precision="fp32"
                 )
                 common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": 9}
-                learner = Student(ddp, optimizer, parallel, failures=Path("unused"), **common)
+                learner = StudentTrainer(ddp, optimizer, parallel, failures_folder=Path("unused"), **common)
                 terminal = TerminalMap("none", -1, -1)
                 scorer = Teachers(
                     {
@@ -325,7 +327,7 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
                     sample.old_logprobs, sample.teacher_signal = None, {}
                 scorer.ask(mine)
                 learner.recompute_old_logprobs(mine)
-                averages = Averages()
+                averages = MetricAccumulator()
                 options: dict[str, Any] = {"learning_rate": 1e-3, "importance_clip": 2.0, "update": 0}
                 learner.update(mine, scorer, objective=Objective.preset("eopd"), metrics=averages, **options)
                 norm = averages.reduce(dist.group.WORLD)["optimizer/grad_norm"]
@@ -373,7 +375,7 @@ def check_a_packed_sequence_sees_no_other(group: dist.ProcessGroup, student: str
                 seen.append(loss_on_rows(ddp, batch, mine))
                 megatron_optimizer.finish_gradients(ddp, torch.ones(1))
                 buffers = {name: getattr(p, "main_grad") for name, p in model.global_parameters().items()}  # noqa: B009
-                gradient = dict(gather_hf(buffers, folder, parallel)).get("model.embed_tokens.weight")
+                gradient = dict(gather_hf_tensors(buffers, folder, parallel)).get("model.embed_tokens.weight")
                 if gradient is not None:
                     assert gradient.any(1).nonzero().flatten().tolist() == [5, 6, 7, 8], layout
             assert torch.equal(*seen), layout

@@ -19,10 +19,10 @@ from eaopd_megatron.config import schema as tree
 from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
-from eaopd_megatron.rollout.weight_sync import distributed
-from eaopd_megatron.rollout.weight_sync import sync as module
-from eaopd_megatron.rollout.weight_sync.sync import WeightSync
-from eaopd_megatron.rollout.weight_sync.transport import Run
+from eaopd_megatron.rollout.weight_sync import distributed_transport as distributed
+from eaopd_megatron.rollout.weight_sync import updater as module
+from eaopd_megatron.rollout.weight_sync.transport import RunCoroutine
+from eaopd_megatron.rollout.weight_sync.updater import WeightUpdater
 from eaopd_megatron.serving.client import SGLangClient, Timeouts
 from tests.distributed.arranged import arranged
 from tests.sglang.processes import DoubleProcess, in_a_loop
@@ -38,8 +38,8 @@ class Trainer:
     parallel: Parallel
     source: HfFolder
     model: ModelChunks
-    sync: WeightSync
-    run: Run | None
+    sync: WeightUpdater
+    run: RunCoroutine | None
     clients: list[SGLangClient]
     scale: float = 1.0
 
@@ -86,8 +86,8 @@ def trainer(
         patience = Timeouts(health=2.0, control=2.0 if key is None else 60.0)
         clients = [SGLangClient(url, api_key=key, timeouts=patience) for url in urls] if parallel.is_main else []
         settings = tree.WeightSyncConfig(**{"timeout_seconds": 20.0, **options})
-        stack.enter_context(mock.patch.object(module, "capacity", return_value=BUCKET))
-        sync = WeightSync(model, source, parallel, settings, Path(scratch), run, report=lambda line: None)
+        stack.enter_context(mock.patch.object(module, "bucket_capacity", return_value=BUCKET))
+        sync = WeightUpdater(model, source, parallel, settings, Path(scratch), run, report=lambda line: None)
         yield Trainer(parallel, source, model, sync, run, clients)
         sync.close()
         for client in clients:
@@ -106,12 +106,12 @@ def check_arrives(
 ) -> None:
     """large: bytes from which on a tensor is broadcast by itself."""
     with (
-        mock.patch.object(distributed, "LARGE", large),
+        mock.patch.object(distributed, "LARGE_TENSOR_BYTES", large),
         trainer(folder, layout, scratch, urls, transport=transport) as one,
     ):
         for version, factor in ((1, 2.0), (2, 0.5)):
             one.train(factor)
-            assert one.sync.push(version, one.clients) == {}
+            assert one.sync.update(version, one.clients) == {}
             one.check(version)
 
 
@@ -122,20 +122,20 @@ def check_death_in_an_update(group: dist.ProcessGroup, folder: str, scratch: str
             victim = stack.enter_context(DoubleProcess())
             urls = [*urls, victim.url]
         one = stack.enter_context(trainer(folder, layout, scratch, urls))
-        assert one.sync.push(1, one.clients) == {}
+        assert one.sync.update(1, one.clients) == {}
         one.train(2.0)
         one.fault(-1, update="die", update_in=2)
-        failed = one.sync.push(2, one.clients)
+        failed = one.sync.update(2, one.clients)
         one.check(2, one.clients[:-1])
         if one.parallel.is_main:
             assert list(failed) == [one.clients[-1]] and "dropped" in failed[one.clients[-1]], failed
             victim.wait()
             one.sync.forget(one.clients[-1])
             victim.start()
-        assert one.sync.refresh(2, one.clients[-1:]) == {}
+        assert one.sync.update_from_disk(2, one.clients[-1:]) == {}
         one.check(2, one.clients[-1:])
         one.train(2.0)
-        assert one.sync.push(3, one.clients) == {}
+        assert one.sync.update(3, one.clients) == {}
         one.check(3)
 
 
@@ -147,7 +147,7 @@ def check_update_breaks_off(
         one.fault(0, update=fault, update_in=2)
         for version in (1, 2):
             one.train(2.0)
-            assert one.sync.push(version, one.clients) == {}
+            assert one.sync.update(version, one.clients) == {}
             one.check(version)
             if one.parallel.is_main:  # who removes it at the end
                 assert Path(scratch, "version_1").exists(), "the folder was not needed"
@@ -159,7 +159,7 @@ def check_no_server_answers(group: dist.ProcessGroup, folder: str, scratch: str,
             urls = [stack.enter_context(DoubleProcess()).url, *urls]
         one = stack.enter_context(trainer(folder, {"tensor_parallel": 4}, scratch, urls, timeout_seconds=2.0))
         one.fault(0, mute=True)
-        failed = one.sync.push(1, one.clients)
+        failed = one.sync.update(1, one.clients)
         one.check(1, one.clients[1:])
         if one.parallel.is_main:
             assert failed == {one.clients[0]: "no answer to /pause_generation within 2 s"}, failed
@@ -167,13 +167,13 @@ def check_no_server_answers(group: dist.ProcessGroup, folder: str, scratch: str,
 
 def check_folder_is_written_once(group: dist.ProcessGroup, folder: str, scratch: str, urls: list[str]) -> None:
     with trainer(folder, {"tensor_parallel": 2, "pipeline_parallel": 2}, scratch, urls) as one:
-        with mock.patch.object(module, "gather_hf", side_effect=module.gather_hf) as gathers:
+        with mock.patch.object(module, "gather_hf_tensors", side_effect=module.gather_hf_tensors) as gathers:
             for client in [*one.clients, *one.clients] if one.parallel.is_main else [None] * 2 * len(urls):
-                assert one.sync.refresh(1, [client] if client else []) == {}
+                assert one.sync.update_from_disk(1, [client] if client else []) == {}
             assert gathers.call_count == 1
             one.check(1)
             one.train(2.0)
-            assert one.sync.refresh(2, one.clients) == {}
+            assert one.sync.update_from_disk(2, one.clients) == {}
             assert gathers.call_count == 2
             one.check(2)
         dist.barrier()
@@ -186,12 +186,12 @@ def check_error_of_the_main_rank(group: dist.ProcessGroup, folder: str, scratch:
     with trainer(folder, {"tensor_parallel": 2, "pipeline_parallel": 2}, f"{folder}/config.json/x", urls) as one:
         for version in (1, 2):
             try:
-                one.sync.refresh(version, one.clients)
+                one.sync.update_from_disk(version, one.clients)
             except UserError as error:
                 assert "writing failed" in str(error), error
             else:
                 raise AssertionError("it was written into a file")
-        assert one.sync.push(3, one.clients) == {}
+        assert one.sync.update(3, one.clients) == {}
         one.check(3)
 
 
@@ -206,7 +206,7 @@ def check_checksums(group: dist.ProcessGroup, folder: str, scratch: str, urls: l
             for number, checksum in enumerate(checksums):
                 one.fault(number, checksum=checksum)
             try:
-                assert one.sync.push(1, one.clients) == {} and not error
+                assert one.sync.update(1, one.clients) == {} and not error
             except UserError as refusal:
                 assert error and error in str(refusal), refusal
 
@@ -226,12 +226,12 @@ def check_log_probs(
         "logprob_start_len": 0,
     }
     with (
-        mock.patch.object(distributed, "LARGE", large),
+        mock.patch.object(distributed, "LARGE_TENSOR_BYTES", large),
         trainer(folder, layout, scratch, [url], key, transport=transport) as one,
     ):
         for version, factor in ((1, 1.25), (2, 0.5)):
             one.train(factor)
-            assert one.sync.push(version, one.clients) == {}
+            assert one.sync.update(version, one.clients) == {}
             if not one.parallel.is_main:
                 continue
             assert one.call(one.clients[0], "GET", "/model_info")["weight_version"] == str(version)

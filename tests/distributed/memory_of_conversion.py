@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eaopd_megatron.checkpoint.convert import one_process
+from eaopd_megatron.checkpoint.convert import single_process_group
 from eaopd_megatron.checkpoint.hf_export import export_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
@@ -52,7 +52,7 @@ def main(source: str, out: str, naive: bool) -> None:
     opened = HfFolder.open(source)
     folder = WholeFolder(opened.path, opened.name, opened.config, opened.family) if naive else opened
     bytes_of = [math.prod(folder.shape(name)) * folder.dtype.itemsize for name in folder.names()]
-    with one_process() as parallel:
+    with single_process_group() as parallel:
         model = build_model(folder.config, parallel.layout, folder.dtype)
         found = {"model": sum(bytes_of), "largest": max(bytes_of)}
         found["import"] = growth(lambda: load_hf(model, folder, parallel))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, TensorWriter
+from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor, TensorWriter
 from eaopd_megatron.models.registry import FAMILIES
 from tests.ranks import ROOT
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eaopd_megatron.launch import local as launch
+from eaopd_megatron.launch import local_ranks as launch
 from tests import tiny_models
 from tests.ranks import ROOT, Ranks
 
@@ -229,7 +229,7 @@ def test_an_import_starts_as_many_ranks_as_its_layout_needs(
         started.append(count)
         return 0
 
-    monkeypatch.setattr(launch, "launch", start)
+    monkeypatch.setattr(launch, "launch_ranks", start)
     options = [word for kind, size in sizes.items() for word in (f"--{kind}-parallel", str(size))]
     assert main_of("hf_to_mcore")(["--hf", str(folders["tied"]), "--out", str(tmp_path / "out"), *options]) == 0
     assert started == [ranks]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.optimizer import ChainedOptimizer
 
-from eaopd_megatron.checkpoint.hf_export import gather_hf
+from eaopd_megatron.checkpoint.hf_export import gather_hf_tensors
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.data.types import Prompt, Sample
@@ -129,7 +129,7 @@ class Trainer:
     def whole(self) -> dict[str, torch.Tensor]:
         """The weights under transformers' names on the first rank. Collective."""
         parameters: dict[str, torch.Tensor] = dict(self.model.global_parameters())
-        return {name: tensor.clone() for name, tensor in gather_hf(parameters, self.folder, self.parallel)}
+        return {name: tensor.clone() for name, tensor in gather_hf_tensors(parameters, self.folder, self.parallel)}
 
 
 def sample_of(ids: list[int]) -> Sample:

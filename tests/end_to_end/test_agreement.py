@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eaopd_megatron.diagnostics.eos_check import check_agreement
+from eaopd_megatron.diagnostics.eos_check import check_eos
 from tests.other_end import RECIPE, teacher_with_another_end
 
 
@@ -26,7 +26,7 @@ def test_a_pair_that_does_not_agree_is_trained(
         f"run.folder={run}",
         "teacher.terminal_map=none",
     ]
-    assert check_agreement(str(RECIPE), changes) == 1
+    assert check_eos(str(RECIPE), changes) == 1
     *_, verdict = capfd.readouterr().out.splitlines()
     assert verdict.endswith("set teacher.terminal_map=swap: the teacher ends with 111 '<|unknown|>'")
     assert not run.exists() and not list(scratch.glob("eaopd-*"))

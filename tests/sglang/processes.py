@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from eaopd_megatron.rollout.weight_sync.transport import Run
+from eaopd_megatron.rollout.weight_sync.transport import RunCoroutine
 from tests.ranks import ROOT
 
 
 @contextmanager
-def in_a_loop() -> Iterator[Run]:
+def in_a_loop() -> Iterator[RunCoroutine]:
     """A function that runs coroutines in the event loop of another thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)

@@ -15,7 +15,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.rollout.sglang.identity import LogprobProbe, verify_server
 from eaopd_megatron.rollout.sglang.server_manager import MAX_RESTARTS, ServerManager
-from eaopd_megatron.rollout.weight_sync.session import Session
+from eaopd_megatron.rollout.weight_sync.session import UpdateSession
 from eaopd_megatron.serving.client import Busy, ServerGone, SGLangClient
 from eaopd_megatron.serving.pool import NotYet
 from tests.sglang.double import Double
@@ -70,7 +70,7 @@ def test_a_server_that_a_killed_trainer_left_paused_is_waited_for(tmp_path: Path
     async def work() -> None:
         async with Double() as double:
             client = SGLangClient(double.url, timeouts=replace(QUICK, control=0.3))
-            await Session(5.0).begin(client)
+            await UpdateSession(5.0).begin_update(client)
             double.session = in_session
             keeper.clients = [client]
             await keeper._identify_all()
@@ -90,7 +90,7 @@ def test_a_server_is_continued_in_the_middle_of_an_update(tmp_path: Path) -> Non
     async def work() -> None:
         async with Double() as double:
             client = SGLangClient(double.url, timeouts=replace(QUICK, control=0.3))
-            await Session(5.0).begin(client)
+            await UpdateSession(5.0).begin_update(client)
             with pytest.raises(Busy, match="is paused and waits for the student's weights"):
                 await keeper._admit_server(client)
             assert double.paused and double.session and keeper.outdated() == [client]
@@ -131,7 +131,7 @@ def test_a_server_that_is_paused_while_it_is_identified_is_waited_for_like_a_res
     async def work() -> None:
         async with Double() as double:
             client = Late(double.url, timeouts=replace(QUICK, control=0.3))
-            await Session(5.0).begin(client)
+            await UpdateSession(5.0).begin_update(client)
             with pytest.raises(ServerGone):
                 await verify_server(client, EXPECTED)
             await client.close()

@@ -17,15 +17,21 @@ from torch.distributed import distributed_c10d
 from torch.multiprocessing import reductions
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.weight_sync import tensor as in_request
-from eaopd_megatron.rollout.weight_sync.distributed import ERROR_HANDLING, UpdateGroup, own_address
-from eaopd_megatron.rollout.weight_sync.session import Session
-from eaopd_megatron.rollout.weight_sync.transport import GATHERED_COPIES, Bucket, Placed, buckets, capacity
+from eaopd_megatron.rollout.weight_sync import local_transports as in_request
+from eaopd_megatron.rollout.weight_sync.distributed_transport import ERROR_HANDLING, UpdateGroup, local_address_towards
+from eaopd_megatron.rollout.weight_sync.session import UpdateSession
+from eaopd_megatron.rollout.weight_sync.transport import (
+    GATHERED_COPIES,
+    Bucket,
+    TensorSpec,
+    bucket_capacity,
+    pack_buckets,
+)
 from eaopd_megatron.serving.client import Busy, SGLangClient
 from tests.sglang.double import Double
 from tests.sglang.processes import in_a_loop
 
-SESSION = Session(seconds=5.0)
+SESSION = UpdateSession(seconds=5.0)
 
 
 def some(*sizes: int, dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.Tensor]]:
@@ -39,7 +45,7 @@ def test_a_bucket_is_written_while_it_is_sent() -> None:
     taken: dict[str, torch.Tensor] = {}
     memory = set()
     before: tuple[Bucket, dict[str, torch.Tensor]] | None = None
-    for bucket in buckets(iter(given), 20):
+    for bucket in pack_buckets(iter(given), 20):
         assert bucket.data.nbytes <= 20 and bucket.data.dtype == torch.uint8
         memory.add(bucket.data.data_ptr())
         if before is not None:
@@ -53,25 +59,25 @@ def test_a_bucket_is_written_while_it_is_sent() -> None:
 
 def test_a_tensor_greater_than_a_bucket_is_cut_or_copied() -> None:
     given = some(2, 9, 3)
-    found = list(buckets(iter(given), 20))
-    assert [[one.name for one in bucket.placed] for bucket in found] == [[name] for name, _ in given]
+    found = list(pack_buckets(iter(given), 20))
+    assert [[one.name for one in bucket.specs] for bucket in found] == [[name] for name, _ in given]
     assert found[1].data.data_ptr() == given[1][1].data_ptr()
-    assert found[1].placed == [Placed(given[1][0], torch.float32, (1, 9))]
+    assert found[1].specs == [TensorSpec(given[1][0], torch.float32, (1, 9))]
 
 
 def test_a_tensor_does_not_lie_where_its_dtype_can_be_read() -> None:
     """A server reads a tensor where the one before it ends."""
     given = [*some(3, dtype=torch.bfloat16), *some(2), *some(1, 1, dtype=torch.bfloat16)[1:]]
-    found = list(buckets(iter(given), 100))
-    assert [len(bucket.placed) for bucket in found] == [1, 2]
+    found = list(pack_buckets(iter(given), 100))
+    assert [len(bucket.specs) for bucket in found] == [1, 2]
     taken = {name: view for bucket in found for name, view in bucket.tensors()}
     assert all(torch.equal(taken[name], tensor) for name, tensor in given)
 
 
 def test_gathering_is_left_out_of_the_memory_of_two_buckets() -> None:
-    room = capacity(1000, [10, 100, 5000])
+    room = bucket_capacity(1000, [10, 100, 5000])
     assert 2 * room + GATHERED_COPIES * 100 == 2000
-    assert capacity(1000, [5000]) == 1000
+    assert bucket_capacity(1000, [5000]) == 1000
 
 
 def test_torch_has_moved_what_update_groups_are_made_of() -> None:
@@ -114,7 +120,7 @@ def test_a_server_that_never_comes_is_waited_for_without_end() -> None:
 
 
 def test_a_server_is_told_an_address_that_it_cannot_reach() -> None:
-    assert own_address("http://127.0.0.1:30000") == "127.0.0.1"
+    assert local_address_towards("http://127.0.0.1:30000") == "127.0.0.1"
 
 
 def test_an_address_of_another_host_is_a_traceback() -> None:
@@ -123,8 +129,8 @@ def test_an_address_of_another_host_is_a_traceback() -> None:
 
 
 def test_each_tensor_of_a_request_brings_its_bucket_along() -> None:
-    (bucket,) = buckets(iter(some(1000, 1000, 1000)), 12_000)
-    text = in_request.serialized(bucket)
+    (bucket,) = pack_buckets(iter(some(1000, 1000, 1000)), 12_000)
+    text = in_request.serialize_bucket(bucket)
     assert len(text) < 1.4 * 12_000 + 3000
     found = dict(pickle.loads(base64.b64decode(text)))
     assert all(torch.equal(found[name], tensor) for name, tensor in some(1000, 1000, 1000))
@@ -157,10 +163,10 @@ def a_server() -> Iterator[Callable[[Work], Any]]:
 def test_an_update_that_broke_off_blocks_the_next() -> None:
     async def work(double: Double, client: SGLangClient) -> None:
         for version in ("1", "2"):
-            await SESSION.begin(client)
+            await SESSION.begin_update(client)
             assert double.paused and double.session
-            await SESSION.begin(client)  # the other one broke off
-            await SESSION.end(client, version)
+            await SESSION.begin_update(client)  # the other one broke off
+            await SESSION.end_update(client, version)
             assert (double.weight_version, double.paused, double.session) == (version, False, False)
 
     with a_server() as served:
@@ -170,9 +176,9 @@ def test_an_update_that_broke_off_blocks_the_next() -> None:
 def test_another_version_than_was_sent_passes() -> None:
     async def work(double: Double, client: SGLangClient) -> None:
         double._post_update_weight_version = lambda body: {}  # type: ignore[method-assign]
-        await SESSION.begin(client)
+        await SESSION.begin_update(client)
         with pytest.raises(UserError, match="it has weights '0' after an update to '5'"):
-            await SESSION.end(client, "5")
+            await SESSION.end_update(client, "5")
 
     with a_server() as served:
         served(work)
@@ -188,7 +194,7 @@ def test_a_bucket_is_sent_twice_to_a_busy_server() -> None:
 
         double._post_begin_weight_update = fail  # type: ignore[method-assign, assignment]
         with pytest.raises(Busy):
-            await SESSION.begin(client)
+            await SESSION.begin_update(client)
         assert said == ["once"]
 
     with a_server() as served:
@@ -197,11 +203,11 @@ def test_a_bucket_is_sent_twice_to_a_busy_server() -> None:
 
 def test_a_server_of_data_parallel_ranks_is_sent_tensors() -> None:
     async def work(double: Double, client: SGLangClient) -> None:
-        assert await SESSION.ranks(client) == 1
+        assert await SESSION.tp_size(client) == 1
         info = double._server_info()
         double._server_info = lambda: {**info, "dp_size": 2}  # type: ignore[method-assign]
         with pytest.raises(UserError, match=r"has dp_size 2, which takes weight_sync\.transport=disk"):
-            await SESSION.ranks(client)
+            await SESSION.tp_size(client)
 
     with a_server() as served:
         served(work)

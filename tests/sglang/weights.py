@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.rendezvous import rendezvous
 
-from eaopd_megatron.rollout.weight_sync import distributed as group
+from eaopd_megatron.rollout.weight_sync import distributed_transport as group
 
 SECONDS = 60.0
 """Limit on an operation of a group."""
@@ -41,7 +41,7 @@ class Receiver:
         rank, world_size, name = body["rank_offset"], body["world_size"], body["group_name"]
         try:
             store, _, _ = next(rendezvous(address, rank, world_size, timeout=timedelta(seconds=SECONDS)))
-            self._groups[name] = group.join(store, name, rank, world_size, body["backend"], SECONDS)
+            self._groups[name] = group.join_process_group(store, name, rank, world_size, body["backend"], SECONDS)
         except RuntimeError as error:
             return f"Failed to initialize custom process group: {error}."
         return None

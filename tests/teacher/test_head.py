@@ -10,7 +10,7 @@ import torch
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_output_head
-from eaopd_megatron.checkpoint.tensor_files import StoredTensor
+from eaopd_megatron.checkpoint.safetensors_io import LazyTensor
 from eaopd_megatron.errors import UserError
 from tests import tiny_models
 
@@ -50,13 +50,13 @@ def test_the_students_stop_keeps_its_row(teacher: tuple[HfFolder, torch.Tensor])
 def test_the_whole_model_is_read(teacher: tuple[HfFolder, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = teacher
     read: list[tuple[str, int]] = []
-    rows = StoredTensor._rows
+    rows = LazyTensor._rows
 
-    def counted(self: StoredTensor, start: int, end: int) -> torch.Tensor:
-        read.append((next(n for n, place in folder.files.places.items() if place is self.place), end - start))
+    def counted(self: LazyTensor, start: int, end: int) -> torch.Tensor:
+        read.append((next(n for n, place in folder.files.locations.items() if place is self.place), end - start))
         return rows(self, start, end)
 
-    monkeypatch.setattr(StoredTensor, "_rows", counted)
+    monkeypatch.setattr(LazyTensor, "_rows", counted)
     load_output_head(folder, tp_rank=0, tp_size=2, rows=112, vocab_size=112)
     name = "model.embed_tokens.weight" if folder.config.tie_word_embeddings else "lm_head.weight"
     assert read == [(name, 112)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eaopd_megatron.diagnostics.eos_check import Agreement
+from eaopd_megatron.diagnostics.eos_check import EosCheckResult
 
 TEXTS = ["<a>", "<b>", "<c>"]
 NAN = math.nan
@@ -24,7 +24,7 @@ def said(**changes: Any) -> tuple[bool, list[str]]:
         "prompts": 4,
         "limit": 16,
     }
-    agreement = Agreement(**{**pair, "ends": [(0, -0.5, NAN), (0, -1.5, NAN)], **changes})
+    agreement = EosCheckResult(**{**pair, "ends": [(0, -0.5, NAN), (0, -1.5, NAN)], **changes})
     return agreement.disagrees, list(agreement.lines(TEXTS))
 
 

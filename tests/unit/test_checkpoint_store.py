@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from eaopd_megatron.checkpoint import store
-from eaopd_megatron.checkpoint.store import CheckpointStore, check_fingerprint, fingerprint
+from eaopd_megatron.checkpoint.store import CheckpointStore, check_config_fingerprint, config_fingerprint
 from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.errors import UserError
 
@@ -42,8 +42,8 @@ def one_file_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def write(folder: Path, state: dict[str, Any], parallel: Parallel, group: Any) -> None:
         (folder / "__0_0.distcp").write_bytes(state["weights"])
 
-    monkeypatch.setattr(store, "prepare_sharded", lambda state, parallel, copy: state)
-    monkeypatch.setattr(store, "write_sharded", write)
+    monkeypatch.setattr(store, "stage_sharded", lambda state, parallel, copy: state)
+    monkeypatch.setattr(store, "write_staged", write)
 
 
 def save(folder: Path, step: int, keep: int = 2, weights: bytes | None = None, background: bool = False) -> Path:
@@ -109,10 +109,10 @@ def test_killed_at_any_file_operation_leaves_whole_checkpoints(tmp_path: Path, s
         if not killed(point, folder, step, new, background):
             break
         checkpoints = CheckpointStore(folder, 2)
-        for path in checkpoints.complete():
+        for path in checkpoints.completed():
             checkpoints.verify(path)  # whatever can be seen is whole
         checkpoints.clean(ALONE)
-        assert names(folder) == [path.name for path in checkpoints.complete()]
+        assert names(folder) == [path.name for path in checkpoints.completed()]
         latest = checkpoints.latest()
         assert latest is not None
         checkpoints.verify(latest)
@@ -136,10 +136,10 @@ def test_background_save_is_seen_only_when_it_is_complete(tmp_path: Path) -> Non
     checkpoints = CheckpointStore(tmp_path, 2, background=True)
     path = checkpoints.save(1, {"weights": b"1"}, {}, late, ALONE)
     assert writing.wait(30)
-    assert checkpoints.complete() == []
+    assert checkpoints.completed() == []
     go.set()
     checkpoints.wait()
-    assert checkpoints.newest_whole(ALONE) == path
+    assert checkpoints.latest_valid(ALONE) == path
 
 
 def test_next_save_waits_for_the_one_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_next_save_waits_for_the_one_in_the_background(tmp_path: Path, monkeypat
         return state
 
     monkeypatch.setattr(checkpoints, "wait", let_go_and_wait)
-    monkeypatch.setattr(store, "prepare_sharded", prepare)
+    monkeypatch.setattr(store, "stage_sharded", prepare)
     checkpoints.save(2, {"weights": b"2"}, {}, None, ALONE)
     checkpoints.wait()
     assert order == ["first is written", "second begins"]
@@ -192,7 +192,7 @@ def test_damaged_checkpoint_set_aside_does_not_push_out_a_whole_one(tmp_path: Pa
     (tmp_path / "step_000003" / "state.json").unlink()
     said: list[str] = []
     checkpoints = CheckpointStore(tmp_path, 1)
-    assert checkpoints.newest_whole(ALONE, fall_back=True, say=said.append) == tmp_path / "step_000001"
+    assert checkpoints.latest_valid(ALONE, fall_back=True, log=said.append) == tmp_path / "step_000001"
     assert len(said) == 1
     save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["step_000002", "step_000003.damaged"]
@@ -252,7 +252,7 @@ def test_broken_manifest_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_new_run_has_nothing_to_go_on_from(tmp_path: Path) -> None:
-    assert CheckpointStore(tmp_path / "none", 2).newest_whole(ALONE) is None
+    assert CheckpointStore(tmp_path / "none", 2).latest_valid(ALONE) is None
 
 
 def test_folder_without_manifest_or_state_is_no_checkpoint(tmp_path: Path) -> None:
@@ -312,12 +312,12 @@ def test_checkpoint_of_another_model_is_refused_with_the_first_difference(tmp_pa
         vocab_size=112,
         tie_word_embeddings=True,
     )
-    expected = fingerprint(config)
+    expected = config_fingerprint(config)
     found = json.loads(json.dumps(expected))
-    check_fingerprint(expected, found, tmp_path)
+    check_config_fingerprint(expected, found, tmp_path)
     for name in expected:
         other = {**found, name: 0}
         with pytest.raises(
             UserError, match=f"{tmp_path}: a checkpoint of another model: its {name} is 0, .* {expected[name]}"
         ):
-            check_fingerprint(expected, other, tmp_path)
+            check_config_fingerprint(expected, other, tmp_path)

@@ -118,7 +118,7 @@ def test_train_starts_other_ranks_than_the_recipe_says(
         called.append((list(arguments), world_size, log_folder))
         return 5
 
-    monkeypatch.setattr("eaopd_megatron.launch.local.launch", launch)
+    monkeypatch.setattr("eaopd_megatron.launch.local_ranks.launch_ranks", launch)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert eaopd("train", "r.yaml", "seed=1", "student.data_parallel=2")[0] == 5
     assert called == [(["train", "r.yaml", "seed=1", "student.data_parallel=2"], 6, Path("runs/x/logs"))]
@@ -158,8 +158,8 @@ def test_doctor_forgets_the_machine_or_the_pair(
         called.append((recipe, overrides))
         return pair
 
-    monkeypatch.setattr("eaopd_megatron.diagnostics.machine.main", lambda: machine)
-    monkeypatch.setattr("eaopd_megatron.diagnostics.eos_check.check_agreement", check)
+    monkeypatch.setattr("eaopd_megatron.diagnostics.machine.check_machine", lambda: machine)
+    monkeypatch.setattr("eaopd_megatron.diagnostics.eos_check.check_eos", check)
     assert eaopd("doctor")[0] == machine and not called
     assert eaopd("doctor", "r.yaml", "seed=1")[0] == code
     assert called == [("r.yaml", ["seed=1"])]

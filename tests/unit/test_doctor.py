@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.diagnostics import machine as doctor
-from eaopd_megatron.diagnostics.machine import Facts, Finding, findings
+from eaopd_megatron.diagnostics.machine import Finding, MachineFacts, findings
 
-WELL = Facts(
+WELL = MachineFacts(
     python=(3, 11, 7),
     packages={
         "torch": "2.13.0+cpu",
@@ -37,17 +37,17 @@ GPU = replace(
 )
 
 
-def problems(facts: Facts) -> list[Finding]:
+def problems(facts: MachineFacts) -> list[Finding]:
     return [finding for finding in findings(facts) if finding.level == "problem"]
 
 
-def changed(facts: Facts, part: str, **values: Any) -> Facts:
+def changed(facts: MachineFacts, part: str, **values: Any) -> MachineFacts:
     changes: dict[str, Any] = {part: {**getattr(facts, part), **values}}
     return replace(facts, **changes)
 
 
 @pytest.mark.parametrize("facts", [WELL, GPU], ids=["cpu", "gpu"])
-def test_a_sound_machine_is_called_ill(facts: Facts) -> None:
+def test_a_sound_machine_is_called_ill(facts: MachineFacts) -> None:
     assert problems(facts) == []
 
 
@@ -75,7 +75,7 @@ def test_a_sound_machine_is_called_ill(facts: Facts) -> None:
         (replace(WELL, disk_free=2**30), "disk", "1.0 GiB free", "run.folder"),
     ],
 )
-def test_a_harmful_state_is_not_found(facts: Facts, subject: str, seen: str, remedy: str) -> None:
+def test_a_harmful_state_is_not_found(facts: MachineFacts, subject: str, seen: str, remedy: str) -> None:
     found = problems(facts)
     assert [finding.subject for finding in found] == [subject]
     assert seen in found[0].seen
@@ -105,7 +105,7 @@ def test_a_broken_torch_ends_in_a_traceback() -> None:
     ],
 )
 def test_an_import_that_dies_takes_the_doctor_with_it(monkeypatch: pytest.MonkeyPatch, program: str, said: str) -> None:
-    monkeypatch.setattr(doctor, "PROBE_SECONDS", 2)
+    monkeypatch.setattr(doctor, "_PROBE_SECONDS", 2)
     facts = doctor._probe([sys.executable, "-c", program])
     assert said in facts["probe_error"]
     found = problems(replace(WELL, probe=facts))
@@ -127,14 +127,14 @@ def test_this_environment_is_ill(capsys: pytest.CaptureFixture[str]) -> None:
 def test_exit_code_or_remedy_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    facts: Facts | None,
+    facts: MachineFacts | None,
     code: int,
     last: str,
     terminal: bool,
 ) -> None:
     monkeypatch.setattr(doctor, "gather", lambda: facts or changed(WELL, "packages", psutil=None))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    assert doctor.main() == code
+    assert doctor.check_machine() == code
     shown = capsys.readouterr().out
     assert shown.splitlines()[-1] == last
     assert "gloo" in shown

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer, common_vocab_size
-from eaopd_megatron.checkpoint.tensor_files import PlannedTensor, StoredTensor, TensorWriter
+from eaopd_megatron.checkpoint.safetensors_io import LazyTensor, PlannedTensor, TensorWriter
 from eaopd_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +115,7 @@ def test_sharded_and_single_files_give_the_same_tensors(tmp_path: Path, sharded:
 @pytest.mark.parametrize("block", [1, 50, 2**24])
 def test_parts_of_a_tensor_are_those_of_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Columns are read over blocks of rows, of which the last one is shorter."""
-    monkeypatch.setattr(StoredTensor, "BLOCK", block)
+    monkeypatch.setattr(LazyTensor, "BLOCK", block)
     whole, lazy = (
         load_file(folder / "model.safetensors")["lm_head.weight"],
         HfFolder.open(str(folder)).slice("lm_head.weight"),

@@ -18,8 +18,14 @@ import pytest
 from eaopd_megatron.config import StudentConfig
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.launch import local as launching
-from eaopd_megatron.launch.local import joined, joined_environment, launch, local_world_size, teacher_world_size
+from eaopd_megatron.launch import local_ranks as launching
+from eaopd_megatron.launch.local_ranks import (
+    is_started_rank,
+    launch_ranks,
+    rank_environment,
+    student_world_size,
+    teacher_world_size,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
@@ -40,12 +46,12 @@ def wait_for(name):
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs a worker's text, after HEAD, on some ranks in this process's launcher."""
-    monkeypatch.setattr(launching, "FAILURE_SECONDS", 1.0)
+    monkeypatch.setattr(launching, "FAILURE_GRACE_SECONDS", 1.0)
 
     def run(body: str, ranks: int = 2, logs: Path | None = tmp_path / "logs") -> int:
         worker = tmp_path / "worker.py"
         worker.write_text(HEAD + body)
-        return launch([str(tmp_path)], ranks, command=[sys.executable, str(worker)], log_folder=logs)
+        return launch_ranks([str(tmp_path)], ranks, command=[sys.executable, str(worker)], log_folder=logs)
 
     return run
 
@@ -281,12 +287,12 @@ SRUN = {
 
 
 def test_a_batch_script_or_a_lone_task_is_taken_for_a_rank() -> None:
-    assert joined(SRUN)
-    assert joined({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
-    assert not joined({})
-    assert not joined({"RANK": "0"})
-    assert not joined({**SRUN, "SLURM_NTASKS": "1"})
-    assert not joined({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"})
+    assert is_started_rank(SRUN)
+    assert is_started_rank({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    assert not is_started_rank({})
+    assert not is_started_rank({"RANK": "0"})
+    assert not is_started_rank({**SRUN, "SLURM_NTASKS": "1"})
+    assert not is_started_rank({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"})
 
 
 def test_srun_tasks_do_not_agree_where_to_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +300,7 @@ def test_srun_tasks_do_not_agree_where_to_meet(tmp_path: Path, monkeypatch: pyte
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = joined_environment(SRUN)
+    found = rank_environment(SRUN)
     assert {name: found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
         "RANK": "3",
         "WORLD_SIZE": "4",
@@ -303,23 +309,23 @@ def test_srun_tasks_do_not_agree_where_to_meet(tmp_path: Path, monkeypatch: pyte
     }
     port = found["MASTER_PORT"]
     assert 15000 <= int(port) < 30000
-    assert joined_environment({**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})["MASTER_PORT"] == port
-    assert joined_environment({**SRUN, "SLURM_STEP_ID": "3"})["MASTER_PORT"] != port
-    assert joined_environment({**SRUN, "SLURM_JOB_ID": "78"})["MASTER_PORT"] != port
-    given = joined_environment({**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "5"})
+    assert rank_environment({**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})["MASTER_PORT"] == port
+    assert rank_environment({**SRUN, "SLURM_STEP_ID": "3"})["MASTER_PORT"] != port
+    assert rank_environment({**SRUN, "SLURM_JOB_ID": "78"})["MASTER_PORT"] != port
+    given = rank_environment({**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "5"})
     assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("head", "5")
 
 
 def test_a_missing_scontrol_ends_in_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="set MASTER_ADDR"):
-        joined_environment(SRUN)
-    assert joined_environment({**SRUN, "SLURM_JOB_NODELIST": "n7"})["MASTER_ADDR"] == "n7"
+        rank_environment(SRUN)
+    assert rank_environment({**SRUN, "SLURM_JOB_NODELIST": "n7"})["MASTER_ADDR"] == "n7"
 
 
 def test_torchruns_variables_are_overwritten() -> None:
     given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert joined_environment({**SRUN, **given}) == given
+    assert rank_environment({**SRUN, **given}) == given
 
 
 @pytest.mark.parametrize(
@@ -331,7 +337,7 @@ def test_ranks_do_not_fill_the_devices(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: devices is not None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices or 0)
-    assert local_world_size(StudentConfig(model="m", tensor_parallel=tensor, data_parallel=data)) == ranks
+    assert student_world_size(StudentConfig(model="m", tensor_parallel=tensor, data_parallel=data)) == ranks
 
 
 @pytest.mark.parametrize(("devices", "ranks"), [(None, 4), (8, 8), (7, 4), (16, 16)])
@@ -340,7 +346,7 @@ def test_too_few_ranks_are_started_for_the_experts(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: devices is not None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices or 0)
-    assert local_world_size(StudentConfig(model="m", tensor_parallel=2, expert_parallel=4)) == ranks
+    assert student_world_size(StudentConfig(model="m", tensor_parallel=2, expert_parallel=4)) == ranks
 
 
 @pytest.mark.parametrize(("tensor", "data"), [(8, None), (2, 3)])
@@ -348,7 +354,7 @@ def test_more_ranks_than_devices_share_one(monkeypatch: pytest.MonkeyPatch, tens
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     with pytest.raises(UserError, match="more than the 4 GPUs of this host"):
-        local_world_size(StudentConfig(model="m", tensor_parallel=tensor, data_parallel=data))
+        student_world_size(StudentConfig(model="m", tensor_parallel=tensor, data_parallel=data))
 
 
 @pytest.mark.parametrize(

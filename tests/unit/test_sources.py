@@ -17,7 +17,7 @@ from eaopd_megatron.data.sources import Fields, load_problems, read_jsonl
 from eaopd_megatron.errors import RecipeError, UserError
 from eaopd_megatron.evaluation.benchmarks import BENCHMARKS, check_golds, load_benchmark
 from eaopd_megatron.evaluation.runner import Evaluator
-from eaopd_megatron.training.components import evaluator, training_problems
+from eaopd_megatron.training.components import build_evaluator, load_training_problems
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,14 +209,14 @@ def test_a_run_does_not_say_which_problems_it_left_out(tmp_path: Path) -> None:
     )
     recipe = load_recipe(tmp_path / "r.yaml")
     said: list[str] = []
-    kept = training_problems(recipe, tmp_path / "decontamination.json", said.append)
+    kept = load_training_problems(recipe, tmp_path / "decontamination.json", said.append)
     assert [problem["problem"] for problem in kept] == ["How many primes are below 10?"]
     assert said == [f"1 of 2 training problems are evaluation problems too: 1 {bench} (exact)"]
     report = json.loads((tmp_path / "decontamination.json").read_text())
     assert (report["problems"], report["left_out"], report["matches"][0]["id"]) == (2, 1, "0")
     with pytest.raises(UserError, match="leaves nothing"):
         jsonl(tmp_path / "train.jsonl", {"question": PASSAGE})
-        training_problems(recipe, None, said.append)
+        load_training_problems(recipe, None, said.append)
 
 
 # Templates
@@ -263,7 +263,7 @@ def evaluated(tmp_path: Path, positions: int, *names: str) -> tuple[Evaluator, l
     rollout: Any = None
     said: list[str] = []
     recipe = load_recipe(tmp_path / "r.yaml")
-    return evaluator(recipe, parallel, rollout, student, small_tokenizer(), (), said.append), said
+    return build_evaluator(recipe, parallel, rollout, student, small_tokenizer(), (), said.append), said
 
 
 def test_a_problem_longer_than_training_prompts_is_not_evaluated(tmp_path: Path) -> None:

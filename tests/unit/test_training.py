@@ -20,19 +20,19 @@ from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
 from eaopd_megatron.rollout.local import draw
 from eaopd_megatron.teacher.build import layouts_of
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.training.metrics import Averages
-from eaopd_megatron.training.profiling import ProfilerWindow, Throughput
-from eaopd_megatron.training.schedule import ObjectiveSchedule, Schedule
+from eaopd_megatron.training.metric_accumulator import MetricAccumulator
+from eaopd_megatron.training.profiling import ProfilerWindow, ThroughputMeter
+from eaopd_megatron.training.schedule import LearningRateSchedule, ObjectiveSchedule
 
 
 def test_the_learning_rate_depends_on_completed_updates_alone() -> None:
-    schedule = Schedule(peak=1.0, total=110, warmup=10, floor=0.1)
+    schedule = LearningRateSchedule(peak=1.0, total=110, warmup=10, floor=0.1)
     assert schedule(0) == pytest.approx(0.1)  # the first update is not lost to a rate of 0
     assert schedule(9) == schedule(10) == 1.0
     assert schedule(60) == pytest.approx(0.1 + 0.9 * 0.5)
     assert schedule(110) == schedule(500) == pytest.approx(0.1)
-    assert Schedule(1.0, 100, "linear")(25) == 0.75
-    assert Schedule(1.0, 100, "constant", warmup=4)(77) == 1.0
+    assert LearningRateSchedule(1.0, 100, "linear")(25) == 0.75
+    assert LearningRateSchedule(1.0, 100, "constant", warmup=4)(77) == 1.0
     assert schedule(60) == schedule(60)
 
 
@@ -117,14 +117,14 @@ def test_decoding_leaves_the_engines_attention_without_its_context_group() -> No
 
 
 def test_a_mean_over_micro_batches_counts_tokens_and_not_batches() -> None:
-    averages = Averages()
+    averages = MetricAccumulator()
     averages.add("x", torch.tensor([1.0]))
     averages.add("x", torch.tensor([4.0, 7.0]), where=torch.tensor([True, True]))
     averages.add("gated", torch.tensor([5.0, 9.0]), where=torch.tensor([False, True]))
     averages.add("nobody", torch.tensor([5.0]), where=torch.tensor([False]))
-    averages.minimum("least", torch.tensor([3.0, -2.0]))
-    averages.minimum("least", torch.tensor([1.0]))
-    averages.minimum("none", torch.tensor([]))
+    averages.add_minimum("least", torch.tensor([3.0, -2.0]))
+    averages.add_minimum("least", torch.tensor([1.0]))
+    averages.add_minimum("none", torch.tensor([]))
     assert averages.reduce(None) == {"x": 4.0, "gated": 9.0, "least": -2.0}
 
 
@@ -196,7 +196,7 @@ def test_utilisation_counts_the_padding_or_forgets_the_backward_pass() -> None:
         "tie_word_embeddings": True,
         "max_position_embeddings": 64,
     }
-    meter = Throughput(config, ranks=4)
+    meter = ThroughputMeter(config, ranks=4)
     samples = [Sample(Prompt("", (1, 2), {}), [3] * n, "stop", [0.0] * n, 0) for n in (1, 3)]
     found = meter.sample_flops(samples).tolist()
     matrices = 8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 16 + 8 * 10  # q, k, v; o; gated MLP; head

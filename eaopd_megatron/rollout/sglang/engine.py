@@ -27,7 +27,7 @@ from eaopd_megatron.rollout.sglang.colocation import ColocationScheduler
 from eaopd_megatron.rollout.sglang.generation import BackgroundGeneration
 from eaopd_megatron.rollout.sglang.identity import LogprobProbe
 from eaopd_megatron.rollout.sglang.server_manager import ServerManager
-from eaopd_megatron.rollout.weight_sync.sync import WeightSync
+from eaopd_megatron.rollout.weight_sync.updater import WeightUpdater
 from eaopd_megatron.serving.client import SGLangClient
 
 _POLL_SECONDS = 0.2
@@ -75,7 +75,7 @@ class ServedRollout:
         if parallel.is_main:
             self._keeper = ServerManager(recipe, student, logs, first_gpu=first_gpu, report=report)
         self._turns = ColocationScheduler(parallel, memory, self._keeper) if colocated else None
-        self._sync = WeightSync(
+        self._sync = WeightUpdater(
             model,
             student,
             parallel,
@@ -163,7 +163,7 @@ class ServedRollout:
         for one in relay(self.parallel, told, self._asked):
             if one == _REFRESH:
                 clients = self._keeper.outdated() if self._keeper else []
-                self._given(clients, self._sync.refresh(self._version or 0, clients))
+                self._given(clients, self._sync.update_from_disk(self._version or 0, clients))
             else:
                 yield one
 
@@ -179,7 +179,7 @@ class ServedRollout:
         if self._turns is not None:
             self._turns.resume_weights()
         clients = [] if self._keeper is None else self._keeper.available()
-        self._given(clients, self._sync.push(version, clients))
+        self._given(clients, self._sync.update(version, clients))
         if self._turns is not None:
             self._turns.resume_kv_cache()
 

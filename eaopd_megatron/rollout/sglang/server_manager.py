@@ -25,7 +25,7 @@ from eaopd_megatron.rollout.sglang.identity import (
 )
 from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, LengthLimits
-from eaopd_megatron.rollout.weight_sync.session import resume
+from eaopd_megatron.rollout.weight_sync.session import resume_generation
 from eaopd_megatron.serving.client import Busy, ServerGone, SGLangClient, read_api_key
 from eaopd_megatron.serving.pool import NotYet, ServerPool
 from eaopd_megatron.serving.process import stop_servers, wait_until_serving
@@ -234,7 +234,7 @@ class ServerManager:
             return await verify_server(client, self.expected)
         except ServerPaused:
             self._report(f"rollout server {client.url} is paused by an update that broke off: it is continued")
-            await resume(client)
+            await resume_generation(client)
             return await verify_server(client, self.expected)
 
     async def _admit(self, client: SGLangClient) -> LengthLimits:

@@ -10,12 +10,12 @@ from typing import Any
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.client import SGLangClient
 
-BROKEN_OFF = "broken off"
+ABORTED_UPDATE = "broken off"
 """The version of weights of which an update may have changed a part."""
 
 
 @dataclass(frozen=True)
-class Session:
+class UpdateSession:
     """seconds: limit on what takes as long as a model is large; the rest is up to the clients' patience.
 
     All raise ServerGone, Busy or UserError; nothing is said twice.
@@ -27,31 +27,31 @@ class Session:
         """The server's answer to what takes long."""
         return await client.request("POST", path, body, seconds=self.seconds, retries=1)
 
-    async def ranks(self, client: SGLangClient) -> int:
+    async def tp_size(self, client: SGLangClient) -> int:
         """How many processes share its weights. Refuses (UserError) servers that take weights from a folder alone."""
         info = await client.server_info()
         if info["dp_size"] != 1:
             raise UserError(f"{client.url} has dp_size {info['dp_size']}, which takes weight_sync.transport=disk")
         return int(info["tp_size"])
 
-    async def begin(self, client: SGLangClient) -> None:
+    async def begin_update(self, client: SGLangClient) -> None:
         """From now on it generates nothing and takes weights."""
         await self._pause(client)
         try:
-            await say(client, "/begin_weight_update", {})
+            await post_once(client, "/begin_weight_update", {})
         except UserError as refusal:
             if "already open" not in str(refusal):
                 raise
-            await say(client, "/end_weight_update", {})  # of an update that broke off
-            await say(client, "/begin_weight_update", {})
+            await post_once(client, "/end_weight_update", {})  # of an update that broke off
+            await post_once(client, "/begin_weight_update", {})
 
-    async def end(self, client: SGLangClient, version: str) -> None:
+    async def end_update(self, client: SGLangClient, version: str) -> None:
         """It has all weights: they are `version`, and it generates again."""
-        await say(client, "/end_weight_update", {})
-        await say(client, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
+        await post_once(client, "/end_weight_update", {})
+        await post_once(client, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
         await self._resume(client, version)
 
-    async def load(self, client: SGLangClient, folder: Path, version: str) -> None:
+    async def load_from_disk(self, client: SGLangClient, folder: Path, version: str) -> None:
         """It reads weights from a folder, whatever it did before, and generates again."""
         await self._pause(client)
         await _end_broken_off(client)
@@ -72,31 +72,31 @@ class Session:
 
     async def _pause(self, client: SGLangClient) -> None:
         # retracted, what may still run gives its cache back: the server ends itself if that is in use afterwards
-        await say(client, "/pause_generation", {"mode": "retract"})
+        await post_once(client, "/pause_generation", {"mode": "retract"})
 
     async def _resume(self, client: SGLangClient, version: str) -> None:
-        await say(client, "/continue_generation", {})
+        await post_once(client, "/continue_generation", {})
         found = (await client.model_info()).get("weight_version")
         if found != version:
             raise UserError(f"it has weights '{found}' after an update to '{version}'")
 
 
-async def resume(client: SGLangClient) -> None:
+async def resume_generation(client: SGLangClient) -> None:
     """A server that an update which broke off left paused generates again. Raises as `Session` does."""
     await _end_broken_off(client)
-    await say(client, "/update_weight_version", {"new_version": BROKEN_OFF, "abort_all_requests": False})
-    await say(client, "/continue_generation", {})
+    await post_once(client, "/update_weight_version", {"new_version": ABORTED_UPDATE, "abort_all_requests": False})
+    await post_once(client, "/continue_generation", {})
 
 
 async def _end_broken_off(client: SGLangClient) -> None:
     """End the session of an update that broke off, if there is one."""
     try:
-        await say(client, "/end_weight_update", {})
+        await post_once(client, "/end_weight_update", {})
     except UserError as refusal:
         if "no weight-update session is open" not in str(refusal):
             raise
 
 
-async def say(client: SGLangClient, path: str, body: Mapping[str, Any]) -> None:
+async def post_once(client: SGLangClient, path: str, body: Mapping[str, Any]) -> None:
     """What does not take long. Raises as `Session` does."""
     await client.request("POST", path, body, retries=1)

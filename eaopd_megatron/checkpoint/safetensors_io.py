@@ -17,12 +17,12 @@ from eaopd_megatron.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SAFETENSORS_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class TensorPlace:
+class TensorLocation:
     """Where a tensor lies: its file and first byte there, its dtype as safetensors spells it, its shape."""
 
     file: Path
@@ -31,7 +31,7 @@ class TensorPlace:
     shape: tuple[int, ...]
 
 
-class StoredTensor:
+class LazyTensor:
     """A tensor in its file: `[a:b]`, `[:, a:b]` and `[:]` read what they name into memory of their own.
 
     Nothing is mapped: a mapped file's pages count as the process's memory until the file is closed.
@@ -40,10 +40,10 @@ class StoredTensor:
     BLOCK = 2**24
     """Bytes of whole rows that are read at a time where some columns of them are wanted."""
 
-    def __init__(self, place: TensorPlace, label: str) -> None:
+    def __init__(self, place: TensorLocation, label: str) -> None:
         self.place = place
         self.label = label
-        self.dtype = DTYPES[place.dtype]
+        self.dtype = SAFETENSORS_DTYPES[place.dtype]
 
     def get_shape(self) -> Sequence[int]:
         """As safetensors' slices have it."""
@@ -95,7 +95,7 @@ def read_json(path: Path, label: str) -> dict[str, Any]:
     return content
 
 
-def read_header(file: Path, label: str) -> dict[str, TensorPlace]:
+def read_header(file: Path, label: str) -> dict[str, TensorLocation]:
     """The tensors that a safetensors file promises. UserError where the file is not as long as its header says."""
     try:
         size = file.stat().st_size
@@ -111,7 +111,7 @@ def read_header(file: Path, label: str) -> dict[str, TensorPlace]:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             places = {
-                name: TensorPlace(file, 8 + length + item["data_offsets"][0], item["dtype"], tuple(item["shape"]))
+                name: TensorLocation(file, 8 + length + item["data_offsets"][0], item["dtype"], tuple(item["shape"]))
                 for name, item in header.items()
             }
             promised = 8 + length + max((item["data_offsets"][1] for item in header.values()), default=0)
@@ -132,11 +132,11 @@ class TensorFiles:
 
     def __init__(self, folder: Path, label: str) -> None:
         self.label = label
-        self.places: dict[str, TensorPlace] = {}
+        self.locations: dict[str, TensorLocation] = {}
         if (folder / INDEX_FILE).exists():
             self._read_index(folder)
         elif (folder / SINGLE_FILE).exists():
-            self.places = read_header(folder / SINGLE_FILE, label)
+            self.locations = read_header(folder / SINGLE_FILE, label)
         else:
             raise UserError(
                 f"{label}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there (only safetensors are read)"
@@ -150,13 +150,13 @@ class TensorFiles:
         for name, file in weight_map.items():
             if name not in headers[file]:
                 raise UserError(f"{self.label}: {INDEX_FILE} places tensor {name} in {file}, which does not hold it")
-            self.places[name] = headers[file][name]
+            self.locations[name] = headers[file][name]
 
-    def slice(self, name: str) -> StoredTensor:
+    def slice(self, name: str) -> LazyTensor:
         """A lazy tensor: `[a:b]`, `[:, a:b]` and `[:]` read what they name. UserError where there is none."""
-        if name not in self.places:
+        if name not in self.locations:
             raise UserError(f"{self.label}: tensor {name} is missing")
-        return StoredTensor(self.places[name], self.label)
+        return LazyTensor(self.locations[name], self.label)
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class TensorWriter:
         for tensor in self.groups[group]:
             end = offset + tensor.nbytes
             header[tensor.name] = {
-                "dtype": DTYPE_NAMES[tensor.dtype],
+                "dtype": SAFETENSORS_DTYPE_NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [offset, end],
             }

@@ -32,21 +32,21 @@ if TYPE_CHECKING:
     from eaopd_megatron.config import StudentConfig
     from eaopd_megatron.config.parallel import ParallelLayout
 
-WORKER = (sys.executable, "-m", "eaopd_megatron.worker")
-POLL_SECONDS = 0.1
-STOP_SECONDS = 60.0
+WORKER_COMMAND = (sys.executable, "-m", "eaopd_megatron.worker")
+_POLL_SECONDS = 0.1
+SHUTDOWN_SECONDS = 60.0
 """What a rank has for its checkpoint between a SIGTERM and a SIGKILL."""
-FAILURE_SECONDS = 5.0
+FAILURE_GRACE_SECONDS = 5.0
 """What the others have to say what they saw, once a rank has failed, before they are killed."""
 
-STOPPED_CODES = {128 + signal.SIGTERM, 128 + signal.SIGINT}
+_STOPPED_CODES = {128 + signal.SIGTERM, 128 + signal.SIGINT}
 """Exit codes with which a rank may say that it stopped because it was asked to."""
 
 # A rank that dies by one of these was not brought down by the fall of another one.
-FIRST_HAND = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+_FIRST_HAND_SIGNALS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 
 
-def joined(environment: Mapping[str, str] = os.environ) -> bool:
+def is_started_rank(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun, or an srun step of several tasks, has started this process as a rank."""
     return _by_torchrun(environment) or _by_srun(environment)
 
@@ -61,7 +61,7 @@ def _by_srun(environment: Mapping[str, str]) -> bool:
     return "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and tasks.isdigit() and int(tasks) > 1
 
 
-def joined_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def rank_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What torch.distributed's env:// needs: torchrun's variables or, where they are missing, made from srun's."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given = {name: environment[name] for name in names if name in environment}
@@ -97,7 +97,7 @@ def _first_host(environment: Mapping[str, str]) -> str:
         ) from None
 
 
-def local_world_size(student: StudentConfig) -> int:
+def student_world_size(student: StudentConfig) -> int:
     """How many ranks this host starts for a student: data_parallel copies of it.
 
     Without data_parallel in the recipe: as few as hold all experts on a CPU (1 without experts), as many as the devices
@@ -156,8 +156,12 @@ class _Rank:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def launch(
-    arguments: Sequence[str], world_size: int, *, command: Sequence[str] = WORKER, log_folder: Path | None = None
+def launch_ranks(
+    arguments: Sequence[str],
+    world_size: int,
+    *,
+    command: Sequence[str] = WORKER_COMMAND,
+    log_folder: Path | None = None,
 ) -> int:
     """Runs `command + arguments` once a rank on this host and returns the exit code of the whole.
 
@@ -179,7 +183,7 @@ def launch(
         ranks: list[_Rank] = []
         try:
             for number in range(world_size):
-                environment = _rank_environment(number, world_size, store.port, Path(scratch) / "error")
+                environment = _child_environment(number, world_size, store.port, Path(scratch) / "error")
                 ranks.append(_start([*command, *arguments], number, environment, logs))
             late = _supervise(ranks, received)
         finally:
@@ -188,7 +192,7 @@ def launch(
                     rank.kill()
             for rank in ranks:
                 rank.process.wait()
-        errors = reports_of(Path(scratch))
+        errors = read_error_reports(Path(scratch))
     code, line = _verdict(ranks, errors, received, late)
     if line:
         print(line, file=sys.stderr, flush=True)
@@ -205,7 +209,7 @@ def _store() -> Any:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def _rank_environment(number: int, world_size: int, port: int, error_file: Path) -> dict[str, str]:
+def _child_environment(number: int, world_size: int, port: int, error_file: Path) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -272,25 +276,25 @@ def _supervise(ranks: Sequence[_Rank], received: Sequence[signal.Signals]) -> li
             return []
         if received and stopped is None:
             stopped = now
-            time_left = f"the ranks have {STOP_SECONDS:g} s to save their state; a second signal ends them at once"
+            time_left = f"the ranks have {SHUTDOWN_SECONDS:g} s to save their state; a second signal ends them at once"
             print(f"{received[0].name}: {time_left}", file=sys.stderr, flush=True)
             for rank in running:
                 rank.process.send_signal(signal.SIGTERM)
         if failed is None and any(rank.failed and not _as_asked(rank, stopped is not None) for rank in ranks):
             failed = now
-        if stopped is not None and (now - stopped > STOP_SECONDS or len(received) > 1):
+        if stopped is not None and (now - stopped > SHUTDOWN_SECONDS or len(received) > 1):
             return [rank.number for rank in running]
-        if failed is not None and now - failed > FAILURE_SECONDS:
+        if failed is not None and now - failed > FAILURE_GRACE_SECONDS:
             return []
-        time.sleep(POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
 def _as_asked(rank: _Rank, asked: bool) -> bool:
     """Whether a rank's exit code only says that it was told to stop, and it was."""
-    return asked and rank.process.returncode in STOPPED_CODES
+    return asked and rank.process.returncode in _STOPPED_CODES
 
 
-def reports_of(folder: Path) -> list[dict[str, Any]]:
+def read_error_reports(folder: Path) -> list[dict[str, Any]]:
     """The ranks' own reports of their errors, written as `$EAOPD_ERROR_FILE=folder/error` says, earliest first."""
     found = []
     for path in folder.glob("error.*"):
@@ -326,7 +330,7 @@ def _verdict(
 
     def order(rank: _Rank) -> tuple[int, float]:
         report = reports.get(rank.number)
-        first_hand = rank.process.returncode < 0 and -rank.process.returncode in FIRST_HAND
+        first_hand = rank.process.returncode < 0 and -rank.process.returncode in _FIRST_HAND_SIGNALS
         return (0 if first_hand else 1), float(report["time"]) if report else rank.ended or 0.0
 
     first = min(failed, key=order)

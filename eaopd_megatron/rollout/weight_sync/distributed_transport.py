@@ -23,13 +23,21 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.weight_sync.transport import Bucket, BucketTransport, Calls, Push, Run
+from eaopd_megatron.rollout.weight_sync.transport import (
+    Bucket,
+    BucketTransport,
+    PendingCalls,
+    RunCoroutine,
+    WeightUpdate,
+)
 from eaopd_megatron.serving.client import SGLangClient
 
 ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
-def join(store: dist.Store, name: str, rank: int, world_size: int, backend: str, seconds: float) -> dist.ProcessGroup:
+def join_process_group(
+    store: dist.Store, name: str, rank: int, world_size: int, backend: str, seconds: float
+) -> dist.ProcessGroup:
     """Join a group beside the default one, which the ranks of other programs join as well. Returns when all have.
 
     What torch has for this is private; SGLang's side of it does the same. Raises RuntimeError (torch's DistError among
@@ -72,7 +80,7 @@ def _errors_left_to_us(backend: str) -> Iterator[None]:
             os.environ[ERROR_HANDLING] = before
 
 
-def abort(group: dist.ProcessGroup) -> None:
+def abort_process_group(group: dist.ProcessGroup) -> None:
     """Leave a group in which another rank may be dead, or hang, without waiting for it."""
     from torch.distributed.distributed_c10d import _abort_process_group
 
@@ -112,7 +120,7 @@ class UpdateGroup:
 
     def join(self, backend: str) -> None:
         """Returns when all ranks have. Raises RuntimeError."""
-        self._group = join(self._store, self.name, 0, self.world_size, backend, self._seconds)
+        self._group = join_process_group(self._store, self.name, 0, self.world_size, backend, self._seconds)
 
     def broadcast(self, data: torch.Tensor) -> dist.Work:
         """Begin to send it to the server's ranks. Raises RuntimeError where a connection is known to be lost."""
@@ -124,13 +132,13 @@ class UpdateGroup:
         """End this rank's part, whatever became of the others."""
         if self._group is None:
             return
-        abort(self._group)
+        abort_process_group(self._group)
         # Gloo ends a group when its last operation does, which with a rank that hangs is at the time limit.
         held, self._group = [self._group], None
         threading.Thread(target=held.clear, name=f"leaving {self.name}", daemon=True).start()
 
 
-def own_address(url: str) -> str:
+def local_address_towards(url: str) -> str:
     """The address of this host from which it reaches a server."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -138,7 +146,7 @@ def own_address(url: str) -> str:
         return str(probe.getsockname()[0])
 
 
-LARGE = 2**20
+LARGE_TENSOR_BYTES = 2**20
 """Bytes of a tensor, on average over a bucket, from which on each is broadcast by itself: to take a bucket in one piece
 SGLang puts as much new memory together first, which costs more than the broadcast. Small tensors cost more one by one.
 """
@@ -149,25 +157,27 @@ FAREWELL_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
-class Broadcast:
+class PendingBroadcast:
     """A bucket on its way: what the servers were told, and what was begun on each group."""
 
-    calls: Calls
+    calls: PendingCalls
     works: dict[SGLangClient, list[dist.Work]]
     bucket: Bucket
 
 
-class Distributed(BucketTransport[Broadcast]):
+class DistributedTransport(BucketTransport[PendingBroadcast]):
     """See the module. address: of this host, as the servers reach it; none: found out."""
 
-    def __init__(self, run: Run, seconds: float, capacity: int, *, backend: str, address: str | None = None) -> None:
+    def __init__(
+        self, run: RunCoroutine, seconds: float, capacity: int, *, backend: str, address: str | None = None
+    ) -> None:
         super().__init__(run, seconds, capacity)
         self._seconds, self._backend, self._address = seconds, backend, address
         self._groups: dict[SGLangClient, UpdateGroup] = {}
         # a server refuses the name of a group that it knows, be it of a run that has ended
         self._names = (f"weights-{uuid.uuid4().hex[:8]}-{generation}" for generation in itertools.count(1))
 
-    def connect(self, push: Push, ranks: Mapping[SGLangClient, int]) -> None:
+    def connect(self, push: WeightUpdate, ranks: Mapping[SGLangClient, int]) -> None:
         """A group for every server that has none."""
         made = {client: self._group(client, count) for client, count in ranks.items() if client not in self._groups}
         calls = push.start(lambda client: self._invite(client, made[client]), made)
@@ -180,14 +190,14 @@ class Distributed(BucketTransport[Broadcast]):
         push.finish(calls)
         self._drop_failed(push)
 
-    def start(self, push: Push, bucket: Bucket) -> Broadcast:
+    def start(self, push: WeightUpdate, bucket: Bucket) -> PendingBroadcast:
         body: dict[str, Any] = {
-            "names": [one.name for one in bucket.placed],
-            "dtypes": [str(one.dtype).removeprefix("torch.") for one in bucket.placed],
-            "shapes": [list(one.shape) for one in bucket.placed],
+            "names": [one.name for one in bucket.specs],
+            "dtypes": [str(one.dtype).removeprefix("torch.") for one in bucket.specs],
+            "shapes": [list(one.shape) for one in bucket.specs],
         }
         parts = [bucket.data]
-        if len(bucket.data) < LARGE * len(bucket.placed):
+        if len(bucket.data) < LARGE_TENSOR_BYTES * len(bucket.specs):
             body["load_format"] = "flattened_bucket"
         else:
             parts = [tensor for _, tensor in bucket.tensors()]
@@ -197,15 +207,15 @@ class Distributed(BucketTransport[Broadcast]):
             named = {**body, "group_name": groups[client].name}
             return await self._session.post(client, "/update_weights_from_distributed", named)
 
-        sent = Broadcast(push.start(announce), {}, bucket)
-        for client in list(push.left):
+        sent = PendingBroadcast(push.start(announce), {}, bucket)
+        for client in list(push.active):
             with self._leaving(push, client):
                 sent.works[client] = [groups[client].broadcast(part) for part in parts]
         return sent
 
-    def finish(self, push: Push, sent: Broadcast) -> None:
+    def finish(self, push: WeightUpdate, sent: PendingBroadcast) -> None:
         push.finish(sent.calls)
-        for client in list(push.left):  # the server has everything, so this returns at once
+        for client in list(push.active):  # the server has everything, so this returns at once
             with self._leaving(push, client):
                 for work in sent.works[client]:
                     work.wait(timedelta(seconds=self._seconds))
@@ -218,14 +228,16 @@ class Distributed(BucketTransport[Broadcast]):
     def close(self) -> None:
         names = {client: {"group_name": group.name} for client, group in self._groups.items()}
         path = "/destroy_weights_update_group"
-        Push(self._run, names).each(
+        WeightUpdate(self._run, names).call_all(
             lambda client: client.request("POST", path, names[client], seconds=FAREWELL_SECONDS, retries=1)
         )
         for client in names:
             self.forget(client)
 
     def _group(self, client: SGLangClient, ranks: int) -> UpdateGroup:
-        return UpdateGroup(next(self._names), ranks, self._address or own_address(client.url), seconds=self._seconds)
+        return UpdateGroup(
+            next(self._names), ranks, self._address or local_address_towards(client.url), seconds=self._seconds
+        )
 
     async def _invite(self, client: SGLangClient, group: UpdateGroup) -> Any:
         body = {
@@ -247,7 +259,7 @@ class Distributed(BucketTransport[Broadcast]):
         return True
 
     @contextmanager
-    def _leaving(self, push: Push, client: SGLangClient) -> Iterator[None]:
+    def _leaving(self, push: WeightUpdate, client: SGLangClient) -> Iterator[None]:
         """A server whose group has an error inside leaves the update."""
         try:
             yield
@@ -255,7 +267,7 @@ class Distributed(BucketTransport[Broadcast]):
             push.fail(client, f"its update group broke off: {' '.join(str(error).split())[:200]}")
             self.forget(client)
 
-    def _drop_failed(self, push: Push) -> None:
+    def _drop_failed(self, push: WeightUpdate) -> None:
         """A group in which an operation failed is of no use any more; leaving it frees a server that waits in it."""
         for client in push.failed:
             self.forget(client)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from eaopd_megatron.data.types import MicroBatch
 
 
-class Averages:
+class MetricAccumulator:
     """Sums and counts by name, kept on the device until they are read."""
 
     def __init__(self) -> None:
@@ -28,11 +28,11 @@ class Averages:
         self._sums[name] = self._sums.get(name, 0) + values.sum()
         self._counts[name] = self._counts.get(name, 0) + torch.tensor(float(values.numel()))
 
-    def total(self, name: str, count: int) -> None:
+    def add_count(self, name: str, count: int) -> None:
         """Add up a count."""
         self._totals[name] += count
 
-    def minimum(self, name: str, values: torch.Tensor) -> None:
+    def add_minimum(self, name: str, values: torch.Tensor) -> None:
         """Keep the smallest value seen."""
         if values.numel():
             smallest = values.detach().double().min()

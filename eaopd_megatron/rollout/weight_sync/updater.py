@@ -10,23 +10,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.checkpoint.hf_export import Tensors, gather_hf, on_main
+from eaopd_megatron.checkpoint.hf_export import NamedTensors, gather_hf_tensors, run_on_main
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import schema as tree
 from eaopd_megatron.distributed.errors import agree
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.rollout.weight_sync.disk import Disk
-from eaopd_megatron.rollout.weight_sync.distributed import Distributed
-from eaopd_megatron.rollout.weight_sync.session import Session
-from eaopd_megatron.rollout.weight_sync.tensor import InRequest
-from eaopd_megatron.rollout.weight_sync.transport import Push, Run, Transport, capacity
+from eaopd_megatron.rollout.weight_sync.distributed_transport import DistributedTransport
+from eaopd_megatron.rollout.weight_sync.local_transports import DiskTransport, TensorTransport
+from eaopd_megatron.rollout.weight_sync.session import UpdateSession
+from eaopd_megatron.rollout.weight_sync.transport import RunCoroutine, Transport, WeightUpdate, bucket_capacity
 from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.utils.log import log_rank0
 
 
-class WeightSync:
+class WeightUpdater:
     """Used on all ranks; the servers' clients are the main rank's, and live in the event loop that `run` reaches.
 
     A server that could not be given the weights is not the others' concern: it is named, with a reason of one line.
@@ -39,7 +38,7 @@ class WeightSync:
         parallel: Parallel,
         options: tree.WeightSyncConfig,
         scratch: Path,
-        run: Run | None = None,
+        run: RunCoroutine | None = None,
         report: Callable[[str], None] = log_rank0,
     ) -> None:
         """folder: of the student, whose tensors' names and shapes the servers expect. scratch: a folder that the
@@ -50,11 +49,11 @@ class WeightSync:
         self._run, self._report = run or _no_clients, report
         self._written: int | None = None
         seconds = options.timeout_seconds
-        self._session = Session(seconds)
-        self._disk = Disk(self._run, seconds, folder, scratch, model.dtype)
+        self._session = UpdateSession(seconds)
+        self._disk = DiskTransport(self._run, seconds, folder, scratch, model.dtype)
         self._transport = self._made()
 
-    def push(self, version: int, clients: Sequence[SGLangClient] = ()) -> dict[SGLangClient, str]:
+    def update(self, version: int, clients: Sequence[SGLangClient] = ()) -> dict[SGLangClient, str]:
         """Give all servers the model's current weights as `version`, while none of them generates. Collective.
 
         Returns those that have not got them. One that is still there after the update broke off gets them by disk.
@@ -62,18 +61,18 @@ class WeightSync:
         """
         failed = self._send(self._transport, version, clients)
         if self._transport is not self._disk:
-            answers = Push(self._run, failed).each(lambda client: client.reachable())
+            answers = WeightUpdate(self._run, failed).call_all(lambda client: client.reachable())
             there = [client for client, found in answers.items() if found]
             for client in failed:
                 self._report(f"rollout server {client.url}: no weights {version}: {failed[client]}")
             if self._any(there):
-                again = self.refresh(version, there)
+                again = self.update_from_disk(version, there)
                 failed = {client: again.get(client, failed[client]) for client in failed if client not in there} | again
         if self._options.verify == "checksum":
             agree(self._parallel, lambda: self._compare([client for client in clients if client not in failed]))
         return failed
 
-    def refresh(self, version: int, clients: Sequence[SGLangClient] = ()) -> dict[SGLangClient, str]:
+    def update_from_disk(self, version: int, clients: Sequence[SGLangClient] = ()) -> dict[SGLangClient, str]:
         """Give servers that came back the current weights, by disk, while others may generate. Collective.
 
         The folder is written once a version. Returns and raises as `push`.
@@ -97,18 +96,18 @@ class WeightSync:
         config = self._folder.config
         entries = self._folder.family.params(config, own_output=not config.tie_word_embeddings)
         numbers = [sum(math.prod(shape) for _, shape in entry.hf_tensors) for entry in entries]
-        room = capacity(options.bucket_mib * 2**20, [number * self._model.dtype.itemsize for number in numbers])
+        room = bucket_capacity(options.bucket_mib * 2**20, [number * self._model.dtype.itemsize for number in numbers])
         if options.transport == "distributed":
             backend = "nccl" if self._parallel.device.type == "cuda" else "gloo"
-            return Distributed(self._run, seconds, room, backend=backend, address=options.address)
-        return InRequest(self._run, seconds, room) if options.transport == "tensor" else self._disk
+            return DistributedTransport(self._run, seconds, room, backend=backend, address=options.address)
+        return TensorTransport(self._run, seconds, room) if options.transport == "tensor" else self._disk
 
     def _send(self, transport: Transport, version: int, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         by_disk = transport is self._disk
         parameters: Mapping[str, torch.Tensor] = self._model.global_parameters()
-        tensors = gather_hf(parameters, self._folder, self._parallel, on_device=not by_disk)
+        tensors = gather_hf_tensors(parameters, self._folder, self._parallel, on_device=not by_disk)
         expected = self._folder.family.hf_shapes(self._folder.config)
-        failed = on_main(
+        failed = run_on_main(
             tensors, self._parallel, lambda found: transport.send(_checked(found, expected), str(version), clients)
         )
         if by_disk:
@@ -123,8 +122,8 @@ class WeightSync:
         return found[0]
 
     def _compare(self, clients: Sequence[SGLangClient]) -> None:
-        push = Push(self._run, clients)
-        sums = push.each(self._session.checksum)
+        push = WeightUpdate(self._run, clients)
+        sums = push.call_all(self._session.checksum)
         if push.failed:
             raise UserError(next(iter(push.failed.values())))
         for client in clients[1:]:
@@ -135,7 +134,7 @@ class WeightSync:
                 )
 
 
-def _checked(tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _checked(tensors: NamedTensors, expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors, each of which is expected as it is: a server ends itself over any other. Raises ValueError."""
     missing = dict(expected)
     for name, tensor in tensors:
