@@ -15,9 +15,9 @@ class RecipeError(UserError):
     exit_code = 2
 
 
-class Asked(Exception):
+class StopRequested(Exception):
     """A signal asked the run to stop while it waited for another role. Its argument is the signal's number."""
 
 
-class ServiceFailed(UserError):
+class ServiceUnavailable(UserError):
     """What the other role gives cannot be had any more."""

@@ -36,7 +36,7 @@ def _train(recipe: Recipe) -> None:
     from eaopd_megatron.distributed import flight_recorder
     from eaopd_megatron.distributed import parallel_state as groups
     from eaopd_megatron.distributed.heartbeat import watched
-    from eaopd_megatron.errors import Asked, ServiceFailed
+    from eaopd_megatron.errors import ServiceUnavailable, StopRequested
     from eaopd_megatron.training.loop import train
     from eaopd_megatron.training.run_folder import RunFolder, finished_message
     from eaopd_megatron.training.trainer import Trainer
@@ -57,7 +57,7 @@ def _train(recipe: Recipe) -> None:
             trainer.start()
             train(trainer)
             trainer.finish()
-        except (Asked, ServiceFailed) as reason:
+        except (StopRequested, ServiceUnavailable) as reason:
             trainer.save_and_stop(reason)
         finally:
             trainer.close()

@@ -27,7 +27,7 @@ from eaopd_megatron.distributed.heartbeat import watched
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.forward import whole
 from eaopd_megatron.objective import TeacherHidden, TeacherTopK, linear_token_statistics, token_statistics
-from eaopd_megatron.rollout.interface import Wanted
+from eaopd_megatron.rollout.interface import GenerationRequest
 from eaopd_megatron.teacher.build import open_folders
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import TeacherSignal
@@ -112,17 +112,17 @@ def _ends(
     longest = max(len(prompt.token_ids) for prompt in prompts) + limit
     parts.rollout.open(prompts, longest)
     parts.teachers.open(longest)
-    parts.rollout.publish(0)
-    wanted = Wanted(
+    parts.rollout.update_weights(0)
+    wanted = GenerationRequest(
         prompts,
         [(recipe.seed, "doctor", i) for i in range(count)],
         range(parallel.dp_rank, count, parallel.dp_size),
         replace(parts.sampling, max_new_tokens=limit),
     )
     stopped: list[Sample] = []
-    for part in parts.rollout.responses(parts.rollout.begin(wanted)):
+    for part in parts.rollout.collect(parts.rollout.submit(wanted)):
         stopped += [sample for sample in part if sample.finish_reason == "stop"]
-    parts.rollout.rest()
+    parts.rollout.finish_generation()
     parts.teachers.ask(stopped)
     parts.teachers.wait(stopped)
     batches = parts.teachers.micro_batches(stopped, recipe.train.micro_batch_tokens, parallel)

@@ -15,7 +15,7 @@ from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
 from eaopd_megatron.evaluation.grading import benchmark_name, grade_responses, grader_for
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, Grader, ProblemResult, summarise
-from eaopd_megatron.rollout.interface import Rollout, Wanted
+from eaopd_megatron.rollout.interface import GenerationRequest, RolloutEngine
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Evaluator:
     """Draws `samples` responses a problem. The random numbers depend on (seed, benchmark, problem, sample) alone, so
     two evaluations of a run are compared under common random numbers."""
 
-    rollout: Rollout
+    rollout: RolloutEngine
     parallel: Parallel
     tokenizer: Any
     benchmarks: Sequence[Benchmark]
@@ -91,13 +91,13 @@ class Evaluator:
     def _responses(self, benchmark: Benchmark, mine: Sequence[int]) -> list[Sample]:
         """`samples` responses to each problem of `mine`, problem after problem."""
         pairs = [(i, j) for i in range(len(benchmark.prompts)) for j in range(self.samples)]
-        wanted = Wanted(
+        wanted = GenerationRequest(
             [benchmark.prompts[i] for i, _ in pairs],
             [(self.seed, "evaluation", benchmark.name, i, j) for i, j in pairs],
             [i * self.samples + j for i in mine for j in range(self.samples)],
             self.sampling,
         )
-        parts = self.rollout.responses(self.rollout.begin(wanted))
+        parts = self.rollout.collect(self.rollout.submit(wanted))
         return sorted((sample for part in parts for sample in part), key=lambda sample: sample.index)
 
     def write(self, result: EvaluationResult | None, folder: Path) -> dict[str, float]:

@@ -8,11 +8,11 @@ from typing import Protocol
 
 from eaopd_megatron.data.types import Prompt, Sample, Sampling
 
-Key = tuple[int | str, ...]
+SamplingKey = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerationRequest:
     """The responses of all data-parallel ranks: one to each prompt.
 
     keys: what each response's random numbers are a function of (`data.random`), where the trainer draws them. mine:
@@ -20,37 +20,37 @@ class Wanted:
     """
 
     prompts: Sequence[Prompt]
-    keys: Sequence[Key]
-    mine: Sequence[int]
+    sampling_keys: Sequence[SamplingKey]
+    local_indices: Sequence[int]
     sampling: Sampling
 
 
 @dataclass(frozen=True, eq=False)
-class Ticket:
+class RolloutHandle:
     """For responses that are still to be fetched, once."""
 
-    wanted: Wanted
+    request: GenerationRequest
 
 
-class Rollout(Protocol):
-    """All ranks make the same calls with the same arguments, but for `Wanted.mine`."""
+class RolloutEngine(Protocol):
+    """All ranks make the same calls with the same arguments, but for `GenerationRequest.local_indices`."""
 
-    def open(self, prompts: Sequence[Prompt], longest: int) -> None:
+    def open(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
         """Comes first. prompts: all that may come; longest: tokens of one and its response, at the most."""
 
-    def publish(self, version: int) -> None:
+    def update_weights(self, version: int) -> None:
         """From now on responses are written by the model's weights as they are, under this version."""
 
-    def begin(self, wanted: Wanted) -> Ticket:
+    def submit(self, request: GenerationRequest) -> RolloutHandle:
         """The responses may be written while the caller does something else."""
 
-    def responses(self, ticket: Ticket) -> Iterator[list[Sample]]:
+    def collect(self, handle: RolloutHandle) -> Iterator[list[Sample]]:
         """This rank's responses to what was wanted, in parts, as they are finished; as many parts on every rank.
 
-        `index` is a prompt's place among `Wanted.prompts`; each comes once. Raises Asked or ServiceFailed on all ranks.
+        `index` is a prompt's place among `GenerationRequest.prompts`; each comes once. Raises StopRequested or ServiceUnavailable on all ranks.
         """
 
-    def rest(self) -> None:
+    def finish_generation(self) -> None:
         """Nothing is wanted until the next `publish`."""
 
     def close(self) -> None:

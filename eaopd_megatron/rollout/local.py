@@ -14,10 +14,10 @@ from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.generation import Decoder, decoding
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import from_last_stage
-from eaopd_megatron.rollout.interface import Key, Ticket, Wanted
+from eaopd_megatron.rollout.interface import GenerationRequest, RolloutHandle, SamplingKey
 
 
-def draw(logprobs: torch.Tensor, uniform: torch.Tensor, *, temperature: float, top_p: float) -> torch.Tensor:
+def sample_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, *, temperature: float, top_p: float) -> torch.Tensor:
     """Inverse-CDF sampling: token ids [b] of log-probs [b, V] (nats, normalised) with uniform [b] fp64 in [0, 1).
 
     top_p keeps the smallest set of most probable tokens whose probability reaches it. temperature 0 is greedy.
@@ -47,32 +47,35 @@ class LocalRollout:
         self.vocab_size, self.batch_size = vocab_size, batch_size
         self._version = 0
 
-    def open(self, prompts: Sequence[Prompt], longest: int) -> None:
+    def open(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
         """Nothing: the model is there."""
 
-    def publish(self, version: int) -> None:
+    def update_weights(self, version: int) -> None:
         """The model that generates is the one that is trained."""
         self._version = version
 
-    def begin(self, wanted: Wanted) -> Ticket:
+    def submit(self, request: GenerationRequest) -> RolloutHandle:
         """Nothing happens before the responses are fetched."""
-        return Ticket(wanted)
+        return RolloutHandle(request)
 
-    def responses(self, ticket: Ticket) -> Iterator[list[Sample]]:
+    def collect(self, handle: RolloutHandle) -> Iterator[list[Sample]]:
         """All of this rank's at once."""
-        wanted = ticket.wanted
-        prompts, keys = [wanted.prompts[i] for i in wanted.mine], [wanted.keys[i] for i in wanted.mine]
-        samples = self.generate(prompts, keys, wanted.sampling, self._version)
-        yield [replace(sample, index=index) for index, sample in zip(wanted.mine, samples, strict=True)]
+        request = handle.request
+        prompts, keys = (
+            [request.prompts[i] for i in request.local_indices],
+            [request.keys[i] for i in request.local_indices],
+        )
+        samples = self.generate(prompts, keys, request.sampling, self._version)
+        yield [replace(sample, index=index) for index, sample in zip(request.local_indices, samples, strict=True)]
 
-    def rest(self) -> None:
+    def finish_generation(self) -> None:
         """Nothing: training goes on with the same memory."""
 
     def close(self) -> None:
         """Nothing was started."""
 
     def generate(
-        self, prompts: Sequence[Prompt], keys: Sequence[Key], sampling: Sampling, version: int
+        self, prompts: Sequence[Prompt], keys: Sequence[SamplingKey], sampling: Sampling, version: int
     ) -> list[Sample]:
         """One sample a prompt, in order. keys: what each sample's random numbers are a function of (`data.random`).
 
@@ -84,7 +87,7 @@ class LocalRollout:
         order = sorted(mine, key=lambda i: -len(prompts[i].token_ids))
         samples: dict[int, Sample] = {}
         with decoding(self.model):
-            for start in range(0, self._most(len(order)), self.batch_size):
+            for start in range(0, self._max_over_expert_ranks(len(order)), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 batch = self._batch([prompts[i] for i in chosen], [keys[i] for i in chosen], sampling, version)
                 samples.update(zip(chosen, batch, strict=True))
@@ -95,7 +98,9 @@ class LocalRollout:
         everything = {i: sample for part in gathered for i, sample in part.items()}
         return [everything[i] for i in range(len(prompts))]
 
-    def _batch(self, prompts: Sequence[Prompt], keys: Sequence[Key], sampling: Sampling, version: int) -> list[Sample]:
+    def _batch(
+        self, prompts: Sequence[Prompt], keys: Sequence[SamplingKey], sampling: Sampling, version: int
+    ) -> list[Sample]:
         """Samples of one batch; without prompts this rank decodes a token of no meaning for as long as the others."""
         device = self.parallel.device
         texts = [list(p.token_ids) for p in prompts] or [[0]]
@@ -110,7 +115,7 @@ class LocalRollout:
             tokens.append(token)
             logprobs.append(logprob)
             running &= ~torch.isin(token, stops)
-            if position + 1 == sampling.max_new_tokens or not self._most(int(running.any())):
+            if position + 1 == sampling.max_new_tokens or not self._max_over_expert_ranks(int(running.any())):
                 break
             logits = decoder.step(token)
         ids = torch.stack(tokens, 1).tolist()
@@ -128,12 +133,12 @@ class LocalRollout:
             token = torch.empty(len(noise), dtype=torch.long, device=self.parallel.device)
             return from_last_stage(token, self.parallel), torch.empty(len(noise), device=self.parallel.device)
         policy = torch.log_softmax(logits[:, : self.vocab_size].float(), -1)
-        token = draw(policy, noise, temperature=sampling.temperature, top_p=sampling.top_p)
+        token = sample_tokens(policy, noise, temperature=sampling.temperature, top_p=sampling.top_p)
         if self.parallel.tp_size > 1:  # different tokens on different shards would corrupt both
             dist.broadcast(token, self.parallel.tp_source(), group=self.parallel.tp_group)
         return from_last_stage(token, self.parallel), policy.gather(-1, token[:, None]).squeeze(-1)
 
-    def _most(self, count: int) -> int:
+    def _max_over_expert_ranks(self, count: int) -> int:
         """The largest count among the ranks that share experts, whose layers exchange tokens."""
         if self.parallel.ep_size * self.parallel.layout.expert_tensor_parallel == 1:
             return count

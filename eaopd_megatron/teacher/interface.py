@@ -22,7 +22,7 @@ class Teacher(Protocol):
         together, at the most."""
 
     def open(self) -> None:
-        """It is there, and is the recipe's. Raises Asked or ServiceFailed on all ranks."""
+        """It is there, and is the recipe's. Raises StopRequested or ServiceUnavailable on all ranks."""
 
     def ask(self, samples: Sequence[Sample]) -> None:
         """The teacher may begin to score them; who waits for other processes does it in `wait`."""
@@ -30,7 +30,7 @@ class Teacher(Protocol):
     def wait(self, samples: Sequence[Sample]) -> None:
         """Returns once every response token of these, which were asked for, is scored, or will be by `signals`.
 
-        Collective over all ranks. Raises Asked or ServiceFailed on all of them, and RuntimeError where a token was left
+        Collective over all ranks. Raises StopRequested or ServiceUnavailable on all of them, and RuntimeError where a token was left
         out: a gate made from missing entropies would be off in silence.
         """
 

@@ -23,7 +23,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_output_head
 from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.data.types import MicroBatch, Sample
-from eaopd_megatron.distributed.broadcast import relay, wait_together
+from eaopd_megatron.distributed.broadcast import broadcast_events, wait_on_all_ranks
 from eaopd_megatron.distributed.errors import agree
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.model import DTYPES
@@ -146,15 +146,15 @@ class RemoteTeacher(Generic[C, L]):
         agree(self.parallel, lambda: None if self._replicas is None else self._replicas.start(longest))
 
     def open(self) -> None:
-        """As `Teacher.open`; returns once a replica is there. Collective. Raises Asked, ServiceFailed or RuntimeError
+        """As `Teacher.open`; returns once a replica is there. Collective. Raises StopRequested, ServiceUnavailable or RuntimeError
         on all ranks."""
         self._loop.__enter__()
         news = self._arrival() if self.parallel.is_main else None
-        ((urls, key),) = relay(self.parallel, news, self._asked)
+        ((urls, key),) = broadcast_events(self.parallel, news, self._asked)
         opening = None
         if self.parallel.is_last_stage or self.parallel.is_main:  # the main rank tells what becomes of the replicas
             opening = self._begin(self._open([self._source.client(url, key) for url in urls]))
-        wait_together(self.parallel, lambda: opening is None or _done([opening]), self._asked)
+        wait_on_all_ranks(self.parallel, lambda: opening is None or _done([opening]), self._asked)
 
     def ask(self, samples: Sequence[Sample]) -> None:
         """As `Teacher.ask`: the requests run in the background."""
@@ -170,7 +170,7 @@ class RemoteTeacher(Generic[C, L]):
 
     def wait(self, samples: Sequence[Sample]) -> None:
         """As `Teacher.wait`."""
-        wait_together(self.parallel, lambda: _done(self._pulls), self._asked)
+        wait_on_all_ranks(self.parallel, lambda: _done(self._pulls), self._asked)
         self._pulls.clear()
         if self.parallel.is_last_stage and isinstance(self.rows, TopKRows):
             keep(samples, self.rows.decode(self._exchanged(samples)))
@@ -245,7 +245,7 @@ class RemoteTeacher(Generic[C, L]):
     # On the main rank, before there is a pool
 
     def _arrival(self) -> Iterator[tuple[list[str], str | None] | None]:
-        """News for `relay`: at last, where the replicas are and the key that they want."""
+        """News for `broadcast_events`: at last, where the replicas are and the key that they want."""
         options = self._options
         if self._replicas is None:
             urls, key = options.urls, None if options.api_key_file is None else read_api_key(Path(options.api_key_file))

@@ -25,7 +25,7 @@ from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.models.architecture import check_supported
-from eaopd_megatron.rollout.interface import Rollout
+from eaopd_megatron.rollout.interface import RolloutEngine
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.rollout.sglang.engine import ServedRollout
 from eaopd_megatron.teacher.build import Surroundings, build_teachers, layouts_of, open_folders
@@ -63,7 +63,7 @@ class Components:
     model: ModelChunks
     student: StudentTrainer
     teachers: Teachers
-    rollout: Rollout
+    rollout: RolloutEngine
     sampling: Sampling
     evaluator: Evaluator
 
@@ -118,7 +118,7 @@ def build_components(
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         failures_folder=folder.failures,
     )
-    rollout: Rollout
+    rollout: RolloutEngine
     if recipe.rollout.engine == "local":
         rollout = LocalRollout(model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size)
     else:
@@ -167,7 +167,7 @@ def build_prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, teachers: 
 def build_evaluator(
     recipe: Recipe,
     parallel: Parallel,
-    rollout: Rollout,
+    rollout: RolloutEngine,
     student: HfFolder,
     tokenizer: Any,
     stop_ids: tuple[int, ...],

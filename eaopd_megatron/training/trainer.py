@@ -20,13 +20,13 @@ from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.prompts import PromptCursor
 from eaopd_megatron.data.types import Sample
 from eaopd_megatron.distributed.parallel_state import Parallel
-from eaopd_megatron.errors import Asked, ServiceFailed, UserError
+from eaopd_megatron.errors import ServiceUnavailable, StopRequested, UserError
 from eaopd_megatron.evaluation.results import result_file_name
 from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
 from eaopd_megatron.reporting.metrics_log import MetricsWriter
 from eaopd_megatron.reporting.progress import Progress
 from eaopd_megatron.reporting.run_report import summary_line, write_run_report
-from eaopd_megatron.rollout.interface import Ticket, Wanted
+from eaopd_megatron.rollout.interface import GenerationRequest, RolloutHandle
 from eaopd_megatron.training.checkpointing import TrainingCheckpoints
 from eaopd_megatron.training.components import build_components, build_prompt_builder, load_training_problems
 from eaopd_megatron.training.metric_accumulator import MetricAccumulator
@@ -96,7 +96,7 @@ class Trainer:
         self.profiler = ProfilerWindow(self.folder.profile, parallel.rank, *window)
         self._writer: MetricsWriter | None = None
         self._times: dict[str, float] = defaultdict(float)
-        self._ahead: Ticket | None = None  # for the next iteration's responses, where they are written already
+        self._ahead: RolloutHandle | None = None  # for the next iteration's responses, where they are written already
         self.checkpoints = TrainingCheckpoints(recipe, parallel, self.folder, self.components, self.prompts)
         self.iteration, self.updates = self.checkpoints.resume(self.log)
         self._saved = self.iteration
@@ -122,7 +122,7 @@ class Trainer:
     def generate(self) -> Iterator[list[Sample]]:
         """This rank's share of the iteration's responses, in parts, as they are finished; as many on every rank."""
         ticket, self._ahead = self._ahead or self._begin(self.iteration), None
-        parts = self.components.rollout.responses(ticket)
+        parts = self.components.rollout.collect(ticket)
         while True:
             with self.timer("rollout"):
                 part = next(parts, None)
@@ -132,23 +132,23 @@ class Trainer:
                 sample.teacher = self._teacher_model[sample.prompt.teacher]
                 sample.stale = sample.weight_version != self.updates
             yield part
-        self.components.rollout.rest()
+        self.components.rollout.finish_generation()
         if self.recipe.rollout.max_lag and self.iteration + 1 < self.recipe.train.iterations:
             self._ahead = self._begin(self.iteration + 1)
 
-    def _begin(self, iteration: int) -> Ticket:
+    def _begin(self, iteration: int) -> RolloutHandle:
         mini, indices = self.recipe.train.mini_batch, self.cursor.indices(iteration)
-        wanted = Wanted(
+        wanted = GenerationRequest(
             [self.prompts[index] for index in indices],
             [(self.recipe.seed, "rollout", iteration, i) for i in range(len(indices))],
             [i for i in range(len(indices)) if i % mini % self.parallel.dp_size == self.parallel.dp_rank],
             self.components.sampling,
         )
-        return self.components.rollout.begin(wanted)
+        return self.components.rollout.submit(wanted)
 
     def _update_weights(self) -> None:
         with self.timer("sync"):
-            self.components.rollout.publish(self.updates)
+            self.components.rollout.update_weights(self.updates)
 
     def mini_batches(self, samples: list[Sample]) -> list[list[Sample]]:
         """This rank's share of each mini-batch of the iteration, possibly empty; as many on every rank."""
@@ -180,7 +180,7 @@ class Trainer:
         try:
             if self._evaluation_is_due():
                 record |= self._evaluation()
-        except (Asked, ServiceFailed):  # the evaluation is made up for when the run goes on
+        except (StopRequested, ServiceUnavailable):  # the evaluation is made up for when the run goes on
             self._record(record | self._rates(record))
             raise
         self._record(record | self._rates(record))
@@ -192,13 +192,13 @@ class Trainer:
         if asked and not last:
             self._stopped(asked)
 
-    def save_and_stop(self, reason: Asked | ServiceFailed) -> NoReturn:
+    def save_and_stop(self, reason: StopRequested | ServiceUnavailable) -> NoReturn:
         """The iteration that was begun cannot be finished: save what is completed. Raises Interrupted or UserError."""
         self.components.rollout.close()
         self.teachers.close()
-        self.components.rollout.rest()
+        self.components.rollout.finish_generation()
         self._save(wait=True)
-        if isinstance(reason, Asked):
+        if isinstance(reason, StopRequested):
             self._stopped(reason.args[0])
         raise UserError(f"{reason}; {self._where()}")
 
@@ -292,7 +292,7 @@ class Trainer:
             self._update_weights()
         with self.timer("evaluation"):
             result = evaluator.run(self.iteration, self.log)
-            self.components.rollout.rest()
+            self.components.rollout.finish_generation()
             return evaluator.write(result, self.folder.evaluation)
 
     def _write_rollouts(self, samples: list[Sample]) -> None:

@@ -16,7 +16,7 @@ from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
-from eaopd_megatron.errors import Asked, ServiceFailed
+from eaopd_megatron.errors import ServiceUnavailable, StopRequested
 from eaopd_megatron.objective import Objective, TeacherHidden
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.remote import RemoteTeacher, load_head
@@ -161,7 +161,7 @@ def check_all_ranks_stop_together(
     is asked to stop."""
     folders = HfFolder.open(student), HfFolder.open(teacher)
     with arranged(ParallelLayout(pipeline_parallel=2, context_parallel=2)) as parallel:
-        for url, number, expected in ((gone, 0, ServiceFailed), (held, 15, Asked)):
+        for url, number, expected in ((gone, 0, ServiceUnavailable), (held, 15, StopRequested)):
             said: list[str] = []
             signals = [0]
             asked: Callable[[], int] = partial(signals.__getitem__, 0)

@@ -19,12 +19,12 @@ import sys
 from eaopd_megatron import worker
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.evaluation.runner import Evaluator
-from eaopd_megatron.errors import Asked
+from eaopd_megatron.errors import StopRequested
 
 whole = Evaluator.run
 def run(self, iteration, *others):
     if iteration == int(sys.argv[1]):
-        raise Asked(15)
+        raise StopRequested(15)
     return whole(self, iteration, *others)
 Evaluator.run = run
 worker._train(load_recipe(sys.argv[2], sys.argv[3:]))

@@ -17,7 +17,7 @@ from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.megatron.generation import decoding
 from eaopd_megatron.objective import Objective
 from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
-from eaopd_megatron.rollout.local import draw
+from eaopd_megatron.rollout.local import sample_tokens
 from eaopd_megatron.teacher.build import layouts_of
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.training.metric_accumulator import MetricAccumulator
@@ -49,7 +49,7 @@ def test_threshold_and_weight_follow_completed_updates() -> None:
 def test_samples_follow_the_distribution() -> None:
     probs = torch.tensor([0.5, 0.0, 0.3, 0.2])
     grid = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
-    tokens = draw(probs.log().expand(len(grid), 4), grid, temperature=1.0, top_p=1.0)
+    tokens = sample_tokens(probs.log().expand(len(grid), 4), grid, temperature=1.0, top_p=1.0)
     share = torch.bincount(tokens, minlength=4) / len(grid)
     assert torch.allclose(share, probs, atol=2e-4)
     assert share[1] == 0
@@ -58,17 +58,20 @@ def test_samples_follow_the_distribution() -> None:
 def test_a_token_of_probability_zero_is_never_drawn_at_the_ends() -> None:
     logprobs = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log()
     for u in (0.0, math.nextafter(1.0, 0.0)):
-        assert draw(logprobs, torch.tensor([u], dtype=torch.float64), temperature=1.0, top_p=1.0).item() in (1, 2)
+        assert sample_tokens(logprobs, torch.tensor([u], dtype=torch.float64), temperature=1.0, top_p=1.0).item() in (
+            1,
+            2,
+        )
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     probs = torch.tensor([0.1, 0.6, 0.3])
     grid = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
-    tokens = draw(probs.log().expand(len(grid), 3), grid, temperature=1.0, top_p=0.8)
+    tokens = sample_tokens(probs.log().expand(len(grid), 3), grid, temperature=1.0, top_p=0.8)
     share = torch.bincount(tokens, minlength=3) / len(grid)
     assert torch.allclose(share, torch.tensor([0.0, 2 / 3, 1 / 3]), atol=2e-3)
-    assert draw(probs.log()[None], torch.tensor([0.99]).double(), temperature=1.0, top_p=0.01).item() == 1
-    assert draw(probs.log()[None], torch.tensor([0.99]).double(), temperature=0.0, top_p=1.0).item() == 1
+    assert sample_tokens(probs.log()[None], torch.tensor([0.99]).double(), temperature=1.0, top_p=0.01).item() == 1
+    assert sample_tokens(probs.log()[None], torch.tensor([0.99]).double(), temperature=0.0, top_p=1.0).item() == 1
 
 
 def test_expert_parallelism_is_that_of_the_model_with_experts() -> None:

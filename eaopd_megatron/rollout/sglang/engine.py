@@ -1,6 +1,6 @@
 """Rollouts by SGLang servers, as the trainer's ranks see them.
 
-The main rank alone talks to servers (`keeper`). It tells the others what comes of it (`relay`): responses as they are
+The main rank alone talks to servers (`keeper`). It tells the others what comes of it (`broadcast_events`): responses as they are
 finished, and that a server came back, for which all ranks export the student's weights.
 """
 
@@ -17,12 +17,12 @@ from typing import Any
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.types import Prompt, Sample
-from eaopd_megatron.distributed.broadcast import relay
+from eaopd_megatron.distributed.broadcast import broadcast_events
 from eaopd_megatron.distributed.errors import agree
 from eaopd_megatron.distributed.parallel_state import Parallel, ranks_beside_the_first
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import TrainerMemory
-from eaopd_megatron.rollout.interface import Ticket, Wanted
+from eaopd_megatron.rollout.interface import GenerationRequest, RolloutHandle
 from eaopd_megatron.rollout.sglang.colocation import ColocationScheduler
 from eaopd_megatron.rollout.sglang.generation import BackgroundGeneration
 from eaopd_megatron.rollout.sglang.identity import LogprobProbe
@@ -39,7 +39,7 @@ _PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class _PendingRollout(Ticket):
+class _PendingRollout(RolloutHandle):
     """writing: on the main rank."""
 
     generation: BackgroundGeneration | None = None
@@ -90,15 +90,15 @@ class ServedRollout:
         self._version: int | None = None  # of the weights that the servers have
         self._ahead: _PendingRollout | None = None  # may be written while the caller trains
 
-    def open(self, prompts: Sequence[Prompt], longest: int) -> None:
+    def open(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
         """The servers begin to start; `publish` waits for them."""
         self._probe_ids = max(prompts, key=lambda prompt: len(prompt.token_ids)).token_ids[:_PROBE_TOKENS]
         if self._turns is not None:
             self._turns.offload_trainer()
         if self._keeper is not None:
-            self._keeper.start(longest)
+            self._keeper.start(max_tokens)
 
-    def publish(self, version: int) -> None:
+    def update_weights(self, version: int) -> None:
         """The servers get the model's weights, once what they write with older ones is finished."""
         if version == self._version and (self._turns is None or self._turns.servers_hold_memory):
             return
@@ -123,18 +123,18 @@ class ServedRollout:
         if verify:
             agree(self.parallel, self._compare)
 
-    def begin(self, wanted: Wanted) -> Ticket:
+    def submit(self, request: GenerationRequest) -> RolloutHandle:
         """The servers begin to write at once."""
-        writing = None if self._keeper is None else self._keeper.submit(wanted)
-        self._ahead = _PendingRollout(wanted, writing)
+        writing = None if self._keeper is None else self._keeper.submit(request)
+        self._ahead = _PendingRollout(request, writing)
         return self._ahead
 
-    def responses(self, ticket: Ticket) -> Iterator[list[Sample]]:
+    def collect(self, handle: RolloutHandle) -> Iterator[list[Sample]]:
         """Each part has about a micro-batch for every data-parallel rank."""
-        assert isinstance(ticket, _PendingRollout)
-        mine, prompts = set(ticket.wanted.mine), ticket.wanted.prompts
+        assert isinstance(handle, _PendingRollout)
+        mine, prompts = set(handle.request.local_indices), handle.request.prompts
         missing = set(mine)
-        for part in self._hear(partial(_written, ticket, self._part_tokens)):
+        for part in self._hear(partial(_written, handle, self._part_tokens)):
             own = [replace(sample, prompt=prompts[sample.index]) for sample in part if sample.index in mine]
             samples = [sample.within(self._vocab_size) for sample in own]
             for sample in samples:
@@ -142,10 +142,10 @@ class ServedRollout:
             yield samples
         if missing:
             raise RuntimeError(f"no response to {len(missing)} of {len(mine)} prompts of this rank")
-        if self._ahead is ticket:
+        if self._ahead is handle:
             self._ahead = None
 
-    def rest(self) -> None:
+    def finish_generation(self) -> None:
         """Colocated servers give the trainer its memory back."""
         if self._turns is not None:
             self._forget_lost()
@@ -160,7 +160,7 @@ class ServedRollout:
     def _hear(self, news: Callable[[ServerManager], Iterator[Any]]) -> Iterator[list[Sample]]:
         """Responses, on all ranks; for a server that came back all ranks export the weights on the way."""
         told = None if self._keeper is None else news(self._keeper)
-        for one in relay(self.parallel, told, self._asked):
+        for one in broadcast_events(self.parallel, told, self._asked):
             if one == _REFRESH:
                 clients = self._keeper.outdated() if self._keeper else []
                 self._given(clients, self._sync.update_from_disk(self._version or 0, clients))

@@ -13,7 +13,7 @@ from pathlib import Path
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.interface import Wanted
+from eaopd_megatron.rollout.interface import GenerationRequest
 from eaopd_megatron.rollout.sglang.generation import BackgroundGeneration
 from eaopd_megatron.rollout.sglang.identity import (
     ROUTER_READY_PATH,
@@ -115,11 +115,11 @@ class ServerManager:
             )
             self.loop.run(self._pool.open())
 
-    def submit(self, wanted: Wanted) -> BackgroundGeneration:
+    def submit(self, request: GenerationRequest) -> BackgroundGeneration:
         """The servers begin to write the responses."""
         assert self._pool is not None, "serve comes first"
         return BackgroundGeneration(
-            self.loop, self._pool, wanted.prompts, wanted.sampling, lambda: self._allowed_versions
+            self.loop, self._pool, request.prompts, request.sampling, lambda: self._allowed_versions
         )
 
     def outdated(self) -> list[SGLangClient]:

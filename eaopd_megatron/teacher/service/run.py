@@ -15,11 +15,11 @@ from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.distributed import parallel_state as groups
-from eaopd_megatron.distributed.broadcast import relay
+from eaopd_megatron.distributed.broadcast import broadcast_events
 from eaopd_megatron.distributed.errors import agree
 from eaopd_megatron.distributed.heartbeat import watched
 from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
-from eaopd_megatron.errors import Asked, UserError
+from eaopd_megatron.errors import StopRequested, UserError
 from eaopd_megatron.megatron.layers import check_fp8
 from eaopd_megatron.megatron.model import DTYPES, build_model
 from eaopd_megatron.models.architecture import check_supported
@@ -89,12 +89,12 @@ def _serve(scorer: Scorer, info: Info, listener: Listener | None, places: int) -
         log_rank0(f"{info.model} serves {info.signal} at {listener.url} ({info.layout})")
     news = _news(queue, scorer.together, meter) if parallel.is_main else None
     try:
-        for requests in relay(parallel, news, lambda: received[0] if received else 0):
+        for requests in broadcast_events(parallel, news, lambda: received[0] if received else 0):
             rows = scorer.score(requests)
             if parallel.is_main:
                 queue.finish(requests, rows)
                 meter.add(requests)
-    except Asked as asked:
+    except StopRequested as asked:
         queue.stop()
         if listener is not None:
             queue.drain(SEND_SECONDS)
@@ -103,7 +103,7 @@ def _serve(scorer: Scorer, info: Info, listener: Listener | None, places: int) -
 
 
 def _news(queue: Queue, together: int, meter: Meter) -> Iterator[list[ScoreRequest] | None]:
-    """What is to be scored next, for `relay`."""
+    """What is to be scored next, for `broadcast_events`."""
     while True:
         yield queue.take(together, POLL_SECONDS) or None
         meter.tick()
