@@ -1,23 +1,26 @@
-"""Why an iteration that was begun cannot be finished. The trainer's own state is whole."""
+"""Errors that end a command in good order, and the exit codes of those that the user can mend."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A fault that the user can mend. Its text is one line; the command line prints it without a traceback (exit 1)."""
+    """A fault that the user can mend. Its text is one line; the command prints it without a traceback (exit code 1)."""
 
     exit_code = 1
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be run as it stands (exit 2)."""
+    """A recipe that cannot be run as it stands (exit code 2)."""
 
     exit_code = 2
 
 
 class StopRequested(Exception):
-    """A signal asked the run to stop while it waited for another role. Its argument is the signal's number."""
+    """A signal asked the run to stop while it waited for another role. The argument is the signal's number.
+
+    The iteration in progress cannot be finished; the trainer's own state is intact.
+    """
 
 
 class ServiceUnavailable(UserError):
-    """What the other role gives cannot be had any more."""
+    """Another role (rollout servers, a teacher) gives no answers any more. The trainer's own state is intact."""

@@ -1,4 +1,4 @@
-"""What one rank sees of the servers, told to all ranks."""
+"""Events that one rank sees, told to all ranks, and waits that all ranks end together."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from eaopd_megatron.errors import ServiceUnavailable, StopRequested, UserError
 
 T = TypeVar("T")
 _KEEPALIVE_SECONDS = 10.0
-"""The longest that a rank waits in a collective, however long the servers take."""
+"""Upper bound of a rank's wait in one collective, however long the servers take."""
 
 
 def broadcast_events(
     parallel: Parallel, events: Iterator[T | None] | None, stop_signal: Callable[[], int] = lambda: 0
 ) -> Iterator[T]:
-    """Yields on every rank what `news` yields on the main rank (None there: nothing yet, ask again at once).
+    """Yield on every rank what `events` yields on the main rank. Collective over all ranks.
 
-    Collective over all ranks. asked: the number of a signal that asks the run to stop, or 0. Raises on every rank what
-    the main rank's `news` raises: StopRequested, ServiceUnavailable for a UserError, RuntimeError for anything else.
+    events: None on the other ranks; a None that it yields means that nothing has happened yet, and it is polled again
+    at once. stop_signal: returns the number of the signal that asks the run to stop, or 0. Raises on every rank what
+    the main rank meets: StopRequested for a signal, ServiceUnavailable for a UserError of `events`, RuntimeError for
+    any other exception.
     """
     while True:
         event = None if events is None else _next_event(events, stop_signal)
@@ -36,65 +38,65 @@ def broadcast_events(
         kind, value = event
         if kind == "end":
             return
-        if kind == "asked":
+        if kind == "stop":
             raise StopRequested(value)
-        if kind == "failed":
+        if kind == "error":
             sort, _, text = value
             raise ServiceUnavailable(text) if sort == "user" else RuntimeError(f"rank 0: {text}")
-        if kind == "news":
+        if kind == "event":
             yield value
 
 
 def wait_on_all_ranks(parallel: Parallel, done: Callable[[], bool], stop_signal: Callable[[], int] = lambda: 0) -> None:
-    """Returns on every rank once `done` is true on all of them.
+    """Return on every rank once `done` is true on all of them. Collective over all ranks.
 
-    Collective over all ranks. done: may take a few tenths of a second, and is asked again and again until it is true.
-    Raises on every rank StopRequested where one was asked to stop, or else what `done` raises on one: ServiceUnavailable for a
-    UserError, RuntimeError for anything else.
+    done: polled until it is true; may block for a few tenths of a second. Raises on every rank StopRequested where one
+    rank got a signal, else what `done` raises on one: ServiceUnavailable for a UserError, RuntimeError for any other
+    exception.
     """
-    waits = True
+    waiting = True
     while True:
         error: Exception | None = None
         try:
-            waits = waits and not done()
+            waiting = waiting and not done()
         except Exception as raised:
             error = raised
-        state = [stop_signal(), int(error is not None), int(waits)]
+        state = [stop_signal(), int(error is not None), int(waiting)]
         if parallel.world_size > 1:
             shared = torch.tensor(state, device=parallel.device)
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
             state = shared.tolist()
-        number, failed, waiting = state
+        number, failed, any_waiting = state
         if number:
             raise StopRequested(number)
         if failed:
             _raise_on_all_ranks(parallel, error)
-        if not waiting:
+        if not any_waiting:
             return
 
 
 def _raise_on_all_ranks(parallel: Parallel, error: Exception | None) -> None:
-    def mine() -> None:
+    def raise_local() -> None:
         if error is not None:
             raise error
 
     try:
-        agree(parallel, mine)
+        agree(parallel, raise_local)
     except UserError as first:
         raise ServiceUnavailable(str(first)) from None
 
 
 def _next_event(events: Iterator[T | None], stop_signal: Callable[[], int]) -> tuple[str, Any]:
-    """The next one, or after BEAT_SECONDS only that there is none yet."""
+    """Return the next event, or a keepalive after _KEEPALIVE_SECONDS without one."""
     since = time.monotonic()
     try:
         for value in events:
             if number := stop_signal():
-                return "asked", number
+                return "stop", number
             if value is not None:
-                return "news", value
+                return "event", value
             if time.monotonic() - since > _KEEPALIVE_SECONDS:
-                return "beat", None
+                return "keepalive", None
     except Exception as error:
-        return "failed", describe(error)
+        return "error", describe(error)
     return "end", None

@@ -1,4 +1,4 @@
-"""What writes the student's responses: the trainer's own ranks, or servers. One interface, used by all ranks."""
+"""The interface of the engines that generate the student's responses: the trainer's own ranks, or SGLang servers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SamplingKey = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """The responses of all data-parallel ranks: one to each prompt.
+    """One response to each prompt, over all data-parallel ranks.
 
-    keys: what each response's random numbers are a function of (`data.random`), where the trainer draws them. mine:
-    which of them are this data-parallel rank's.
+    sampling_keys: one RNG key per response (`data.prompts.seeded_generator`), used where the trainer draws the tokens.
+    local_indices: indices of the responses that this data-parallel rank owns.
     """
 
     prompts: Sequence[Prompt]
@@ -27,31 +27,35 @@ class GenerationRequest:
 
 @dataclass(frozen=True, eq=False)
 class RolloutHandle:
-    """For responses that are still to be fetched, once."""
+    """A submitted request. Its responses can be collected once."""
 
     request: GenerationRequest
 
 
 class RolloutEngine(Protocol):
-    """All ranks make the same calls with the same arguments, but for `GenerationRequest.local_indices`."""
+    """All ranks make the same calls with the same arguments, except for `GenerationRequest.local_indices`."""
 
     def open(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
-        """Comes first. prompts: all that may come; longest: tokens of one and its response, at the most."""
+        """Start the engine. Call it first.
+
+        prompts: all that may be requested. max_tokens: upper bound of the tokens of one prompt and its response.
+        """
 
     def update_weights(self, version: int) -> None:
-        """From now on responses are written by the model's weights as they are, under this version."""
+        """Generate with the model's current weights from now on; `version` names them."""
 
     def submit(self, request: GenerationRequest) -> RolloutHandle:
-        """The responses may be written while the caller does something else."""
+        """Request responses. They may be generated in the background."""
 
     def collect(self, handle: RolloutHandle) -> Iterator[list[Sample]]:
-        """This rank's responses to what was wanted, in parts, as they are finished; as many parts on every rank.
+        """Yield this rank's responses in parts as they finish. Every rank gets the same number of parts.
 
-        `index` is a prompt's place among `GenerationRequest.prompts`; each comes once. Raises StopRequested or ServiceUnavailable on all ranks.
+        `Sample.index` is the prompt's index in `GenerationRequest.prompts`; each occurs once. Raises StopRequested or
+        ServiceUnavailable on all ranks.
         """
 
     def finish_generation(self) -> None:
-        """Nothing is wanted until the next `publish`."""
+        """Pause until the next `update_weights`; colocated servers free their GPU memory."""
 
     def close(self) -> None:
-        """Ends what was started for it. A second call does nothing."""
+        """Stop everything that the engine started. Idempotent."""

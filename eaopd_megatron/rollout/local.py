@@ -59,14 +59,11 @@ class LocalRollout:
         return RolloutHandle(request)
 
     def collect(self, handle: RolloutHandle) -> Iterator[list[Sample]]:
-        """All of this rank's at once."""
-        request = handle.request
-        prompts, keys = (
-            [request.prompts[i] for i in request.local_indices],
-            [request.keys[i] for i in request.local_indices],
-        )
+        """Generate all of this rank's responses and yield them as one part."""
+        request, local = handle.request, handle.request.local_indices
+        prompts, keys = [request.prompts[i] for i in local], [request.sampling_keys[i] for i in local]
         samples = self.generate(prompts, keys, request.sampling, self._version)
-        yield [replace(sample, index=index) for index, sample in zip(request.local_indices, samples, strict=True)]
+        yield [replace(sample, index=index) for index, sample in zip(local, samples, strict=True)]
 
     def finish_generation(self) -> None:
         """Nothing: training goes on with the same memory."""

@@ -28,10 +28,10 @@ class Teacher(Protocol):
         """The teacher may begin to score them; who waits for other processes does it in `wait`."""
 
     def wait(self, samples: Sequence[Sample]) -> None:
-        """Returns once every response token of these, which were asked for, is scored, or will be by `signals`.
+        """Return once every response token of these submitted samples is scored, or will be by `signals`.
 
-        Collective over all ranks. Raises StopRequested or ServiceUnavailable on all of them, and RuntimeError where a token was left
-        out: a gate made from missing entropies would be off in silence.
+        Collective over all ranks. Raises StopRequested or ServiceUnavailable on all of them, and RuntimeError if a token
+        has no score: a gate computed from missing entropies would be off silently.
         """
 
     def signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:

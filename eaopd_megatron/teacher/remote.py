@@ -146,8 +146,8 @@ class RemoteTeacher(Generic[C, L]):
         agree(self.parallel, lambda: None if self._replicas is None else self._replicas.start(longest))
 
     def open(self) -> None:
-        """As `Teacher.open`; returns once a replica is there. Collective. Raises StopRequested, ServiceUnavailable or RuntimeError
-        on all ranks."""
+        """As `Teacher.open`; returns once a replica is ready. Collective. Raises StopRequested, ServiceUnavailable or
+        RuntimeError on all ranks."""
         self._loop.__enter__()
         news = self._arrival() if self.parallel.is_main else None
         ((urls, key),) = broadcast_events(self.parallel, news, self._asked)

@@ -1,7 +1,7 @@
 """Rollouts by SGLang servers, as the trainer's ranks see them.
 
-The main rank alone talks to servers (`keeper`). It tells the others what comes of it (`broadcast_events`): responses as they are
-finished, and that a server came back, for which all ranks export the student's weights.
+Only the main rank talks to the servers. It broadcasts what it sees (`broadcast_events`): finished responses, and that a
+server is back, for which all ranks export the student's weights.
 """
 
 from __future__ import annotations
