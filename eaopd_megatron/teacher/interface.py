@@ -30,8 +30,8 @@ class Teacher(Protocol):
     def wait(self, samples: Sequence[Sample]) -> None:
         """Return once every response token of these submitted samples is scored, or will be by `signals`.
 
-        Collective over all ranks. Raises StopRequested or ServiceUnavailable on all of them, and RuntimeError if a token
-        has no score: a gate computed from missing entropies would be off silently.
+        Collective over all ranks. Raises StopRequested or ServiceUnavailable on all of them, and RuntimeError if a
+        token has no score: a gate computed from missing entropies would be off silently.
         """
 
     def signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
