@@ -141,7 +141,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a model on benchmarks: avg@k, pass@k, majority vote, with intervals."""
-    from eaopd_megatron.data.sources import Fields
+    from eaopd_megatron.data.sources import FieldNames
     from eaopd_megatron.evaluation.evaluate import EvaluationRequest
     from eaopd_megatron.evaluation.evaluate import run_evaluation as run
     from eaopd_megatron.evaluation.generate import ServerChoice
@@ -158,7 +158,7 @@ def evaluate(
         seed=seed,
         template=_one_of("--template", template, "chat", "base", "raw") if template else None,
         suffix=suffix,
-        fields=None if fields is None else Fields.parse(fields),
+        fields=None if fields is None else FieldNames.parse(fields),
         engine=_one_of("--engine", engine, "local", "sglang"),
         tensor_parallel=tensor_parallel,
         batch_size=batch_size,

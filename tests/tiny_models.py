@@ -83,7 +83,7 @@ def write(name: str, folder: Path, *, max_shard_size: str = "10GB") -> Any:
 
     model = build(name)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    countdown.tokenizer().save_pretrained(folder)
+    countdown.countdown_tokenizer().save_pretrained(folder)
     (folder / "expected").mkdir()
     save_file(_expected(model), folder / "expected" / "values.safetensors")
     return model

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from eaopd_megatron.data.types import Sampling  # noqa: E402
+from eaopd_megatron.data.types import SamplingParams  # noqa: E402
 from eaopd_megatron.rollout.sglang.generation import GenerateCall  # noqa: E402
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server  # noqa: E402
 from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings  # noqa: E402
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16, help="new tokens a request")
     arguments = parser.parse_args()
-    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=arguments.tokens, stop_ids=())
+    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=arguments.tokens, stop_token_ids=())
     requests = [GenerateRequest(f"r{i}", [1 + i % 12, 20, 40 + i % 7, 3], sampling) for i in range(arguments.requests)]
     key = read_api_key(arguments.api_key_file) if arguments.api_key_file else None
     if arguments.url:

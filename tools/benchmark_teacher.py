@@ -234,7 +234,7 @@ class Waits:
         batches = teacher.micro_batches(samples, BUDGET, self.parallel)
         signal_of = teacher.signals(batches)
         for index, batch in enumerate(batches):
-            assert len(cast(Any, signal_of(index)).hidden) == batch.count
+            assert len(cast(Any, signal_of(index)).hidden) == batch.num_response_tokens
         time.sleep(TRAINING / UPDATES)
 
     def clock(self, phase: str) -> contextlib.AbstractContextManager[None]:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, common_vocab_size  # noqa: E402
 from eaopd_megatron.data.prompts import PromptBuilder  # noqa: E402
 from eaopd_megatron.data.sources import load_problems  # noqa: E402
-from eaopd_megatron.data.types import Prompt, Sample, Sampling  # noqa: E402
+from eaopd_megatron.data.types import Prompt, Sample, SamplingParams  # noqa: E402
 from eaopd_megatron.launch.entrypoint import run_entrypoint  # noqa: E402
 from eaopd_megatron.objective import Objective, TeacherTopK, entropy_bounds  # noqa: E402
 from eaopd_megatron.objective.token_losses import gate_of  # noqa: E402
@@ -56,7 +56,7 @@ def main() -> None:
     student, teacher = HfFolder.open(arguments.student), HfFolder.open(arguments.teacher)
     builder = PromptBuilder(student.tokenizer(), template="raw", suffix="", field="problem", max_tokens=LONGEST)
     prompts, _ = builder.build(load_problems("countdown", "train")[: arguments.prompts], "countdown")
-    sampling = Sampling(1.0, 1.0, arguments.response_tokens, tuple({*student.eos_ids, *teacher.eos_ids}))
+    sampling = SamplingParams(1.0, 1.0, arguments.response_tokens, tuple({*student.eos_ids, *teacher.eos_ids}))
     with served(student) as url:
         samples = asyncio.run(write(url, student, prompts, sampling))
     with served(teacher) as url:
@@ -81,7 +81,7 @@ def source(student: HfFolder, teacher: HfFolder, k: int) -> ServedSource:
     return ServedSource(teacher, vocab_size=size, k=min(k, size), terminal=terminal, max_running=RUNNING)
 
 
-async def write(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sample]:
+async def write(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
     """A response to each prompt."""
     expected = ExpectedModel(student.family.architecture, student.vocab_size, LONGEST)
     calls = [GenerateCall(GenerateRequest(str(i), prompt.token_ids, sampling)) for i, prompt in enumerate(prompts)]

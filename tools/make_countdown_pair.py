@@ -56,7 +56,7 @@ SHAPES = {
 def build_model(shape: Shape) -> Qwen3ForCausalLM:
     """A freshly initialised fp32 model over the task's vocabulary; its config names no padding token."""
     config = Qwen3Config(
-        vocab_size=len(countdown.VOCABULARY),
+        vocab_size=len(countdown.COUNTDOWN_VOCABULARY),
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -166,7 +166,7 @@ def gated_share(teacher: Qwen3ForCausalLM, problems: list[dict], responses: list
 
 def decoder() -> Callable[[list[int]], str]:
     """Ids to the text that the checker reads."""
-    tokenizer = countdown.tokenizer()
+    tokenizer = countdown.countdown_tokenizer()
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
@@ -179,7 +179,7 @@ def evaluate(
     decode = decoder()
     right = solved = different = ended = 0
     for problem, many in zip(chosen, responses, strict=True):
-        grades = [countdown.check(problem, decode(response)) for response in many]
+        grades = [countdown.check_answer(problem, decode(response)) for response in many]
         keys = [key for correct, key in grades if correct]
         right += len(keys)
         solved += bool(keys)
@@ -211,7 +211,7 @@ def save(model: Qwen3ForCausalLM, folder: Path) -> None:
             pad_token_id=countdown.TOKEN_IDS[countdown.PAD_TOKEN],
         )
         model.save_pretrained(partial / "new")
-        countdown.tokenizer().save_pretrained(partial / "new")
+        countdown.countdown_tokenizer().save_pretrained(partial / "new")
         (partial / "new" / "model.safetensors").chmod(0o644)  # written readable by its owner alone
         if folder.exists():
             os.rename(folder, partial / "old")

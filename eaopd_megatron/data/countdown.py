@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Split = Literal["train", "heldout"]
-Numbers = tuple[int, int, int]
+Operands = tuple[int, int, int]
 
-LARGEST_GIVEN = 12
-LARGEST_VALUE = 99
+MAX_OPERAND = 12
+MAX_VALUE = 99
 OPERATORS = ("+", "-", "*", "/")
 EOS_TOKEN, PAD_TOKEN, UNKNOWN_TOKEN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
-VOCABULARY: tuple[str, ...] = (
-    *(str(value) for value in range(LARGEST_VALUE + 1)),
+COUNTDOWN_VOCABULARY: tuple[str, ...] = (
+    *(str(value) for value in range(MAX_VALUE + 1)),
     *OPERATORS,
     *("=", ";", "use", "make", ":"),
     *(EOS_TOKEN, PAD_TOKEN, UNKNOWN_TOKEN),
 )
-TOKEN_IDS: dict[str, int] = {token: index for index, token in enumerate(VOCABULARY)}
+TOKEN_IDS: dict[str, int] = {token: index for index, token in enumerate(COUNTDOWN_VOCABULARY)}
 EOS_ID = TOKEN_IDS[EOS_TOKEN]
 
 PROMPT_TOKENS = 7  # every prompt has this length
 MAX_RESPONSE_TOKENS = 16  # an answer and its end take 13; the rest lets a model show that it does not stop
 HELD_OUT_ONE_IN = 8
 
-_VALUES: dict[str, int] = {str(value): value for value in range(LARGEST_VALUE + 1)}
+_VALUES: dict[str, int] = {str(value): value for value in range(MAX_VALUE + 1)}
 
 
 def calculate(left: int, operator: str, right: int) -> int | None:
@@ -57,7 +57,7 @@ def calculate(left: int, operator: str, right: int) -> int | None:
         value = left // right
     else:
         return None
-    return value if 0 <= value <= LARGEST_VALUE else None
+    return value if 0 <= value <= MAX_VALUE else None
 
 
 def _steps(one: int, other: int) -> Iterator[tuple[str, int]]:
@@ -70,10 +70,10 @@ def _steps(one: int, other: int) -> Iterator[tuple[str, int]]:
 
 
 @lru_cache(maxsize=1)
-def _answers() -> dict[tuple[Numbers, int], tuple[str, ...]]:
+def _answers() -> dict[tuple[Operands, int], tuple[str, ...]]:
     """Every solvable problem (its numbers ascending, its target) and its right answers in alphabetical order."""
-    found: defaultdict[tuple[Numbers, int], set[str]] = defaultdict(set)
-    for a, b, c in combinations_with_replacement(range(1, LARGEST_GIVEN + 1), 3):
+    found: defaultdict[tuple[Operands, int], set[str]] = defaultdict(set)
+    for a, b, c in combinations_with_replacement(range(1, MAX_OPERAND + 1), 3):
         for one, other, rest in {(a, b, c), (a, c, b), (b, c, a)}:
             for first_step, middle in _steps(one, other):
                 for last_step, target in _steps(middle, rest):
@@ -88,7 +88,7 @@ def _digest(problem_id: str) -> int:
 
 
 @lru_cache(maxsize=2)
-def _split(split: str) -> tuple[tuple[str, Numbers, int], ...]:
+def _split(split: str) -> tuple[tuple[str, Operands, int], ...]:
     """(id, numbers, target) of a split, in the order of the ids' digests: any first N are a fair sample of it."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', not {split!r}")
@@ -119,13 +119,13 @@ def problems(split: Split) -> list[dict[str, Any]]:
     ]
 
 
-def solve(numbers: list[int] | Numbers, target: int) -> list[str]:
+def solve(numbers: list[int] | Operands, target: int) -> list[str]:
     """Every right answer's text, in alphabetical order, both orders of commuted operands; [] where there is none."""
     a, b, c = sorted(numbers)
     return list(_answers().get(((a, b, c), target), ()))
 
 
-def check(problem: Mapping[str, Any], response_text: str) -> tuple[bool, str | None]:
+def check_answer(problem: Mapping[str, Any], response_text: str) -> tuple[bool, str | None]:
     """Whether a response is exactly a right answer, and the key under which equal right answers are counted once.
 
     A response is its two steps and nothing else, separated by white space. The key is the answer with the operands of
@@ -165,7 +165,7 @@ def supervised_examples(seed: int, split: Split = "train") -> Iterator[tuple[dic
         yield problem, answers[generator.randrange(len(answers))]
 
 
-def tokenizer() -> "PreTrainedTokenizerFast":
+def countdown_tokenizer() -> "PreTrainedTokenizerFast":
     """One token a word of `VOCABULARY`, split at white space; adds nothing to a text, has no chat template.
 
     `decode(ids, skip_special_tokens=True)` gives text that `check` reads. The padding token serves batches alone: no

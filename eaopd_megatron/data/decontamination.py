@@ -14,18 +14,18 @@ from typing import Any
 from eaopd_megatron.data.sources import Problem
 
 Words = tuple[str, ...]
-COMMON = 10
+MAX_TEXTS_PER_PASSAGE = 10
 """A passage that more different training problems have is a turn of phrase: `relatively prime positive integers. Find
 m + n`."""
 
-SHORTEST = 8
+MIN_PASSAGE_WORDS = 8
 """Words of a benchmark problem that is looked for inside of longer problems; a shorter one may be a part of many."""
 
 _WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True)
-class Match:
+class ContaminatedProblem:
     """A training problem and the evaluation problem that it repeats: wholly ("exact") or in a passage ("n-gram")."""
 
     id: str
@@ -50,28 +50,28 @@ class Decontamination:
         lengths = {ngram}
         for name, problems in benchmarks.items():
             for problem in problems:
-                found, where = words(str(problem["problem"])), (name, str(problem["id"]))
+                found, where = split_words(str(problem["problem"])), (name, str(problem["id"]))
                 self._exact.setdefault(found, where)
-                length = min(ngram, len(found)) if len(found) >= SHORTEST else ngram
+                length = min(ngram, len(found)) if len(found) >= MIN_PASSAGE_WORDS else ngram
                 lengths.add(length)
                 for passage in _passages(found, length):
                     self._passages.setdefault(passage, where)
         self._lengths = sorted(lengths, reverse=True)
 
-    def clean(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[Match]]:
+    def clean(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[ContaminatedProblem]]:
         """The problems without a match, in their order, and the first match of each of the others."""
-        texts = [words(str(problem["problem"])) for problem in problems]
+        texts = [split_words(str(problem["problem"])) for problem in problems]
         shared = {text: [p for p in self._passages_of(text) if p in self._passages] for text in set(texts)}
         counts = Counter(chain.from_iterable(map(set, shared.values())))
         kept: list[Problem] = []
-        matches: list[Match] = []
+        matches: list[ContaminatedProblem] = []
         for problem, text in zip(problems, texts, strict=True):
             named = str(problem["id"])
-            passage = next((p for p in shared[text] if counts[p] <= COMMON), None)
+            passage = next((p for p in shared[text] if counts[p] <= MAX_TEXTS_PER_PASSAGE), None)
             if text in self._exact:
-                matches.append(Match(named, *self._exact[text], "exact", " ".join(text)))
+                matches.append(ContaminatedProblem(named, *self._exact[text], "exact", " ".join(text)))
             elif passage is not None:
-                matches.append(Match(named, *self._passages[passage], "n-gram", " ".join(passage)))
+                matches.append(ContaminatedProblem(named, *self._passages[passage], "n-gram", " ".join(passage)))
             else:
                 kept.append(problem)
         return kept, matches
@@ -80,18 +80,20 @@ class Decontamination:
         return chain.from_iterable(_passages(text, length) for length in self._lengths)
 
 
-def words(text: str) -> Words:
+def split_words(text: str) -> Words:
     """A text's words in lower case; LaTeX commands are words, their backslashes and braces are not."""
     return tuple(_WORD.findall(text.lower()))
 
 
-def summary(matches: Sequence[Match]) -> str:
+def summarise_matches(matches: Sequence[ContaminatedProblem]) -> str:
     """One line: how many problems match which benchmark, exactly and in a passage."""
     counts = Counter((match.benchmark, match.kind) for match in matches)
     return ", ".join(f"{count} {name} ({kind})" for (name, kind), count in sorted(counts.items())) or "none"
 
 
-def write_report(path: Path, matches: Sequence[Match], *, problems: int, ngram: int) -> None:
+def write_decontamination_report(
+    path: Path, matches: Sequence[ContaminatedProblem], *, problems: int, ngram: int
+) -> None:
     """All matches as JSON: {"problems", "left_out", "ngram", "matches": [{"id", "benchmark", ...}]}."""
     from eaopd_megatron.utils.files import atomic_write
 

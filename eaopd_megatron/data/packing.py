@@ -19,27 +19,29 @@ class Packing:
     causal attention costs each rank the same. Sequence parallelism cuts a rank's tokens by the tensor-parallel size.
     """
 
-    tensor: int = 1  # tensor-parallel size under sequence parallelism, else 1
-    context: int = 1  # context-parallel size
-    context_rank: int = 0
+    sp_size: int = 1  # tensor-parallel size under sequence parallelism, else 1
+    cp_size: int = 1  # context-parallel size
+    cp_rank: int = 0
 
     @property
-    def of_a_sequence(self) -> int:
+    def sequence_multiple(self) -> int:
         """What must divide the length of a sequence."""
-        return 1 if self.context == 1 else 2 * self.context
+        return 1 if self.cp_size == 1 else 2 * self.cp_size
 
     @property
-    def of_the_whole(self) -> int:
+    def total_multiple(self) -> int:
         """What must divide the tokens of a micro-batch."""
-        return math.lcm(self.of_a_sequence, self.tensor * self.context)
+        return math.lcm(self.sequence_multiple, self.sp_size * self.cp_size)
 
 
-def cut(samples: Sequence[Sample], budget: int, packing: Packing = Packing()) -> Iterator[list[Sample]]:
+def split_into_micro_batches(
+    samples: Sequence[Sample], budget: int, packing: Packing = Packing()
+) -> Iterator[list[Sample]]:
     """Consecutive samples that are together, aligned, within `budget` tokens; at least one a micro-batch."""
     batch: list[Sample] = []
     total = 0
     for sample in samples:
-        length = _up(len(sample.token_ids), packing.of_a_sequence)
+        length = _round_up(len(sample.token_ids), packing.sequence_multiple)
         if batch and total + length > budget:
             yield batch
             batch, total = [], 0
@@ -55,8 +57,8 @@ def collate(samples: Sequence[Sample], device: torch.device, packing: Packing = 
     Position t−1 predicts token t, so the rows of a response start at the prompt's last token: they are found on whole
     sequences, before context parallelism cuts them.
     """
-    lengths = [_up(len(s.token_ids), packing.of_a_sequence) for s in samples]
-    missing = -sum(lengths) % packing.of_the_whole if samples else packing.of_the_whole
+    lengths = [_round_up(len(s.token_ids), packing.sequence_multiple) for s in samples]
+    missing = -sum(lengths) % packing.total_multiple if samples else packing.total_multiple
     if missing:
         lengths.append(missing)  # a sequence of its own, which no response sees
     ends = torch.tensor([0, *lengths]).cumsum(0)
@@ -69,8 +71,8 @@ def collate(samples: Sequence[Sample], device: torch.device, packing: Packing = 
         tokens.append(torch.tensor(sample.response_ids, dtype=torch.long))
     chosen_rows, chosen_tokens, kept = torch.cat(rows), torch.cat(tokens), None
     positions = torch.arange(len(ids)) - ends[:-1].repeat_interleave(ends.diff())
-    if packing.context > 1:
-        mine = context_part(ends, packing.context, packing.context_rank)
+    if packing.cp_size > 1:
+        mine = cp_shard_indices(ends, packing.cp_size, packing.cp_rank)
         place = torch.full((len(ids),), -1).index_copy(0, mine, torch.arange(len(mine)))
         kept = (place[chosen_rows] >= 0).nonzero().squeeze(1)
         chosen_rows, chosen_tokens = place[chosen_rows[kept]], chosen_tokens[kept]
@@ -87,7 +89,7 @@ def collate(samples: Sequence[Sample], device: torch.device, packing: Packing = 
     )
 
 
-def context_part(ends: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+def cp_shard_indices(ends: torch.Tensor, size: int, rank: int) -> torch.Tensor:
     """Packed positions [T/size] that context-parallel rank `rank` of `size` computes, in its order.
 
     ends [b + 1]: 0 and the end of each sequence, whose lengths 2·size divides.
@@ -101,5 +103,5 @@ def context_part(ends: torch.Tensor, size: int, rank: int) -> torch.Tensor:
     return start + torch.where(offset < chunk, rank * chunk + offset, second)
 
 
-def _up(length: int, multiple: int) -> int:
+def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple

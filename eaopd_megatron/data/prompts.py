@@ -14,15 +14,15 @@ from eaopd_megatron.data.types import Prompt
 from eaopd_megatron.errors import RecipeError, UserError
 
 
-def generator(*key: int | str) -> torch.Generator:
+def seeded_generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by a hash of `key`, such as (seed, "prompts", epoch)."""
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def uniforms(count: int, *key: int | str) -> torch.Tensor:
+def seeded_uniforms(count: int, *key: int | str) -> torch.Tensor:
     """[count] fp64 in [0, 1)."""
-    return torch.rand(count, dtype=torch.float64, generator=generator(*key))
+    return torch.rand(count, dtype=torch.float64, generator=seeded_generator(*key))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PromptCursor:
 
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(count, generator=generator(seed, "prompts", epoch)).tolist()
+    return torch.randperm(count, generator=seeded_generator(seed, "prompts", epoch)).tolist()
 
 
 class PromptBuilder:

@@ -12,11 +12,11 @@ from eaopd_megatron.data import countdown
 from eaopd_megatron.errors import RecipeError, UserError
 
 Problem = dict[str, Any]
-KINDS = "countdown, a .jsonl or .parquet file, or hub:owner/name[:config][@revision]"
+_SOURCE_KINDS = "countdown, a .jsonl or .parquet file, or hub:owner/name[:config][@revision]"
 
 
 @dataclass(frozen=True)
-class Fields:
+class FieldNames:
     """Under which names a source has what this package calls `problem`, `answer` and `id`."""
 
     problem: str = "problem"
@@ -24,7 +24,7 @@ class Fields:
     id: str = "id"
 
     @classmethod
-    def parse(cls, text: str) -> Fields:
+    def parse(cls, text: str) -> FieldNames:
         """`problem=question,answer=gold`. Raises UserError for another name than the three."""
         pairs = [part.partition("=") for part in text.split(",") if part.strip()]
         given = {name.strip(): value.strip() for name, _, value in pairs}
@@ -37,7 +37,7 @@ class Fields:
         return cls(**given)
 
 
-def load_problems(source: str, split: str, names: Fields | None = None) -> list[Problem]:
+def load_problems(source: str, split: str, names: FieldNames | None = None) -> list[Problem]:
     """The records of a source, each with `id` and, where it has them, `problem` and `answer` beside its own fields.
 
     source: `countdown` (split train or heldout), a .jsonl or .parquet file, or `hub:owner/name[:config][@revision]`,
@@ -46,17 +46,17 @@ def load_problems(source: str, split: str, names: Fields | None = None) -> list[
     if source == "countdown":
         return countdown.problems("train" if split == "train" else "heldout")
     if source.startswith("hub:"):
-        rows = _hub(source, split)
+        rows = _load_hub(source, split)
     elif source.endswith(".jsonl"):
         rows = read_jsonl(Path(source))
     elif source.endswith(".parquet"):
         rows = _read_parquet(Path(source))
     else:
-        raise RecipeError(f"data source {source!r}: expected {KINDS}")
-    return [_named(row, number, names or Fields()) for number, row in enumerate(rows)]
+        raise RecipeError(f"data source {source!r}: expected {_SOURCE_KINDS}")
+    return [_rename_fields(row, number, names or FieldNames()) for number, row in enumerate(rows)]
 
 
-def _named(row: Mapping[str, Any], number: int, names: Fields) -> Problem:
+def _rename_fields(row: Mapping[str, Any], number: int, names: FieldNames) -> Problem:
     there = {field.name: getattr(names, field.name) for field in fields(names)}
     named = {ours: row[theirs] for ours, theirs in there.items() if theirs in row}
     return {**row, "id": str(number), **named}
@@ -81,7 +81,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: no such data file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    return _filled(rows, path)
+    return _require_rows(rows, path)
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -94,16 +94,16 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: no such data file") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: no valid Parquet ({str(error).splitlines()[0]})") from None
-    return _filled(rows, path)
+    return _require_rows(rows, path)
 
 
-def _filled(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+def _require_rows(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{path}: the data file is empty")
     return list(rows)
 
 
-def _hub(source: str, split: str) -> list[dict[str, Any]]:
+def _load_hub(source: str, split: str) -> list[dict[str, Any]]:
     import datasets
 
     where, _, revision = source.removeprefix("hub:").partition("@")

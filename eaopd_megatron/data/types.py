@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -45,7 +45,7 @@ class Sample:
     def token_ids(self) -> list[int]:
         return [*self.prompt.token_ids, *self.response_ids]
 
-    def within(self, vocab_size: int) -> Sample:
+    def truncated_to_vocab(self, vocab_size: int) -> Sample:
         """The response up to the first id that is not below vocab_size; "length" ends it there.
 
         Servers sample from all of the student's rows. Those that a teacher lacks belong to no token of the tokenizer,
@@ -80,14 +80,29 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. Training needs temperature 1 and top_p 1: the objective is defined on the student's own
+class SamplingParams:
+    """How tokens are sampled. Training needs temperature 1 and top_p 1: the objective is defined on the student's own
     policy."""
 
     temperature: float
     top_p: float
     max_new_tokens: int
-    stop_ids: tuple[int, ...]
+    stop_token_ids: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form in which an evaluation's settings file holds it."""
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_new_tokens": self.max_new_tokens,
+            "stop_ids": list(self.stop_token_ids),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return what `to_json` was made from."""
+        ids = tuple(values["stop_ids"])
+        return cls(values["temperature"], values["top_p"], values["max_new_tokens"], stop_token_ids=ids)
 
 
 @dataclass(frozen=True)
@@ -104,46 +119,46 @@ class MicroBatch:
     token_ids: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
-    longest: int
-    rows: torch.Tensor
-    tokens: torch.Tensor
-    kept: torch.Tensor | None = None
+    max_seqlen: int
+    logit_positions: torch.Tensor
+    target_ids: torch.Tensor
+    cp_local_indices: torch.Tensor | None = None
     teacher: str = ""
 
     @property
-    def count(self) -> int:
+    def num_response_tokens(self) -> int:
         """Response tokens of the samples, on whatever rank their rows are."""
         return sum(len(s.response_ids) for s in self.samples)
 
-    def split(self, per_token: torch.Tensor) -> list[torch.Tensor]:
+    def split_by_sample(self, per_token: torch.Tensor) -> list[torch.Tensor]:
         """[count, ...], the values of all response tokens → one tensor a sample."""
         return list(per_token.split([len(s.response_ids) for s in self.samples]))
 
-    def gather(self, per_sample: Sequence[torch.Tensor]) -> torch.Tensor:
+    def gather_local(self, per_sample: Sequence[torch.Tensor]) -> torch.Tensor:
         """One tensor a sample → [n, ...] on this micro-batch's device."""
-        return self._mine(torch.cat(list(per_sample)).to(self.tokens.device))
+        return self._local(torch.cat(list(per_sample)).to(self.target_ids.device))
 
     def rollout_logprobs(self) -> torch.Tensor:
         """[n], as the engine that sampled says."""
-        return self.gather([torch.tensor(s.rollout_logprobs) for s in self.samples])
+        return self.gather_local([torch.tensor(s.rollout_logprobs) for s in self.samples])
 
     def sample_of(self, token: int) -> Sample:
         """The sample to which number `token` of this rank's n response tokens belongs."""
-        if self.kept is not None:
-            token = int(self.kept[token])
+        if self.cp_local_indices is not None:
+            token = int(self.cp_local_indices[token])
         for sample in self.samples:
             if token < len(sample.response_ids):
                 return sample
             token -= len(sample.response_ids)
         raise IndexError(token)
 
-    def last_tokens(self) -> torch.Tensor:
+    def is_terminal(self) -> torch.Tensor:
         """[n] bool: the response's last token, where the response ended by itself."""
         flags = [torch.zeros(0, dtype=torch.bool)] + [
             torch.arange(len(s.response_ids)) == (len(s.response_ids) - 1 if s.finish_reason == "stop" else -1)
             for s in self.samples
         ]
-        return self._mine(torch.cat(flags).to(self.tokens.device))
+        return self._local(torch.cat(flags).to(self.target_ids.device))
 
-    def _mine(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole if self.kept is None else whole[self.kept]
+    def _local(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole if self.cp_local_indices is None else whole[self.cp_local_indices]

@@ -141,14 +141,14 @@ def _ends_of(
     """Of the samples of a micro-batch. Collective over the ranks of the stage."""
     labels = parts.teachers.labels(batch)
     shard = {"vocab_size": parts.vocab_size, "group": parallel.tp_group}
-    plain = _logprob(signal, terminal.exchanged(batch.tokens), shard)
+    plain = _logprob(signal, terminal.exchanged(batch.target_ids), shard)
     mapped = (
         signal.token_logprob
         if isinstance(signal, TeacherTopK)
-        else _logprob(signal, batch.tokens if labels is None else labels, shard)
+        else _logprob(signal, batch.target_ids if labels is None else labels, shard)
     )
     per_token = whole(batch, torch.stack([mapped, plain], 1), parallel)
-    last = [part[-1].tolist() for part in batch.split(per_token)]
+    last = [part[-1].tolist() for part in batch.split_by_sample(per_token)]
     return [(s.response_ids[-1], *both) for s, both in zip(batch.samples, last, strict=True)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from eaopd_megatron.data.sources import KINDS, Fields, Problem, load_problems
+from eaopd_megatron.data.sources import _SOURCE_KINDS, FieldNames, Problem, load_problems
 from eaopd_megatron.errors import RecipeError, UserError
 from eaopd_megatron.evaluation.answers import last_boxed
 from eaopd_megatron.evaluation.grading import grader_for
@@ -18,31 +18,31 @@ class HubBenchmark:
 
     name: str
     revision: str
-    fields: Fields
+    fields: FieldNames
     solution: bool = False
 
 
 BENCHMARKS: dict[str, HubBenchmark] = {
     "math500": HubBenchmark(
-        "HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", Fields(id="unique_id")
+        "HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", FieldNames(id="unique_id")
     ),
     "aime24": HubBenchmark(
-        "math-ai/aime24", "83a7f387baaa524a8bda0022eac0541582297103", Fields(answer="solution"), solution=True
+        "math-ai/aime24", "83a7f387baaa524a8bda0022eac0541582297103", FieldNames(answer="solution"), solution=True
     ),
-    "aime25": HubBenchmark("math-ai/aime25", "563bb8404243c5f09de6ec262f2db674fe5bce9b", Fields()),
-    "amc23": HubBenchmark("math-ai/amc23", "80815d37005feb82cd7f8fbc6901d5d3eff43057", Fields(problem="question")),
+    "aime25": HubBenchmark("math-ai/aime25", "563bb8404243c5f09de6ec262f2db674fe5bce9b", FieldNames()),
+    "amc23": HubBenchmark("math-ai/amc23", "80815d37005feb82cd7f8fbc6901d5d3eff43057", FieldNames(problem="question")),
     "minerva_math": HubBenchmark(
-        "math-ai/minervamath", "ee46ddc498933b1977577953250ca5c66be64f96", Fields(problem="question")
+        "math-ai/minervamath", "ee46ddc498933b1977577953250ca5c66be64f96", FieldNames(problem="question")
     ),
     "olympiadbench": HubBenchmark(
         "math-ai/olympiadbench",
         "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84",
-        Fields(problem="question", answer="final_answer"),
+        FieldNames(problem="question", answer="final_answer"),
     ),
 }
 
 
-def load_benchmark(source: str, names: Fields | None = None) -> list[Problem]:
+def load_benchmark(source: str, names: FieldNames | None = None) -> list[Problem]:
     """The problems of a named benchmark, of `countdown` (its held-out ones), of a file or of a data set of the hub.
 
     names: the fields of a file or data set that is no named benchmark. Raises UserError for an unknown name, which
@@ -56,7 +56,7 @@ def load_benchmark(source: str, names: Fields | None = None) -> list[Problem]:
     elif source.startswith("hub:") or source.endswith((".jsonl", ".parquet")):
         problems = load_problems(source, "test", names)
     else:
-        there, other = ", ".join(["countdown", *BENCHMARKS]), KINDS.partition(", ")[2]
+        there, other = ", ".join(["countdown", *BENCHMARKS]), _SOURCE_KINDS.partition(", ")[2]
         raise RecipeError(f"there is no benchmark {source!r}; those that exist are {there}; or {other}")
     return [
         {**problem, "answer": _gold(problem, f"{source}, record {number}", known is not None and known.solution)}

@@ -10,8 +10,8 @@ from typing import Literal
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.data.prompts import PromptBuilder
-from eaopd_megatron.data.sources import Fields
-from eaopd_megatron.data.types import Sampling
+from eaopd_megatron.data.sources import FieldNames
+from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import generate as local_generation
 from eaopd_megatron.evaluation import tables
@@ -49,7 +49,7 @@ class EvaluationRequest:
     seed: int = 1234
     template: Literal["chat", "base", "raw"] | None = None  # None: chat where the tokenizer has a chat template
     suffix: str | None = None  # None: `SUFFIX`, and nothing for Countdown
-    fields: Fields | None = None  # of files that are no named benchmarks
+    fields: FieldNames | None = None  # of files that are no named benchmarks
     engine: Literal["local", "sglang"] = "local"
     tensor_parallel: int = 1  # ranks of the local engine
     batch_size: int = 256  # sequences that it generates together
@@ -110,7 +110,7 @@ def _begin(request: EvaluationRequest, folder: EvaluationFolder, model: HfFolder
     template = request.template or ("chat" if tokenizer.chat_template else "raw")
     longest = local_generation.check_length(model.config.max_position_embeddings, request.max_response_tokens)
     stops = {*model.eos_ids, *(tokenizer.get_vocab()[token] for token in END_OF_TURN if token in tokenizer.get_vocab())}
-    sampling = Sampling(request.temperature, request.top_p, request.max_response_tokens, tuple(sorted(stops)))
+    sampling = SamplingParams(request.temperature, request.top_p, request.max_response_tokens, tuple(sorted(stops)))
     suffixes = {}
     prompts = {}
     for name, source in names.items():
@@ -134,7 +134,7 @@ def _begin(request: EvaluationRequest, folder: EvaluationFolder, model: HfFolder
             "benchmarks": names,
             "problems": {name: len(some) for name, some in prompts.items()},
             "samples": request.samples,
-            "sampling": vars(sampling),
+            "sampling": sampling.to_json(),
             "seed": request.seed,
             "template": template,
             "suffixes": suffixes,

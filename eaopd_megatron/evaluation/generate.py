@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.data.types import Sampling
+from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex, StoredResponse, read_prompts
 from eaopd_megatron.rollout.sglang import generation as writing
@@ -51,7 +51,7 @@ def generate_on_rank(work: dict[str, Any]) -> None:
 
     from eaopd_megatron.checkpoint.hf_folder import HfFolder
     from eaopd_megatron.checkpoint.hf_import import load_hf
-    from eaopd_megatron.data.types import Sampling
+    from eaopd_megatron.data.types import SamplingParams
     from eaopd_megatron.distributed import parallel_state as groups
     from eaopd_megatron.megatron.model import build_model
     from eaopd_megatron.models.architecture import check_supported
@@ -67,7 +67,7 @@ def generate_on_rank(work: dict[str, Any]) -> None:
     rollout = LocalRollout(model, parallel, vocab_size=source.vocab_size, batch_size=batch_size)
     folder, tokenizer = EvaluationFolder(Path(work["folder"])), source.tokenizer()
     settings = folder.settings()
-    sampling = Sampling(**{**settings["sampling"], "stop_ids": tuple(settings["sampling"]["stop_ids"])})
+    sampling = SamplingParams.from_json(settings["sampling"])
     for name, places in work["missing"].items():
         prompts, store, missing = (
             read_prompts(folder.prompts(name)),
@@ -131,7 +131,7 @@ def generate_on_servers(
 ) -> None:
     """Generates what is missing of each benchmark. Raises UserError."""
     settings = folder.settings()
-    sampling = Sampling(**{**settings["sampling"], "stop_ids": tuple(settings["sampling"]["stop_ids"])})
+    sampling = SamplingParams.from_json(settings["sampling"])
     prompts = {name: read_prompts(folder.prompts(name)) for name in missing}
     longest = max(len(prompt.token_ids) for some in prompts.values() for prompt in some) + sampling.max_new_tokens
     config = model.config.to_dict()

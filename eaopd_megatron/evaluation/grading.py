@@ -53,10 +53,10 @@ def _guarded(grader: Grader, problem: Problem, text: str) -> Grade:
 def grade_countdown(problem: Problem, text: str) -> Grade:
     """Grades a Countdown response; a right one's key is the normalised solution, so that different ones can be counted,
     a wrong one's its text."""
-    from eaopd_megatron.data.countdown import check
+    from eaopd_megatron.data.countdown import check_answer
 
     try:
-        correct, key = check(problem, text)
+        correct, key = check_answer(problem, text)
     except Exception:
         return Grade(False, None, error=True)
     return Grade(correct, key if correct else " ".join(text.split())[:MAX_KEY_LENGTH] or None)

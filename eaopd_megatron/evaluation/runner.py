@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from eaopd_megatron.data.prompts import PromptBuilder
-from eaopd_megatron.data.types import Prompt, Sample, Sampling
+from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
 from eaopd_megatron.evaluation.grading import benchmark_name, grade_responses, grader_for
@@ -51,7 +51,7 @@ class Evaluator:
     tokenizer: Any
     benchmarks: Sequence[Benchmark]
     samples: int
-    sampling: Sampling
+    sampling: SamplingParams
     seed: int
 
     def prompts(self) -> list[Prompt]:

@@ -30,7 +30,7 @@ def stage_output(chunk: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
             input_ids=batch.token_ids,
             position_ids=batch.positions,
             attention_mask=None,
-            packed_seq_params=PackedSequences.of(batch.cu_seqlens, batch.longest),
+            packed_seq_params=PackedSequences.of(batch.cu_seqlens, batch.max_seqlen),
         )
     finally:
         gpt.post_process = last
@@ -44,7 +44,7 @@ def rows_of(model: ModelChunks, hidden: torch.Tensor, batch: MicroBatch) -> torc
     """
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-    return hidden.squeeze(1)[batch.rows]
+    return hidden.squeeze(1)[batch.logit_positions]
 
 
 def hidden_grad(model: ModelChunks) -> Literal["all_reduce", "partial"]:
@@ -89,8 +89,10 @@ def logits_by_parts(
 def whole(batch: MicroBatch, values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
     """Values [n, ...] of this rank's rows → [count, ...] of all response tokens. Collective over context-parallel
     ranks."""
-    if batch.kept is None:
+    if batch.cp_local_indices is None:
         return values
-    everything = values.new_zeros(batch.count, *values.shape[1:]).index_copy(0, batch.kept, values)
+    everything = values.new_zeros(batch.num_response_tokens, *values.shape[1:]).index_copy(
+        0, batch.cp_local_indices, values
+    )
     dist.all_reduce(everything, group=parallel.cp_group)
     return everything

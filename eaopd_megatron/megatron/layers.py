@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from eaopd_megatron.data.packing import context_part
+from eaopd_megatron.data.packing import cp_shard_indices
 from eaopd_megatron.errors import UserError
 
 
@@ -59,7 +59,7 @@ class PackedSequences(PackedSeqParams):
     def parts(self, size: int) -> list[torch.Tensor]:
         """The packed positions of every context-parallel rank, each in its order."""
         if size not in self._parts:
-            self._parts[size] = [context_part(self.cu_seqlens_q.long(), size, rank) for rank in range(size)]
+            self._parts[size] = [cp_shard_indices(self.cu_seqlens_q.long(), size, rank) for rank in range(size)]
         return self._parts[size]
 
     @cached_property

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from eaopd_megatron.data.packing import Packing, collate, cut
+from eaopd_megatron.data.packing import Packing, collate, split_into_micro_batches
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
 from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.megatron.forward import head_of, rows_of, stage_output, whole
@@ -33,7 +33,7 @@ def micro_batches(samples: Sequence[Sample], budget: int, parallel: Parallel) ->
     multiple of the pipeline's stages where the schedule is interleaved. Collective over the data-parallel group.
     """
     packing = packing_of(parallel.layout, parallel.cp_rank)
-    parts: list[list[Sample]] = list(cut(samples, budget, packing))
+    parts: list[list[Sample]] = list(split_into_micro_batches(samples, budget, packing))
     count = torch.tensor(max(1, len(parts)), device=parallel.device)
     if parallel.dp_size > 1:
         dist.all_reduce(count, op=dist.ReduceOp.MAX, group=parallel.dp_group)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from eaopd_megatron.data.types import Prompt, Sample, Sampling
+from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 
 SamplingKey = tuple[int | str, ...]
 
@@ -22,7 +22,7 @@ class GenerationRequest:
     prompts: Sequence[Prompt]
     sampling_keys: Sequence[SamplingKey]
     local_indices: Sequence[int]
-    sampling: Sampling
+    sampling: SamplingParams
 
 
 @dataclass(frozen=True, eq=False)

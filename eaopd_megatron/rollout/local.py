@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.data.prompts import uniforms
-from eaopd_megatron.data.types import Prompt, Sample, Sampling
+from eaopd_megatron.data.prompts import seeded_uniforms
+from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.megatron.generation import Decoder, decoding
 from eaopd_megatron.megatron.model import ModelChunks
@@ -72,7 +72,7 @@ class LocalRollout:
         """Nothing was started."""
 
     def generate(
-        self, prompts: Sequence[Prompt], keys: Sequence[SamplingKey], sampling: Sampling, version: int
+        self, prompts: Sequence[Prompt], keys: Sequence[SamplingKey], sampling: SamplingParams, version: int
     ) -> list[Sample]:
         """One sample a prompt, in order. keys: what each sample's random numbers are a function of (`data.random`).
 
@@ -96,14 +96,14 @@ class LocalRollout:
         return [everything[i] for i in range(len(prompts))]
 
     def _batch(
-        self, prompts: Sequence[Prompt], keys: Sequence[SamplingKey], sampling: Sampling, version: int
+        self, prompts: Sequence[Prompt], keys: Sequence[SamplingKey], sampling: SamplingParams, version: int
     ) -> list[Sample]:
         """Samples of one batch; without prompts this rank decodes a token of no meaning for as long as the others."""
         device = self.parallel.device
         texts = [list(p.token_ids) for p in prompts] or [[0]]
-        noise = torch.stack([uniforms(sampling.max_new_tokens, *key) for key in keys or [("idle",)]])
+        noise = torch.stack([seeded_uniforms(sampling.max_new_tokens, *key) for key in keys or [("idle",)]])
         decoder = Decoder(self.model, texts, sampling.max_new_tokens, self.parallel)
-        stops = torch.tensor(sampling.stop_ids, device=device)
+        stops = torch.tensor(sampling.stop_token_ids, device=device)
         running = torch.full((len(texts),), bool(prompts), device=device)
         tokens, logprobs = [], []
         logits = decoder.prefill()
@@ -123,7 +123,7 @@ class LocalRollout:
         ]
 
     def _draw(
-        self, logits: torch.Tensor | None, noise: torch.Tensor, sampling: Sampling
+        self, logits: torch.Tensor | None, noise: torch.Tensor, sampling: SamplingParams
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [b], the same on every rank of the model's copy, and their log-probs [b], on the last stage alone."""
         if logits is None:
@@ -145,7 +145,7 @@ class LocalRollout:
         return int(most)
 
 
-def _sample(prompt: Prompt, ids: list[int], logprobs: list[float], sampling: Sampling, version: int) -> Sample:
-    length = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_ids), None)
+def _sample(prompt: Prompt, ids: list[int], logprobs: list[float], sampling: SamplingParams, version: int) -> Sample:
+    length = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_token_ids), None)
     reason = "length" if length is None else "stop"
     return Sample(prompt, ids[:length], reason, logprobs[:length], version)

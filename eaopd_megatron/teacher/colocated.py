@@ -69,7 +69,7 @@ class ColocatedTeacher:
             found = summarise_rows(
                 rows,
                 head_of(self.model),
-                batch.tokens,
+                batch.target_ids,
                 self.terminal.labels(batch),
                 top_k=self.top_k,
                 vocab_size=self.vocab_size,

@@ -42,8 +42,8 @@ class TerminalMap:
         """[n] ids under which log p(y) is looked up, or None where they are the tokens themselves."""
         if self.kind != "label":
             return None
-        terminal = batch.last_tokens() & (batch.tokens == self.student_id)
-        return torch.where(terminal, self.teacher_id, batch.tokens)
+        terminal = batch.is_terminal() & (batch.target_ids == self.student_id)
+        return torch.where(terminal, self.teacher_id, batch.target_ids)
 
     def label(self, sample: Sample) -> int | None:
         """The id under which log p of the response's last token is looked up, where it is not that token itself."""

@@ -89,7 +89,7 @@ def kept(batch: MicroBatch, rows: TopKRows) -> TeacherTopK:
     for field in fields(nothing):
         none = getattr(nothing, field.name)
         if none is not None:
-            found[field.name] = batch.gather(
-                [none.to(batch.tokens.device), *(s.teacher_signal[field.name] for s in batch.samples)]
+            found[field.name] = batch.gather_local(
+                [none.to(batch.target_ids.device), *(s.teacher_signal[field.name] for s in batch.samples)]
             )
     return TeacherTopK(**found)

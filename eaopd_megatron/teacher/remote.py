@@ -188,7 +188,7 @@ class RemoteTeacher(Generic[C, L]):
         def of(index: int) -> TeacherHidden:
             assert self.head is not None
             batch = batches[index]
-            return TeacherHidden(hidden.decode(batch.gather([self._exchanged(batch.samples)])), self.head)
+            return TeacherHidden(hidden.decode(batch.gather_local([self._exchanged(batch.samples)])), self.head)
 
         return of
 

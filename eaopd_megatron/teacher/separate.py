@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from eaopd_megatron.data.packing import cut
+from eaopd_megatron.data.packing import split_into_micro_batches
 from eaopd_megatron.data.types import Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.client import Busy
@@ -62,7 +62,7 @@ class SeparateSource:
 
     def calls(self, samples: Sequence[Sample], number: str) -> list[tuple[Scoring, Sequence[Sample]]]:
         """As `Source.calls`: consecutive samples of at most the budget's tokens together."""
-        parts = cut(samples, self._budget)
+        parts = split_into_micro_batches(samples, self._budget)
         size = self._wanted.row_format.bytes
         return [(Scoring(self._request(part, f"{number}-{i}"), size), part) for i, part in enumerate(parts)]
 

@@ -11,10 +11,10 @@ from typing import Any
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, common_vocab_size
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.data.decontamination import Decontamination, summary, write_report
+from eaopd_megatron.data.decontamination import Decontamination, summarise_matches, write_decontamination_report
 from eaopd_megatron.data.prompts import PromptBuilder
-from eaopd_megatron.data.sources import Fields, Problem, load_problems
-from eaopd_megatron.data.types import Sampling
+from eaopd_megatron.data.sources import FieldNames, Problem, load_problems
+from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.distributed.parallel_state import Parallel
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.benchmarks import load_benchmark
@@ -40,14 +40,16 @@ def load_training_problems(recipe: Recipe, report: Path | None, log: Callable[[s
     report: the file for what was left out; None: another rank writes it. Raises UserError where nothing is left.
     """
     chosen = recipe.data
-    problems = load_problems(chosen.source, chosen.split, Fields(problem=chosen.prompt_field))
+    problems = load_problems(chosen.source, chosen.split, FieldNames(problem=chosen.prompt_field))
     if not chosen.decontaminate:
         return problems
     benchmarks = {name: load_benchmark(name) for name in chosen.decontaminate}
     kept, matches = Decontamination(benchmarks, chosen.decontaminate_ngram).clean(problems)
-    log(f"{len(matches)} of {len(problems)} training problems are evaluation problems too: {summary(matches)}")
+    log(
+        f"{len(matches)} of {len(problems)} training problems are evaluation problems too: {summarise_matches(matches)}"
+    )
     if report is not None:
-        write_report(report, matches, problems=len(problems), ngram=chosen.decontaminate_ngram)
+        write_decontamination_report(report, matches, problems=len(problems), ngram=chosen.decontaminate_ngram)
     if not kept:
         raise UserError(f"data.decontaminate leaves nothing of {chosen.source}: name other benchmarks")
     return kept
@@ -64,7 +66,7 @@ class Components:
     student: StudentTrainer
     teachers: Teachers
     rollout: RolloutEngine
-    sampling: Sampling
+    sampling: SamplingParams
     evaluator: Evaluator
 
 
@@ -146,7 +148,7 @@ def build_components(
         student,
         teacher,
         rollout,
-        Sampling(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
+        SamplingParams(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
         build_evaluator(recipe, parallel, rollout, student_folder, tokenizer, stop_ids, log),
     )
 
@@ -197,6 +199,6 @@ def build_evaluator(
             for source in sources_by_name(chosen.benchmarks).values()
         ],
         chosen.samples,
-        Sampling(chosen.temperature, chosen.top_p, chosen.max_response_tokens, stop_ids),
+        SamplingParams(chosen.temperature, chosen.top_p, chosen.max_response_tokens, stop_ids),
         chosen.seed,
     )

@@ -80,6 +80,6 @@ class ImportanceWeights:
             return None
         if old is None:
             raise ValueError("stale samples need old_logprobs: recompute_old_logprobs comes before the update")
-        stale = batch.gather([torch.full((len(s.response_ids),), s.stale) for s in batch.samples])
+        stale = batch.gather_local([torch.full((len(s.response_ids),), s.stale) for s in batch.samples])
         ratio = (old - batch.rollout_logprobs()).exp()
         return cls(torch.where(stale, ratio.clamp(max=clip), 1.0).detach(), stale, stale & (ratio > clip))

@@ -56,7 +56,7 @@ class StudentTrainer:
         found: dict[int, torch.Tensor] = {}
 
         def last(index: int, rows: torch.Tensor) -> None:
-            said = linear_token_statistics(rows, head_of(self.ddp), batches[index].tokens, **self._shard)
+            said = linear_token_statistics(rows, head_of(self.ddp), batches[index].target_ids, **self._shard)
             found[index] = whole(batches[index], said.logprob, self.parallel)
 
         forward(self.ddp, batches, last)
@@ -100,11 +100,11 @@ class StudentTrainer:
         def last(index: int, rows: torch.Tensor) -> torch.Tensor:
             batch, old = batches[index], None
             if batch.samples and batch.samples[0].old_logprobs is not None:
-                old = batch.gather([s.old_logprobs for s in batch.samples if s.old_logprobs is not None])
+                old = batch.gather_local([s.old_logprobs for s in batch.samples if s.old_logprobs is not None])
             labels = teachers.labels(batch)
             out = self._loss(batch, rows, signal_of(index), labels, objective, old, update)
             weights = ImportanceWeights.of(batch, old, importance_clip)
-            tokens.add_(len(batch.tokens))
+            tokens.add_(len(batch.target_ids))
             if batch.samples and self.parallel.speaks:
                 _measure(metrics, batch, out, old, weights)
             return (out.loss if weights is None else out.loss * weights.values).sum()
@@ -137,10 +137,10 @@ class StudentTrainer:
             rows = row_logits(self.ddp, rows)
         try:
             if isinstance(signal, TeacherLogits):
-                out = entropy_aware_loss(rows, signal, batch.tokens, old, **options)
+                out = entropy_aware_loss(rows, signal, batch.target_ids, old, **options)
             else:
                 head, mode = head_of(self.ddp), hidden_grad(self.ddp)
-                out = linear_entropy_aware_loss(rows, head, signal, batch.tokens, old, hidden_grad=mode, **options)
+                out = linear_entropy_aware_loss(rows, head, signal, batch.target_ids, old, hidden_grad=mode, **options)
         except ValueError as error:  # raised alike on every tensor-parallel rank
             self._refuse(batch, _broken(rows) | _broken(_seen(signal)), update, str(error))
         if not torch.isfinite(out.loss).all():
@@ -197,7 +197,7 @@ def _measure(
         ("teacher/entropy", out.teacher_entropy, None),
         ("teacher/entropy_gated", out.teacher_entropy, gated),
         ("teacher/entropy_ungated", out.teacher_entropy, ~gated),
-        ("teacher/terminal_logprob", out.teacher_logprob, batch.last_tokens()),
+        ("teacher/terminal_logprob", out.teacher_logprob, batch.is_terminal()),
         ("student/entropy", out.student_entropy, None),
         ("student/entropy_gated", out.student_entropy, gated),
         ("student/entropy_ungated", out.student_entropy, ~gated),
@@ -206,7 +206,7 @@ def _measure(
         if batch.teacher and name in _OF_EACH_TEACHER:
             metrics.add(f"teachers/{batch.teacher}/{name.split('/')[1]}", values, where)
     if batch.teacher:
-        metrics.add_count(f"teachers/{batch.teacher}/tokens", len(batch.tokens))
+        metrics.add_count(f"teachers/{batch.teacher}/tokens", len(batch.target_ids))
     metrics.add_minimum("objective/kl_min", out.forward_kl)
     gap = (batch.rollout_logprobs() - (out.student_logprob if old is None else old)).abs()
     if weights is None:

@@ -61,7 +61,7 @@ def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: di
 
         batch = whole_batch(expected["tokens"], parallel)
         weight = torch.nn.functional.pad(expected["weight"], (0, logits.shape[-1] - source.vocab_size)).flatten(0, 1)
-        weight = weight if batch.kept is None else weight[batch.kept]
+        weight = weight if batch.cp_local_indices is None else weight[batch.cp_local_indices]
         weight = weight.chunk(parallel.tp_size, dim=-1)[parallel.tp_rank]
         batches = [batch] * parallel.pp_size  # as the interleaved schedule wants
         forward_backward(ddp, batches, lambda index, rows: (weight * row_logits(model, rows) ** 2 / 2).sum())

@@ -123,7 +123,7 @@ def check_terminal_maps(
         batch = collate(everything, torch.device("cpu"))
         found = teacher_logprobs(scorer, scorer.signals([batch])(0), batch, folders[0].vocab_size, parallel)
         scorer.close()
-    for sample, said in zip(everything, batch.split(found), strict=True):
+    for sample, said in zip(everything, batch.split_by_sample(found), strict=True):
         with torch.no_grad():
             exact = frozen(torch.tensor([sample.token_ids])).logits[0, 1:-1].log_softmax(-1)
         labels = list(sample.response_ids)

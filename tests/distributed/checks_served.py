@@ -13,7 +13,7 @@ from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.data.countdown import EOS_ID
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.sources import load_problems
-from eaopd_megatron.data.types import Prompt, Sample, Sampling
+from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.megatron.pipeline import micro_batches
@@ -43,7 +43,7 @@ def responses(folder: HfFolder, parallel: Parallel) -> list[Sample]:
     rollout = LocalRollout(model, parallel, vocab_size=folder.vocab_size, batch_size=64)
     mine = range(parallel.dp_rank, len(prompts), parallel.dp_size)
     keys: list[tuple[int | str, ...]] = [("served", i) for i in mine]
-    samples = rollout.generate([prompts[i] for i in mine], keys, Sampling(1.0, 1.0, 16, (EOS_ID,)), 0)
+    samples = rollout.generate([prompts[i] for i in mine], keys, SamplingParams(1.0, 1.0, 16, (EOS_ID,)), 0)
     for index, sample in zip(mine, samples, strict=True):
         sample.index = index
     return [*samples, Sample(Prompt("empty", (1, 2), {}), [], "length", [], 0, 1000 + parallel.dp_rank)]
@@ -60,7 +60,7 @@ def losses(teacher: Teacher, samples: Sequence[Sample], objective: Objective, pa
     found = []
     for index, batch in enumerate(batches if parallel.is_last_stage else []):
         random = torch.Generator().manual_seed(index)
-        hidden = torch.randn(len(batch.tokens), WIDTH, generator=random).requires_grad_()
+        hidden = torch.randn(len(batch.target_ids), WIDTH, generator=random).requires_grad_()
         head = torch.randn(256 // parallel.tp_size, WIDTH, generator=random.manual_seed(parallel.tp_rank))
         head.requires_grad_()
         signal = signal_of(index)
@@ -69,7 +69,7 @@ def losses(teacher: Teacher, samples: Sequence[Sample], objective: Objective, pa
             hidden,
             head,
             signal,
-            batch.tokens,
+            batch.target_ids,
             None,
             teacher_tokens=teacher.labels(batch),
             objective=objective,

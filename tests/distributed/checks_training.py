@@ -16,7 +16,7 @@ from eaopd_megatron.checkpoint.hf_export import gather_hf_tensors
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.data.packing import collate
-from eaopd_megatron.data.types import MicroBatch, Prompt, Sample, Sampling
+from eaopd_megatron.data.types import MicroBatch, Prompt, Sample, SamplingParams
 from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.model import ModelChunks, build_model
@@ -370,7 +370,7 @@ def check_a_packed_sequence_sees_no_other(group: dist.ProcessGroup, student: str
             for neighbour in (other, another):
                 packing = packing_of(layout, parallel.cp_rank)
                 batch = collate([neighbour, one, neighbour], parallel.device, packing)
-                mine = torch.isin(batch.tokens, torch.tensor(one.response_ids))
+                mine = torch.isin(batch.target_ids, torch.tensor(one.response_ids))
                 ddp.zero_grad_buffer()
                 seen.append(loss_on_rows(ddp, batch, mine))
                 megatron_optimizer.finish_gradients(ddp, torch.ones(1))
@@ -396,7 +396,7 @@ def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, studen
         for i in range(7)
     ]
     keys: list[tuple[int | str, ...]] = [(0, "rollout", 0, i) for i in range(len(prompts))]
-    sampling = Sampling(1.0, 1.0, 9, stop_ids=(3, 11, 20, 40, 41, 42, 43, 44, 45, 46))
+    sampling = SamplingParams(1.0, 1.0, 9, stop_token_ids=(3, 11, 20, 40, 41, 42, 43, 44, 45, 46))
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     seen: list[list[list[int]]] = []
     for layout in dict.fromkeys((ParallelLayout(1), *globals()[layouts])):
@@ -412,7 +412,7 @@ def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, studen
                 seen.append([s.response_ids for s in made])
     assert all(ids == seen[0] for ids in seen), seen
     for sample in made:
-        stops = [t in sampling.stop_ids for t in sample.response_ids]
+        stops = [t in sampling.stop_token_ids for t in sample.response_ids]
         assert not any(stops[:-1])
         assert sample.finish_reason == ("stop" if stops[-1] else "length")
         assert stops[-1] or len(sample.response_ids) == sampling.max_new_tokens
@@ -428,7 +428,7 @@ def teacher_logprobs(
     scorer: Teacher, said: TeacherSignal, batch: MicroBatch, vocab_size: int, parallel: Parallel
 ) -> torch.Tensor:
     """log p(y) [n], as the objective makes it of what the teacher said, in a vocabulary padded to 256 columns."""
-    columns, n = 256 // parallel.tp_size, len(batch.tokens)
+    columns, n = 256 // parallel.tp_size, len(batch.target_ids)
     options: dict[str, Any] = {
         "teacher_tokens": scorer.labels(batch),
         "objective": Objective.preset("opd"),
@@ -436,10 +436,10 @@ def teacher_logprobs(
         "group": parallel.tp_group,
     }
     if isinstance(said, TeacherLogits):
-        out = entropy_aware_loss(torch.zeros(n, columns), said, batch.tokens, None, **options)
+        out = entropy_aware_loss(torch.zeros(n, columns), said, batch.target_ids, None, **options)
     else:
         hidden, head = torch.zeros(n, 8), torch.zeros(columns, 8)
-        out = linear_entropy_aware_loss(hidden, head, said, batch.tokens, None, **options)
+        out = linear_entropy_aware_loss(hidden, head, said, batch.target_ids, None, **options)
     return out.teacher_logprob
 
 

@@ -34,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tiny_models.write("qwen3", root / "tied")
     model = tiny_models.write("qwen3_untied", root / "untied", max_shard_size="150kB")
     model.bfloat16().save_pretrained(root / "bf16")
-    countdown.tokenizer().save_pretrained(root / "bf16")
+    countdown.countdown_tokenizer().save_pretrained(root / "bf16")
     return {name: root / name for name in ("tied", "untied", "bf16")}
 
 

@@ -78,7 +78,7 @@ class Trainer:
         figures = torch.zeros(2)  # sum of losses, tokens
 
         def last(index: int, rows: torch.Tensor) -> torch.Tensor:
-            tokens = batches[index].tokens
+            tokens = batches[index].target_ids
             logits = row_logits(self.ddp, rows).float()
             loss = tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], tokens[:, None]).sum()
             figures.add_(torch.stack([loss.detach(), torch.tensor(float(len(tokens)))]))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from eaopd_megatron.data.types import Sampling
+from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.generation import GenerateCall
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
@@ -19,7 +19,7 @@ from eaopd_megatron.serving.client import SGLangClient, Timeouts
 from eaopd_megatron.serving.pool import NotYet, ServerPool
 from tests.sglang.double import Double
 
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8, stop_ids=(109,))
+SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=8, stop_token_ids=(109,))
 EXPECTED = ExpectedModel("Qwen3ForCausalLM", vocab_size=112, total_tokens=64)
 QUICK = Timeouts(connect=5.0, health=5.0, control=5.0, generate=60.0, attempts=3, backoff=0.001)
 pytestmark = pytest.mark.timeout(60)

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.data.types import Prompt, Sample, Sampling
+from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity
 from eaopd_megatron.rollout.sglang.generation import GenerateCall
@@ -39,7 +39,7 @@ from tests.sglang.pooled import pooled
 from tests.sglang.student_double import StudentDouble
 
 KEY = "a-key-for-this-test"
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=16, stop_ids=(109,))
+SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=16, stop_token_ids=(109,))
 EXPECTED = ExpectedModel("Qwen3ForCausalLM", vocab_size=112, total_tokens=CONTEXT - 2)
 PROMPTS = [Prompt(f"p{i}", (1 + i % 12, 20 + i % 7, 40 + i % 5, 3), {}) for i in range(48)]
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
@@ -328,7 +328,7 @@ def test_the_end_of_a_killed_server_goes_unnoticed(real: SGLangServer) -> None:
     async def work(client: SGLangClient) -> None:
         pool = ServerPool([client], admit, unavailable_timeout=0.2, report=said.append)
         await pool.open()
-        long = replace(SAMPLING, max_new_tokens=100, stop_ids=())
+        long = replace(SAMPLING, max_new_tokens=100, stop_token_ids=())
         answers = pool.run([GenerateCall(GenerateRequest(f"r{i}", [1, 2, i], long)) for i in range(32)])
         await anext(answers)
         assert real.pid is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from eaopd_megatron.data.types import Prompt, Sampling
+from eaopd_megatron.data.types import Prompt, SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, LogprobProbe, verify_server
@@ -21,7 +21,7 @@ from eaopd_megatron.serving.client import Busy, SGLangClient, Timeouts, read_api
 from tests.sglang.double import Double
 from tests.sglang.pooled import pooled
 
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=4, stop_ids=(109,))
+SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=4, stop_token_ids=(109,))
 REQUEST = GenerateRequest("r", [1, 2, 3], SAMPLING)
 LIMITS = LengthLimits(vocab_size=112, prompt_tokens=20, total_tokens=24)
 EXPECTED = ExpectedModel("Qwen3ForCausalLM", vocab_size=112, total_tokens=64)
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def test_a_request_at_the_limits_is_refused() -> None:
-    LIMITS.validate(GenerateRequest("r", [0, 111] * 10, replace(SAMPLING, temperature=0.0, stop_ids=(0, 111))).body())
+    LIMITS.validate(GenerateRequest("r", [0, 111] * 10, replace(SAMPLING, temperature=0.0, stop_token_ids=(0, 111))).body())
     LIMITS.validate({**REQUEST.body(), "top_logprobs_num": 112})
 
 

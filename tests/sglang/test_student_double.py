@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from eaopd_megatron.data.types import Sampling
+from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.rollout.sglang import server as module
 from eaopd_megatron.rollout.sglang.generation import GenerateCall
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
@@ -25,7 +25,7 @@ from tests.sglang.student_double import stand_in
 
 STUDENT = Path(__file__).resolve().parents[2] / "recipes/countdown/student"
 KEY = "a-key-for-this-test"
-GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=12, stop_ids=(109,))
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=12, stop_token_ids=(109,))
 pytestmark = pytest.mark.timeout(120)
 
 

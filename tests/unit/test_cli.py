@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.cli import main
-from eaopd_megatron.data.sources import Fields
+from eaopd_megatron.data.sources import FieldNames
 from eaopd_megatron.evaluation.evaluate import EvaluationRequest
 from eaopd_megatron.evaluation.generate import ServerChoice
 
@@ -184,7 +184,7 @@ def test_evaluate_loses_an_option(eaopd: Callable[..., Any], monkeypatch: pytest
     served = ("--server-url", "u", "--servers", "3", "--max-running", "6", "--api-key-file", "k", "--fields", "id=i")
     assert eaopd("evaluate", "m", "--benchmarks", "a", *words, *served, "--regrade", "--compare", "x")[0] == 0
     servers = ServerChoice(("u",), 3, 2, 6, api_key_file=Path("k"))
-    expected = replace(EvaluationRequest("m", ["a"], fields=Fields(id="i"), servers=servers), **options)
+    expected = replace(EvaluationRequest("m", ["a"], fields=FieldNames(id="i"), servers=servers), **options)
     assert called[1] == (expected, {"regrade": True, "compare": Path("x")})
 
 

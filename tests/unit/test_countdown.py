@@ -18,7 +18,7 @@ EVERY_PROBLEM = countdown.problems("train") + countdown.problems("heldout")
 
 
 def test_a_right_answer_is_accepted() -> None:
-    assert countdown.check(PROBLEM, "3 + 7 = 10 ; 5 * 10 = 50 ;") == (True, "3 + 7 = 10 ; 5 * 10 = 50 ;")
+    assert countdown.check_answer(PROBLEM, "3 + 7 = 10 ; 5 * 10 = 50 ;") == (True, "3 + 7 = 10 ; 5 * 10 = 50 ;")
 
 
 @pytest.mark.parametrize(
@@ -49,25 +49,25 @@ def test_a_right_answer_is_accepted() -> None:
     ],
 )
 def test_a_wrong_answer_is_refused(numbers: list[int], target: int, response: str) -> None:
-    assert countdown.check({"numbers": numbers, "target": target}, response) == (False, None)
+    assert countdown.check_answer({"numbers": numbers, "target": target}, response) == (False, None)
 
 
-@given(st.lists(st.sampled_from([*countdown.VOCABULARY, "-3", "9" * 5000, "\x00", "٣"]), max_size=20))
+@given(st.lists(st.sampled_from([*countdown.COUNTDOWN_VOCABULARY, "-3", "9" * 5000, "\x00", "٣"]), max_size=20))
 def test_no_text_makes_the_checker_raise(words: list[str]) -> None:
-    correct, key = countdown.check(PROBLEM, " ".join(words))
+    correct, key = countdown.check_answer(PROBLEM, " ".join(words))
     assert correct == (key is not None)
 
 
 def test_two_equal_numbers_may_each_be_used_once() -> None:
-    assert countdown.check({"numbers": [5, 5, 7], "target": 17}, "5 + 5 = 10 ; 10 + 7 = 17 ;")[0]
+    assert countdown.check_answer({"numbers": [5, 5, 7], "target": 17}, "5 + 5 = 10 ; 10 + 7 = 17 ;")[0]
 
 
 def test_commuted_operands_share_a_key_and_other_answers_do_not() -> None:
     texts = ["3 + 7 = 10 ; 5 * 10 = 50 ;", "7 + 3 = 10 ; 10 * 5 = 50 ;", "3 + 7 = 10 ; 10 * 5 = 50 ;"]
-    assert len({countdown.check(PROBLEM, text)[1] for text in texts}) == 1
+    assert len({countdown.check_answer(PROBLEM, text)[1] for text in texts}) == 1
     problem = {"numbers": [2, 3, 4], "target": 9}
     others = ["2 + 3 = 5 ; 4 + 5 = 9 ;", "3 + 4 = 7 ; 2 + 7 = 9 ;"]
-    grades = [countdown.check(problem, text) for text in others]
+    grades = [countdown.check_answer(problem, text) for text in others]
     assert all(correct for correct, _ in grades)
     assert grades[0][1] != grades[1][1]
 
@@ -75,16 +75,16 @@ def test_commuted_operands_share_a_key_and_other_answers_do_not() -> None:
 def test_a_key_is_itself_a_right_answer_with_the_same_key() -> None:
     for problem in EVERY_PROBLEM:
         for answer in countdown.solve(problem["numbers"], problem["target"]):
-            _, key = countdown.check(problem, answer)
+            _, key = countdown.check_answer(problem, answer)
             assert key is not None
-            assert countdown.check(problem, key) == (True, key)
+            assert countdown.check_answer(problem, key) == (True, key)
 
 
 def test_every_problem_has_answers_and_the_checker_accepts_all_of_them() -> None:
     for problem in EVERY_PROBLEM:
         answers = countdown.solve(problem["numbers"], problem["target"])
         assert answers
-        assert all(countdown.check(problem, answer)[0] for answer in answers)
+        assert all(countdown.check_answer(problem, answer)[0] for answer in answers)
 
 
 def test_the_solver_misses_no_answer_that_the_checker_accepts() -> None:
@@ -99,7 +99,7 @@ def test_the_solver_misses_no_answer_that_the_checker_accepts() -> None:
                     for one, other in ((middle, rest), (rest, middle)):
                         for last in countdown.OPERATORS:
                             text = f"{left} {first} {right} = {middle} ; {one} {last} {other} = {target} ;"
-                            if countdown.check({"numbers": numbers, "target": target}, text)[0]:
+                            if countdown.check_answer({"numbers": numbers, "target": target}, text)[0]:
                                 accepted.add(text)
     assert accepted == set(countdown.solve(numbers, target))
     assert len(accepted) == 4
@@ -146,14 +146,14 @@ def test_a_caller_cannot_change_the_task_for_the_next_one() -> None:
 def test_supervised_examples_are_right_training_answers_and_repeat_with_the_seed() -> None:
     train = {problem["id"] for problem in countdown.problems("train")}
     examples = list(islice(countdown.supervised_examples(3), 300))
-    assert all(problem["id"] in train and countdown.check(problem, answer)[0] for problem, answer in examples)
+    assert all(problem["id"] in train and countdown.check_answer(problem, answer)[0] for problem, answer in examples)
     assert examples == list(islice(countdown.supervised_examples(3), 300))
     assert examples != list(islice(countdown.supervised_examples(4), 300))
 
 
 def test_the_tokenizer_gives_one_token_a_word_and_brings_the_text_back() -> None:
-    tokenizer = countdown.tokenizer()
-    assert len(tokenizer) == len(countdown.VOCABULARY) == len(set(countdown.VOCABULARY)) == 112
+    tokenizer = countdown.countdown_tokenizer()
+    assert len(tokenizer) == len(countdown.COUNTDOWN_VOCABULARY) == len(set(countdown.COUNTDOWN_VOCABULARY)) == 112
     for problem in EVERY_PROBLEM:
         ids = tokenizer.encode(problem["problem"])
         assert len(ids) == countdown.PROMPT_TOKENS
@@ -175,12 +175,12 @@ def test_the_committed_models_load_as_ordinary_hugging_face_folders(name: str, t
     assert tokenizer.eos_token_id == countdown.EOS_ID
     assert tokenizer.chat_template is None
     text = PROBLEM["problem"]
-    assert tokenizer.encode(text) == countdown.tokenizer().encode(text)
+    assert tokenizer.encode(text) == countdown.countdown_tokenizer().encode(text)
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
     assert config.model_type == "qwen3"
-    assert config.vocab_size == len(tokenizer) == len(countdown.VOCABULARY)
+    assert config.vocab_size == len(tokenizer) == len(countdown.COUNTDOWN_VOCABULARY)
     assert config.eos_token_id == model.generation_config.eos_token_id == countdown.EOS_ID
     assert config.pad_token_id is None and json.loads((folder / "config.json").read_text())["pad_token_id"] is None
     assert config.tie_word_embeddings is tied
@@ -200,5 +200,5 @@ def test_the_committed_teacher_solves_most_of_what_it_was_not_trained_on() -> No
     ids = torch.tensor([tokenizer.encode(problem["problem"]) for problem in problems])
     made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16)
     texts = tokenizer.batch_decode(made[:, countdown.PROMPT_TOKENS :], skip_special_tokens=True)
-    right = sum(countdown.check(problem, text)[0] for problem, text in zip(problems, texts, strict=True))
+    right = sum(countdown.check_answer(problem, text)[0] for problem, text in zip(problems, texts, strict=True))
     assert right >= 80

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from eaopd_megatron.data.packing import Packing, collate, context_part, cut
-from eaopd_megatron.data.prompts import PromptBuilder, PromptCursor, uniforms
+from eaopd_megatron.data.packing import Packing, collate, cp_shard_indices, split_into_micro_batches
+from eaopd_megatron.data.prompts import PromptBuilder, PromptCursor, seeded_uniforms
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.errors import RecipeError, UserError
 
@@ -19,17 +19,17 @@ def sample(prompt: list[int], response: list[int], reason: str = "stop") -> Samp
 def test_a_token_is_paired_with_the_logits_of_the_position_before_it() -> None:
     batch = collate([sample([5, 6], [7, 8, 9]), sample([1, 2, 3], [4])], torch.device("cpu"))
     flat = batch.token_ids.flatten()
-    assert batch.tokens.tolist() == [7, 8, 9, 4]
-    assert flat[batch.rows + 1].tolist() == batch.tokens.tolist()
-    assert flat[batch.rows].tolist() == [6, 7, 8, 3]
+    assert batch.target_ids.tolist() == [7, 8, 9, 4]
+    assert flat[batch.logit_positions + 1].tolist() == batch.target_ids.tolist()
+    assert flat[batch.logit_positions].tolist() == [6, 7, 8, 3]
 
 
 def test_alignment_to_the_tensor_parallel_size_moves_no_row() -> None:
-    batch = collate([sample([5, 6], [7, 8, 9]), sample([1], [2])], torch.device("cpu"), Packing(tensor=4))
+    batch = collate([sample([5, 6], [7, 8, 9]), sample([1], [2])], torch.device("cpu"), Packing(sp_size=4))
     assert batch.token_ids.tolist() == [[5, 6, 7, 8, 9, 1, 2, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0]]
-    assert (batch.cu_seqlens.tolist(), batch.longest) == ([0, 5, 7, 8], 5)
-    assert batch.token_ids[0, batch.rows + 1].tolist() == batch.tokens.tolist() == [7, 8, 9, 2]
+    assert (batch.cu_seqlens.tolist(), batch.max_seqlen) == ([0, 5, 7, 8], 5)
+    assert batch.token_ids[0, batch.logit_positions + 1].tolist() == batch.target_ids.tolist() == [7, 8, 9, 2]
 
 
 @pytest.mark.parametrize("context", [2, 4])
@@ -39,41 +39,47 @@ def test_the_context_parts_hold_each_token_once_with_the_row_before_it(context: 
     batches = [collate(samples, torch.device("cpu"), Packing(3, context, rank)) for rank in range(context)]
     ends = batches[0].cu_seqlens.long()
     assert not (ends % (2 * context)).any() and ends[-1] % (3 * context) == 0
-    places = [context_part(ends, context, rank) for rank in range(context)]
+    places = [cp_shard_indices(ends, context, rank) for rank in range(context)]
     assert torch.equal(torch.cat(places).sort().values, torch.arange(int(ends[-1])))
     ids = torch.cat([batch.token_ids[0] for batch in batches])[torch.cat(places).argsort()]
     for sequence, start in zip(samples, ends.tolist(), strict=False):
         assert ids[start : start + len(sequence.token_ids)].tolist() == sequence.token_ids
     tokens = torch.full((21,), -1)
     for batch, place in zip(batches, places, strict=True):
-        assert batch.kept is not None
-        assert ids[place[batch.rows] + 1].tolist() == batch.tokens.tolist()
-        tokens[batch.kept] = batch.tokens
+        assert batch.cp_local_indices is not None
+        assert ids[place[batch.logit_positions] + 1].tolist() == batch.target_ids.tolist()
+        tokens[batch.cp_local_indices] = batch.target_ids
         assert torch.equal(batch.positions[0], place - ends[torch.searchsorted(ends, place, right=True) - 1])
     assert tokens.tolist() == [token for one in samples for token in one.response_ids]
 
 
 def test_a_response_ends_before_an_id_that_a_teacher_lacks() -> None:
     one = replace(sample([5], [7, 250, 249]), weight_versions=[(3, 0, 1), (4, 1, 3)])
-    assert one.within(251) is one
-    found = one.within(250)
+    assert one.truncated_to_vocab(251) is one
+    found = one.truncated_to_vocab(250)
     assert (found.response_ids, found.rollout_logprobs, found.finish_reason) == ([7], [-1.0], "length")
     assert (found.weight_versions, found.foreign_tokens) == ([(3, 0, 1)], 2)
-    empty = one.within(7)
+    empty = one.truncated_to_vocab(7)
     assert (empty.response_ids, empty.weight_versions, empty.foreign_tokens) == ([], [], 3)
-    assert collate([empty], torch.device("cpu")).count == 0
+    assert collate([empty], torch.device("cpu")).num_response_tokens == 0
 
 
 def test_a_micro_batch_without_samples_has_tokens_to_run_and_none_to_train() -> None:
     for packing in (Packing(), Packing(2), Packing(1, 2, 1), Packing(2, 2, 0)):
         batch = collate([], torch.device("cpu"), packing)
-        assert batch.token_ids.numel() * packing.context == packing.of_the_whole == int(batch.cu_seqlens[-1])
-        assert len(batch.rows) == len(batch.tokens) == len(batch.last_tokens()) == batch.count == 0
+        assert batch.token_ids.numel() * packing.cp_size == packing.total_multiple == int(batch.cu_seqlens[-1])
+        assert (
+            len(batch.logit_positions)
+            == len(batch.target_ids)
+            == len(batch.is_terminal())
+            == batch.num_response_tokens
+            == 0
+        )
 
 
 def test_only_a_response_that_stopped_has_a_terminal_token() -> None:
     batch = collate([sample([1], [2, 3]), sample([1], [4, 5], "length"), sample([1], [6])], torch.device("cpu"))
-    assert batch.last_tokens().tolist() == [False, True, False, False, True]
+    assert batch.is_terminal().tolist() == [False, True, False, False, True]
 
 
 def test_a_token_is_traced_back_to_its_sample() -> None:
@@ -86,7 +92,7 @@ def test_a_token_is_traced_back_to_its_sample() -> None:
 def test_no_sample_is_lost_or_repeated_when_micro_batches_are_cut() -> None:
     samples = [sample([1] * 3, [2] * n) for n in (1, 9, 2, 2, 30, 1)]
     for packing in (Packing(), Packing(1, 2)):
-        batches = list(cut(samples, 24, packing))
+        batches = list(split_into_micro_batches(samples, 24, packing))
         assert [s for batch in batches for s in batch] == samples
         for batch in batches:
             assert len(batch) == 1 or int(collate(batch, torch.device("cpu"), packing).cu_seqlens[-1]) <= 24
@@ -113,11 +119,11 @@ def test_too_few_prompts_for_one_batch_name_the_keys_to_change() -> None:
 
 
 def test_random_numbers_belong_to_their_key_and_not_to_the_order_of_draws() -> None:
-    first = uniforms(4, 0, "rollout", 7, 3)
-    uniforms(9, 0, "rollout", 7, 4)
-    assert torch.equal(first, uniforms(4, 0, "rollout", 7, 3))
-    assert torch.equal(first, uniforms(8, 0, "rollout", 7, 3)[:4])
-    assert not torch.equal(first, uniforms(4, 0, "rollout", 73, ""))
+    first = seeded_uniforms(4, 0, "rollout", 7, 3)
+    seeded_uniforms(9, 0, "rollout", 7, 4)
+    assert torch.equal(first, seeded_uniforms(4, 0, "rollout", 7, 3))
+    assert torch.equal(first, seeded_uniforms(8, 0, "rollout", 7, 3)[:4])
+    assert not torch.equal(first, seeded_uniforms(4, 0, "rollout", 73, ""))
 
 
 class Words:

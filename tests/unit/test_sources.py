@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.config import load_recipe
-from eaopd_megatron.data.decontamination import Decontamination, words
+from eaopd_megatron.data.decontamination import Decontamination, split_words
 from eaopd_megatron.data.prompts import PromptBuilder
-from eaopd_megatron.data.sources import Fields, load_problems, read_jsonl
+from eaopd_megatron.data.sources import FieldNames, load_problems, read_jsonl
 from eaopd_megatron.errors import RecipeError, UserError
 from eaopd_megatron.evaluation.benchmarks import BENCHMARKS, check_golds, load_benchmark
 from eaopd_megatron.evaluation.runner import Evaluator
@@ -69,7 +69,7 @@ def test_a_parquet_file_has_other_problems_than_the_same_jsonl(tmp_path: Path) -
 
     rows = [{"question": "1+1", "gold": "2", "level": 1}, {"question": "2+2", "gold": "4", "level": 2}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
-    names = Fields.parse("problem=question, answer=gold")
+    names = FieldNames.parse("problem=question, answer=gold")
     found = load_problems(str(tmp_path / "p.parquet"), "train", names)
     assert found == load_problems(jsonl(tmp_path / "p.jsonl", *rows), "train", names)
     assert found[1] == {"question": "2+2", "gold": "4", "level": 2, "id": "1", "problem": "2+2", "answer": "4"}
@@ -77,7 +77,7 @@ def test_a_parquet_file_has_other_problems_than_the_same_jsonl(tmp_path: Path) -
     with pytest.raises(UserError, match=r"broken\.parquet: no valid Parquet"):
         load_problems(str(tmp_path / "broken.parquet"), "train")
     with pytest.raises(UserError, match=r"--fields text=x: .* NAME of problem, answer, id"):
-        Fields.parse("text=x")
+        FieldNames.parse("text=x")
 
 
 def test_the_hub_is_asked_for_another_commit_than_the_pinned_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_an_evaluation_problem_in_other_dress_is_trained_on() -> None:
         ("longer", "bench", "b1", "n-gram"),
         ("short", "bench", "b2", "exact"),
     ]
-    assert matches[1].passage == " ".join(words(PASSAGE)[:13])
+    assert matches[1].passage == " ".join(split_words(PASSAGE)[:13])
 
 
 def test_a_turn_of_phrase_costs_a_problem() -> None:

@@ -136,7 +136,7 @@ class ServedRollout:
         missing = set(mine)
         for part in self._hear(partial(_written, handle, self._part_tokens)):
             own = [replace(sample, prompt=prompts[sample.index]) for sample in part if sample.index in mine]
-            samples = [sample.within(self._vocab_size) for sample in own]
+            samples = [sample.truncated_to_vocab(self._vocab_size) for sample in own]
             for sample in samples:
                 missing.remove(sample.index)  # KeyError: it came twice
             yield samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Collection, Sequence
 
-from eaopd_megatron.data.types import Prompt, Sample, Sampling
+from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.rollout.sglang.wire import GenerateRequest, GenerationOutput, LengthLimits, parse_output
 from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.serving.pool import ServerPool, StaleServer
@@ -50,7 +50,7 @@ class BackgroundGeneration:
         loop: EventLoopThread,
         pool: ServerPool[SGLangClient, LengthLimits],
         prompts: Sequence[Prompt],
-        sampling: Sampling,
+        sampling: SamplingParams,
         versions: Callable[[], Collection[str] | None] = lambda: None,
     ) -> None:
         self.prompts = prompts

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from eaopd_megatron.data.types import Prompt, Sample, Sampling
+from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.client import Busy
 
@@ -36,7 +36,7 @@ class GenerateRequest:
 
     id: str
     token_ids: Sequence[int]
-    sampling: Sampling
+    sampling: SamplingParams
 
     def body(self, attempt: int = 0) -> dict[str, Any]:
         """The body of POST /generate. Each attempt has an id of its own on the servers, so that the answer to one that
@@ -50,8 +50,8 @@ class GenerateRequest:
                 "max_new_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
-                "stop_token_ids": list(sampling.stop_ids),
-                "ignore_eos": not sampling.stop_ids,  # otherwise it stops at the model's own end tokens as well
+                "stop_token_ids": list(sampling.stop_token_ids),
+                "ignore_eos": not sampling.stop_token_ids,  # otherwise it stops at the model's own end tokens as well
             },
         }
 
@@ -171,10 +171,10 @@ def parse_output(request: GenerateRequest, rid: str, answer: Mapping[str, Any], 
         raise UserError(f"{server} answered request {rid} with {len(ids)} tokens and log-probs of {len(named)} others")
     if not all(isinstance(lp, float | int) and -math.inf < lp <= 1e-3 for lp in logprobs):
         raise UserError(f"{server} answered request {rid} with log-probs that are none: its weights may hold NaN")
-    if kind == "stop" and reason.get("matched") not in request.sampling.stop_ids:
+    if kind == "stop" and reason.get("matched") not in request.sampling.stop_token_ids:
         raise UserError(
             f"{server} ended request {rid} at {reason.get('matched')!r}, which is none of its end tokens "
-            f"{list(request.sampling.stop_ids)}: add it to rollout.stop_ids, or, where it says NaN, look at the weights"
+            f"{list(request.sampling.stop_token_ids)}: add it to rollout.stop_ids, or, where it says NaN, look at the weights"
         )
     if kind not in ("stop", "length") or (kind == "length" and len(ids) < request.sampling.max_new_tokens):
         raise UserError(f"{server} cut request {rid} after {len(ids)} tokens ('{kind}'): its context is too short")

@@ -91,7 +91,7 @@ class Scorer:
     def _encode(self, rows: torch.Tensor, batch: MicroBatch, request: ScoreRequest) -> torch.Tensor:
         if isinstance(self.rows, HiddenRows):
             return self.rows.encode(rows)
-        labels = batch.tokens.clone()
+        labels = batch.target_ids.clone()
         ends = torch.tensor([len(sample.response_ids) for sample in batch.samples]).cumsum(0).tolist()
         dealt = request.samples[self.parallel.dp_rank :: self.parallel.dp_size]
         for end, sample in zip(ends, dealt, strict=True):
@@ -100,7 +100,7 @@ class Scorer:
         found = summarise_rows(
             rows,
             head_of(self.model),
-            batch.tokens,
+            batch.target_ids,
             labels,
             top_k=self.rows.k,
             vocab_size=self._vocab_size,
