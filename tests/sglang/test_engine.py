@@ -12,7 +12,8 @@ def test_an_id_that_a_teacher_lacks_reaches_the_trainer() -> None:
     rollout = object.__new__(ServedRollout)  # of its parts none but these is asked
     rollout._vocab_size, rollout._part_tokens, rollout._ahead = 250, 1, None
     rollout._hear = lambda news: iter([written])  # type: ignore[method-assign]
-    (found,) = rollout.collect(_PendingRollout(GenerationRequest(prompts, [(0,), (1,)], [0, 1], SamplingParams(1.0, 1.0, 3, ())))
+    (found,) = rollout.collect(
+        _PendingRollout(GenerationRequest(prompts, [(0,), (1,)], [0, 1], SamplingParams(1.0, 1.0, 3, ())))
     )
     assert [sample.response_ids for sample in found] == [[3], [3, 249, 4]]
     assert [sample.finish_reason for sample in found] == ["length", "stop"]

@@ -30,7 +30,9 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def test_a_request_at_the_limits_is_refused() -> None:
-    LIMITS.validate(GenerateRequest("r", [0, 111] * 10, replace(SAMPLING, temperature=0.0, stop_token_ids=(0, 111))).body())
+    LIMITS.validate(
+        GenerateRequest("r", [0, 111] * 10, replace(SAMPLING, temperature=0.0, stop_token_ids=(0, 111))).body()
+    )
     LIMITS.validate({**REQUEST.body(), "top_logprobs_num": 112})
 
 
