@@ -33,9 +33,8 @@ def run_rank(arguments: Sequence[str]) -> int:
 def _train(recipe: Recipe) -> None:
     import torch
 
-    from eaopd_megatron.distributed import flight_recorder
     from eaopd_megatron.distributed import parallel_state as groups
-    from eaopd_megatron.distributed.heartbeat import watched
+    from eaopd_megatron.distributed.heartbeat import dump_flight_recorder, enable_flight_recorder, heartbeat_monitor
     from eaopd_megatron.errors import ServiceUnavailable, StopRequested
     from eaopd_megatron.training.loop import train
     from eaopd_megatron.training.run_folder import RunFolder, finished_message
@@ -46,12 +45,12 @@ def _train(recipe: Recipe) -> None:
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     collectives = RunFolder(Path(recipe.run.folder)).collectives
-    flight_recorder.record(collectives, recipe.distributed.flight_recorder)
-    parallel, store = groups.start(
+    enable_flight_recorder(collectives, recipe.distributed.flight_recorder)
+    parallel, store = groups.init_distributed(
         recipe.student.parallel_layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes
     )
-    record = partial(flight_recorder.dump, collectives, parallel.rank)
-    with watched(store, parallel.rank, parallel.world_size, on_failure=record):
+    record = partial(dump_flight_recorder, collectives, parallel.rank)
+    with heartbeat_monitor(store, parallel.rank, parallel.world_size, on_failure=record):
         trainer = Trainer(recipe, parallel)
         try:
             trainer.start()
@@ -61,7 +60,7 @@ def _train(recipe: Recipe) -> None:
             trainer.save_and_stop(reason)
         finally:
             trainer.close()
-    groups.stop()
+    groups.shutdown_distributed()
 
 
 def _teach(recipe: Recipe, teacher: str) -> None:

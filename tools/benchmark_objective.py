@@ -71,7 +71,7 @@ class Case:
     teacher_hidden: torch.Tensor
 
     @classmethod
-    def make(cls, n: int, vocab: int, hidden: int, dtype: torch.dtype, parallel: groups.Parallel) -> Case:
+    def make(cls, n: int, vocab: int, hidden: int, dtype: torch.dtype, parallel: groups.ParallelState) -> Case:
         shared = torch.Generator().manual_seed(0)
         own = torch.Generator().manual_seed(1 + parallel.tp_rank)
         columns = vocab // parallel.tp_size
@@ -80,7 +80,7 @@ class Case:
         # of two tokens in three the teacher is sure, as real teachers are: their gate is closed
         sure = torch.arange(n) % 3 > 0
         peaks = heads[1][torch.randint(columns, (n,), generator=shared)] * 2
-        dist.broadcast(peaks, parallel.tp_source(), group=parallel.tp_group)
+        dist.broadcast(peaks, parallel.tp_src_rank(), group=parallel.tp_group)
         states[1][sure] = peaks[sure]
         tokens = torch.randint(vocab, (n,), generator=shared)
         parts = [tokens, *heads, *states]
@@ -341,7 +341,7 @@ def plot(figures: Sequence[Figures], path: Path) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """One rank."""
-    parallel, _ = groups.start(groups.ParallelLayout(options.ranks))
+    parallel, _ = groups.init_distributed(groups.ParallelLayout(options.ranks))
     torch.set_num_threads(1)
     figures: list[Figures] = []
     if parallel.is_main:
@@ -358,7 +358,7 @@ def run(options: argparse.Namespace) -> None:
             options.json.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n")
         if options.plot:
             plot(figures, options.plot)
-    groups.stop()
+    groups.shutdown_distributed()
 
 
 def main(arguments: Sequence[str]) -> int:

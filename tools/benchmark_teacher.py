@@ -36,7 +36,7 @@ warnings.simplefilter("ignore")  # about optional packages
 
 from eaopd_megatron.config.schema import TeacherConfig as Options  # noqa: E402
 from eaopd_megatron.data.types import Prompt, Sample  # noqa: E402
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout  # noqa: E402
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState  # noqa: E402
 from eaopd_megatron.teacher.client import TeacherClient  # noqa: E402
 from eaopd_megatron.teacher.eos_map import TerminalMap  # noqa: E402
 from eaopd_megatron.teacher.remote import RemoteTeacher  # noqa: E402
@@ -210,7 +210,7 @@ def traffic(requests: int) -> None:
 class Waits:
     """A run and its student, as far as `train` and the teacher see them: waits, and the teacher's rows taken."""
 
-    def __init__(self, teacher: Teachers, parallel: Parallel, iterations: int) -> None:
+    def __init__(self, teacher: Teachers, parallel: ParallelState, iterations: int) -> None:
         self.teacher, self.parallel, self.student = teacher, parallel, self
         self.recipe, self.averages = self, None
         self.train, self.rollout = self, self
@@ -257,7 +257,7 @@ def overlap(iterations: int) -> None:
     """Prints an iteration's seconds against those of its generation and training."""
     width = 64
     info = Info(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width})
-    parallel = Parallel(ParallelLayout(), 0, 1, 0, cast(Any, None), 0, 1, cast(Any, None), torch.device("cpu"))
+    parallel = ParallelState(ParallelLayout(), 0, 1, 0, cast(Any, None), 0, 1, cast(Any, None), torch.device("cpu"))
     with served(width, TEACHER / (PARTS * RESPONSE)) as (url, _):
         teacher = RemoteTeacher(
             parallel,

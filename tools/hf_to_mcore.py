@@ -69,9 +69,9 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             say(line)
     elif is_rank:
         os.environ |= launch.rank_environment()
-        parallel, _ = groups.start(layout)
+        parallel, _ = groups.init_distributed(layout)
         conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=say)
-        groups.stop()
+        groups.shutdown_distributed()
     else:
         with conversion.single_process_group() as parallel:
             conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=say)

@@ -27,8 +27,8 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf, shard_placement, shard_shape
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.distributed import parallel_state as groups
-from eaopd_megatron.distributed.errors import agree
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.pipeline import gathered_logits
@@ -66,12 +66,12 @@ def describe_conversion(folder: HfFolder, layout: ParallelLayout) -> Iterator[st
         yield f"{where}: {entry.megatron_name} {shape} = {entry.mapping.name}({made_of})"
 
 
-def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: LogFunction) -> None:
+def import_folder(hf: str, out: Path, parallel: ParallelState, *, verify: bool, say: LogFunction) -> None:
     """Write the Hugging Face folder's weights as a distributed checkpoint, in their own dtype. Collective.
 
     `out` appears when it is complete (and, with verify, when what was written gives transformers' logits).
     """
-    agree(parallel, lambda: require_absent_or_empty(out, "--out"))
+    run_on_all_or_raise(parallel, lambda: require_absent_or_empty(out, "--out"))
     folder = check_import(hf, parallel.layout)
     model = build_model(folder.config, parallel.layout, folder.dtype)
     load_hf(model, folder, parallel)
@@ -81,9 +81,11 @@ def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: 
         begin = (
             (lambda: stack.enter_context(atomic_directory(out))) if parallel.is_main else (lambda: partial_path(out))
         )
-        partial = agree(parallel, begin)
+        partial = run_on_all_or_raise(parallel, begin)
         try:
-            agree(parallel, lambda: _write_companions(partial, folder, parallel) if parallel.is_main else None)
+            run_on_all_or_raise(
+                parallel, lambda: _write_companions(partial, folder, parallel) if parallel.is_main else None
+            )
             save_sharded(partial / "sharded", sharded_training_state(model), parallel)
         except OSError as error:  # on every rank
             raise UserError(write_error_message(out, error)) from error
@@ -94,7 +96,7 @@ def import_folder(hf: str, out: Path, parallel: Parallel, *, verify: bool, say: 
                 written, None, load_sharded(partial / "sharded", sharded_training_state(written), parallel)
             )
             verify_logits(written, folder, parallel, say)
-    agree(parallel, lambda: None)  # none leaves before the folder has its name
+    run_on_all_or_raise(parallel, lambda: None)  # none leaves before the folder has its name
     say(f"wrote {out}")
 
 
@@ -144,7 +146,7 @@ def stored_dtype(checkpoint: Path) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def single_process_group() -> Iterator[Parallel]:
+def single_process_group() -> Iterator[ParallelState]:
     """Megatron's groups in this process alone."""
     # The store is bound to a free port here, and held: no other process can take the port in between.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -158,14 +160,14 @@ def single_process_group() -> Iterator[Parallel]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     try:
-        yield groups.start(ParallelLayout())[0]
+        yield groups.init_distributed(ParallelLayout())[0]
     finally:
-        groups.stop()
+        groups.shutdown_distributed()
         os.environ.clear()
         os.environ |= before
 
 
-def verify_logits(model: ModelChunks, reference: HfFolder, parallel: Parallel, say: LogFunction) -> None:
+def verify_logits(model: ModelChunks, reference: HfFolder, parallel: ParallelState, say: LogFunction) -> None:
     """Compare the model's logits with transformers' on the same random tokens, both in fp32. Collective.
 
     Turns the model into fp32. UserError where the logits differ by more than TOLERANCE · max(1, the largest logit).
@@ -173,7 +175,7 @@ def verify_logits(model: ModelChunks, reference: HfFolder, parallel: Parallel, s
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(reference.vocab_size, (2, 32), generator=generator).to(parallel.device)
     logits = gathered_logits(_as_fp32(model).eval(), tokens, parallel)
-    agree(parallel, lambda: _compare(logits, tokens, reference, say) if parallel.is_main else None)
+    run_on_all_or_raise(parallel, lambda: _compare(logits, tokens, reference, say) if parallel.is_main else None)
 
 
 def _as_fp32(model: ModelChunks) -> ModelChunks:
@@ -200,7 +202,7 @@ def _compare(logits: torch.Tensor, tokens: torch.Tensor, reference: HfFolder, sa
         raise UserError(f"{reference.label}: verify failed: {found}, more than {limit:.1e}")
 
 
-def _write_companions(out: Path, folder: HfFolder, parallel: Parallel) -> None:
+def _write_companions(out: Path, folder: HfFolder, parallel: ParallelState) -> None:
     (out / "hf").mkdir()
     (out / "sharded").mkdir()
     folder.copy_config_and_tokenizer(out / "hf")

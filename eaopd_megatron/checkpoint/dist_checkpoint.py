@@ -29,9 +29,9 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from eaopd_megatron.distributed.cpu_compat import cuda_literals
-from eaopd_megatron.distributed.errors import agree, describe, first_of, system_error
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.collective_errors import describe, find_os_error, first_error, run_on_all_or_raise
+from eaopd_megatron.distributed.cpu_compat import cuda_as_cpu
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.optimizer_state import load_state, sharded_state
@@ -81,7 +81,7 @@ class StagedState:
     common: dict[str, Any]
 
 
-def save_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> None:
+def save_sharded(folder: Path, state: dict[str, Any], parallel: ParallelState) -> None:
     """Write a Megatron sharded state dict into `folder`, an empty folder that all ranks see; every file is synced.
 
     Collective. Sharded tensors and objects go to `__<rank>_0.distcp`, the rest (equal on all ranks) to `common.pt`.
@@ -90,30 +90,30 @@ def save_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> Non
     write_staged(folder, stage_sharded(state, parallel), parallel)
 
 
-def stage_sharded(state: dict[str, Any], parallel: Parallel, *, copy: bool = False) -> StagedState:
+def stage_sharded(state: dict[str, Any], parallel: ParallelState, *, copy: bool = False) -> StagedState:
     """The first half of `save_sharded`: all that needs the training's process groups.
 
     copy: the shards are copied to host memory, so that training may go on. Where they come from CUDA it is pinned; that
     has not been run.
     """
-    sharded, common = agree(parallel, lambda: save_preprocess(state))
-    with cuda_literals():
+    sharded, common = run_on_all_or_raise(parallel, lambda: save_preprocess(state))
+    with cuda_as_cpu():
         return StagedState(_shards(sharded, copy), common)
 
 
 def write_staged(
-    folder: Path, prepared: StagedState, parallel: Parallel, group: dist.ProcessGroup | None = None
+    folder: Path, prepared: StagedState, parallel: ParallelState, group: dist.ProcessGroup | None = None
 ) -> None:
     """The second half: planning and writing, over a group of all ranks; a thread gives one of its own."""
-    agree(parallel, lambda: _write_common(folder, prepared.common) if parallel.is_main else None, group)
+    run_on_all_or_raise(parallel, lambda: _write_common(folder, prepared.common) if parallel.is_main else None, group)
     try:
-        with cuda_literals():
+        with cuda_as_cpu():
             _write_shards(folder, prepared.shards, group)
     except checkpoint.CheckpointException as errors:  # no subclass of Exception; each rank gets the errors of all
-        raise first_of({rank: describe(error) for rank, (error, _) in errors.failures.items()}) from errors
+        raise first_error({rank: describe(error) for rank, (error, _) in errors.failures.items()}) from errors
 
 
-def load_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+def load_sharded(folder: Path, state: dict[str, Any], parallel: ParallelState) -> dict[str, Any]:
     """Read what `state` (a sharded state dict built for loading) asks for; returns tensors in the place of its shards.
 
     Collective. Raises UserError where the folder is no such checkpoint, or lacks a tensor or its shape.
@@ -121,7 +121,7 @@ def load_sharded(folder: Path, state: dict[str, Any], parallel: Parallel) -> dic
     if not (folder / CONFIG_FNAME).is_file():
         raise UserError(f"{folder}: not a distributed checkpoint ({CONFIG_FNAME} is missing)")
     try:
-        with cuda_literals():
+        with cuda_as_cpu():
             return dist_checkpointing.load(_without_absent_extras(folder, state), str(folder))
     except checkpoint.CheckpointException as errors:
         error = errors.failures[min(errors.failures)][0]
@@ -161,7 +161,7 @@ class _Files(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
         except Exception as error:
-            found = system_error(error)
+            found = find_os_error(error)
             if found is None:
                 raise
             raise OSError(found.errno, found.strerror, str(path)) from error

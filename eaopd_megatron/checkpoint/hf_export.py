@@ -14,8 +14,8 @@ import torch.distributed as dist
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import RankMap, shard_placement, shard_shape
 from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor, TensorWriter, read_json
-from eaopd_megatron.distributed.errors import agree
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.models.mapping import MappedParam
@@ -31,7 +31,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def gather_hf_tensors(
-    shards: Mapping[str, torch.Tensor], folder: HfFolder, parallel: Parallel, *, on_device: bool = False
+    shards: Mapping[str, torch.Tensor], folder: HfFolder, parallel: ParallelState, *, on_device: bool = False
 ) -> NamedTensors:
     """Yield a model's Hugging Face tensors one at a time on the main rank, gathered from all ranks' shards.
 
@@ -63,7 +63,7 @@ def gather_hf_tensors(
         yield from zip((name for name, _ in entry.hf_tensors), merged, strict=True)
 
 
-def run_on_main(tensors: NamedTensors, parallel: Parallel, work: Callable[[NamedTensors], T]) -> T | None:
+def run_on_main(tensors: NamedTensors, parallel: ParallelState, work: Callable[[NamedTensors], T]) -> T | None:
     """Return `work(tensors)` on the main rank and None elsewhere. tensors: from `gather_hf_tensors`. Collective.
 
     An error in `work` is raised on all ranks, after all of them have exhausted the tensors.
@@ -77,13 +77,13 @@ def run_on_main(tensors: NamedTensors, parallel: Parallel, work: Callable[[Named
             error = raised
     for _ in tensors:
         pass
-    agree(parallel, lambda: _raise(error))
+    run_on_all_or_raise(parallel, lambda: _raise(error))
     return result
 
 
 def export_hf(
     model: ModelChunks,
-    parallel: Parallel,
+    parallel: ParallelState,
     hf_source: HfFolder,
     out: Path,
     dtype: torch.dtype | None = None,

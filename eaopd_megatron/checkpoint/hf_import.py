@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.models.mapping import EMBEDDING, OUTPUT, MappedParam, PermutedRows, ShardSpec
 from eaopd_megatron.models.shapes import padded_vocab_size
@@ -49,7 +49,7 @@ class ShardPlacement:
         padded = padded_vocab_size(self.sizes["vocab"], self.layout.tensor_parallel)
         return ShardSpec(number, self.shards(entry), self.sizes, padded)
 
-    def holds(self, parallel: Parallel, entry: MappedParam) -> bool:
+    def holds(self, parallel: ParallelState, entry: MappedParam) -> bool:
         """Whether this rank has a shard of the parameter."""
         return self.stage(entry) == parallel.pp_rank and self.expert_rank(entry) in (None, parallel.ep_rank)
 
@@ -69,7 +69,7 @@ class RankCoordinates:
 class RankMap:
     """The seats of all ranks. Making it is collective over all ranks."""
 
-    def __init__(self, parallel: Parallel) -> None:
+    def __init__(self, parallel: ParallelState) -> None:
         mine = RankCoordinates(
             pp_rank=parallel.pp_rank,
             tp_rank=parallel.tp_rank,
@@ -110,7 +110,9 @@ def shard_shape(entry: MappedParam, placement: ShardPlacement) -> torch.Size:
 
 
 @torch.no_grad()
-def load_hf(model: ModelChunks, folder: HfFolder, parallel: Parallel, *, row_map: dict[int, int] | None = None) -> None:
+def load_hf(
+    model: ModelChunks, folder: HfFolder, parallel: ParallelState, *, row_map: dict[int, int] | None = None
+) -> None:
     """Fill what this rank holds in place, in the model's dtype, one tensor's part after another.
 
     A tied embedding's copy on the last pipeline stage is filled from the embedding. An output layer of another

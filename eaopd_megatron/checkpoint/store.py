@@ -27,8 +27,8 @@ from typing import Any
 import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.dist_checkpoint import StagedState, load_sharded, stage_sharded, write_staged
-from eaopd_megatron.distributed.errors import agree
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.files import fsync_path
 
@@ -94,7 +94,7 @@ class CheckpointStore:
         """The newest complete checkpoint."""
         return next(reversed(self.completed()), None)
 
-    def clean(self, parallel: Parallel) -> None:
+    def clean(self, parallel: ParallelState) -> None:
         """At the start of a run: remove what a killed run left unfinished. Collective."""
         _on_main(parallel, self._clean)
 
@@ -104,7 +104,7 @@ class CheckpointStore:
         sharded_state: dict[str, Any],
         state: Mapping[str, Any],
         extra_files: Callable[[Path], None] | None,
-        parallel: Parallel,
+        parallel: ParallelState,
     ) -> Path:
         """Write the checkpoint of `step` and return its folder, which appears when it is complete. Collective.
 
@@ -134,7 +134,7 @@ class CheckpointStore:
         prepared: StagedState,
         state: Mapping[str, Any],
         extra_files: Callable[[Path], None] | None,
-        parallel: Parallel,
+        parallel: ParallelState,
     ) -> None:
         on_main = partial(_on_main, parallel, group=self._group)
         work = final.with_name(final.name + _INCOMPLETE)
@@ -154,7 +154,7 @@ class CheckpointStore:
         on_main(self._remove_old)
 
     def latest_valid(
-        self, parallel: Parallel, *, fall_back: bool = False, log: Callable[[str], None] = print
+        self, parallel: ParallelState, *, fall_back: bool = False, log: Callable[[str], None] = print
     ) -> Path | None:
         """The newest checkpoint, verified; None where there is none. Collective.
 
@@ -175,7 +175,7 @@ class CheckpointStore:
                 log(f"{str(error).partition(';')[0]}; it is now {aside.name}: falling back to {older}")
         return None
 
-    def load_sharded(self, path: Path, sharded_state: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+    def load_sharded(self, path: Path, sharded_state: dict[str, Any], parallel: ParallelState) -> dict[str, Any]:
         """Read what `sharded_state` asks for. Collective; UserError on every rank."""
         return load_sharded(path / _SHARDED, sharded_state, parallel)
 
@@ -263,9 +263,9 @@ def check_config_fingerprint(expected: Mapping[str, Any], found: Mapping[str, An
             )
 
 
-def _on_main(parallel: Parallel, work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
+def _on_main(parallel: ParallelState, work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
     """Work of the main rank, which the others wait for. Collective."""
-    agree(parallel, lambda: work() if parallel.is_main else None, group)
+    run_on_all_or_raise(parallel, lambda: work() if parallel.is_main else None, group)
 
 
 def _make_empty(work: Path) -> None:

@@ -23,8 +23,8 @@ from eaopd_megatron.data.sources import load_problems
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
 from eaopd_megatron.diagnostics.eos_check import RESULTS_FILE, EosCheckResult, ResponseEnd
 from eaopd_megatron.distributed import parallel_state as groups
-from eaopd_megatron.distributed.heartbeat import watched
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.heartbeat import heartbeat_monitor
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.forward import whole
 from eaopd_megatron.objective import TeacherHidden, TeacherTopK, linear_token_statistics, token_statistics
 from eaopd_megatron.rollout.interface import GenerationRequest
@@ -45,8 +45,8 @@ def eos_check_on_rank(recipe: Recipe) -> None:
     """The main rank writes run.folder/FOUND."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     minutes = recipe.distributed.timeout_minutes
-    parallel, store = groups.start(recipe.student.parallel_layout, seed=recipe.seed, timeout_minutes=minutes)
-    with watched(store, parallel.rank, parallel.world_size):
+    parallel, store = groups.init_distributed(recipe.student.parallel_layout, seed=recipe.seed, timeout_minutes=minutes)
+    with heartbeat_monitor(store, parallel.rank, parallel.world_size):
         folder = RunFolder(Path(recipe.run.folder))
         parts = build_components(recipe, parallel, folder, stop_signal=lambda: 0, log=log_rank0)
         try:
@@ -56,10 +56,10 @@ def eos_check_on_rank(recipe: Recipe) -> None:
             parts.teachers.close()
     if parallel.is_main:
         (folder.path / RESULTS_FILE).write_text(json.dumps([asdict(agreement) for agreement in found]))
-    groups.stop()
+    groups.shutdown_distributed()
 
 
-def eos_check_results(recipe: Recipe, parts: Components, parallel: Parallel) -> list[EosCheckResult]:
+def eos_check_results(recipe: Recipe, parts: Components, parallel: ParallelState) -> list[EosCheckResult]:
     """Of each teacher, on every rank. Collective."""
     prompts, maps = _prompts(recipe, parts), _maps(recipe, parts.student_folder)
     mine = _ends(recipe, parts, parallel, prompts, maps)
@@ -105,7 +105,11 @@ def _maps(recipe: Recipe, student: HfFolder) -> dict[str, TerminalMap]:
 
 
 def _ends(
-    recipe: Recipe, parts: Components, parallel: Parallel, prompts: Sequence[Prompt], maps: Mapping[str, TerminalMap]
+    recipe: Recipe,
+    parts: Components,
+    parallel: ParallelState,
+    prompts: Sequence[Prompt],
+    maps: Mapping[str, TerminalMap],
 ) -> dict[str, list[ResponseEnd]]:
     """Of each teacher, those of this rank's responses that stopped, on one rank of each data-parallel copy."""
     limit, count = _limit(recipe), len(prompts)
@@ -130,13 +134,13 @@ def _ends(
     found: dict[str, list[ResponseEnd]] = {name: [] for name in recipe.named_teachers()}
     for index, batch in enumerate(batches if parallel.is_last_stage else []):
         ends = _ends_of(batch, signal_of(index), parts, parallel, maps[batch.teacher])
-        if parallel.speaks and not parallel.cp_rank:
+        if parallel.reports_metrics and not parallel.cp_rank:
             found[batch.teacher] += ends
     return found
 
 
 def _ends_of(
-    batch: MicroBatch, signal: TeacherSignal, parts: Components, parallel: Parallel, terminal: TerminalMap
+    batch: MicroBatch, signal: TeacherSignal, parts: Components, parallel: ParallelState, terminal: TerminalMap
 ) -> list[ResponseEnd]:
     """Of the samples of a micro-batch. Collective over the ranks of the stage."""
     labels = parts.teachers.labels(batch)

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.distributed.errors import agree, describe
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.collective_errors import describe, run_on_all_or_raise
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import ServiceUnavailable, StopRequested, UserError
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ _KEEPALIVE_SECONDS = 10.0
 
 
 def broadcast_events(
-    parallel: Parallel, events: Iterator[T | None] | None, stop_signal: Callable[[], int] = lambda: 0
+    parallel: ParallelState, events: Iterator[T | None] | None, stop_signal: Callable[[], int] = lambda: 0
 ) -> Iterator[T]:
     """Yield on every rank what `events` yields on the main rank. Collective over all ranks.
 
@@ -47,7 +47,9 @@ def broadcast_events(
             yield value
 
 
-def wait_on_all_ranks(parallel: Parallel, done: Callable[[], bool], stop_signal: Callable[[], int] = lambda: 0) -> None:
+def wait_on_all_ranks(
+    parallel: ParallelState, done: Callable[[], bool], stop_signal: Callable[[], int] = lambda: 0
+) -> None:
     """Return on every rank once `done` is true on all of them. Collective over all ranks.
 
     done: polled until it is true; may block for a few tenths of a second. Raises on every rank StopRequested where one
@@ -75,13 +77,13 @@ def wait_on_all_ranks(parallel: Parallel, done: Callable[[], bool], stop_signal:
             return
 
 
-def _raise_on_all_ranks(parallel: Parallel, error: Exception | None) -> None:
+def _raise_on_all_ranks(parallel: ParallelState, error: Exception | None) -> None:
     def raise_local() -> None:
         if error is not None:
             raise error
 
     try:
-        agree(parallel, raise_local)
+        run_on_all_or_raise(parallel, raise_local)
     except UserError as first:
         raise ServiceUnavailable(str(first)) from None
 

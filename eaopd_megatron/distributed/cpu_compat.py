@@ -26,7 +26,7 @@ def _is_cuda(device: Any) -> bool:
     )
 
 
-class CudaMeansCpu(TorchFunctionMode):
+class _CudaAsCpuMode(TorchFunctionMode):
     """Inside this context `device="cuda"`, `.cuda()`, `.to("cuda")` and `pin_memory=True` mean the CPU,
     and `Tensor.type()` is spelled as Megatron-Core's assertions expect."""
 
@@ -49,7 +49,7 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def cuda_literals() -> Iterator[None]:
+def cuda_as_cpu() -> Iterator[None]:
     """Run Megatron-Core code that names the device "cuda". Does nothing where CUDA is present.
 
     Scoped rather than process-wide: the mode costs a quarter of the time of a tiny model's step.
@@ -57,14 +57,14 @@ def cuda_literals() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    with CudaMeansCpu():
+    with _CudaAsCpuMode():
         yield
 
 
 class _TorchOnCpu:
     """`torch` as Megatron-Core's schedules see it: one counter is made on "cuda".
 
-    A name of that module is replaced, rather than the schedule run under `cuda_literals`, which would slow down the
+    A name of that module is replaced, rather than the schedule run under `cuda_as_cpu`, which would slow down the
     whole forward and backward pass.
     """
 
@@ -112,7 +112,7 @@ def _set_random_state(new_state: torch.Tensor, device: int = -1, graph_safe: boo
     torch.set_rng_state(new_state)
 
 
-def install() -> None:
+def install_cpu_compat() -> None:
     """Answer `torch.cuda`'s current device, synchronisation, streams and random state from the CPU. Idempotent; nothing
     with CUDA."""
     if torch.cuda.is_available():
@@ -123,9 +123,9 @@ def install() -> None:
 
     for module, name in ((megatron_random, "_set_cuda_rng_state"), (token_dispatcher, "maybe_move_tensor_to_cpu")):
         if not hasattr(module, name):
-            raise ImportError(f"megatron-core moved {module.__name__}.{name}: adapt megatron/cpu.py")
+            raise ImportError(f"megatron-core moved {module.__name__}.{name}: adapt distributed/cpu_compat.py")
     if getattr(schedules, "torch", None) is None:
-        raise ImportError("megatron-core moved the schedules' use of torch: adapt megatron/cpu.py")
+        raise ImportError("megatron-core moved the schedules' use of torch: adapt distributed/cpu_compat.py")
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]

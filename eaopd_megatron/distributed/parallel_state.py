@@ -19,7 +19,7 @@ from eaopd_megatron.distributed import cpu_compat as cpu
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ParallelState:
     """This process's place: its rank, its groups and its device."""
 
     layout: ParallelLayout
@@ -35,8 +35,8 @@ class Parallel:
     pp_group: dist.ProcessGroup | None = None
     cp_rank: int = 0
     cp_group: dist.ProcessGroup | None = None
-    stage_rank: int = 0  # among the tensor- and context-parallel ranks: one copy's share of a pipeline stage
-    stage_group: dist.ProcessGroup | None = None
+    tp_cp_rank: int = 0  # among the tensor- and context-parallel ranks: one copy's share of a pipeline stage
+    tp_cp_group: dist.ProcessGroup | None = None
     ep_rank: int = 0
     ep_group: dist.ProcessGroup | None = None
     etp_rank: int = 0
@@ -49,7 +49,7 @@ class Parallel:
         return self.rank == 0
 
     @property
-    def speaks(self) -> bool:
+    def reports_metrics(self) -> bool:
         """Whether figures of this rank's tokens enter the metrics: of the ranks that compute the same, one."""
         return self.is_last_stage and self.tp_rank == 0
 
@@ -70,29 +70,26 @@ class Parallel:
         return self.layout.expert_parallel
 
     @property
-    def stage_size(self) -> int:
+    def tp_cp_size(self) -> int:
         return self.tp_size * self.cp_size
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
-        return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this rank holds the output layer, and so the objective."""
         return self.pp_rank == self.pp_size - 1
 
-    def tp_source(self) -> int:
+    def tp_src_rank(self) -> int:
         """Global rank of the tensor-parallel group's first member, which samples for the others."""
         return dist.get_global_rank(self.tp_group, 0)
 
 
-def start(layout: ParallelLayout, *, seed: int = 0, timeout_minutes: float = 10.0) -> tuple[Parallel, dist.Store]:
+def init_distributed(
+    layout: ParallelLayout, *, seed: int = 0, timeout_minutes: float = 10.0
+) -> tuple[ParallelState, dist.Store]:
     """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT and make Megatron's groups.
 
     The store is the one through which the ranks met. Raises UserError where the layout does not divide the number of
-    ranks. Call `stop` at the end.
+    ranks. Call `shutdown_distributed` at the end.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     layout.check_world_size(world_size)
@@ -107,12 +104,12 @@ def start(layout: ParallelLayout, *, seed: int = 0, timeout_minutes: float = 10.
     dist.init_process_group(
         backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world_size, timeout=timeout
     )
-    return arrange(layout, seed=seed, timeout_minutes=timeout_minutes), store
+    return initialize_model_parallel(layout, seed=seed, timeout_minutes=timeout_minutes), store
 
 
-def arrange(layout: ParallelLayout, *, seed: int = 0, timeout_minutes: float = 10.0) -> Parallel:
-    """Megatron's groups over the ranks of torch.distributed, which is initialised already. Undone by `disband`."""
-    cpu.install()
+def initialize_model_parallel(layout: ParallelLayout, *, seed: int = 0, timeout_minutes: float = 10.0) -> ParallelState:
+    """Create Megatron-Core's process groups over the initialised torch.distributed ranks, and seed its RNGs."""
+    cpu.install_cpu_compat()
     layout.check_world_size(dist.get_world_size())
     interleaved = layout.virtual_pipeline > 1
     parallel_state.initialize_model_parallel(
@@ -124,10 +121,10 @@ def arrange(layout: ParallelLayout, *, seed: int = 0, timeout_minutes: float = 1
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
         distributed_timeout_minutes=max(1, int(timeout_minutes)),
     )
-    with cpu.cuda_literals():
+    with cpu.cuda_as_cpu():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
     cuda = torch.cuda.is_available()
-    return Parallel(
+    return ParallelState(
         layout=layout,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -141,8 +138,8 @@ def arrange(layout: ParallelLayout, *, seed: int = 0, timeout_minutes: float = 1
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_group=parallel_state.get_context_parallel_group(),
-        stage_rank=parallel_state.get_tensor_and_context_parallel_rank(),
-        stage_group=parallel_state.get_tensor_and_context_parallel_group(),
+        tp_cp_rank=parallel_state.get_tensor_and_context_parallel_rank(),
+        tp_cp_group=parallel_state.get_tensor_and_context_parallel_group(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_group=parallel_state.get_expert_model_parallel_group(),
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
@@ -151,8 +148,8 @@ def arrange(layout: ParallelLayout, *, seed: int = 0, timeout_minutes: float = 1
     )
 
 
-def disband() -> None:
-    """Undo `arrange`: Megatron's groups end, and with them their connections and threads (60 a rank on gloo)."""
+def destroy_model_parallel() -> None:
+    """Destroy Megatron-Core's process groups with their connections and threads (60 a rank on gloo)."""
     made = list(parallel_state._global_process_group_list or [])
     parallel_state.destroy_model_parallel()
     RotaryEmbedding.forward.cache_clear()  # its arguments are kept, and with them models and their groups
@@ -162,14 +159,14 @@ def disband() -> None:
                 dist.destroy_process_group(group)
 
 
-def stop() -> None:
+def shutdown_distributed() -> None:
     """Leave Megatron's groups and torch.distributed."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def ranks_beside_the_first(parallel: Parallel) -> int:
+def num_ranks_on_rank0_host(parallel: ParallelState) -> int:
     """How many ranks are on the main rank's host, itself among them. Collective.
 
     Neither srun nor a launcher of a site's own says it as torchrun does (LOCAL_WORLD_SIZE).

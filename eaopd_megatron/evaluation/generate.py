@@ -59,7 +59,7 @@ def generate_on_rank(work: dict[str, Any]) -> None:
 
     tensor_parallel, batch_size = work["tensor_parallel"], work["batch_size"]
     layout = groups.ParallelLayout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # experts ask for it
-    parallel, _ = groups.start(layout)
+    parallel, _ = groups.init_distributed(layout)
     source = HfFolder.open(work["model"], "MODEL")
     check_supported(source.config, layout, work["model"])
     model = build_model(source.config, layout, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -94,7 +94,7 @@ def generate_on_rank(work: dict[str, Any]) -> None:
                     if place in missing
                 )
                 print(f"{name}: {min(start + batch_size, len(every))} of {len(every)} responses", flush=True)
-    groups.stop()
+    groups.shutdown_distributed()
 
 
 def check_length(positions: int, response: int, setting: str = "--max-response-tokens ") -> int:

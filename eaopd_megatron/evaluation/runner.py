@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
 from eaopd_megatron.evaluation.grading import benchmark_name, grade_responses, grader_for
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, Grader, ProblemResult, summarise
@@ -47,7 +47,7 @@ class Evaluator:
     two evaluations of a run are compared under common random numbers."""
 
     rollout: RolloutEngine
-    parallel: Parallel
+    parallel: ParallelState
     tokenizer: Any
     benchmarks: Sequence[Benchmark]
     samples: int

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import (
 )
 
 from eaopd_megatron.data.types import MicroBatch
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.layers import PackedSequences
 from eaopd_megatron.megatron.model import ModelChunks, gpt_of
 from eaopd_megatron.megatron.overlap import gathered
@@ -86,7 +86,7 @@ def logits_by_parts(
         yield part, rows[part] @ head.T
 
 
-def whole(batch: MicroBatch, values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+def whole(batch: MicroBatch, values: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
     """Values [n, ...] of this rank's rows → [count, ...] of all response tokens. Collective over context-parallel
     ranks."""
     if batch.cp_local_indices is None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.model import ModelChunks
 
 
@@ -21,7 +21,9 @@ class Decoder:
     different ones. To be used under `decoding(model)`.
     """
 
-    def __init__(self, model: ModelChunks, prompts: list[list[int]], max_new_tokens: int, parallel: Parallel) -> None:
+    def __init__(
+        self, model: ModelChunks, prompts: list[list[int]], max_new_tokens: int, parallel: ParallelState
+    ) -> None:
         longest = max(len(p) for p in prompts)
         self.model, self.parallel = model, parallel
         self.context = StaticInferenceContext(len(prompts), longest + max_new_tokens)

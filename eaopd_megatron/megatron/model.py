@@ -89,7 +89,7 @@ def build_model(
     set_attention_factor(config, hf)
     stages = [None] if layout.virtual_pipeline == 1 else range(layout.virtual_pipeline)
     # with gradients Transformer Engine keeps a second, transposed copy of weights in fp8
-    with cpu.cuda_literals(), torch.set_grad_enabled(torch.is_grad_enabled() and not fp8):
+    with cpu.cuda_as_cpu(), torch.set_grad_enabled(torch.is_grad_enabled() and not fp8):
         chunks = [
             GPTModel(
                 config=config,

@@ -15,8 +15,8 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
-from eaopd_megatron.distributed.cpu_compat import cuda_literals
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.cpu_compat import cuda_as_cpu
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import keep_moments_on_host
 from eaopd_megatron.megatron.optimizer_state import complete_states
@@ -25,7 +25,7 @@ from eaopd_megatron.megatron.overlap import prepare_gathers, start_gathers, wait
 
 def wrap(
     model: ModelChunks,
-    parallel: Parallel,
+    parallel: ParallelState,
     *,
     distributed: bool = False,
     overlap: bool = False,
@@ -51,7 +51,7 @@ def wrap(
         align_param_gather=overlap,  # gathers are started by `step` alone: a forward only waits
         bucket_size=bucket_size,
     )
-    with cuda_literals():
+    with cuda_as_cpu():
         wrapped = [
             DistributedDataParallel(model.config, settings, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(model)
@@ -96,7 +96,7 @@ def build_optimizer(
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
     )
-    with cuda_literals():
+    with cuda_as_cpu():
         # no overrides: Megatron's own except the norms' weights from decay, which only its scheduler would carry out
         optimizer = get_megatron_optimizer(config, list(model), config_overrides={}, use_gloo_process_groups=False)
     complete_states(optimizer)
@@ -122,7 +122,7 @@ def finish_gradients(model: ModelChunks, num_tokens: torch.Tensor) -> None:
     device = next(model.parameters()).device
     total = torch.tensor(float(num_tokens), dtype=torch.float64, device=device)
     wait_for_gathers(model)  # the update will write where a gather may still be reading
-    with cuda_literals():
+    with cuda_as_cpu():
         finalize_model_grads(list(model), total)
 
 
@@ -134,7 +134,7 @@ def step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
 
     A norm that is not finite changes no weight and gives False. Collective.
     """
-    with cuda_literals(), torch.no_grad():
+    with cuda_as_cpu(), torch.no_grad():
         overflow = optimizer.prepare_grads()
         norm = float(optimizer.get_grad_norm())
         done = not overflow and math.isfinite(norm)

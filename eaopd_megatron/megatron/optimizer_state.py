@@ -24,7 +24,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from eaopd_megatron.distributed.cpu_compat import cuda_literals
+from eaopd_megatron.distributed.cpu_compat import cuda_as_cpu
 from eaopd_megatron.megatron.offload import MOMENTS, require_states
 
 MAIN = "fp32_param"
@@ -42,7 +42,7 @@ def sharded_state(optimizer: ChainedOptimizer, model: dict[str, Any], *, loading
     found, _ = extract_sharded_tensors_and_factories(model)
     weights = {id(sharded.data): sharded for sharded in nested_values(found)}
     states = {}
-    with cuda_literals():
+    with cuda_as_cpu():
         for number, part in enumerate(optimizer.chained_optimizers):
             distributed = isinstance(part, DistributedOptimizer)
             states[str(number)] = _gathered(part, weights, loading) if distributed else _local(part, weights)
@@ -51,7 +51,7 @@ def sharded_state(optimizer: ChainedOptimizer, model: dict[str, Any], *, loading
 
 def load_state(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
     """Take the states of a loaded `sharded_state`. The model's weights must have been loaded before."""
-    with cuda_literals(), torch.no_grad():
+    with cuda_as_cpu(), torch.no_grad():
         for number, part in enumerate(optimizer.chained_optimizers):
             states = state["state"].get(str(number), {})  # a stage without experts has none of theirs
             if isinstance(part, DistributedOptimizer):

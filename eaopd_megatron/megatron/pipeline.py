@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from eaopd_megatron.data.packing import Packing, collate, split_into_micro_batches
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.megatron.forward import head_of, rows_of, stage_output, whole
 from eaopd_megatron.megatron.model import ModelChunks, gpt_of
 
@@ -26,7 +26,7 @@ def packing_of(layout: ParallelLayout, context_rank: int = 0) -> Packing:
     return Packing(tensor, layout.context_parallel, context_rank)
 
 
-def micro_batches(samples: Sequence[Sample], budget: int, parallel: Parallel) -> list[MicroBatch]:
+def micro_batches(samples: Sequence[Sample], budget: int, parallel: ParallelState) -> list[MicroBatch]:
     """The samples of a data-parallel rank, packed into micro-batches of at most `budget` tokens (at least one sample).
 
     As many on every data-parallel rank (experts are shared by them), with empty ones at the end, at least one, and a
@@ -59,7 +59,7 @@ def forward_backward(model: ModelChunks, batches: Sequence[MicroBatch], last: La
     _run(model, batches, last, forward_only=False)
 
 
-def gathered_logits(model: ModelChunks, token_ids: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+def gathered_logits(model: ModelChunks, token_ids: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
     """Logits [b, s, V_padded] of token_ids [b, s], the same on every rank, at any layout. No gradient. Collective.
 
     The b sequences are one micro-batch on each data-parallel rank; all must give the same token_ids.
@@ -81,14 +81,14 @@ def gathered_logits(model: ModelChunks, token_ids: torch.Tensor, parallel: Paral
     return from_last_stage(logits, parallel).view(b, s, width)
 
 
-def whole_batch(token_ids: torch.Tensor, parallel: Parallel) -> MicroBatch:
+def whole_batch(token_ids: torch.Tensor, parallel: ParallelState) -> MicroBatch:
     """One micro-batch of token_ids [b, s] whose rows are all b·s positions."""
     # a response token more than there is: it is no input, and its row is the last position
     samples = [Sample(Prompt("", (row[0],), {}), [*row[1:], 0], "length", [], 0) for row in token_ids.tolist()]
     return collate(samples, parallel.device, packing_of(parallel.layout, parallel.cp_rank))
 
 
-def from_last_stage(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+def from_last_stage(values: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
     """The last pipeline stage's tensor on every stage; the others give one of its shape and type to be filled."""
     if parallel.pp_size > 1 and values.numel():
         assert parallel.pp_group is not None

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.data.prompts import seeded_uniforms
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.generation import Decoder, decoding
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import from_last_stage
@@ -42,7 +42,7 @@ def sample_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, *, temperature:
 class LocalRollout:
     """Generates on this data-parallel rank's model. All ranks of a copy of the model call it with the same prompts."""
 
-    def __init__(self, model: ModelChunks, parallel: Parallel, *, vocab_size: int, batch_size: int) -> None:
+    def __init__(self, model: ModelChunks, parallel: ParallelState, *, vocab_size: int, batch_size: int) -> None:
         self.model, self.parallel = model, parallel
         self.vocab_size, self.batch_size = vocab_size, batch_size
         self._version = 0
@@ -132,7 +132,7 @@ class LocalRollout:
         policy = torch.log_softmax(logits[:, : self.vocab_size].float(), -1)
         token = sample_tokens(policy, noise, temperature=sampling.temperature, top_p=sampling.top_p)
         if self.parallel.tp_size > 1:  # different tokens on different shards would corrupt both
-            dist.broadcast(token, self.parallel.tp_source(), group=self.parallel.tp_group)
+            dist.broadcast(token, self.parallel.tp_src_rank(), group=self.parallel.tp_group)
         return from_last_stage(token, self.parallel), policy.gather(-1, token[:, None]).squeeze(-1)
 
     def _max_over_expert_ranks(self, count: int) -> int:

@@ -10,7 +10,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.config.schema import TeacherConfig as Options
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout, ranks_beside_the_first
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState, num_ranks_on_rank0_host
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.layers import check_fp8
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
@@ -54,7 +54,7 @@ class Surroundings:
     to stop, or 0."""
 
     recipe: Recipe
-    parallel: Parallel
+    parallel: ParallelState
     student: HfFolder
     folders: Mapping[str, HfFolder]
     layouts: Mapping[str, ParallelLayout]
@@ -67,7 +67,7 @@ class Surroundings:
 def build_teachers(around: Surroundings) -> Teachers:
     """Every teacher of the recipe. Raises UserError."""
     named: dict[str, Teacher] = {}
-    beside = ranks_beside_the_first(around.parallel)
+    beside = num_ranks_on_rank0_host(around.parallel)
     gpus = _first_gpus(around.recipe, beside)
     for name, options in around.recipe.named_teachers().items():
         terminal = TerminalMap.between(options.terminal_map, around.student.eos_ids, around.folders[name].eos_ids)
@@ -203,7 +203,7 @@ def _replicas(around: Surroundings, name: str, options: Options, first_gpu: int)
 
 def _colocated_model(
     options: Options,
-    parallel: Parallel,
+    parallel: ParallelState,
     student: HfFolder,
     folder: HfFolder,
     layout: ParallelLayout,

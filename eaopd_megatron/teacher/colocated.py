@@ -9,7 +9,7 @@ from dataclasses import fields
 import torch
 
 from eaopd_megatron.data.types import MicroBatch, Sample
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.forward import head_of, whole
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import FrozenWeights
@@ -36,7 +36,7 @@ class ColocatedTeacher:
     def __init__(
         self,
         model: ModelChunks,
-        parallel: Parallel,
+        parallel: ParallelState,
         *,
         vocab_size: int,
         signal: str,

@@ -24,8 +24,8 @@ from eaopd_megatron.checkpoint.hf_import import load_output_head
 from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.data.types import MicroBatch, Sample
 from eaopd_megatron.distributed.broadcast import broadcast_events, wait_on_all_ranks
-from eaopd_megatron.distributed.errors import agree
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.model import DTYPES
 from eaopd_megatron.objective import TeacherHidden
 from eaopd_megatron.serving.client import read_api_key
@@ -38,7 +38,7 @@ from eaopd_megatron.teacher.payload import Rows, TopKRows, keep, kept
 
 def load_head(
     folder: HfFolder,
-    parallel: Parallel,
+    parallel: ParallelState,
     *,
     student_rows: int,
     vocab_size: int,
@@ -113,7 +113,7 @@ class RemoteTeacher(Generic[C, L]):
 
     def __init__(
         self,
-        parallel: Parallel,
+        parallel: ParallelState,
         source: Source[C, L],
         *,
         rows: Rows,
@@ -143,7 +143,7 @@ class RemoteTeacher(Generic[C, L]):
     def start(self, longest: int) -> None:
         """As `Teacher.start`. Collective. Raises UserError on all ranks."""
         self._longest = longest
-        agree(self.parallel, lambda: None if self._replicas is None else self._replicas.start(longest))
+        run_on_all_or_raise(self.parallel, lambda: None if self._replicas is None else self._replicas.start(longest))
 
     def open(self) -> None:
         """As `Teacher.open`; returns once a replica is ready. Collective. Raises StopRequested, ServiceUnavailable or
@@ -164,7 +164,7 @@ class RemoteTeacher(Generic[C, L]):
         assert self._pool is not None, "open comes first"
         calls = self._source.calls(wanted, f"{self._run}-{next(self._asks)}")
         for call, of in calls:
-            if self._dealt % self.parallel.stage_size == self.parallel.stage_rank:
+            if self._dealt % self.parallel.tp_cp_size == self.parallel.tp_cp_rank:
                 self._pulls.append(self._begin(self._pull(self._pool, call, of)))
             self._dealt += 1
 
@@ -216,8 +216,8 @@ class RemoteTeacher(Generic[C, L]):
             mine = self._pulled.pop(sample.index, None)
             if mine is not None:
                 place.copy_(mine)
-        if self.parallel.stage_size > 1 and len(everything):
-            dist.all_reduce(everything, group=self.parallel.stage_group)  # every byte is of one rank, 0 elsewhere
+        if self.parallel.tp_cp_size > 1 and len(everything):
+            dist.all_reduce(everything, group=self.parallel.tp_cp_group)  # every byte is of one rank, 0 elsewhere
         return everything
 
     def _require_each_once(self, samples: Sequence[Sample]) -> None:
@@ -225,8 +225,8 @@ class RemoteTeacher(Generic[C, L]):
         if not self.parallel.is_last_stage or not samples:
             return
         found = torch.tensor([len(self._pulled.get(s.index, ())) for s in samples], device=self.parallel.device)
-        if self.parallel.stage_size > 1:
-            dist.all_reduce(found, group=self.parallel.stage_group)
+        if self.parallel.tp_cp_size > 1:
+            dist.all_reduce(found, group=self.parallel.tp_cp_group)
         for sample, count in zip(samples, found.tolist(), strict=True):
             require_count(sample, count)
 

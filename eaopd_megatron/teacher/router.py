@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from eaopd_megatron.data.types import MicroBatch, Sample
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.pipeline import micro_batches
 from eaopd_megatron.teacher.interface import Teacher, TeacherSignal
 
@@ -36,7 +36,7 @@ class Teachers:
         for name, teacher in self.named.items():
             teacher.wait(_of(name, samples))
 
-    def micro_batches(self, samples: Sequence[Sample], budget: int, parallel: Parallel) -> list[MicroBatch]:
+    def micro_batches(self, samples: Sequence[Sample], budget: int, parallel: ParallelState) -> list[MicroBatch]:
         """As `pipeline.micro_batches`, each with the samples of one teacher: it has one output head."""
         return [
             replace(batch, teacher=name)

@@ -11,7 +11,7 @@ from eaopd_megatron.checkpoint.dist_checkpoint import load_training_state, shard
 from eaopd_megatron.checkpoint.store import CheckpointStore, check_config_fingerprint, config_fingerprint
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.types import Prompt
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.training.components import Components
 from eaopd_megatron.training.run_folder import RunFolder
@@ -25,7 +25,7 @@ class TrainingCheckpoints:
     """
 
     def __init__(
-        self, recipe: Recipe, parallel: Parallel, folder: RunFolder, components: Components, prompts: list[Prompt]
+        self, recipe: Recipe, parallel: ParallelState, folder: RunFolder, components: Components, prompts: list[Prompt]
     ) -> None:
         self.recipe, self.parallel, self.components = recipe, parallel, components
         self.optimizer = components.student.optimizer

@@ -15,7 +15,7 @@ from eaopd_megatron.data.decontamination import Decontamination, summarise_match
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.sources import FieldNames, Problem, load_problems
 from eaopd_megatron.data.types import SamplingParams
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.benchmarks import load_benchmark
 from eaopd_megatron.evaluation.generate import check_length
@@ -71,7 +71,12 @@ class Components:
 
 
 def build_components(
-    recipe: Recipe, parallel: Parallel, folder: RunFolder, *, stop_signal: Callable[[], int], log: Callable[[str], None]
+    recipe: Recipe,
+    parallel: ParallelState,
+    folder: RunFolder,
+    *,
+    stop_signal: Callable[[], int],
+    log: Callable[[str], None],
 ) -> Components:
     """Everything of the recipe but its prompts and its state. asked: the number of a signal that asks the run to stop,
     or 0. Raises UserError for a pair that does not fit."""
@@ -168,7 +173,7 @@ def build_prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, teachers: 
 
 def build_evaluator(
     recipe: Recipe,
-    parallel: Parallel,
+    parallel: ParallelState,
     rollout: RolloutEngine,
     student: HfFolder,
     tokenizer: Any,

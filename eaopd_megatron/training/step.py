@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.forward import head_of, hidden_grad, row_logits, whole
@@ -39,7 +39,7 @@ class StudentTrainer:
         self,
         ddp: ModelChunks,  # wrapped
         optimizer: Any,
-        parallel: Parallel,
+        parallel: ParallelState,
         *,
         vocab_size: int,
         micro_batch_tokens: int,
@@ -105,7 +105,7 @@ class StudentTrainer:
             out = self._loss(batch, rows, signal_of(index), labels, objective, old, update)
             weights = ImportanceWeights.of(batch, old, importance_clip)
             tokens.add_(len(batch.target_ids))
-            if batch.samples and self.parallel.speaks:
+            if batch.samples and self.parallel.reports_metrics:
                 _measure(metrics, batch, out, old, weights)
             return (out.loss if weights is None else out.loss * weights.values).sum()
 
@@ -117,7 +117,7 @@ class StudentTrainer:
             raise UserError(
                 f"update {update}: the gradient norm is {norm}; lower optimizer.lr or look at the last rollouts"
             )
-        if self.parallel.speaks:
+        if self.parallel.reports_metrics:
             metrics.add("optimizer/grad_norm", torch.tensor([norm]))
             metrics.add("optimizer/lr", torch.tensor([learning_rate]))
 

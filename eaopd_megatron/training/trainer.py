@@ -19,7 +19,7 @@ from eaopd_megatron.checkpoint.hf_export import export_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.prompts import PromptCursor
 from eaopd_megatron.data.types import Sample
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import ServiceUnavailable, StopRequested, UserError
 from eaopd_megatron.evaluation.results import result_file_name
 from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
@@ -46,7 +46,7 @@ class Interrupted(SystemExit):
 class Trainer:
     """A run on this rank. `iteration` and `updates` count what is completed."""
 
-    def __init__(self, recipe: Recipe, parallel: Parallel) -> None:
+    def __init__(self, recipe: Recipe, parallel: ParallelState) -> None:
         self.recipe, self.parallel = recipe, parallel
         self.folder = RunFolder(Path(recipe.run.folder))
         self.progress = self._reporter()
@@ -261,7 +261,7 @@ class Trainer:
     # What an iteration leaves behind
 
     def _measure(self, samples: list[Sample]) -> None:
-        if not self.parallel.speaks or self.parallel.cp_rank:  # context-parallel ranks have the same samples
+        if not self.parallel.reports_metrics or self.parallel.cp_rank:  # context-parallel ranks have the same samples
             return
         add = self.metrics.add
         add("rollout/length", torch.tensor([len(s.response_ids) for s in samples]))

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from eaopd_megatron.distributed import parallel_state as groups
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 
 
 @contextlib.contextmanager
-def arranged(layout: ParallelLayout) -> Iterator[Parallel]:
+def arranged(layout: ParallelLayout) -> Iterator[ParallelState]:
     """Megatron's groups at a layout over the ranks that are there.
 
     A rank that ended its groups while another one still connects to them, or reads from them, would leave that one
     waiting for ever: all end them together.
     """
     try:
-        yield groups.arrange(layout)
+        yield groups.initialize_model_parallel(layout)
         dist.barrier()
     finally:
-        groups.disband()
+        groups.destroy_model_parallel()

@@ -27,7 +27,7 @@ from eaopd_megatron.checkpoint.dist_checkpoint import (
 )
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import build_model
 from tests.distributed.trainer import LEARNING_RATES, Precision, Trainer, world
@@ -144,7 +144,7 @@ def _failing_disk(here: bool, file: str, limit: int | None) -> Iterator[None]:
     """On one rank: `file` is a full device, or no file may grow beyond `limit` bytes (a write that fails half way)."""
     write, soft = store.write_staged, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_full_disk(folder: Path, prepared: StagedState, parallel: Parallel, group: Any = None) -> None:
+    def on_a_full_disk(folder: Path, prepared: StagedState, parallel: ParallelState, group: Any = None) -> None:
         if here and limit is None:
             (folder / file).symlink_to("/dev/full")
         elif here and limit is not None:

@@ -21,7 +21,7 @@ from eaopd_megatron.checkpoint.hf_export import export_hf, gather_hf_tensors
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.checkpoint.store import CheckpointStore
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import overlap
 from eaopd_megatron.megatron.forward import row_logits
@@ -35,7 +35,7 @@ from tests.distributed.arranged import arranged
 LIMIT = 1e-5
 
 
-def loaded(folder: HfFolder, parallel: Parallel, *, swaps: dict[int, int] | None = None) -> ModelChunks:
+def loaded(folder: HfFolder, parallel: ParallelState, *, swaps: dict[int, int] | None = None) -> ModelChunks:
     model = build_model(folder.config, parallel.layout, folder.dtype, untie=swaps is not None)
     load_hf(model, folder, parallel, row_map=swaps)
     return model

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch as Packed
 from eaopd_megatron.data.types import Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.megatron.forward import rows_of, stage_output
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, wrap
@@ -29,13 +29,13 @@ LIMIT = 0.06  # of the saved bytes
 
 
 @contextlib.contextmanager
-def arranged(layout: dict[str, Any]) -> Iterator[tuple[Parallel, layouts.PlannedLayout]]:
+def arranged(layout: dict[str, Any]) -> Iterator[tuple[ParallelState, layouts.PlannedLayout]]:
     """Megatron's groups, and the layout as a plan knows it."""
     with groups_at(ParallelLayout(**layout)) as parallel:
         yield parallel, layouts.PlannedLayout(**layout, data_parallel=parallel.dp_size)
 
 
-def built(config: dict[str, Any], parallel: Parallel, precision: str, **options: Any) -> ModelChunks:
+def built(config: dict[str, Any], parallel: ParallelState, precision: str, **options: Any) -> ModelChunks:
     """A model with small random weights."""
     model = build_model(AutoConfig.for_model(**config), parallel.layout, DTYPES[precision], **options)
     for parameter in model.parameters():

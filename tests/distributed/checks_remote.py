@@ -15,7 +15,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import ServiceUnavailable, StopRequested
 from eaopd_megatron.objective import Objective, TeacherHidden
 from eaopd_megatron.teacher.eos_map import TerminalMap
@@ -39,7 +39,7 @@ BUDGET = 16
 def remote(
     student: HfFolder,
     teacher: HfFolder,
-    parallel: Parallel,
+    parallel: ParallelState,
     *,
     info: dict[str, Any],
     urls: Sequence[str],

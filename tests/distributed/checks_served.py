@@ -14,7 +14,7 @@ from eaopd_megatron.data.countdown import EOS_ID
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.sources import load_problems
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.megatron.pipeline import micro_batches
 from eaopd_megatron.objective import Objective, TeacherTopK, TokenLosses, linear_entropy_aware_loss
@@ -34,7 +34,7 @@ Said = tuple[TokenLosses, torch.Tensor, torch.Tensor]
 """Losses of a micro-batch, and the hidden states [n, WIDTH] and the head that they are of."""
 
 
-def responses(folder: HfFolder, parallel: Parallel) -> list[Sample]:
+def responses(folder: HfFolder, parallel: ParallelState) -> list[Sample]:
     """This data-parallel rank's share of 24 responses, and an empty one."""
     builder = PromptBuilder(folder.tokenizer(), template="raw", suffix="", field="problem", max_tokens=64)
     prompts, _ = builder.build(load_problems("countdown", "train")[:24], "countdown")
@@ -49,7 +49,7 @@ def responses(folder: HfFolder, parallel: Parallel) -> list[Sample]:
     return [*samples, Sample(Prompt("empty", (1, 2), {}), [], "length", [], 0, 1000 + parallel.dp_rank)]
 
 
-def losses(teacher: Teacher, samples: Sequence[Sample], objective: Objective, parallel: Parallel) -> list[Said]:
+def losses(teacher: Teacher, samples: Sequence[Sample], objective: Objective, parallel: ParallelState) -> list[Said]:
     """Of each micro-batch, for a student with random hidden states."""
     for sample in samples:
         sample.teacher_signal = {}

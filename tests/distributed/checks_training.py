@@ -17,7 +17,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample, SamplingParams
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.overlap import gathered
@@ -152,13 +152,13 @@ class Built:
     def teacher_models(self) -> list[ModelChunks]:
         return [one.model for one in self.scorer.named.values() if isinstance(one, ColocatedTeacher)]
 
-    def gradients(self, parallel: Parallel) -> dict[str, torch.Tensor]:
+    def gradients(self, parallel: ParallelState) -> dict[str, torch.Tensor]:
         """The last update's, clipped, under transformers' names on the first rank. Collective."""
         buffers = {name: getattr(p, "main_grad") for name, p in self.model.global_parameters().items()}  # noqa: B009
         return {name: tensor.clone() for name, tensor in gather_hf_tensors(buffers, self.folder, parallel)}
 
 
-Elsewhere = Callable[[HfFolder, HfFolder, Parallel], Teacher]
+Elsewhere = Callable[[HfFolder, HfFolder, ParallelState], Teacher]
 """Student's and teacher's folder → the teacher, which is not on these ranks."""
 
 
@@ -166,7 +166,7 @@ def built(
     student: str,
     teachers: dict[str, str],
     objective: Objective,
-    parallel: Parallel,
+    parallel: ParallelState,
     *,
     budget: int,
     signal: str,
@@ -200,7 +200,7 @@ def trained(
     student: str,
     teachers: dict[str, str],
     objective: Objective,
-    parallel: Parallel,
+    parallel: ParallelState,
     *,
     offload: bool = False,
     share: bool = True,
@@ -425,7 +425,7 @@ def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, studen
 
 
 def teacher_logprobs(
-    scorer: Teacher, said: TeacherSignal, batch: MicroBatch, vocab_size: int, parallel: Parallel
+    scorer: Teacher, said: TeacherSignal, batch: MicroBatch, vocab_size: int, parallel: ParallelState
 ) -> torch.Tensor:
     """log p(y) [n], as the objective makes it of what the teacher said, in a vocabulary padded to 256 columns."""
     columns, n = 256 // parallel.tp_size, len(batch.target_ids)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import schema as tree
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.rollout.weight_sync import distributed_transport as distributed
@@ -35,7 +35,7 @@ BUCKET = 20_000
 class Trainer:
     """A model on all ranks with its servers, whose clients are the main rank's."""
 
-    parallel: Parallel
+    parallel: ParallelState
     source: HfFolder
     model: ModelChunks
     sync: WeightUpdater

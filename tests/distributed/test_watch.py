@@ -19,16 +19,16 @@ SCRIPT = """
     import torch.distributed as dist
     from pathlib import Path
     from eaopd_megatron.errors import UserError
-    from eaopd_megatron.distributed import flight_recorder
-    from eaopd_megatron.distributed.heartbeat import watched
+    from eaopd_megatron.distributed.heartbeat import dump_flight_recorder, enable_flight_recorder, heartbeat_monitor
     rank, port, fate, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     if fate == "missing":
-        flight_recorder.record(folder, 100)
+        enable_flight_recorder(folder, 100)
         import torch
         dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=3)
         dist.all_reduce(torch.ones(2))
-    with watched(store, rank, 3, silence=3.0, on_failure=lambda: flight_recorder.dump(folder, rank)):
+    record = lambda: dump_flight_recorder(folder, rank)
+    with heartbeat_monitor(store, rank, 3, timeout_seconds=3.0, on_failure=record):
         store.set(f"up/{rank}", "1")
         store.wait([f"up/{r}" for r in range(3)])
         print("up", flush=True)

@@ -18,7 +18,7 @@ from eaopd_megatron.checkpoint.hf_export import gather_hf_tensors
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.data.types import Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.megatron.forward import row_logits
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, set_learning_rate, step, wrap
@@ -31,7 +31,7 @@ OPTIMIZER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "cli
 
 
 @contextlib.contextmanager
-def world(folder: str, ranks: int, layout: ParallelLayout) -> Iterator[Parallel | None]:
+def world(folder: str, ranks: int, layout: ParallelLayout) -> Iterator[ParallelState | None]:
     """The first `ranks` ranks as a world of their own with Megatron's groups; None on the others."""
     rank, everyone = dist.get_rank(), dist.get_world_size()
     os.makedirs(folder, exist_ok=True)
@@ -56,7 +56,7 @@ def _join(meeting: str, rank: int, ranks: int) -> None:
 class Trainer:
     """A tiny student under plain cross entropy, built from nothing."""
 
-    def __init__(self, hf: str, parallel: Parallel, precision: Precision = "fp32", **options: Any) -> None:
+    def __init__(self, hf: str, parallel: ParallelState, precision: Precision = "fp32", **options: Any) -> None:
         self.parallel, self.folder = parallel, HfFolder.open(hf, "student.model")
         recompute = options.pop("recompute", "none")
         placed = {key: options.pop(key) for key in ("distributed", "overlap", "bucket_size") if key in options}
@@ -137,7 +137,7 @@ def sample_of(ids: list[int]) -> Sample:
     return Sample(Prompt("", (ids[0],), {}), ids[1:], "length", [], 0)
 
 
-def gradients_of(folder: str, parallel: Parallel) -> dict[str, torch.Tensor]:
+def gradients_of(folder: str, parallel: ParallelState) -> dict[str, torch.Tensor]:
     """The tensors of a Hugging Face folder, cut as this rank's parameters, to be used as their gradients."""
     source = HfFolder.open(folder, "gradient")
     model = build_model(source.config, parallel.layout, torch.float32)

@@ -18,10 +18,10 @@ import torch
 
 from eaopd_megatron.checkpoint import store
 from eaopd_megatron.checkpoint.store import CheckpointStore, check_config_fingerprint, config_fingerprint
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import UserError
 
-ALONE = Parallel(
+ALONE = ParallelState(
     layout=ParallelLayout(),
     rank=0,
     world_size=1,
@@ -39,7 +39,7 @@ CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 def one_file_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are the bytes in the state, so that no ranks are needed."""
 
-    def write(folder: Path, state: dict[str, Any], parallel: Parallel, group: Any) -> None:
+    def write(folder: Path, state: dict[str, Any], parallel: ParallelState, group: Any) -> None:
         (folder / "__0_0.distcp").write_bytes(state["weights"])
 
     monkeypatch.setattr(store, "stage_sharded", lambda state, parallel, copy: state)
@@ -159,7 +159,7 @@ def test_next_save_waits_for_the_one_in_the_background(tmp_path: Path, monkeypat
         go.set()
         wait()
 
-    def prepare(state: dict[str, Any], parallel: Parallel, copy: bool) -> dict[str, Any]:
+    def prepare(state: dict[str, Any], parallel: ParallelState, copy: bool) -> dict[str, Any]:
         order.append("second begins")
         return state
 

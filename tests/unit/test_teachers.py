@@ -64,7 +64,7 @@ def test_a_term_over_all_tokens_punishes_the_end_whose_label_alone_is_mapped(pre
 def test_ranks_of_another_host_wait_for_replicas_at_their_own_loopback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eaopd_megatron.teacher.build.ranks_beside_the_first", lambda parallel: 4)
+    monkeypatch.setattr("eaopd_megatron.teacher.build.num_ranks_on_rank0_host", lambda parallel: 4)
     recipe = load_recipe(COUNTDOWN / "eopd.yaml", ["teacher.placement=separate"])
     with pytest.raises(UserError, match=r"where 4 of the 8 ranks are, .* and give teacher\.urls$"):
         build_teachers(around(recipe, tmp_path, ranks=8))

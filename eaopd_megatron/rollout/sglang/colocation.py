@@ -21,8 +21,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Literal
 
-from eaopd_megatron.distributed.errors import agree
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.sglang.server_manager import ServerManager
 from eaopd_megatron.serving.client import Busy, ServerGone, SGLangClient
@@ -108,7 +108,7 @@ class ColocatedServers:
 class ColocationScheduler:
     """The order is that of `memory`. Collective over all ranks; keeper: on the main rank."""
 
-    def __init__(self, parallel: Parallel, trainer: TrainerMemory, keeper: ServerManager | None) -> None:
+    def __init__(self, parallel: ParallelState, trainer: TrainerMemory, keeper: ServerManager | None) -> None:
         self._parallel, self._trainer, self._keeper = parallel, trainer, keeper
         self._servers = ColocatedServers()
         self.servers_hold_memory = False
@@ -117,21 +117,21 @@ class ColocationScheduler:
         """The trainer's memory is free for servers: those that start take what they need."""
         if not self.servers_hold_memory:
             self._trainer.release()
-            agree(self._parallel, self._wake)
+            run_on_all_or_raise(self._parallel, self._wake)
             self.servers_hold_memory = True
 
     def resume_weights(self) -> None:
         """Servers have room for weights, which are to be pushed next."""
-        agree(self._parallel, lambda: self._each(self._servers.resume_weights))
+        run_on_all_or_raise(self._parallel, lambda: self._each(self._servers.resume_weights))
 
     def resume_kv_cache(self) -> None:
         """... and for the cache, with which they generate."""
-        agree(self._parallel, lambda: self._each(self._servers.resume_kv_cache))
+        run_on_all_or_raise(self._parallel, lambda: self._each(self._servers.resume_kv_cache))
 
     def onload_trainer(self) -> None:
         """It is the trainer's turn."""
         if self.servers_hold_memory:
-            agree(self._parallel, self._rest)
+            run_on_all_or_raise(self._parallel, self._rest)
             self._trainer.resume()
             self.servers_hold_memory = False
 

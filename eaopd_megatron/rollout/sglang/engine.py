@@ -18,8 +18,8 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.distributed.broadcast import broadcast_events
-from eaopd_megatron.distributed.errors import agree
-from eaopd_megatron.distributed.parallel_state import Parallel, ranks_beside_the_first
+from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.parallel_state import ParallelState, num_ranks_on_rank0_host
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.rollout.interface import GenerationRequest, RolloutHandle
@@ -51,7 +51,7 @@ class ServedRollout:
     def __init__(
         self,
         recipe: Recipe,
-        parallel: Parallel,
+        parallel: ParallelState,
         model: ModelChunks,
         student: HfFolder,
         *,
@@ -71,7 +71,7 @@ class ServedRollout:
         self._vocab_size = vocab_size
         self._keeper: ServerManager | None = None
         colocated = recipe.servers.placement == "colocated"
-        first_gpu = 0 if colocated else ranks_beside_the_first(parallel)
+        first_gpu = 0 if colocated else num_ranks_on_rank0_host(parallel)
         if parallel.is_main:
             self._keeper = ServerManager(recipe, student, logs, first_gpu=first_gpu, report=report)
         self._turns = ColocationScheduler(parallel, memory, self._keeper) if colocated else None
@@ -121,7 +121,7 @@ class ServedRollout:
         if self._keeper is not None:
             self._keeper.set_allowed_versions([version])
         if verify:
-            agree(self.parallel, self._compare)
+            run_on_all_or_raise(self.parallel, self._compare)
 
     def submit(self, request: GenerationRequest) -> RolloutHandle:
         """The servers begin to write at once."""

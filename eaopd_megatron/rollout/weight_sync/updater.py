@@ -13,8 +13,8 @@ import torch.distributed as dist
 from eaopd_megatron.checkpoint.hf_export import NamedTensors, gather_hf_tensors, run_on_main
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import schema as tree
-from eaopd_megatron.distributed.errors import agree
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.rollout.weight_sync.distributed_transport import DistributedTransport
@@ -35,7 +35,7 @@ class WeightUpdater:
         self,
         model: ModelChunks,
         folder: HfFolder,
-        parallel: Parallel,
+        parallel: ParallelState,
         options: tree.WeightSyncConfig,
         scratch: Path,
         run: RunCoroutine | None = None,
@@ -69,7 +69,9 @@ class WeightUpdater:
                 again = self.update_from_disk(version, there)
                 failed = {client: again.get(client, failed[client]) for client in failed if client not in there} | again
         if self._options.verify == "checksum":
-            agree(self._parallel, lambda: self._compare([client for client in clients if client not in failed]))
+            run_on_all_or_raise(
+                self._parallel, lambda: self._compare([client for client in clients if client not in failed])
+            )
         return failed
 
     def update_from_disk(self, version: int, clients: Sequence[SGLangClient] = ()) -> dict[SGLangClient, str]:

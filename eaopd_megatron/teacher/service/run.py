@@ -16,9 +16,9 @@ from eaopd_megatron.config import Recipe
 from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.distributed.broadcast import broadcast_events
-from eaopd_megatron.distributed.errors import agree
-from eaopd_megatron.distributed.heartbeat import watched
-from eaopd_megatron.distributed.parallel_state import Parallel, ParallelLayout
+from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.heartbeat import heartbeat_monitor
+from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import StopRequested, UserError
 from eaopd_megatron.megatron.layers import check_fp8
 from eaopd_megatron.megatron.model import DTYPES, build_model
@@ -51,19 +51,21 @@ def teach(recipe: Recipe, name: str) -> None:
         raise UserError(
             f"{key}.tensor_parallel, pipeline_ and expert_parallel take {needed} ranks; {started} were started"
         )
-    parallel, store = groups.start(layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes)
-    with watched(store, parallel.rank, parallel.world_size):
-        listener = agree(parallel, lambda: _listen(options) if parallel.is_main else None)
+    parallel, store = groups.init_distributed(
+        layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes
+    )
+    with heartbeat_monitor(store, parallel.rank, parallel.world_size):
+        listener = run_on_all_or_raise(parallel, lambda: _listen(options) if parallel.is_main else None)
         info, scorer = _build(recipe, options, folder, parallel)
         _serve(scorer, info, listener, options.max_running)
-    groups.stop()
+    groups.shutdown_distributed()
 
 
 def _listen(options: Options) -> Listener:
     return Listener(options.listen, None if options.api_key_file is None else read_api_key(Path(options.api_key_file)))
 
 
-def _build(recipe: Recipe, options: Options, folder: HfFolder, parallel: Parallel) -> tuple[Info, Scorer]:
+def _build(recipe: Recipe, options: Options, folder: HfFolder, parallel: ParallelState) -> tuple[Info, Scorer]:
     """What this teacher is to clients, and its model."""
     student = HfFolder.open(recipe.student.model, "student.model")
     info = identity(recipe, options, student, folder, layout=_shown(parallel.layout))

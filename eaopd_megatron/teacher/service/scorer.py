@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import Parallel
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.forward import head_of, logits_by_parts
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import forward, packing_of
@@ -56,11 +56,11 @@ class Scorer:
     need data-parallel ranks, its samples are dealt over them, always in the same way.
     """
 
-    def __init__(self, model: ModelChunks, parallel: Parallel, rows: Rows, *, vocab_size: int) -> None:
+    def __init__(self, model: ModelChunks, parallel: ParallelState, rows: Rows, *, vocab_size: int) -> None:
         """vocab_size: over which top-k is normalised. Collective."""
         self.model = model.eval().requires_grad_(False)
         self.parallel, self.rows, self._vocab_size = parallel, rows, vocab_size
-        places: list[tuple[bool, int]] = [(parallel.speaks, parallel.dp_rank)]
+        places: list[tuple[bool, int]] = [(parallel.reports_metrics, parallel.dp_rank)]
         if parallel.world_size > 1:
             mine, places = places[0], [(False, 0)] * parallel.world_size
             dist.all_gather_object(places, mine)
@@ -82,7 +82,7 @@ class Scorer:
 
         def last(index: int, rows: torch.Tensor) -> None:
             encoded = self._encode(rows, batches[index], requests[index])
-            if parallel.speaks:
+            if parallel.reports_metrics:
                 mine[index] = encoded.cpu()
 
         forward(self.model, batches, last)
