@@ -29,7 +29,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from eaopd_megatron.distributed.collective_errors import describe, find_os_error, first_error, run_on_all_or_raise
+from eaopd_megatron.distributed.collective_errors import describe_error, find_os_error, first_error, run_on_all_or_raise
 from eaopd_megatron.distributed.cpu_compat import cuda_as_cpu
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
@@ -110,7 +110,7 @@ def write_staged(
         with cuda_as_cpu():
             _write_shards(folder, prepared.shards, group)
     except checkpoint.CheckpointException as errors:  # no subclass of Exception; each rank gets the errors of all
-        raise first_error({rank: describe(error) for rank, (error, _) in errors.failures.items()}) from errors
+        raise first_error({rank: describe_error(error) for rank, (error, _) in errors.failures.items()}) from errors
 
 
 def load_sharded(folder: Path, state: dict[str, Any], parallel: ParallelState) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.distributed.collective_errors import describe, run_on_all_or_raise
+from eaopd_megatron.distributed.collective_errors import describe_error, run_on_all_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import ServiceUnavailable, StopRequested, UserError
 
@@ -100,5 +100,5 @@ def _next_event(events: Iterator[T | None], stop_signal: Callable[[], int]) -> t
             if time.monotonic() - since > _KEEPALIVE_SECONDS:
                 return "keepalive", None
     except Exception as error:
-        return "error", describe(error)
+        return "error", describe_error(error)
     return "end", None
