@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 import psutil
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.launch import local_ranks as launch
 from eaopd_megatron.launch.entrypoint import run_entrypoint
-from eaopd_megatron.megatron.cross_entropy import cross_entropy
 from eaopd_megatron.objective import (
     Objective,
     TeacherHidden,
@@ -56,6 +56,11 @@ COLLECTIVES = (
     "reduce_scatter_tensor",
     "broadcast",
 )
+
+
+def megatron_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss [n] (nats) of targets [n] under this rank's logits [n, vocab/tp], by Megatron-Core."""
+    return vocab_parallel_cross_entropy(logits[None], targets[None])[0]
 
 
 @dataclass(frozen=True)
@@ -165,12 +170,14 @@ def subjects(case: Case) -> list[Subject]:
         return (q * (log_q - log_p)).sum(1) + (entropy > exact.threshold) * (p * (log_p - log_q)).sum(1)
 
     found = [
-        Subject("Megatron-Core cross entropy", False, lambda x, _: cross_entropy(x, case.tokens)),
+        Subject("Megatron-Core cross entropy", False, lambda x, _: megatron_cross_entropy(x, case.tokens)),
         Subject("entropy_aware_loss eopd_exact", False, ours(exact)),
         Subject("entropy_aware_loss eopd_exact, gradient over the logits", False, ours(exact, inplace=True), True),
         Subject("entropy_aware_loss sampled + gated exact", False, ours(gated)),
         Subject("entropy_aware_loss eopd (top-k)", False, ours(paper, top_k=True)),
-        Subject("linear + Megatron-Core cross entropy", True, lambda h, w: cross_entropy(h @ w.T, case.tokens)),
+        Subject(
+            "linear + Megatron-Core cross entropy", True, lambda h, w: megatron_cross_entropy(h @ w.T, case.tokens)
+        ),
         Subject("linear_entropy_aware_loss eopd_exact", True, linear(exact)),
         Subject("linear_entropy_aware_loss eopd (top-k)", True, linear(paper, top_k=True)),
     ]

@@ -31,7 +31,7 @@ from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
-from eaopd_megatron.megatron.pipeline import gathered_logits
+from eaopd_megatron.megatron.pipeline import gather_logits
 from eaopd_megatron.models.architecture import check_supported, padded_vocab_size
 from eaopd_megatron.models.mapping import EMBEDDING
 from eaopd_megatron.utils.files import atomic_directory, partial_path, require_absent_or_empty, write_error_message
@@ -174,7 +174,7 @@ def verify_logits(model: ModelChunks, reference: HfFolder, parallel: ParallelSta
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(reference.vocab_size, (2, 32), generator=generator).to(parallel.device)
-    logits = gathered_logits(_as_fp32(model).eval(), tokens, parallel)
+    logits = gather_logits(_as_fp32(model).eval(), tokens, parallel)
     run_on_all_or_raise(parallel, lambda: _compare(logits, tokens, reference, say) if parallel.is_main else None)
 
 

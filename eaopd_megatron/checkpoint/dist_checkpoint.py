@@ -33,9 +33,8 @@ from eaopd_megatron.distributed.collective_errors import describe_error, find_os
 from eaopd_megatron.distributed.cpu_compat import cuda_as_cpu
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.megatron.optimizer_state import load_state, sharded_state
-from eaopd_megatron.megatron.overlap import wait_for_gathers
+from eaopd_megatron.megatron.model import ModelChunks, wait_all_param_gathers
+from eaopd_megatron.megatron.optimizer_state import load_optimizer_state, sharded_optimizer_state
 
 MODEL_PREFIX = "model."
 """What the names of a model's tensors start with in a checkpoint."""
@@ -48,21 +47,21 @@ def sharded_training_state(
     model: ModelChunks, optimizer: ChainedOptimizer | None = None, *, loading: bool = False
 ) -> dict[str, Any]:
     """The sharded state dict of a model and its optimiser, to be saved or (loading) to be filled. Collective."""
-    wait_for_gathers(model)
+    wait_all_param_gathers(model)
     chunks = {str(stage): gpt.sharded_state_dict(prefix=MODEL_PREFIX) for stage, gpt in enumerate(model.gpts)}
     state: dict[str, Any] = {"model": chunks}  # a chunk's own names are local; the checkpoint's are global
     if optimizer is not None:
-        state["optimizer"] = sharded_state(optimizer, state["model"], loading=loading)
+        state["optimizer"] = sharded_optimizer_state(optimizer, state["model"], loading=loading)
     return state
 
 
 def load_training_state(model: ModelChunks, optimizer: ChainedOptimizer | None, loaded: dict[str, Any]) -> None:
     """Put what `load_sharded` returned for `training_state(..., loading=True)` into the model and its optimiser."""
-    wait_for_gathers(model)
+    wait_all_param_gathers(model)
     for stage, gpt in enumerate(model.gpts):
         _fill(gpt, {name.removeprefix(MODEL_PREFIX): value for name, value in loaded["model"][str(stage)].items()})
     if optimizer is not None:
-        load_state(optimizer, loaded["optimizer"])
+        load_optimizer_state(optimizer, loaded["optimizer"])
 
 
 def _fill(gpt: torch.nn.Module, values: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from eaopd_megatron.diagnostics.eos_check import RESULTS_FILE, EosCheckResult, R
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.distributed.heartbeat import heartbeat_monitor
 from eaopd_megatron.distributed.parallel_state import ParallelState
-from eaopd_megatron.megatron.forward import whole
+from eaopd_megatron.megatron.forward import gather_context_parallel
 from eaopd_megatron.objective import TeacherHidden, TeacherTopK, linear_token_statistics, token_statistics
 from eaopd_megatron.rollout.interface import GenerationRequest
 from eaopd_megatron.teacher.build import open_folders
@@ -151,7 +151,7 @@ def _ends_of(
         if isinstance(signal, TeacherTopK)
         else _logprob(signal, batch.target_ids if labels is None else labels, shard)
     )
-    per_token = whole(batch, torch.stack([mapped, plain], 1), parallel)
+    per_token = gather_context_parallel(batch, torch.stack([mapped, plain], 1), parallel)
     last = [part[-1].tolist() for part in batch.split_by_sample(per_token)]
     return [(s.response_ids[-1], *both) for s, both in zip(batch.samples, last, strict=True)]
 

@@ -18,7 +18,7 @@ class Decoder:
     """Decodes a batch of prompts of unequal lengths, padded on the left (rotary embeddings see only distances).
 
     All ranks of a pipeline and of a tensor-parallel group have the same prompts; context-parallel ranks may have
-    different ones. To be used under `decoding(model)`.
+    different ones. To be used under `decode_mode(model)`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Decoder:
 
 
 @contextlib.contextmanager
-def decoding(model: ModelChunks) -> Iterator[None]:
+def decode_mode(model: ModelChunks) -> Iterator[None]:
     """The model in eval mode (Megatron-Core uses its cache only then), without sequence and context parallelism, which
     cannot cut one position; afterwards as it was."""
     training = model.training

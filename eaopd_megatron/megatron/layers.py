@@ -33,7 +33,7 @@ class PackedSequences(PackedSeqParams):
     micro-batch. Transformer Engine's attention reads the inherited fields alone."""
 
     @classmethod
-    def of(cls, cu_seqlens: torch.Tensor, longest: int) -> PackedSequences:
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, longest: int) -> PackedSequences:
         """cu_seqlens [b + 1] int32: 0 and the ends of the sequences; longest: length of the longest."""
         return cls(
             qkv_format="thd",
@@ -175,7 +175,9 @@ def uses_transformer_engine() -> bool:
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """This rank's (and virtual stage's) layers; `names.global_name` makes the names of both kinds' parameters the same.
+    """Return the specs of this rank's (and virtual stage's) layers.
+
+    Parameters of local and Transformer Engine layers have the same `model.global_param_name`.
 
     Transformer Engine's layers have been built on no machine yet: they need CUDA.
     """
@@ -222,16 +224,16 @@ def _complete_router() -> None:
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
 
 
-SETTINGS: dict[str, Any] = {"fp8": "e4m3", "fp8_recipe": "tensorwise", "fp8_param": True}
+FP8_SETTINGS: dict[str, Any] = {"fp8": "e4m3", "fp8_recipe": "tensorwise", "fp8_param": True}
 """Of Megatron-Core's TransformerConfig."""
 
 
-def check_fp8(key: str) -> None:
+def require_fp8_support(key: str) -> None:
     """Raises UserError, which names the recipe's key, where Transformer Engine cannot run."""
     if not uses_transformer_engine():
         raise UserError(f"{key}=fp8 needs CUDA and Transformer Engine, which are not here; bf16 needs neither")
 
 
-def take_any_length(gpt: GPTModel) -> None:
+def pad_fp8_inputs(gpt: GPTModel) -> None:
     """fp8 products want a multiple of 16 tokens: linear layers pad what they are given, and cut it off again."""
     prepare_model_for_fp8_inference(gpt)

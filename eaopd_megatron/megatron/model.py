@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,14 +14,77 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from eaopd_megatron.distributed import cpu_compat as cpu
 from eaopd_megatron.distributed.parallel_state import ParallelLayout
-from eaopd_megatron.megatron.layers import layer_spec, take_any_length
-from eaopd_megatron.megatron.overlap import gathered
-from eaopd_megatron.megatron.param_names import global_name
+from eaopd_megatron.megatron.layers import layer_spec, pad_fp8_inputs
 from eaopd_megatron.models.architecture import Recompute, padded_vocab_size, transformer_config
 from eaopd_megatron.models.rotary import rotary_base, set_attention_factor, set_frequencies
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Of what is computed, and of weights but fp8's (`build_model(..., fp8=True)`)."""
+
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Transformer Engine's layers that hold the norm of their input, and the norm's name in Megatron's local layers."""
+
+
+def global_param_name(name: str, *, first_layer: int = 0, first_expert: int = 0) -> str:
+    """The name in the whole model of a chunk's parameter, as Megatron's local layers would call it.
+
+    first_layer, first_expert: numbers, in the whole model, of the chunk's layer 0 and expert 0.
+    """
+    for fused, own in _FUSED_NORMS.items():
+        name = name.replace(fused, own)
+    name = _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\3.\1.\2", name)
+    name = _LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + first_layer}.", name)
+    return _EXPERT.sub(lambda found: f"mlp.experts.local_experts.{int(found[1]) + first_expert}.", name)
+
+
+_WAIT = "wait_for_gather"
+"""The attribute of a parameter whose gather may be under way: waits until it has ended."""
+
+
+def prepare_param_gather_waits(chunks: Iterable[Any]) -> None:
+    """Let each parameter of chunks with overlapped gathers know how to wait for its own.
+
+    Megatron-Core waits in hooks before the forward of the module that holds a parameter. Who reads a parameter without
+    that module (the objective reads the output layer, a checkpoint all) calls `wait_param_gather`.
+    """
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)  # or the first forward would start the first gather
+        for parameter, group in chunk.param_to_bucket_group.items():
+            setattr(parameter, _WAIT, partial(_wait, group))
+
+
+def _wait(group: Any) -> None:
+    if group.param_gather_handle is not None:  # else Megatron-Core would start a gather of this rank's own
+        group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def wait_param_gather(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """The parameter, once its gather has ended."""
+    wait = getattr(parameter, _WAIT, None)
+    if wait is not None:
+        wait()
+    return parameter
+
+
+def start_param_gathers(chunks: Iterable[Any]) -> None:
+    """Begin to gather the weights that other ranks updated, where that is overlapped. Collective."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync()
+
+
+def wait_all_param_gathers(chunks: Iterable[torch.nn.Module]) -> None:
+    """Wait until every parameter of the chunks is whole."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            wait_param_gather(parameter)
 
 
 class ModelChunks(torch.nn.ModuleList):
@@ -31,7 +96,7 @@ class ModelChunks(torch.nn.ModuleList):
     @property
     def gpts(self) -> list[GPTModel]:
         """The GPTModels inside data-parallel and precision wrappers, first stage first."""
-        return [gpt_of(chunk) for chunk in self]
+        return [unwrap_gpt(chunk) for chunk in self]
 
     @property
     def config(self) -> Any:
@@ -55,7 +120,7 @@ class ModelChunks(torch.nn.ModuleList):
             experts = (chunk.config.num_moe_experts or 0) // chunk.config.expert_model_parallel_size
             first = experts * parallel_state.get_expert_model_parallel_rank() if experts else 0
             for name, parameter in chunk.named_parameters():
-                found[global_name(name, first_layer=layers, first_expert=first)] = gathered(parameter)
+                found[global_param_name(name, first_layer=layers, first_expert=first)] = wait_param_gather(parameter)
         return found
 
     def zero_grad_buffer(self) -> None:
@@ -111,7 +176,7 @@ def build_model(
         set_frequencies(gpt, hf)
         _mark_experts(gpt)
         if fp8:
-            take_any_length(gpt)
+            pad_fp8_inputs(gpt)
         if gpt.post_process and output_rows != rows:
             weight = gpt.output_layer.weight
             resized = weight.new_empty(output_rows // layout.tensor_parallel, weight.shape[1])
@@ -132,7 +197,7 @@ def _mark_experts(gpt: GPTModel) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
-def gpt_of(model: torch.nn.Module) -> GPTModel:
+def unwrap_gpt(model: torch.nn.Module) -> GPTModel:
     """The GPTModel inside data-parallel and precision wrappers; of several chunks the last one."""
     inner: Any = model
     while not isinstance(inner, GPTModel):

@@ -1,9 +1,9 @@
-"""Optimiser states, gradients and frozen weights away from the device while it has other work.
+"""Optimiser states, gradients and frozen weights, kept off the GPU while it does other work.
 
-Adam's moments can be in host memory between updates (`keep_moments_on_host`): activations are gone when the optimiser
-steps, so the peak of a step is the larger of the two, not their sum. All of it can leave while servers on the same
-device generate (`TrainerMemory`), and a teacher's weights while it does not score (`FrozenWeights`). Tested on a CPU,
-where host and device are the same memory; the transfers from and to CUDA have not been run.
+Adam's moments may stay in host memory between updates (`offload_moments_between_steps`): activations are freed before
+the optimiser steps, so the peak is the larger of the two rather than their sum. `TrainerMemory` frees everything that
+an update needs while colocated servers generate, `FrozenWeights` a teacher's weights while it does not score. Tested
+on CPUs, where host and device memory are the same; transfers from and to CUDA have not been run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from megatron.core.optimizer import ChainedOptimizer
 
-from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.megatron.overlap import wait_for_gathers
+from eaopd_megatron.megatron.model import ModelChunks, wait_all_param_gathers
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def keep_moments_on_host(optimizer: torch.optim.Optimizer) -> None:
+def offload_moments_between_steps(optimizer: torch.optim.Optimizer) -> None:
     """Move the moments (which exist already) to pinned host memory now and after each step, and back before it.
 
     The host's tensors stay the same ones; a checkpoint reads and fills them there.
@@ -30,7 +29,7 @@ def keep_moments_on_host(optimizer: torch.optim.Optimizer) -> None:
     hosts = {
         (parameter, name): torch.empty_like(state[name], device="cpu", pin_memory=pinned)
         for parameter, state in optimizer.state.items()
-        for name in MOMENTS
+        for name in ADAM_MOMENTS
     }
 
     def to_host(*unused: Any) -> None:
@@ -50,7 +49,7 @@ def keep_moments_on_host(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(to_host)
 
 
-class HostCopies:
+class HostBackedStorages:
     """Storages on the device and their bytes in pinned host memory: they can be emptied, and filled again.
 
     Tensors keep their identity. While the storages are empty nothing may read them.
@@ -67,42 +66,42 @@ class HostCopies:
             torch.cuda.synchronize()
 
     @property
-    def hosts(self) -> list[torch.Tensor]:
+    def host_bytes(self) -> list[torch.Tensor]:
         """The bytes of each storage, uint8."""
         return [host for _, host in self._pairs]
 
-    def empty(self) -> None:
+    def offload(self) -> None:
         for storage, _ in self._pairs:
             storage.resize_(0)
 
-    def fill(self) -> None:
+    def onload(self) -> None:
         for storage, host in self._pairs:
             storage.resize_(host.nbytes)
             _bytes_of(storage).copy_(host, non_blocking=True)
 
 
 class FrozenWeights:
-    """Weights that no update changes: in host memory but while they are `present`. Leaving copies nothing."""
+    """Weights that no update changes: in host memory but while they are `onload`ed. Leaving copies nothing."""
 
     def __init__(self, model: ModelChunks) -> None:
         """model: its weights are loaded, and each is a tensor of its own. They leave now."""
         self._parameters = list(model.parameters())  # tied ones once
-        self._copies = HostCopies(parameter.untyped_storage() for parameter in self._parameters)
-        self._copies.empty()
+        self._copies = HostBackedStorages(parameter.untyped_storage() for parameter in self._parameters)
+        self._copies.offload()
 
     @contextlib.contextmanager
-    def present(self) -> Iterator[None]:
+    def onload(self) -> Iterator[None]:
         """The model can run inside."""
-        self._copies.fill()
+        self._copies.onload()
         try:
             yield
         finally:
-            self._copies.empty()
+            self._copies.offload()
 
-    def copy_of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+    def weight_on_device(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """One weight on the device, for as long as the caller keeps it, whether the others are there or not."""
         place = next(i for i, one in enumerate(self._parameters) if one is parameter)
-        host = self._copies.hosts[place].view(parameter.dtype).view(parameter.shape)
+        host = self._copies.host_bytes[place].view(parameter.dtype).view(parameter.shape)
         return host.to(parameter.device, non_blocking=True)
 
 
@@ -111,29 +110,29 @@ class TrainerMemory:
 
     Released are the moments, main parameters of their own (in bf16) and the gradients, which are zero afterwards; the
     weights stay, and can be read. Tensors keep their identity: their storages are emptied and filled again. In between
-    nothing may read them: no update, no checkpoint (`require_states`).
+    nothing may read them: no update, no checkpoint (`require_onloaded`).
     """
 
     def __init__(self, ddp: ModelChunks, optimizer: ChainedOptimizer) -> None:
         """ddp: chunks that `optimizer.wrap` made."""
         self._ddp, self._optimizer = ddp, optimizer
-        self._copies: HostCopies | None = None  # while released
+        self._copies: HostBackedStorages | None = None  # while released
 
-    def release(self) -> None:
+    def offload(self) -> None:
         """States to pinned host memory, gradients away; a second call does nothing."""
         if self._copies is not None:
             return
-        wait_for_gathers(self._ddp)
-        self._copies = HostCopies(self._own_storages())
-        self._copies.empty()
+        wait_all_param_gathers(self._ddp)
+        self._copies = HostBackedStorages(self._own_storages())
+        self._copies.offload()
         for chunk in self._ddp:
             chunk.offload_grad_buffers(synchronize=False, empty_cache=torch.cuda.is_available())  # type: ignore[operator]
 
-    def resume(self) -> None:
+    def onload(self) -> None:
         """Everything where it was; a second call does nothing."""
         if self._copies is None:
             return
-        self._copies.fill()
+        self._copies.onload()
         for chunk in self._ddp:
             chunk.restore_grad_buffers(synchronize=torch.cuda.is_available())  # type: ignore[operator]
         self._copies = None
@@ -150,17 +149,17 @@ class TrainerMemory:
         return list(found.values())
 
 
-def require_states(optimizer: ChainedOptimizer) -> None:
+def require_onloaded(optimizer: ChainedOptimizer) -> None:
     """Raises RuntimeError while they are released: reading them would read freed memory."""
     if any(tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in _states(optimizer)):
-        raise RuntimeError("the optimiser's states are released: TrainerMemory.resume comes before a checkpoint")
+        raise RuntimeError("the optimiser's states are released: TrainerMemory.onload comes before a checkpoint")
 
 
 def _states(optimizer: ChainedOptimizer) -> Iterator[torch.Tensor]:
     """Main parameters, which may be the weights themselves, and moments."""
     for part in optimizer.chained_optimizers:
         yield from (parameter for group in part.optimizer.param_groups for parameter in group["params"])
-        yield from (state[name] for state in part.optimizer.state.values() for name in MOMENTS)
+        yield from (state[name] for state in part.optimizer.state.values() for name in ADAM_MOMENTS)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -17,13 +17,17 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from eaopd_megatron.distributed.cpu_compat import cuda_as_cpu
 from eaopd_megatron.distributed.parallel_state import ParallelState
-from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.megatron.offload import keep_moments_on_host
-from eaopd_megatron.megatron.optimizer_state import complete_states
-from eaopd_megatron.megatron.overlap import prepare_gathers, start_gathers, wait_for_gathers
+from eaopd_megatron.megatron.model import (
+    ModelChunks,
+    prepare_param_gather_waits,
+    start_param_gathers,
+    wait_all_param_gathers,
+)
+from eaopd_megatron.megatron.offload import offload_moments_between_steps
+from eaopd_megatron.megatron.optimizer_state import init_optimizer_states
 
 
-def wrap(
+def wrap_ddp(
     model: ModelChunks,
     parallel: ParallelState,
     *,
@@ -39,7 +43,7 @@ def wrap(
     begins, in buckets of about bucket_size parameters (none: as Megatron-Core chooses).
     """
     if not model.config.calculate_per_token_loss:
-        raise ValueError("calculate_per_token_loss must be set before wrap: gradients would be divided by the ranks")
+        raise ValueError("calculate_per_token_loss must be set before wrap_ddp, or gradients are divided by the ranks")
     if overlap and not distributed:
         raise ValueError("overlap needs distributed")
     _mark_shards(model)
@@ -48,7 +52,7 @@ def wrap(
         use_distributed_optimizer=distributed,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
-        align_param_gather=overlap,  # gathers are started by `step` alone: a forward only waits
+        align_param_gather=overlap,  # gathers are started by `optimizer_step` alone: a forward only waits
         bucket_size=bucket_size,
     )
     with cuda_as_cpu():
@@ -59,7 +63,7 @@ def wrap(
         for ddp in wrapped:
             ddp.broadcast_params()
     if overlap:
-        prepare_gathers(wrapped)
+        prepare_param_gather_waits(wrapped)
     return ModelChunks(wrapped)
 
 
@@ -78,7 +82,7 @@ def build_optimizer(
     """AdamW with decoupled weight decay on every parameter; bf16 weights have fp32 main parameters.
 
     clip_grad: largest norm of the whole gradient; 0 leaves it as it is. The states exist from the start (zeros), so a
-    checkpoint can be written before the first update. Whether they are distributed was said to `wrap`.
+    checkpoint can be written before the first update. Whether they are distributed was said to `wrap_ddp`.
     offload: "moments" keeps Adam's moments in host memory between updates.
     """
     settings = cast(Any, model[0]).ddp_config
@@ -99,10 +103,10 @@ def build_optimizer(
     with cuda_as_cpu():
         # no overrides: Megatron's own except the norms' weights from decay, which only its scheduler would carry out
         optimizer = get_megatron_optimizer(config, list(model), config_overrides={}, use_gloo_process_groups=False)
-    complete_states(optimizer)
+    init_optimizer_states(optimizer)
     if offload == "moments":
         for part in optimizer.chained_optimizers:
-            keep_moments_on_host(part.optimizer)
+            offload_moments_between_steps(part.optimizer)
     return optimizer
 
 
@@ -112,7 +116,7 @@ def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def finish_gradients(model: ModelChunks, num_tokens: torch.Tensor) -> None:
+def finalize_gradients(model: ModelChunks, num_tokens: torch.Tensor) -> None:
     """Gradients of a loss summed over tokens → the gradient of its mean over the tokens of all data-parallel ranks.
 
     num_tokens (one element of any number type; unchanged): this rank's tokens in the update, equal on the ranks of a
@@ -121,12 +125,12 @@ def finish_gradients(model: ModelChunks, num_tokens: torch.Tensor) -> None:
     """
     device = next(model.parameters()).device
     total = torch.tensor(float(num_tokens), dtype=torch.float64, device=device)
-    wait_for_gathers(model)  # the update will write where a gather may still be reading
+    wait_all_param_gathers(model)  # the update will write where a gather may still be reading
     with cuda_as_cpu():
         finalize_model_grads(list(model), total)
 
 
-def step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
+def optimizer_step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
     """Clip and update. Returns (updated, norm of the whole gradient before clipping), the same on every rank.
 
     Before the next backward both `ddp.zero_grad_buffer()` and `optimizer.zero_grad()` are needed: in fp32 each `.grad`
@@ -143,7 +147,7 @@ def step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
                 if part.config.clip_grad > 0:
                     clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
             done = bool(optimizer.step_with_ready_grads())
-    start_gathers(optimizer.model_chunks)
+    start_param_gathers(optimizer.model_chunks)
     return done, norm
 
 

@@ -25,20 +25,22 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from eaopd_megatron.distributed.cpu_compat import cuda_as_cpu
-from eaopd_megatron.megatron.offload import MOMENTS, require_states
+from eaopd_megatron.megatron.offload import ADAM_MOMENTS, require_onloaded
 
 MAIN = "fp32_param"
 States = dict[str, dict[str, Any]]
 """{number of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "fp32_param": ...}}"""
 
 
-def sharded_state(optimizer: ChainedOptimizer, model: dict[str, Any], *, loading: bool = False) -> dict[str, Any]:
+def sharded_optimizer_state(
+    optimizer: ChainedOptimizer, model: dict[str, Any], *, loading: bool = False
+) -> dict[str, Any]:
     """The optimiser's sharded state dict, to be saved or (loading) to be filled. Collective.
 
     model: `sharded_state_dict(...)` of the model's chunks, which tells how the states are cut. A distributed
     optimiser's states are gathered in host memory, whole ones of this rank's weights on each data-parallel rank.
     """
-    require_states(optimizer)
+    require_onloaded(optimizer)
     found, _ = extract_sharded_tensors_and_factories(model)
     weights = {id(sharded.data): sharded for sharded in nested_values(found)}
     states = {}
@@ -46,11 +48,11 @@ def sharded_state(optimizer: ChainedOptimizer, model: dict[str, Any], *, loading
         for number, part in enumerate(optimizer.chained_optimizers):
             distributed = isinstance(part, DistributedOptimizer)
             states[str(number)] = _gathered(part, weights, loading) if distributed else _local(part, weights)
-    return {"step": completed_steps(optimizer), "state": states}
+    return {"step": num_completed_steps(optimizer), "state": states}
 
 
-def load_state(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
-    """Take the states of a loaded `sharded_state`. The model's weights must have been loaded before."""
+def load_optimizer_state(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
+    """Take the states of a loaded `sharded_optimizer_state`. The model's weights must have been loaded before."""
     with cuda_as_cpu(), torch.no_grad():
         for number, part in enumerate(optimizer.chained_optimizers):
             states = state["state"].get(str(number), {})  # a stage without experts has none of theirs
@@ -63,14 +65,14 @@ def load_state(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
     _set_steps(optimizer, state["step"])
 
 
-def complete_states(optimizer: ChainedOptimizer) -> None:
+def init_optimizer_states(optimizer: ChainedOptimizer) -> None:
     """Give every parameter a whole state of its own before the first update: zeros."""
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
     _set_steps(optimizer, 0.0)
 
 
-def completed_steps(optimizer: ChainedOptimizer) -> float:
+def num_completed_steps(optimizer: ChainedOptimizer) -> float:
     """Updates that the optimiser has made."""
     for part in optimizer.chained_optimizers:
         for entry in chain(
@@ -109,7 +111,7 @@ def _parameters(part: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
 def _local(part: Any, weights: dict[int, Any]) -> States:
     states = {}
     for place, (weight, main) in enumerate(_parameters(part)):
-        tensors = {name: part.optimizer.state[main][name] for name in MOMENTS}
+        tensors = {name: part.optimizer.state[main][name] for name in ADAM_MOMENTS}
         if main is not weight:
             tensors[MAIN] = main
         states[str(place)] = _as_weight(tensors, weights[id(weight)])
@@ -131,7 +133,7 @@ def _gathered(part: DistributedOptimizer, weights: dict[int, Any], loading: bool
     for number, buffer in enumerate(part.buffers):
         (flat,) = world[number].values()
         for weight, (start, end) in _places(buffer).items():
-            names = [*MOMENTS, "param"] if weight.dtype != torch.float32 else MOMENTS
+            names = [*ADAM_MOMENTS, "param"] if weight.dtype != torch.float32 else ADAM_MOMENTS
             tensors = {MAIN if name == "param" else name: flat[name][start:end].view(weight.shape) for name in names}
             states[str(len(states))] = _as_weight(tensors, weights[id(weight)])
     return states

@@ -13,14 +13,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from eaopd_megatron.data.packing import Packing, collate, split_into_micro_batches
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
-from eaopd_megatron.megatron.forward import head_of, rows_of, stage_output, whole
-from eaopd_megatron.megatron.model import ModelChunks, gpt_of
+from eaopd_megatron.megatron.forward import gather_context_parallel, output_weight, response_hidden_states, stage_output
+from eaopd_megatron.megatron.model import ModelChunks, unwrap_gpt
 
-LastStage = Callable[[int, torch.Tensor], torch.Tensor | None]
+LastStageFn = Callable[[int, torch.Tensor], torch.Tensor | None]
 """(number of the micro-batch, its rows [n, h]) → the sum of their losses, or, forward only, None."""
 
 
-def packing_of(layout: ParallelLayout, context_rank: int = 0) -> Packing:
+def packing_for(layout: ParallelLayout, context_rank: int = 0) -> Packing:
     """What packing must know of a layout."""
     tensor = layout.tensor_parallel if layout.sequence_parallel else 1
     return Packing(tensor, layout.context_parallel, context_rank)
@@ -32,7 +32,7 @@ def micro_batches(samples: Sequence[Sample], budget: int, parallel: ParallelStat
     As many on every data-parallel rank (experts are shared by them), with empty ones at the end, at least one, and a
     multiple of the pipeline's stages where the schedule is interleaved. Collective over the data-parallel group.
     """
-    packing = packing_of(parallel.layout, parallel.cp_rank)
+    packing = packing_for(parallel.layout, parallel.cp_rank)
     parts: list[list[Sample]] = list(split_into_micro_batches(samples, budget, packing))
     count = torch.tensor(max(1, len(parts)), device=parallel.device)
     if parallel.dp_size > 1:
@@ -43,52 +43,52 @@ def micro_batches(samples: Sequence[Sample], budget: int, parallel: ParallelStat
     return [collate(part, parallel.device, packing) for part in parts]
 
 
-def forward(model: ModelChunks, batches: Sequence[MicroBatch], last: LastStage) -> None:
-    """Run the micro-batches without gradients. `last` is called on the last pipeline stage. Collective."""
+def run_forward(model: ModelChunks, batches: Sequence[MicroBatch], on_last_stage: LastStageFn) -> None:
+    """Run the micro-batches without gradients. `on_last_stage` is called on the last pipeline stage. Collective."""
     with torch.no_grad():
-        _run(model, batches, last, forward_only=True)
+        _run(model, batches, on_last_stage, forward_only=True)
 
 
-def forward_backward(model: ModelChunks, batches: Sequence[MicroBatch], last: LastStage) -> None:
+def run_forward_backward(model: ModelChunks, batches: Sequence[MicroBatch], on_last_stage: LastStageFn) -> None:
     """Run the micro-batches and add the gradients of the sum of their losses, undivided, to the model's buffers.
 
-    `last` is called on the last pipeline stage, also for an empty micro-batch, whose loss must hang on its rows: no
-    collective of the backward pass depends on data. `optimizer.finish_gradients` follows. Collective.
+    `on_last_stage` runs on the last pipeline stage, also for an empty micro-batch, whose loss must depend on its rows:
+    no collective of the backward pass depends on data. Call `optimizer.finalize_gradients` next. Collective.
     """
     model.config.no_sync_func = _no_sync(model)
-    _run(model, batches, last, forward_only=False)
+    _run(model, batches, on_last_stage, forward_only=False)
 
 
-def gathered_logits(model: ModelChunks, token_ids: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
+def gather_logits(model: ModelChunks, token_ids: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
     """Logits [b, s, V_padded] of token_ids [b, s], the same on every rank, at any layout. No gradient. Collective.
 
     The b sequences are one micro-batch on each data-parallel rank; all must give the same token_ids.
     """
     b, s = token_ids.shape
-    batch = whole_batch(token_ids, parallel)
+    batch = single_batch(token_ids, parallel)
     batches = [batch] * (parallel.pp_size if parallel.layout.virtual_pipeline > 1 else 1)
     found: list[torch.Tensor] = []
 
     def last(index: int, rows: torch.Tensor) -> None:
-        shard = rows @ head_of(model).T
+        shard = rows @ output_weight(model).T
         parts = [torch.empty_like(shard) for _ in range(parallel.tp_size)]
         dist.all_gather(parts, shard.contiguous(), group=parallel.tp_group)
-        found[:] = [whole(batch, torch.cat(parts, -1), parallel)]
+        found[:] = [gather_context_parallel(batch, torch.cat(parts, -1), parallel)]
 
-    forward(model, batches, last)
-    width = gpt_of(model).vocab_size
+    run_forward(model, batches, last)
+    width = unwrap_gpt(model).vocab_size
     logits = found[0] if found else torch.empty(b * s, width, dtype=model.dtype, device=parallel.device)
-    return from_last_stage(logits, parallel).view(b, s, width)
+    return broadcast_from_last_stage(logits, parallel).view(b, s, width)
 
 
-def whole_batch(token_ids: torch.Tensor, parallel: ParallelState) -> MicroBatch:
+def single_batch(token_ids: torch.Tensor, parallel: ParallelState) -> MicroBatch:
     """One micro-batch of token_ids [b, s] whose rows are all b·s positions."""
     # a response token more than there is: it is no input, and its row is the last position
     samples = [Sample(Prompt("", (row[0],), {}), [*row[1:], 0], "length", [], 0) for row in token_ids.tolist()]
-    return collate(samples, parallel.device, packing_of(parallel.layout, parallel.cp_rank))
+    return collate(samples, parallel.device, packing_for(parallel.layout, parallel.cp_rank))
 
 
-def from_last_stage(values: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
+def broadcast_from_last_stage(values: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
     """The last pipeline stage's tensor on every stage; the others give one of its shape and type to be filled."""
     if parallel.pp_size > 1 and values.numel():
         assert parallel.pp_group is not None
@@ -97,7 +97,7 @@ def from_last_stage(values: torch.Tensor, parallel: ParallelState) -> torch.Tens
     return values
 
 
-def _run(model: ModelChunks, batches: Sequence[MicroBatch], last: LastStage, *, forward_only: bool) -> None:
+def _run(model: ModelChunks, batches: Sequence[MicroBatch], on_last_stage: LastStageFn, *, forward_only: bool) -> None:
     chunks = list(model)
 
     def forward_step(numbers: Iterator[int], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
@@ -105,7 +105,7 @@ def _run(model: ModelChunks, batches: Sequence[MicroBatch], last: LastStage, *, 
         batch = batches[index]
 
         def finish(hidden: torch.Tensor, non_loss_data: bool = False) -> tuple[torch.Tensor | None, Any, None] | None:
-            loss = last(index, rows_of(model, hidden, batch))
+            loss = on_last_stage(index, response_hidden_states(model, hidden, batch))
             # three values: Megatron-Core divides no loss then, as the configuration sums per token
             return None if non_loss_data else (loss, torch.zeros((), dtype=torch.int), None)
 

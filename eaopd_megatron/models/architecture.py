@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron.layers import SETTINGS as FP8
+from eaopd_megatron.megatron.layers import FP8_SETTINGS as FP8
 from eaopd_megatron.megatron.layers import uses_transformer_engine
 from eaopd_megatron.models.mapping import head_dim
 from eaopd_megatron.models.registry import family_of

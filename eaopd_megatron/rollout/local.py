@@ -11,9 +11,9 @@ import torch.distributed as dist
 from eaopd_megatron.data.prompts import seeded_uniforms
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.distributed.parallel_state import ParallelState
-from eaopd_megatron.megatron.generation import Decoder, decoding
+from eaopd_megatron.megatron.generation import Decoder, decode_mode
 from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.megatron.pipeline import from_last_stage
+from eaopd_megatron.megatron.pipeline import broadcast_from_last_stage
 from eaopd_megatron.rollout.interface import GenerationRequest, RolloutHandle, SamplingKey
 
 
@@ -83,7 +83,7 @@ class LocalRollout:
         # longest prompts first keeps padding low; random numbers belong to samples, so the order changes nothing else
         order = sorted(mine, key=lambda i: -len(prompts[i].token_ids))
         samples: dict[int, Sample] = {}
-        with decoding(self.model):
+        with decode_mode(self.model):
             for start in range(0, self._max_over_expert_ranks(len(order)), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 batch = self._batch([prompts[i] for i in chosen], [keys[i] for i in chosen], sampling, version)
@@ -116,7 +116,7 @@ class LocalRollout:
                 break
             logits = decoder.step(token)
         ids = torch.stack(tokens, 1).tolist()
-        values = from_last_stage(torch.stack(logprobs, 1), self.parallel).tolist()
+        values = broadcast_from_last_stage(torch.stack(logprobs, 1), self.parallel).tolist()
         return [
             _sample(prompt, row, value, sampling, version)
             for prompt, row, value in zip(prompts, ids, values, strict=bool(prompts))
@@ -128,12 +128,12 @@ class LocalRollout:
         """Tokens [b], the same on every rank of the model's copy, and their log-probs [b], on the last stage alone."""
         if logits is None:
             token = torch.empty(len(noise), dtype=torch.long, device=self.parallel.device)
-            return from_last_stage(token, self.parallel), torch.empty(len(noise), device=self.parallel.device)
+            return broadcast_from_last_stage(token, self.parallel), torch.empty(len(noise), device=self.parallel.device)
         policy = torch.log_softmax(logits[:, : self.vocab_size].float(), -1)
         token = sample_tokens(policy, noise, temperature=sampling.temperature, top_p=sampling.top_p)
         if self.parallel.tp_size > 1:  # different tokens on different shards would corrupt both
             dist.broadcast(token, self.parallel.tp_src_rank(), group=self.parallel.tp_group)
-        return from_last_stage(token, self.parallel), policy.gather(-1, token[:, None]).squeeze(-1)
+        return broadcast_from_last_stage(token, self.parallel), policy.gather(-1, token[:, None]).squeeze(-1)
 
     def _max_over_expert_ranks(self, count: int) -> int:
         """The largest count among the ranks that share experts, whose layers exchange tokens."""

@@ -12,7 +12,7 @@ from eaopd_megatron.config import Recipe
 from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState, num_ranks_on_rank0_host
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron.layers import check_fp8
+from eaopd_megatron.megatron.layers import require_fp8_support
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.models.architecture import check_supported
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
@@ -33,7 +33,7 @@ def open_folders(recipe: Recipe, student: HfFolder) -> dict[str, HfFolder]:
     for name, options in recipe.named_teachers().items():
         key = key_of(name)
         if options.precision == "fp8" and options.placement == "colocated":
-            check_fp8(f"{key}.precision")
+            require_fp8_support(f"{key}.precision")
         folders[name] = HfFolder.open(options.model, f"{key}.model")
         check_same_tokenizer(folders[name], student)
     return folders

@@ -10,10 +10,10 @@ import torch
 
 from eaopd_megatron.data.types import MicroBatch, Sample
 from eaopd_megatron.distributed.parallel_state import ParallelState
-from eaopd_megatron.megatron.forward import head_of, whole
+from eaopd_megatron.megatron.forward import gather_context_parallel, output_weight
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import FrozenWeights
-from eaopd_megatron.megatron.pipeline import forward, micro_batches
+from eaopd_megatron.megatron.pipeline import micro_batches, run_forward
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.interface import TeacherSignal, require_whole
@@ -68,7 +68,7 @@ class ColocatedTeacher:
             batch = batches[index]
             found = summarise_rows(
                 rows,
-                head_of(self.model),
+                output_weight(self.model),
                 batch.target_ids,
                 self.terminal.labels(batch),
                 top_k=self.top_k,
@@ -76,16 +76,17 @@ class ColocatedTeacher:
                 group=self.parallel.tp_group,
             )
             said = {
-                field.name: whole(batch, getattr(found, field.name), self.parallel) for field in fields(TeacherTopK)
+                field.name: gather_context_parallel(batch, getattr(found, field.name), self.parallel)
+                for field in fields(TeacherTopK)
             }
             keep(batch.samples, TeacherTopK(**said))
 
-        forward(self.model, batches, last)
+        run_forward(self.model, batches, last)
 
     def wait(self, samples: Sequence[Sample]) -> None:
         """Raises RuntimeError where a token was left out."""
         if self.kind == "topk" and self._weights is not None:
-            with self._weights.present():
+            with self._weights.onload():
                 self._score(samples)
         if self.kind == "topk" and self.parallel.is_last_stage:
             require_whole(samples)
@@ -101,8 +102,8 @@ class ColocatedTeacher:
         if self.kind == "topk":
             return lambda index: kept(batches[index], TopKRows(self.top_k))
         hidden: dict[int, torch.Tensor] = {}
-        with nullcontext() if self._weights is None else self._weights.present():
-            forward(self.model, batches, hidden.__setitem__)
+        with nullcontext() if self._weights is None else self._weights.onload():
+            run_forward(self.model, batches, hidden.__setitem__)
         head = self._head()
         if self.kind == "hidden":
             return lambda index: TeacherHidden(hidden[index], head)
@@ -112,8 +113,8 @@ class ColocatedTeacher:
         """On the last stage the output layer's rows; on the others nothing."""
         if not self.parallel.is_last_stage:
             return torch.empty(0)
-        head = head_of(self.model)
-        return head if self._weights is None else self._weights.copy_of(head)
+        head = output_weight(self.model)
+        return head if self._weights is None else self._weights.weight_on_device(head)
 
     def labels(self, batch: MicroBatch) -> torch.Tensor | None:
         """[n] ids for log p(y) where the signal is the full distribution; top-k has looked them up already."""

@@ -105,7 +105,7 @@ def build_components(
         )
     )
 
-    ddp = megatron_optimizer.wrap(model, parallel, distributed=options.distributed, overlap=options.overlap)
+    ddp = megatron_optimizer.wrap_ddp(model, parallel, distributed=options.distributed, overlap=options.overlap)
     optimizer = megatron_optimizer.build_optimizer(
         ddp,
         lr=options.lr,

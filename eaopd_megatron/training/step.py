@@ -14,9 +14,14 @@ from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
-from eaopd_megatron.megatron.forward import head_of, hidden_grad, row_logits, whole
+from eaopd_megatron.megatron.forward import (
+    gather_context_parallel,
+    hidden_grad_reduction,
+    output_weight,
+    response_logits,
+)
 from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.megatron.pipeline import forward, forward_backward, from_last_stage, micro_batches
+from eaopd_megatron.megatron.pipeline import broadcast_from_last_stage, micro_batches, run_forward, run_forward_backward
 from eaopd_megatron.objective import (
     Objective,
     TeacherHidden,
@@ -56,15 +61,17 @@ class StudentTrainer:
         found: dict[int, torch.Tensor] = {}
 
         def last(index: int, rows: torch.Tensor) -> None:
-            said = linear_token_statistics(rows, head_of(self.ddp), batches[index].target_ids, **self._shard)
-            found[index] = whole(batches[index], said.logprob, self.parallel)
+            said = linear_token_statistics(rows, output_weight(self.ddp), batches[index].target_ids, **self._shard)
+            found[index] = gather_context_parallel(batches[index], said.logprob, self.parallel)
 
-        forward(self.ddp, batches, last)
+        run_forward(self.ddp, batches, last)
         lengths = [len(s.response_ids) for s in samples]
         logprobs = torch.empty(sum(lengths), device=self.parallel.device)
         if found:
             logprobs = torch.cat([found[index] for index in range(len(batches))])
-        for sample, part in zip(samples, from_last_stage(logprobs, self.parallel).split(lengths), strict=True):
+        for sample, part in zip(
+            samples, broadcast_from_last_stage(logprobs, self.parallel).split(lengths), strict=True
+        ):
             sample.old_logprobs = part
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -109,10 +116,10 @@ class StudentTrainer:
                 _measure(metrics, batch, out, old, weights)
             return (out.loss if weights is None else out.loss * weights.values).sum()
 
-        forward_backward(self.ddp, batches, last)
-        megatron_optimizer.finish_gradients(self.ddp, tokens)
+        run_forward_backward(self.ddp, batches, last)
+        megatron_optimizer.finalize_gradients(self.ddp, tokens)
         megatron_optimizer.set_learning_rate(self.optimizer, learning_rate)
-        done, norm = megatron_optimizer.step(self.optimizer)
+        done, norm = megatron_optimizer.optimizer_step(self.optimizer)
         if not done:
             raise UserError(
                 f"update {update}: the gradient norm is {norm}; lower optimizer.lr or look at the last rollouts"
@@ -134,12 +141,12 @@ class StudentTrainer:
         """The objective on hidden states [n, h], or, where the teacher gives logits, on the logits made of them."""
         options = {"teacher_tokens": labels, "objective": objective, **self._shard}
         if isinstance(signal, TeacherLogits):
-            rows = row_logits(self.ddp, rows)
+            rows = response_logits(self.ddp, rows)
         try:
             if isinstance(signal, TeacherLogits):
                 out = entropy_aware_loss(rows, signal, batch.target_ids, old, **options)
             else:
-                head, mode = head_of(self.ddp), hidden_grad(self.ddp)
+                head, mode = output_weight(self.ddp), hidden_grad_reduction(self.ddp)
                 out = linear_entropy_aware_loss(rows, head, signal, batch.target_ids, old, hidden_grad=mode, **options)
         except ValueError as error:  # raised alike on every tensor-parallel rank
             self._refuse(batch, _broken(rows) | _broken(_seen(signal)), update, str(error))

@@ -24,11 +24,11 @@ from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import overlap
-from eaopd_megatron.megatron.forward import row_logits
-from eaopd_megatron.megatron.generation import Decoder, decoding
+from eaopd_megatron.megatron.forward import response_logits
+from eaopd_megatron.megatron.generation import Decoder, decode_mode
 from eaopd_megatron.megatron.model import ModelChunks, build_model
-from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, step, wrap
-from eaopd_megatron.megatron.pipeline import forward_backward, gathered_logits, whole_batch
+from eaopd_megatron.megatron.optimizer import build_optimizer, finalize_gradients, optimizer_step, wrap_ddp
+from eaopd_megatron.megatron.pipeline import gather_logits, run_forward_backward, single_batch
 from eaopd_megatron.models.architecture import check_supported
 from tests.distributed.arranged import arranged
 
@@ -48,24 +48,24 @@ def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: di
         source = HfFolder.open(folder)
         check_supported(source.config, parallel.layout, folder)
         model = loaded(source, parallel)
-        ddp = wrap(model, parallel)
+        ddp = wrap_ddp(model, parallel)
         optimizer = build_optimizer(
             ddp, lr=0, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision="fp32"
         )
         ddp.zero_grad_buffer()
 
-        logits = gathered_logits(model, expected["tokens"], parallel)
+        logits = gather_logits(model, expected["tokens"], parallel)
         assert logits.shape[-1] % (128 * parallel.tp_size) == 0
         close(logits[..., : source.vocab_size], expected["logits"], "logits")
         assert not logits[..., source.vocab_size :].any(), "the padding's rows are not zero"
 
-        batch = whole_batch(expected["tokens"], parallel)
+        batch = single_batch(expected["tokens"], parallel)
         weight = torch.nn.functional.pad(expected["weight"], (0, logits.shape[-1] - source.vocab_size)).flatten(0, 1)
         weight = weight if batch.cp_local_indices is None else weight[batch.cp_local_indices]
         weight = weight.chunk(parallel.tp_size, dim=-1)[parallel.tp_rank]
         batches = [batch] * parallel.pp_size  # as the interleaved schedule wants
-        forward_backward(ddp, batches, lambda index, rows: (weight * row_logits(model, rows) ** 2 / 2).sum())
-        finish_gradients(ddp, torch.tensor(len(batches) / parallel.cp_size))
+        run_forward_backward(ddp, batches, lambda index, rows: (weight * response_logits(model, rows) ** 2 / 2).sum())
+        finalize_gradients(ddp, torch.tensor(len(batches) / parallel.cp_size))
 
         gradients = {name: getattr(p, "main_grad") for name, p in model.global_parameters().items()}  # noqa: B009
         theirs = {name[5:]: gradient for name, gradient in expected.items() if name.startswith("grad.")}
@@ -75,7 +75,7 @@ def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: di
             seen.add(name)
         assert seen == (theirs.keys() if parallel.is_main else set())
         norm = torch.stack([gradient.norm() for gradient in theirs.values()]).norm().item()
-        _, found = step(optimizer)
+        _, found = optimizer_step(optimizer)
         assert math.isclose(found, norm, rel_tol=LIMIT), f"norm of the gradient: {found}, not {norm}"
 
 
@@ -157,7 +157,7 @@ def check_swapped_rows(group: dist.ProcessGroup, folder: str, tp: int) -> None:
         theirs[..., [one, other]] = theirs[..., [other, one]]
         with torch.no_grad():
             for swaps in ({one: other, other: one}, {one: other}):
-                logits = gathered_logits(loaded(source, parallel, swaps=swaps), expected["tokens"], parallel)
+                logits = gather_logits(loaded(source, parallel, swaps=swaps), expected["tokens"], parallel)
                 close(logits[..., : source.vocab_size], theirs, "swapped logits")
         for wrong in ({one: source.vocab_size}, {1: 2, 3: 2}):
             with raises(ValueError, "is no exchange of ids"):
@@ -187,7 +187,7 @@ def check_decoding(group: dist.ProcessGroup, folder: str, tp: int, sp: bool) -> 
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         for rows in (slice(0, len(prompts)), slice(0, 1)):  # with padding, and without
-            with decoding(model):
+            with decode_mode(model):
                 decoder = Decoder(model, prompts[rows], new, parallel)
                 found = [greedy(decoder.prefill(), source)]
                 while len(found) < new:
@@ -207,7 +207,7 @@ def check_step_folder(group: dist.ProcessGroup, folder: str, out: str) -> None:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         optimizer = build_optimizer(
-            wrap(model, parallel), lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision="fp32"
+            wrap_ddp(model, parallel), lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision="fp32"
         )
 
         def companions(step: Path) -> None:

@@ -13,7 +13,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.distributed.parallel_state import ParallelLayout
-from eaopd_megatron.megatron.forward import head_of, stage_output
+from eaopd_megatron.megatron.forward import output_weight, stage_output
 from eaopd_megatron.megatron.layers import CoreAttention
 from eaopd_megatron.megatron.offload import TrainerMemory
 from tests.distributed.trainer import LEARNING_RATES, OPTIMIZER, Precision, Trainer, gradients_of, sample_of, world
@@ -158,14 +158,14 @@ def check_memory_is_lent(
             memory = TrainerMemory(trainer.ddp, trainer.optimizer)
             for learning_rate, figure in zip(LEARNING_RATES, figures, strict=True):
                 before = trainer.whole()
-                memory.release()
-                memory.release()
+                memory.offload()
+                memory.offload()
                 _same(trainer.whole(), before, 0.0)  # a server is given the weights meanwhile
                 assert _held(trainer) == 0, options
                 with pytest.raises(RuntimeError, match="states are released"):  # freed memory would be written down
                     sharded_training_state(trainer.model, trainer.optimizer)
-                memory.resume()
-                memory.resume()
+                memory.onload()
+                memory.onload()
                 assert _held(trainer) > 0
                 assert trainer.update(learning_rate) == figure, options
             found = trainer.values()
@@ -186,7 +186,7 @@ def _held(trainer: Trainer) -> int:
 
 
 def check_loss_waits_for_its_weight(group: Any, folder: str, hf: str) -> None:
-    """The objective reads the output layer past Megatron-Core's hooks: `head_of` itself must wait for the gather."""
+    """The objective reads the output layer past Megatron-Core's hooks: `output_weight` must wait for the gather."""
     with world(folder, 2, ParallelLayout()) as parallel:
         if parallel is None:
             return
@@ -200,7 +200,7 @@ def check_loss_waits_for_its_weight(group: Any, folder: str, hf: str) -> None:
         with torch.no_grad():
             stage_output(trainer.ddp[0], collate([sample_of([1, 2, 3])], parallel.device))
         assert group_of[output].param_gather_handle is not None, "the case does not exercise the loss's own wait"
-        assert head_of(trainer.model) is output  # without its wrapper, as a rollout reads it
+        assert output_weight(trainer.model) is output  # without its wrapper, as a rollout reads it
         assert group_of[output].param_gather_handle is None, "the loss would read a weight while it is gathered"
         trainer.model.global_parameters()  # what an export reads
         assert all(bucket.param_gather_handle is None for bucket in ddp.bucket_groups)

@@ -15,10 +15,10 @@ from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch as Packed
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
-from eaopd_megatron.megatron.forward import rows_of, stage_output
+from eaopd_megatron.megatron.forward import response_hidden_states, stage_output
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
-from eaopd_megatron.megatron.optimizer import build_optimizer, wrap
-from eaopd_megatron.megatron.pipeline import packing_of
+from eaopd_megatron.megatron.optimizer import build_optimizer, wrap_ddp
+from eaopd_megatron.megatron.pipeline import packing_for
 from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning import layouts, memory
 from eaopd_megatron.planning.activations import Activations, PlannedMicroBatch, Recompute
@@ -63,7 +63,7 @@ def check_training_state(
 ) -> None:
     """Bytes of weights, gradients and the optimiser's tensors; distributed ones over the ranks that share them."""
     with arranged(layout) as (parallel, where):
-        ddp = wrap(built(config, parallel, precision), parallel, distributed=distributed)
+        ddp = wrap_ddp(built(config, parallel, precision), parallel, distributed=distributed)
         optimizer = build_optimizer(
             ddp, lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision=precision
         )
@@ -93,7 +93,7 @@ def check_activations(
         for (config, lengths), precision in itertools.product(cases, ("fp32", "bf16")):
             model = built(config, parallel, precision, recompute=recompute).train()
             samples = [Sample(Prompt("", (1,), {}), [2] * (length - 1), "stop", [], 0) for length in lengths]
-            saved = saved_bytes(model, collate(samples, parallel.device, packing_of(parallel.layout)))
+            saved = saved_bytes(model, collate(samples, parallel.device, packing_for(parallel.layout)))
             plan = Activations(ModelShape.of(config), where, BYTES_PER_NUMBER[precision], "torch", recompute)
             said = plan.of_stage(PlannedMicroBatch(sum(lengths), len(lengths) * max(lengths)), 0)
             assert abs(said / saved - 1) <= LIMIT, f"{config} {precision}: {said:.0f} planned, {saved} saved"
@@ -111,5 +111,5 @@ def saved_bytes(model: ModelChunks, batch: Packed) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        rows_of(model, stage_output(model[-1], batch), batch)
+        response_hidden_states(model, stage_output(model[-1], batch), batch)
     return sum(storage.nbytes() for storage in kept.values())

@@ -19,9 +19,8 @@ from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample, SamplingParams
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
-from eaopd_megatron.megatron.model import ModelChunks, build_model
-from eaopd_megatron.megatron.overlap import gathered
-from eaopd_megatron.megatron.pipeline import forward_backward, packing_of
+from eaopd_megatron.megatron.model import ModelChunks, build_model, wait_param_gather
+from eaopd_megatron.megatron.pipeline import packing_for, run_forward_backward
 from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss, linear_entropy_aware_loss
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.build import layouts_of
@@ -177,7 +176,7 @@ def built(
     layout, *layouts = layouts_of(parallel.layout, [folder, *teacher_folders])
     model = build_model(folder.config, layout, torch.float32)
     load_hf(model, folder, parallel)
-    ddp = megatron_optimizer.wrap(model, parallel)
+    ddp = megatron_optimizer.wrap_ddp(model, parallel)
     optimizer = megatron_optimizer.build_optimizer(
         ddp, lr=1.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=EPS, clip_grad=1.0, precision="fp32"
     )
@@ -307,7 +306,9 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
             for share, overlap in ((True, False), (False, False), (False, True)):
                 model = build_model(folder.config, layout, torch.float32)
                 load_hf(model, folder, parallel)
-                ddp = megatron_optimizer.wrap(model, parallel, distributed=overlap, overlap=overlap, bucket_size=5000)
+                ddp = megatron_optimizer.wrap_ddp(
+                    model, parallel, distributed=overlap, overlap=overlap, bucket_size=5000
+                )
                 optimizer = megatron_optimizer.build_optimizer(
                     ddp, lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0, precision="fp32"
                 )
@@ -331,7 +332,7 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
                 options: dict[str, Any] = {"learning_rate": 1e-3, "importance_clip": 2.0, "update": 0}
                 learner.update(mine, scorer, objective=Objective.preset("eopd"), metrics=averages, **options)
                 norm = averages.reduce(dist.group.WORLD)["optimizer/grad_norm"]
-                weights = {name: gathered(p).detach().clone() for name, p in model.global_parameters().items()}
+                weights = {name: wait_param_gather(p).detach().clone() for name, p in model.global_parameters().items()}
                 results.append((norm, weights))
             norm, weights = results[0]
             for other_norm, other_weights in results[1:]:
@@ -348,7 +349,7 @@ def loss_on_rows(ddp: ModelChunks, batch: MicroBatch, mine: torch.Tensor) -> tor
         seen.append(rows[mine])
         return rows[mine].square().sum()
 
-    forward_backward(ddp, [batch], last)
+    run_forward_backward(ddp, [batch], last)
     return seen[0]
 
 
@@ -365,15 +366,15 @@ def check_a_packed_sequence_sees_no_other(group: dist.ProcessGroup, student: str
         with arranged(layout) as parallel:
             model = build_model(folder.config, layout, torch.float32)
             load_hf(model, folder, parallel)
-            ddp = megatron_optimizer.wrap(model, parallel)
+            ddp = megatron_optimizer.wrap_ddp(model, parallel)
             seen: list[torch.Tensor] = []
             for neighbour in (other, another):
-                packing = packing_of(layout, parallel.cp_rank)
+                packing = packing_for(layout, parallel.cp_rank)
                 batch = collate([neighbour, one, neighbour], parallel.device, packing)
                 mine = torch.isin(batch.target_ids, torch.tensor(one.response_ids))
                 ddp.zero_grad_buffer()
                 seen.append(loss_on_rows(ddp, batch, mine))
-                megatron_optimizer.finish_gradients(ddp, torch.ones(1))
+                megatron_optimizer.finalize_gradients(ddp, torch.ones(1))
                 buffers = {name: getattr(p, "main_grad") for name, p in model.global_parameters().items()}  # noqa: B009
                 gradient = dict(gather_hf_tensors(buffers, folder, parallel)).get("model.embed_tokens.weight")
                 if gradient is not None:

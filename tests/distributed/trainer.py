@@ -19,10 +19,16 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
-from eaopd_megatron.megatron.forward import row_logits
+from eaopd_megatron.megatron.forward import response_logits
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
-from eaopd_megatron.megatron.optimizer import build_optimizer, finish_gradients, set_learning_rate, step, wrap
-from eaopd_megatron.megatron.pipeline import forward_backward, micro_batches
+from eaopd_megatron.megatron.optimizer import (
+    build_optimizer,
+    finalize_gradients,
+    optimizer_step,
+    set_learning_rate,
+    wrap_ddp,
+)
+from eaopd_megatron.megatron.pipeline import micro_batches, run_forward_backward
 from tests.distributed.arranged import arranged
 
 Precision = Literal["fp32", "bf16"]
@@ -64,7 +70,7 @@ class Trainer:
             self.folder.config, parallel.layout, DTYPES[precision], recompute=recompute
         )
         load_hf(self.model, self.folder, parallel)
-        self.ddp: ModelChunks = wrap(self.model, parallel, **placed)
+        self.ddp: ModelChunks = wrap_ddp(self.model, parallel, **placed)
         chosen = OPTIMIZER | {"lr": 1.0} | options
         self.optimizer: ChainedOptimizer = build_optimizer(self.ddp, **chosen, precision=precision)
         self.samples = json.loads((Path(hf) / "samples.json").read_text())
@@ -79,15 +85,15 @@ class Trainer:
 
         def last(index: int, rows: torch.Tensor) -> torch.Tensor:
             tokens = batches[index].target_ids
-            logits = row_logits(self.ddp, rows).float()
+            logits = response_logits(self.ddp, rows).float()
             loss = tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], tokens[:, None]).sum()
             figures.add_(torch.stack([loss.detach(), torch.tensor(float(len(tokens)))]))
             return loss * scale
 
-        forward_backward(self.ddp, batches, last)
-        finish_gradients(self.ddp, figures[1])
+        run_forward_backward(self.ddp, batches, last)
+        finalize_gradients(self.ddp, figures[1])
         set_learning_rate(self.optimizer, learning_rate)
-        ok, norm = step(self.optimizer)
+        ok, norm = optimizer_step(self.optimizer)
         assert ok is torch.isfinite(torch.tensor(norm)).item()
         dist.all_reduce(figures)  # a mean: the ranks that saw the same tokens change nothing
         return (figures[0] / figures[1]).item(), norm
@@ -110,14 +116,14 @@ class Trainer:
         self.optimizer.zero_grad()
         for name, parameter in self.model.global_parameters().items():
             parameter.main_grad.copy_(gradients[name] * (scale * self._share(name, parameter)))  # type: ignore[attr-defined]
-        finish_gradients(self.ddp, torch.ones(1))
+        finalize_gradients(self.ddp, torch.ones(1))
         set_learning_rate(self.optimizer, learning_rate)
-        ok, norm = step(self.optimizer)
+        ok, norm = optimizer_step(self.optimizer)
         assert ok
         return norm
 
     def _share(self, name: str, parameter: torch.nn.Parameter) -> float:
-        """What this rank gives of a gradient that `finish_gradients` will sum over ranks."""
+        """What this rank gives of a gradient that `finalize_gradients` will sum over ranks."""
         if name == "output_layer.weight" and self.folder.config.tie_word_embeddings:
             return 0.0  # the last stage's copy: the first stage gives all
         if not getattr(parameter, "allreduce", True):  # an expert's gradient has the tokens of all ranks

@@ -26,10 +26,10 @@ class Memory:
 
     there: bool = True
 
-    def release(self) -> None:
+    def offload(self) -> None:
         self.there = False
 
-    def resume(self) -> None:
+    def onload(self) -> None:
         self.there = True
 
 

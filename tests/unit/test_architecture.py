@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import layers
-from eaopd_megatron.megatron.param_names import global_name
+from eaopd_megatron.megatron.model import global_param_name
 from eaopd_megatron.models.architecture import check_supported, transformer_config
 from eaopd_megatron.models.registry import FAMILIES, family_of
 from eaopd_megatron.models.rotary import rotary_base, set_attention_factor
@@ -167,7 +167,7 @@ def test_fused_names_are_those_of_megatrons_transformer_engine_layers() -> None:
     """Megatron-Core's local layers write their norms to checkpoints under the fused layers' names."""
     written = get_gpt_layer_local_spec(normalization="RMSNorm").submodules.sharded_state_dict_keys_map
     for own, fused in written.items():
-        name = global_name(f"decoder.layers.0.{fused}weight", first_layer=3)
+        name = global_param_name(f"decoder.layers.0.{fused}weight", first_layer=3)
         assert name == f"decoder.layers.3.{own}weight"
     assert len(written) == 2
 
@@ -178,7 +178,7 @@ def test_grouped_experts_names_are_those_of_megatrons_grouped_layer() -> None:
     assert "f'{name}.weight{i}'" in grouped
     assert "self.linear_fc1 = " in grouped
     assert "self.local_experts = " in sequential
-    name = global_name("decoder.layers.1.mlp.experts.linear_fc2.weight3", first_layer=2, first_expert=8)
+    name = global_param_name("decoder.layers.1.mlp.experts.linear_fc2.weight3", first_layer=2, first_expert=8)
     assert name == "decoder.layers.3.mlp.experts.local_experts.11.linear_fc2.weight"
 
 

@@ -14,7 +14,7 @@ from eaopd_megatron.config import load_recipe
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.distributed.parallel_state import ParallelLayout
-from eaopd_megatron.megatron.generation import decoding
+from eaopd_megatron.megatron.generation import decode_mode
 from eaopd_megatron.objective import Objective
 from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
 from eaopd_megatron.rollout.local import sample_tokens
@@ -107,7 +107,7 @@ def test_decoding_leaves_the_engines_attention_without_its_context_group() -> No
     model.gpts = [model]
     model.rotary_pos_emb = SimpleNamespace(cp_group="group")
     model.config = SimpleNamespace(sequence_parallel=False)
-    with pytest.raises(KeyError), decoding(model):
+    with pytest.raises(KeyError), decode_mode(model):
         assert (engine.cp_group, model.rotary_pos_emb.cp_group, model.training) == (None, None, False)
         raise KeyError
     assert (engine.cp_group, engine.cp_global_ranks, engine.cp_stream, engine.cp_comm_type) == (

@@ -8,7 +8,7 @@ The order of an iteration; what is not the servers' happens on every rank of the
     Colocated.before_generation            ... and for the cache
     generation
     Colocated.after_generation, a barrier  cache and weights leave
-    TrainerMemory.resume
+    TrainerMemory.onload
 
 A server dies if it is to resume what it has, or to release while it generates: `Colocated` knows what each has, and
 waits for the last request. Without CUDA a server says yes and keeps its memory, and would hide a wrong order; with CUDA
@@ -116,7 +116,7 @@ class ColocationScheduler:
     def offload_trainer(self) -> None:
         """The trainer's memory is free for servers: those that start take what they need."""
         if not self.servers_hold_memory:
-            self._trainer.release()
+            self._trainer.offload()
             run_on_all_or_raise(self._parallel, self._wake)
             self.servers_hold_memory = True
 
@@ -132,7 +132,7 @@ class ColocationScheduler:
         """It is the trainer's turn."""
         if self.servers_hold_memory:
             run_on_all_or_raise(self._parallel, self._rest)
-            self._trainer.resume()
+            self._trainer.onload()
             self.servers_hold_memory = False
 
     def forget(self, client: SGLangClient) -> None:

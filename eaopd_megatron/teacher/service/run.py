@@ -20,7 +20,7 @@ from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
 from eaopd_megatron.distributed.heartbeat import heartbeat_monitor
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import StopRequested, UserError
-from eaopd_megatron.megatron.layers import check_fp8
+from eaopd_megatron.megatron.layers import require_fp8_support
 from eaopd_megatron.megatron.model import DTYPES, build_model
 from eaopd_megatron.models.architecture import check_supported
 from eaopd_megatron.serving.client import read_api_key
@@ -41,7 +41,7 @@ def teach(recipe: Recipe, name: str) -> None:
     """Serves until a signal comes, then raises SystemExit(128 + its number). Raises UserError."""
     options, key = chosen(recipe, name), key_of(name)
     if options.precision == "fp8":
-        check_fp8(f"{key}.precision")
+        require_fp8_support(f"{key}.precision")
     folder = HfFolder.open(options.model, f"{key}.model")
     experts = "experts" in folder.family.sizes(folder.config)
     layout = replace(options.parallel_layout, sequence_parallel=experts and options.parallel_layout.tensor_parallel > 1)

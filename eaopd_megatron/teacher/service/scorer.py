@@ -11,9 +11,9 @@ import torch.distributed as dist
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
 from eaopd_megatron.distributed.parallel_state import ParallelState
-from eaopd_megatron.megatron.forward import head_of, logits_by_parts
+from eaopd_megatron.megatron.forward import logits_in_chunks, output_weight
 from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.megatron.pipeline import forward, packing_of
+from eaopd_megatron.megatron.pipeline import packing_for, run_forward
 from eaopd_megatron.objective import TeacherTopK, summarise_teacher
 from eaopd_megatron.teacher.payload import HiddenRows, Rows
 from eaopd_megatron.teacher.wire import ScoreRequest
@@ -43,7 +43,7 @@ def summarise_rows(
             group=group,
             teacher_tokens=None if labels is None else labels[part],
         )
-        for part, logits in logits_by_parts(rows, head)
+        for part, logits in logits_in_chunks(rows, head)
     ]
     joined = {field.name: torch.cat([getattr(part, field.name) for part in found]) for field in fields(TeacherTopK)}
     return TeacherTopK(**joined)
@@ -74,7 +74,7 @@ class Scorer:
     def score(self, requests: Sequence[ScoreRequest]) -> list[torch.Tensor]:
         """Rows [response tokens, bytes] uint8 of each request, in host memory; on the main rank alone. Collective."""
         parallel = self.parallel
-        packing = packing_of(parallel.layout)
+        packing = packing_for(parallel.layout)
         batches = [
             collate(samples_of(r)[parallel.dp_rank :: parallel.dp_size], parallel.device, packing) for r in requests
         ]
@@ -85,7 +85,7 @@ class Scorer:
             if parallel.reports_metrics:
                 mine[index] = encoded.cpu()
 
-        forward(self.model, batches, last)
+        run_forward(self.model, batches, last)
         return [self._collect(request, mine.get(index)) for index, request in enumerate(requests)]
 
     def _encode(self, rows: torch.Tensor, batch: MicroBatch, request: ScoreRequest) -> torch.Tensor:
@@ -99,7 +99,7 @@ class Scorer:
                 labels[end - 1] = sample.label
         found = summarise_rows(
             rows,
-            head_of(self.model),
+            output_weight(self.model),
             batch.target_ids,
             labels,
             top_k=self.rows.k,
