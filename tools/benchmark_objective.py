@@ -44,7 +44,7 @@ from eaopd_megatron.objective import (
     linear_entropy_aware_loss,
     summarise_teacher,
 )
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 from tools.lib.live_bytes import LiveBytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -280,7 +280,7 @@ def fitting(case: Case, plain: bool) -> list[Subject]:
             found.append(subject)
         elif dist.get_rank() == 0:
             gigabytes = needed(subject, case) / 1e9
-            say(f"{len(case.tokens)} tokens: {subject.name} left out, it needs about {gigabytes:.0f} GB a rank")
+            log_rank0(f"{len(case.tokens)} tokens: {subject.name} left out, it needs about {gigabytes:.0f} GB a rank")
     return found
 
 

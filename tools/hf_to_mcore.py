@@ -23,7 +23,7 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.launch import local_ranks as launch
 from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.utils import files as atomic
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 
 KINDS = ("tensor", "pipeline", "expert")
 
@@ -66,15 +66,15 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     )
     if options.dry_run:
         for line in conversion.describe_conversion(conversion.check_import(options.hf, layout), layout):
-            say(line)
+            log_rank0(line)
     elif is_rank:
         os.environ |= launch.rank_environment()
         parallel, _ = groups.init_distributed(layout)
-        conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=say)
+        conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=log_rank0)
         groups.shutdown_distributed()
     else:
         with conversion.single_process_group() as parallel:
-            conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=say)
+            conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=log_rank0)
     return 0
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.utils import files as atomic
-from eaopd_megatron.utils.log import say
+from eaopd_megatron.utils.log import log_rank0
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def convert(options: argparse.Namespace) -> int:
     atomic.require_absent_or_empty(options.out, "--out")
     from eaopd_megatron.checkpoint import convert as conversion
 
-    conversion.export_checkpoint(options.checkpoint, options.out, verify=options.verify, say=say)
+    conversion.export_checkpoint(options.checkpoint, options.out, verify=options.verify, say=log_rank0)
     return 0
 
 
