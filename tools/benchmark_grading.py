@@ -23,7 +23,7 @@ import psutil
 
 from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.evaluation.benchmarks import load_benchmark
-from eaopd_megatron.evaluation.math_grader import MathGrader
+from eaopd_megatron.evaluation.grading import MathGrader
 from eaopd_megatron.launch.entrypoint import run_entrypoint
 
 PATHOLOGICAL = (
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     """Grades and prints. Raises UserError for a file that cannot be read."""
     problems = [problem for file in options.benchmarks for problem in load_benchmark(file)]
     grader = MathGrader(workers=options.workers)
-    grader.readings(["x+1"] * options.workers)
+    grader.gold_kinds(["x+1"] * options.workers)
     items = answers(problems, options.answers, options.pathological, options.seed)
     before, start = memory(), time.monotonic()
     grades = grader.grade_many(items)

@@ -1,9 +1,9 @@
-"""The paper's other figures: high-entropy tokens, forward KL on gated tokens, and how often the first choice changed.
+"""Computes the paper's other figures: high-entropy tokens, forward KL on gated tokens, changes of the most probable token.
 
     python tools/compare_distributions.py --student DIR --teacher DIR [--before DIR] --responses runs/x/rollouts/*.jsonl
 
-Models are Hugging Face folders, loaded by transformers. The states are those of the responses that a run has recorded
-(run.log_rollouts). Prints one JSON object; `eaopd_megatron/evaluation/distributions.py` says what the figures are.
+Models are Hugging Face folders, loaded by transformers. The states are the response positions that a run recorded
+(run.log_rollouts). Prints one JSON object; `tools/lib/distributions.py` defines the figures.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer, common_vocab_size
 from eaopd_megatron.data.sources import read_jsonl
-from eaopd_megatron.evaluation.distributions import Sums, compare, means, response_logits
 from eaopd_megatron.launch.entrypoint import run_entrypoint
+from tools.lib.distributions import Sums, compare_logits, response_logits, token_means
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="A student's distributions beside its teacher's.", allow_abbrev=False)
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description="Compare a student's next-token distributions with its teacher's.", allow_abbrev=False
+    )
     parser.add_argument("--student", required=True, metavar="DIR")
     parser.add_argument("--teacher", required=True, metavar="DIR")
     parser.add_argument("--before", metavar="DIR", help="the student before training")
@@ -35,7 +37,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def load(folder: HfFolder) -> Any:
-    """The model on the GPU where there is one."""
+    """Load a model, on the GPU if there is one."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -44,12 +46,12 @@ def load(folder: HfFolder) -> Any:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compares and prints. Raises UserError."""
+    """Compare and print. Raise UserError."""
     student = HfFolder.open(options.student, "--student")
     teacher = HfFolder.open(options.teacher, "--teacher")
     check_same_tokenizer(teacher, student)
     before = None if options.before is None else HfFolder.open(options.before, "--before")
-    size = common_vocab_size([student, teacher])  # logits of padded vocabularies have columns that only some have
+    size = common_vocab_size([student, teacher])  # vocabularies may be padded to different sizes
     models = [None if folder is None else load(folder) for folder in (student, teacher, before)]
 
     def parts() -> Iterator[Sums]:
@@ -59,9 +61,9 @@ def run(options: argparse.Namespace) -> int:
             ids = (row["prompt_ids"], row["response_ids"])
             logits = [None if model is None else response_logits(model, *ids, size) for model in models]
             assert logits[0] is not None and logits[1] is not None
-            yield compare(logits[0], logits[1], logits[2], options.threshold)
+            yield compare_logits(logits[0], logits[1], logits[2], options.threshold)
 
-    print(json.dumps({"threshold": options.threshold, **means(parts())}, indent=1))
+    print(json.dumps({"threshold": options.threshold, **token_means(parts())}, indent=1))
     return 0
 
 

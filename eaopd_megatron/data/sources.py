@@ -12,7 +12,7 @@ from eaopd_megatron.data import countdown
 from eaopd_megatron.errors import RecipeError, UserError
 
 Problem = dict[str, Any]
-_SOURCE_KINDS = "countdown, a .jsonl or .parquet file, or hub:owner/name[:config][@revision]"
+SOURCE_KINDS = "countdown, a .jsonl or .parquet file, or hub:owner/name[:config][@revision]"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def load_problems(source: str, split: str, names: FieldNames | None = None) -> l
     elif source.endswith(".parquet"):
         rows = _read_parquet(Path(source))
     else:
-        raise RecipeError(f"data source {source!r}: expected {_SOURCE_KINDS}")
+        raise RecipeError(f"data source {source!r}: expected {SOURCE_KINDS}")
     return [_rename_fields(row, number, names or FieldNames()) for number, row in enumerate(rows)]
 
 

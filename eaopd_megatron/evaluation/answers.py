@@ -1,8 +1,9 @@
-r"""The lenient pass: answers that are equal once notation is read as a person reads it.
+r"""Parses answers: boxes, lists, exact numbers, and the lenient comparison of answers in different notation.
 
-math-verify takes `4.5e33` for 4.5 times Euler's number plus 33, `n!^2` for nothing, and a list of names for text. Here
-numbers are read exactly (`4.5 \times 10^{33} \text{ erg/s}` is `4.5e33`, and `2.88e-19` is not `2.89e-19`), a name
-before `=` and units after a number are left out, `x > 2` is `(2, \infty)`, and lists are compared answer by answer.
+math-verify takes `4.5e33` for 4.5 times Euler's number plus 33, `n!^2` for nothing, and a list of names for text. The
+lenient comparison parses numbers exactly (`4.5 \times 10^{33} \text{ erg/s}` is `4.5e33`, and `2.88e-19` is not
+`2.89e-19`), drops a name before `=` and units after a number, takes `x > 2` for `(2, \infty)`, and compares lists answer
+by answer.
 """
 
 import math
@@ -23,10 +24,10 @@ _BOLD = re.compile(r"\{?\s*+\\bf(?![A-Za-z])(.*)", re.DOTALL)
 _PLAIN = re.compile(r"\(?\s*+([-+−]?\s*+(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*|/\d+)?|[-+−]?\.\d+)\s*+\)?")
 
 
-def boxed(text: str) -> list[str]:
-    r"""Contents of the complete \boxed{...} of a response, in the order in which they are opened."""
+def boxed_contents(text: str) -> list[str]:
+    r"""Return the contents of a response's complete \boxed{...}, in the order in which they open."""
     opened: list[tuple[bool, int]] = []
-    found: dict[int, str] = {}
+    contents: dict[int, str] = {}
     for match in _BRACES.finditer(text):
         token = match.group()
         if token == "{" or token.startswith("\\boxed"):
@@ -34,28 +35,28 @@ def boxed(text: str) -> list[str]:
         elif token == "}" and opened:
             is_box, start = opened.pop()
             if is_box:
-                found[start] = text[start : match.start()].strip()
-    return [found[start] for start in sorted(found)]
+                contents[start] = text[start : match.start()].strip()
+    return [contents[start] for start in sorted(contents)]
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last complete \boxed{...} of a response (the inner one where they are nested), or None."""
-    boxes = boxed(text)
+    r"""Return the content of a response's last complete \boxed{...} (the inner one if nested), or None."""
+    boxes = boxed_contents(text)
     return boxes[-1] if boxes else None
 
 
 def normalise(answer: str) -> str:
-    """An answer's text without what carries no meaning: spaces, dollars, \\left, \\right, \\dfrac, a final stop."""
+    """Return an answer without what has no meaning: spaces, dollars, \\left, \\right, \\dfrac, a final full stop."""
     text = answer.replace("\\!", "").replace("\\,", "").replace("\\$", "").replace("$", "")
     text = re.sub(r"\\(left|right)(?![a-zA-Z])", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     return re.sub(r"\s+", "", text).rstrip(".")
 
 
-def undressed(answer: str) -> str:
-    r"""`17` for an answer that is wholly `\mathbf{17}`, `\bf 17`, `\text{17}` or `\textbf{(17)}`, any other as it is.
+def strip_font(answer: str) -> str:
+    r"""Return `17` for `\mathbf{17}`, `\bf 17`, `\text{17}` or `\textbf{(17)}`, any other answer unchanged.
 
-    Around words \text stays: math-verify knows it, and `\text{east}` is no product of four symbols.
+    \text stays around words: math-verify knows it, and `\text{east}` is no product of four symbols.
     """
     text = answer.strip().rstrip(".")
     if len(text) > 1 and text[0] == text[-1] == "$":
@@ -63,18 +64,18 @@ def undressed(answer: str) -> str:
     if match := _BOLD.fullmatch(text):
         inner = match[1].strip()
         inner = inner.removesuffix("}") if text.startswith("{") else inner
-        return undressed(inner) if _balanced(inner) else answer
+        return strip_font(inner) if _balanced(inner) else answer
     match = _DRESS.fullmatch(text)
     if match is None or not _balanced(match[2]):
         return answer
     if match[1]:
-        return undressed(match[2])
+        return strip_font(match[2])
     number = _PLAIN.fullmatch(match[2].strip())
     return number[1] if number else answer
 
 
 def _balanced(text: str) -> bool:
-    """Whether every brace of a text has its other one in the text."""
+    """Return whether the braces of a text match."""
     depth = 0
     for match in _BRACES.finditer(text):
         token = match.group()
@@ -84,8 +85,8 @@ def _balanced(text: str) -> bool:
     return depth == 0
 
 
-def answers_of(text: str) -> list[str]:
-    r"""The answers of a list such as `1, 3`, `x=1 \text{ or } x=3` or `\{1,3\}`; `(1,3)` and `12,345` are one each."""
+def split_answers(text: str) -> list[str]:
+    r"""Split a list such as `1, 3`, `x=1 \text{ or } x=3` or `\{1,3\}`; `(1,3)` and `12,345` are one answer each."""
     text = re.sub(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\!\s*|\\?\$", "", text).strip().rstrip(".")
     inner = re.fullmatch(r"\\\{(.*)\\\}", text, re.DOTALL)
     if inner and "\\}" not in inner[1]:
@@ -96,7 +97,7 @@ def answers_of(text: str) -> list[str]:
 
 
 def _split(text: str) -> Iterator[str]:
-    """At commas, semicolons, `and` and `or` outside of every bracket."""
+    """Split at commas, semicolons, `and` and `or` outside brackets."""
     depth = start = 0
     for match in _SEPARATOR.finditer(text):
         token = match.group()
@@ -110,13 +111,13 @@ def _split(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-Equal = Callable[[str, str], bool | None]
-"""The strict comparison of (gold, answer), None where it failed; a set may equal a relation."""
+EqualityCheck = Callable[[str, str], bool | None]
+"""(gold, answer) -> verdict of the strict comparison in which a set may equal a relation; None if it failed."""
 
-LARGEST_EXPONENT = 400
-LARGEST_POWER = 10_000
-MOST_ANSWERS = 8
-"""Longer lists are compared by the strict pass alone."""
+_MAX_EXPONENT = 400
+_MAX_POWER = 10_000
+_MAX_ANSWERS = 8
+"""Longer lists get the strict comparison only."""
 
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _DECIMAL = re.compile(rf"({_NUMBER})(?:[eE]([-+]?\d{{1,4}}))?")
@@ -133,7 +134,7 @@ _MACRO = r"\\(?:text|textrm|textbf|mathrm|mbox|rm|operatorname)\s*\{[^{}]*\}"
 _WORD = (
     r"(?:(?:k|c|m|n|M|G|d)?(?:m|s|g|W|J|V|A|N|K|C|L|T|Hz|Pa|eV|pc)|erg|dyn|rad|sr|mol|AU|ly|yr|h|hr|min|hours?|days?"
     r"|years?|minutes?|seconds?|meters?|metres?|grams?|cents?|dollars?|inch|inches|in|ft|feet|miles?|degrees?|units?"
-    r"|[kMG]?Wh|Nm|Js)(?![A-Za-z])"  # a whole word: `hours` is also h, h and s, and a row of them 2^n units
+    r"|[kMG]?Wh|Nm|Js)(?![A-Za-z])"  # a complete word: `hours` also reads h, h and s, and a row of them 2^n units
 )
 _POWER = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d+\s*\}))?"
 _JOIN = r"(?:\s|~|\\[,;: ]|/|\\cdot|\\times|\*|\\quad)*+"
@@ -146,15 +147,15 @@ _RELATION = re.compile(r"[<>]|\\[lg]e|\\in(?![a-z])")
 _PRIME = re.compile(r"([A-Za-z])(?:\^\{\\prime\}|\^\\prime|')")
 
 
-def leniently_equal(gold: str, answer: str, equal: Equal) -> bool | None:
-    """Whether an answer that the strict pass refused is right in another notation; None where a comparison failed."""
+def leniently_equal(gold: str, answer: str, equal: EqualityCheck) -> bool | None:
+    """Return whether an answer that is strictly wrong is right in another notation; None if a comparison failed."""
 
     def compare(one: str, other: str) -> bool | None:
-        asked = (normalise(one), normalise(other)) == (normalise(gold), normalise(answer))
-        return False if asked and not _RELATION.search(gold + answer) else equal(one, other)
+        compared = (normalise(one), normalise(other)) == (normalise(gold), normalise(answer))
+        return False if compared and not _RELATION.search(gold + answer) else equal(one, other)
 
-    golds, answers = answers_of(gold), answers_of(answer)
-    if not 0 < len(golds) == len(answers) <= MOST_ANSWERS:
+    golds, answers = split_answers(gold), split_answers(answer)
+    if not 0 < len(golds) == len(answers) <= _MAX_ANSWERS:
         return False
     failed = False
     for one in golds:
@@ -170,11 +171,11 @@ def leniently_equal(gold: str, answer: str, equal: Equal) -> bool | None:
 
 
 def exact_number(text: str) -> Fraction | None:
-    r"""The number that `1,234.5`, `4.5e33`, `4.5\times10^{33}`, `-1./3` or `\frac{1}{3}` writes; None for any other."""
+    r"""Return the value of `1,234.5`, `4.5e33`, `4.5\times10^{33}`, `-1./3` or `\frac{1}{3}`; None for anything else."""
     text = re.sub(r"\\[,;: !]|~|\\left|\\right", "", normalise(text)).replace("−", "-")
     if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", text):
         text = text.replace(",", "")
-    if len(text) > 2 * LARGEST_EXPONENT:
+    if len(text) > 2 * _MAX_EXPONENT:
         return None
     if match := _FRACTION.fullmatch(text):
         return _quotient(Fraction(f"{match[1]}1"), _decimal(match[2]), _decimal(match[3]))
@@ -186,21 +187,21 @@ def _quotient(sign: Fraction, above: Fraction | None, below: Fraction | None) ->
     return None if above is None or not below else sign * above / below
 
 
-def immense(text: str) -> bool:
-    """Whether a number's power, or factorial, of more than `LARGEST_POWER` stands in a text: `10^{10^{10}}`."""
+def has_huge_power(text: str) -> bool:
+    """Return whether a text holds a power or factorial above `_MAX_POWER`, such as `10^{10^{10}}`."""
     text = normalise(text)
     for tower in _TOWER.findall(text):
         power = 1.0
         for number in reversed(re.findall(r"\d+", tower)):
             digits = power * math.log10(max(1, int(number[:300])))
-            if len(number) > 300 or digits > math.log10(LARGEST_POWER):
+            if len(number) > 300 or digits > math.log10(_MAX_POWER):
                 return True
             power = 10**digits
-    return any(int(number[:9]) > LARGEST_POWER for number in _FACTORIAL.findall(text))
+    return any(int(number[:9]) > _MAX_POWER for number in _FACTORIAL.findall(text))
 
 
-def misread(text: str) -> bool:
-    """Whether math-verify takes the e of `1e-5` for Euler's number."""
+def reads_e_as_euler(text: str) -> bool:
+    """Return whether math-verify would read the e of a text such as `1e-5` as Euler's number."""
     match = _DECIMAL.fullmatch(normalise(text))
     return match is not None and match[2] is not None
 
@@ -212,11 +213,11 @@ def _decimal(text: str) -> Fraction | None:
         mantissa, exponent = match[1] or "1", int(match[2] or match[3])
     else:
         return None
-    return Fraction(mantissa) * Fraction(10) ** exponent if abs(exponent) <= LARGEST_EXPONENT else None
+    return Fraction(mantissa) * Fraction(10) ** exponent if abs(exponent) <= _MAX_EXPONENT else None
 
 
-def _same(gold: str, answer: str, equal: Equal) -> bool | None:
-    gold, answer = _right_sides(undressed(gold), undressed(answer))
+def _same(gold: str, answer: str, equal: EqualityCheck) -> bool | None:
+    gold, answer = _right_sides(strip_font(gold), strip_font(answer))
     answer = _TEXT_WITH_UNITS.sub(r"\1", answer)
     gold, answer = _MARKED_UNITS.sub("", gold), _MARKED_UNITS.sub("", answer)
     answer = _BARE_UNITS.sub("", answer)  # a gold's last letter is a variable: \frac{37}{4} m
@@ -230,7 +231,7 @@ def _same(gold: str, answer: str, equal: Equal) -> bool | None:
 
 
 def _right_sides(gold: str, answer: str) -> tuple[str, str]:
-    """What stands after `=` where only one of the two has it; of a gold only after a name of one letter."""
+    """Return the right side of `=` if only one text has one; a gold's only after a name of one letter."""
     of_gold, of_answer = _EQUALS.split(gold), _EQUALS.split(answer)
     if len(of_gold) == 1 < len(of_answer):
         return gold, of_answer[-1]
@@ -240,7 +241,7 @@ def _right_sides(gold: str, answer: str) -> tuple[str, str]:
 
 
 def _readable(text: str) -> str:
-    """The same in LaTeX that math-verify reads: powers of ten, numpy's names, indices, factorials in powers, primes."""
+    """Rewrite powers of ten, numpy's names, indices, factorials in powers and primes as LaTeX that math-verify parses."""
     text = re.sub(rf"({_NUMBER})[eE]([-+]?\d{{1,4}})(?![\w.])", r"\1 \\cdot 10^{\2}", text)
     text = re.sub(r"\bnp\.(?=[a-z])", r"\\", text)
     text = re.sub(r"(\d)\.(?!\d)", r"\1", text)

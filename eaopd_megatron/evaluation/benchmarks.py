@@ -1,20 +1,26 @@
-"""The benchmarks that have names, where their problems come from, and golds that can be graded."""
+"""Named benchmarks: where their problems come from, which grader they have, and whether their golds can be graded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eaopd_megatron.data.sources import _SOURCE_KINDS, FieldNames, Problem, load_problems
+from eaopd_megatron.data.sources import SOURCE_KINDS, FieldNames, Problem, load_problems
 from eaopd_megatron.errors import RecipeError, UserError
 from eaopd_megatron.evaluation.answers import last_boxed
-from eaopd_megatron.evaluation.grading import grader_for
-from eaopd_megatron.evaluation.math_grader import MathGrader
+from eaopd_megatron.evaluation.grading import MathGrader, grade_countdown, shared_math_grader
+from eaopd_megatron.evaluation.results import Grader
+
+if TYPE_CHECKING:
+    from eaopd_megatron.data.prompts import PromptBuilder
+    from eaopd_megatron.data.types import Prompt
 
 
 @dataclass(frozen=True)
 class HubBenchmark:
-    """A data set of the Hugging Face hub at one commit; its split is `test`. solution: the gold is boxed in a text."""
+    """The `test` split of a Hugging Face dataset at one commit. solution: the gold is the last box of a worked solution."""
 
     name: str
     revision: str
@@ -42,11 +48,35 @@ BENCHMARKS: dict[str, HubBenchmark] = {
 }
 
 
-def load_benchmark(source: str, names: FieldNames | None = None) -> list[Problem]:
-    """The problems of a named benchmark, of `countdown` (its held-out ones), of a file or of a data set of the hub.
+def benchmark_name(source: str) -> str:
+    """Return the name under which a source is reported: its own, or a path's file name without the suffix."""
+    path = Path(source)
+    return path.stem if path.suffix in (".jsonl", ".parquet") else source.strip("/").split("/")[-1]
 
-    names: the fields of a file or data set that is no named benchmark. Raises UserError for an unknown name, which
-    lists those that exist, and for a record without a problem or a gold.
+
+def sources_by_name(sources: Sequence[str]) -> dict[str, str]:
+    """Return {benchmark name: source}. Raise UserError if two sources have the same name."""
+    names: dict[str, str] = {}
+    for source in sources:
+        other = names.setdefault(benchmark_name(source), source)
+        if other != source:
+            raise UserError(f"{other} and {source} are both reported as {benchmark_name(source)}: rename one")
+    return names
+
+
+def grader_for(source: str) -> Grader:
+    """Return the exact checker for Countdown, mathematical equality of answers for any other benchmark.
+
+    Raise UserError if math-verify is needed and missing.
+    """
+    return grade_countdown if benchmark_name(source) == "countdown" else shared_math_grader()
+
+
+def load_benchmark(source: str, names: FieldNames | None = None) -> list[Problem]:
+    """Load a named benchmark, `countdown` (its held-out problems), a file or a Hugging Face dataset.
+
+    names: field names of a file or dataset that is no named benchmark. Raise UserError for an unknown name, and for a
+    record without a problem or a gold.
     """
     known = BENCHMARKS.get(source)
     if source == "countdown":
@@ -56,33 +86,55 @@ def load_benchmark(source: str, names: FieldNames | None = None) -> list[Problem
     elif source.startswith("hub:") or source.endswith((".jsonl", ".parquet")):
         problems = load_problems(source, "test", names)
     else:
-        there, other = ", ".join(["countdown", *BENCHMARKS]), _SOURCE_KINDS.partition(", ")[2]
-        raise RecipeError(f"there is no benchmark {source!r}; those that exist are {there}; or {other}")
+        available, other = ", ".join(["countdown", *BENCHMARKS]), SOURCE_KINDS.partition(", ")[2]
+        raise RecipeError(f"there is no benchmark {source!r}; those that exist are {available}; or {other}")
     return [
         {**problem, "answer": _gold(problem, f"{source}, record {number}", known is not None and known.solution)}
         for number, problem in enumerate(problems, 1)
     ]
 
 
-def check_golds(source: str, problems: Sequence[Problem], report: Callable[[str], None]) -> None:
-    """Reads every gold as it will be read when answers are graded.
+def load_prompts(
+    source: str,
+    builder: PromptBuilder,
+    *,
+    names: FieldNames | None = None,
+    first: int | None = None,
+    report: Callable[[str], None] | None = None,
+) -> list[Prompt]:
+    """Load a benchmark, or its `first` problems, and build their prompts.
 
-    Raises UserError for one that math-verify makes nothing of; report: gets a line for those that it takes for text,
-    to which the same text alone is equal.
+    report: receives the warnings of `check_golds` and the number of problems too long for the builder's limit; None
+    skips both, as on ranks other than the main one.
+    """
+    problems = load_benchmark(source, names)[:first]
+    if report is not None:
+        check_golds(source, problems, report)
+    prompts, dropped = builder.build(problems, source)
+    if dropped and report is not None:
+        report(f"{source}: left out {dropped} problems longer than {builder.max_tokens} tokens")
+    return prompts
+
+
+def check_golds(source: str, problems: Sequence[Problem], report: Callable[[str], None]) -> None:
+    """Parse every gold as the grader will.
+
+    Raise UserError for a gold that math-verify cannot parse; report those that it parses as text, which only the same
+    text equals.
     """
     grader = grader_for(source)
     if not isinstance(grader, MathGrader):
         return
-    readings = grader.readings([problem["answer"] for problem in problems])
-    for number, (problem, reading) in enumerate(zip(problems, readings, strict=True), 1):
-        if reading == "nothing":
+    kinds = grader.gold_kinds([problem["answer"] for problem in problems])
+    for number, (problem, kind) in enumerate(zip(problems, kinds, strict=True), 1):
+        if kind == "nothing":
             raise UserError(
                 f"{source}, record {number} ({problem['id']}): the gold {problem['answer']!r} cannot be read: "
-                "mend it, or leave the record out"
+                "correct it, or leave the record out"
             )
-    texts = [problem["answer"] for problem, reading in zip(problems, readings, strict=True) if reading == "text"]
+    texts = [problem["answer"] for problem, kind in zip(problems, kinds, strict=True) if kind == "text"]
     if texts:
-        report(f"{source}: {len(texts)} golds are no mathematics to math-verify and are compared as text: {texts}")
+        report(f"{source}: math-verify does not parse {len(texts)} golds, which are compared as text: {texts}")
 
 
 def _gold(problem: Problem, where: str, solution: bool) -> str:

@@ -1,13 +1,13 @@
-"""What the samples of a benchmark say: avg@k, the unbiased pass@k, and an interval over problems.
+"""Estimators over a benchmark's samples: avg@k, pass@k, the majority vote, and bootstrap intervals over problems.
 
-All functions work on many problems at once: `c[i]` of problem i's `n` independent samples are right.
+Counts are arrays over problems: `counts[i]` of problem i's `n` independent samples are right.
 """
 
 import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,35 +15,55 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+_RESAMPLES = 2000
+_LEVEL = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean over problems with its 95 % bootstrap interval over problems."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside the interval; for a difference, whether its sign is certain."""
+        return self.low > 0 or self.high < 0
+
 
 def avg_at_k(counts: ArrayLike, n: int) -> FloatArray:
-    """Share of right samples of each problem, counts / n; shape of `counts`. ValueError for a count outside 0..n."""
+    """Return the share of right samples per problem, counts / n. Raise ValueError for a count outside 0..n."""
     return _checked_counts(counts, n) / n
 
 
-def pass_at_k(n: int, c: ArrayLike, k: int) -> FloatArray:
-    """Chance that k of a problem's n samples, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k).
+def pass_at_k(n: int, counts: ArrayLike, k: int) -> FloatArray:
+    """Return per problem the chance that k of its n samples, drawn without replacement, hold a right one.
 
-    Unbiased for the pass@k of fresh samples (Chen et al. 2021, equation 1). The binomials are whole numbers and the one
-    division is correctly rounded, so nothing cancels or overflows for any n. Shape of `c`. ValueError unless
-    1 <= k <= n and every count lies in 0..n.
+        pass@k = 1 - C(n - c, k) / C(n, k)
+
+    This is the unbiased estimator of Chen et al. 2021, equation 1. The binomials are exact integers and the one division
+    is correctly rounded, so nothing cancels or overflows for any n. Raise ValueError unless 1 <= k <= n and every count
+    lies in 0..n.
     """
-    counts = _checked_counts(c, n)
+    array = _checked_counts(counts, n)
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs 1 <= k <= n, and there are n = {n} samples")
     total = math.comb(n, k)
-    by_count = {count: (total - math.comb(n - count, k)) / total for count in np.unique(counts).tolist()}
-    return np.array([by_count[count] for count in counts.ravel().tolist()], dtype=np.float64).reshape(counts.shape)
+    by_count = {count: (total - math.comb(n - count, k)) / total for count in np.unique(array).tolist()}
+    return np.array([by_count[count] for count in array.ravel().tolist()], dtype=np.float64).reshape(array.shape)
 
 
 def pass_ks(n: int) -> list[int]:
-    """The k at which pass@k is reported for n samples: 1, 2, 4, ... and n itself."""
+    """Return the k at which pass@k is reported for n samples: 1, 2, 4, ... and n."""
     return sorted({2**i for i in range(n.bit_length())} | {n}) if n > 0 else []
 
 
 def majority(keys: Sequence[str | None], correct: Sequence[bool]) -> float:
-    """Whether the answer that most samples give is right; of several such answers, the share that is. A sample that
-    gives none (key None) has no vote; 0 where none has."""
+    """Return 1 if a problem's most frequent answer is right, 0 if not; among ties, the share that is right.
+
+    Samples without an answer (key None) have no vote; without any vote the result is 0.
+    """
     votes = Counter(key for key in keys if key is not None)
     most = max(votes.values(), default=0)
     leaders = [key for key, count in votes.items() if count == most]
@@ -52,11 +72,11 @@ def majority(keys: Sequence[str | None], correct: Sequence[bool]) -> float:
 
 
 def bootstrap_interval(
-    values: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: ArrayLike, *, level: float = _LEVEL, resamples: int = _RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` [problems] over problems; the same for the same seed.
+    """Return the percentile bootstrap interval of the mean of `values` [problems], resampling problems.
 
-    Two calls with the same seed and number of problems draw the same problems, so intervals of differences are paired.
+    Calls with the same seed and number of problems draw the same problems, so an interval of a difference is paired.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
@@ -64,36 +84,22 @@ def bootstrap_interval(
     return _interval(_resampled_means(array, resamples, seed), level)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems and its 95 % bootstrap interval over problems."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval leaves out 0: of a difference, that it has a sign."""
-        return self.low > 0 or self.high < 0
-
-
 def estimate_mean(values: FloatArray) -> Estimate:
-    """Mean of values [problems] with its interval."""
+    """Return the mean of `values` [problems] with its interval."""
     return estimate_mean_of_groups([values])
 
 
 def estimate_mean_of_groups(groups: Sequence[FloatArray]) -> Estimate:
-    """Mean of the groups' means, each group [problems] resampled by itself: an average over benchmarks."""
-    low, high = _interval(np.mean([_resampled_means(values, 2000, seed) for seed, values in enumerate(groups)], 0))
-    return Estimate(float(np.mean([values.mean() for values in groups])), low, high)
+    """Return the mean of the groups' means, resampling each group [problems] on its own: an average over benchmarks."""
+    means = [_resampled_means(values, _RESAMPLES, seed) for seed, values in enumerate(groups)]
+    return Estimate(float(np.mean([values.mean() for values in groups])), *_interval(np.mean(means, 0), _LEVEL))
 
 
 def _resampled_means(values: FloatArray, resamples: int, seed: int) -> FloatArray:
     return _resampling_weights(values.size, resamples, seed) @ values
 
 
-def _interval(means: FloatArray, level: float = 0.95) -> tuple[float, float]:
+def _interval(means: FloatArray, level: float) -> tuple[float, float]:
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return float(low), float(high)
@@ -101,7 +107,7 @@ def _interval(means: FloatArray, level: float = 0.95) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=8)
 def _resampling_weights(problems: int, resamples: int, seed: int) -> FloatArray:
-    """Weight of each problem in each resample [resamples, problems]; rows sum to 1."""
+    """Weight of each problem in each resample, [resamples, problems]; rows sum to 1."""
     draws = np.random.default_rng(seed).multinomial(problems, np.full(problems, 1.0 / problems), size=resamples)
     return draws.astype(np.float64) / problems
 
@@ -109,7 +115,7 @@ def _resampling_weights(problems: int, resamples: int, seed: int) -> FloatArray:
 def _checked_counts(counts: ArrayLike, n: int) -> IntArray:
     array = np.asarray(counts)
     if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"counts of right samples must be whole numbers, not {array.dtype}")
+        raise ValueError(f"counts of right samples must be integers, not {array.dtype}")
     array = array.astype(np.int64)
     if n < 1 or (array.size and not 0 <= int(array.min()) <= int(array.max()) <= n):
         raise ValueError(f"counts of right samples must lie in 0..n with n >= 1; n = {n}, counts = {array.tolist()}")

@@ -1,4 +1,4 @@
-"""`eaopd evaluate`: a model's responses to benchmarks, kept in a folder, and what they come to."""
+"""`eaopd evaluate`: sample a model on benchmarks into a folder, grade the responses and write the results."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from eaopd_megatron.data.sources import FieldNames
 from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import generate as local_generation
-from eaopd_megatron.evaluation import tables
-from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
+from eaopd_megatron.evaluation.benchmarks import load_prompts, sources_by_name
 from eaopd_megatron.evaluation.folder import (
     EvaluationFolder,
     SampleIndex,
@@ -25,42 +24,40 @@ from eaopd_megatron.evaluation.folder import (
     write_prompts,
 )
 from eaopd_megatron.evaluation.generate import ServerChoice, generate_on_servers
-from eaopd_megatron.evaluation.grading import sources_by_name
-from eaopd_megatron.evaluation.results import EvaluationResult
+from eaopd_megatron.evaluation.results import EvaluationResult, changes_markdown, paired_changes, results_markdown
 from eaopd_megatron.utils.log import log_rank0
 
-SUFFIX = "Please reason step by step, and put your final answer within \\boxed{}."
-"""Of mathematical benchmarks, whose answers are looked for in a box."""
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
-"""What a chat template ends a turn with, which is not always among a base model's own end tokens."""
+_MATH_SUFFIX = "Please reason step by step, and put your final answer within \\boxed{}."
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
+"""Tokens that end a turn of a chat template; a base model's own end tokens may lack them."""
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What is evaluated, and by what."""
+    """Options of `eaopd evaluate`."""
 
     model: str  # a Hugging Face folder, a hub id, a run's folder or one of its checkpoints
     benchmarks: Sequence[str]
-    samples: int = 8
-    problems: int | None = None  # the first so many; None: all
+    samples: int = 8  # responses per problem
+    problems: int | None = None  # only the first N problems; None: all
     temperature: float = 1.0
     top_p: float = 0.8
     max_response_tokens: int = 8192
     seed: int = 1234
-    template: Literal["chat", "base", "raw"] | None = None  # None: chat where the tokenizer has a chat template
-    suffix: str | None = None  # None: `SUFFIX`, and nothing for Countdown
-    fields: FieldNames | None = None  # of files that are no named benchmarks
+    template: Literal["chat", "base", "raw"] | None = None  # None: chat if the tokenizer has a chat template, else raw
+    suffix: str | None = None  # None: asks for a boxed answer, except for Countdown
+    fields: FieldNames | None = None  # field names of files and datasets without a name of their own
     engine: Literal["local", "sglang"] = "local"
-    tensor_parallel: int = 1  # ranks of the local engine
-    batch_size: int = 256  # sequences that it generates together
+    tensor_parallel: int = 1  # of the local engine
+    batch_size: int = 256  # sequences that the local engine generates together
     servers: ServerChoice = field(default_factory=ServerChoice)
-    out: Path | None = None  # None: evaluations/ and the model's name
+    out: Path | None = None  # None: evaluations/MODEL
 
 
 def run_evaluation(request: EvaluationRequest, *, regrade: bool = False, compare: Path | None = None) -> int:
-    """Generates what is not there yet, grades, writes and prints the table. The exit code.
+    """Generate the missing responses, grade all, write and print the table. Return the exit code.
 
-    regrade: nothing is generated. compare: another evaluation's folder, from which the change is printed, too.
+    regrade: generate nothing. compare: folder of another evaluation; the change from it is printed, too.
     """
     folder = EvaluationFolder(request.out or _default_folder(request.model))
     before = None if compare is None else EvaluationResult.read(EvaluationFolder(compare).results_file)
@@ -71,27 +68,27 @@ def run_evaluation(request: EvaluationRequest, *, regrade: bool = False, compare
             return code
     result = folder.grade()
     folder.write(result)
-    print(tables.results_markdown(result))
+    print(results_markdown(result))
     if before is not None:
-        print(tables.changes_markdown(tables.paired_changes(before, result)))
+        print(changes_markdown(paired_changes(before, result)))
     print(f"written: {folder.path}")
     return 0
 
 
 def _generate(request: EvaluationRequest, folder: EvaluationFolder) -> int:
-    """Everything up to the last response. The exit code."""
-    path, exported = _weights(request.model, folder)
+    """Generate the missing responses and return the exit code."""
+    path, exported = _hf_folder(request.model, folder)
     model = HfFolder.open(str(path), "MODEL")
-    names = sources_by_name(request.benchmarks)
-    _begin(request, folder, model, names)
+    sources = sources_by_name(request.benchmarks)
+    _begin(request, folder, model, sources)
     missing: dict[str, list[SampleIndex]] = {}
-    for name in names:
+    for name in sources:
         count = len(read_prompts(folder.prompts(name)))
-        store = folder.response_file(name)
-        store.mend()
-        if places := store.missing(count, request.samples):
-            missing[name] = places
-            log_rank0(f"{name}: {len(places)} of {count * request.samples} responses are to be generated")
+        file = folder.response_file(name)
+        file.remove_incomplete_line()
+        if indices := file.missing(count, request.samples):
+            missing[name] = indices
+            log_rank0(f"{name}: {len(indices)} of {count * request.samples} responses are to be generated")
     code = 0
     if missing and request.engine == "local":
         code = local_generation.generate_on_ranks(
@@ -104,19 +101,18 @@ def _generate(request: EvaluationRequest, folder: EvaluationFolder) -> int:
     return code
 
 
-def _begin(request: EvaluationRequest, folder: EvaluationFolder, model: HfFolder, names: dict[str, str]) -> None:
-    """Loads and checks the benchmarks, and writes what the responses depend on."""
+def _begin(request: EvaluationRequest, folder: EvaluationFolder, model: HfFolder, sources: dict[str, str]) -> None:
+    """Load and check the benchmarks, then write their prompts and the settings that the responses depend on."""
     tokenizer = model.tokenizer()
+    vocabulary = tokenizer.get_vocab()
     template = request.template or ("chat" if tokenizer.chat_template else "raw")
     longest = local_generation.check_length(model.config.max_position_embeddings, request.max_response_tokens)
-    stops = {*model.eos_ids, *(tokenizer.get_vocab()[token] for token in END_OF_TURN if token in tokenizer.get_vocab())}
+    stops = {*model.eos_ids, *(vocabulary[token] for token in _END_OF_TURN if token in vocabulary)}
     sampling = SamplingParams(request.temperature, request.top_p, request.max_response_tokens, tuple(sorted(stops)))
     suffixes = {}
     prompts = {}
-    for name, source in names.items():
-        problems = load_benchmark(source, request.fields)[: request.problems]
-        check_golds(source, problems, log_rank0)
-        suffixes[name] = ("" if name == "countdown" else SUFFIX) if request.suffix is None else request.suffix
+    for name, source in sources.items():
+        suffixes[name] = ("" if name == "countdown" else _MATH_SUFFIX) if request.suffix is None else request.suffix
         builder = PromptBuilder(
             tokenizer,
             template=template,
@@ -125,13 +121,11 @@ def _begin(request: EvaluationRequest, folder: EvaluationFolder, model: HfFolder
             max_tokens=longest,
             limit="the model's positions less --max-response-tokens",
         )
-        prompts[name], dropped = builder.build(problems, source)
-        if dropped:
-            log_rank0(f"{name}: {dropped} problems are longer than {longest} tokens and left out")
+        prompts[name] = load_prompts(source, builder, names=request.fields, first=request.problems, report=log_rank0)
     folder.begin(
         {
             "model": weights_fingerprint(model.path),
-            "benchmarks": names,
+            "benchmarks": sources,
             "problems": {name: len(some) for name, some in prompts.items()},
             "samples": request.samples,
             "sampling": sampling.to_json(),
@@ -146,8 +140,8 @@ def _begin(request: EvaluationRequest, folder: EvaluationFolder, model: HfFolder
         write_prompts(folder.prompts(name), some)
 
 
-def _weights(model: str, folder: EvaluationFolder) -> tuple[Path, bool]:
-    """The Hugging Face folder to evaluate, and whether it was made for this evaluation from a checkpoint."""
+def _hf_folder(model: str, folder: EvaluationFolder) -> tuple[Path, bool]:
+    """Return the Hugging Face folder to evaluate, and whether it was exported here from a checkpoint."""
     path = Path(model).expanduser()
     if (path / "student" / "config.json").is_file():
         return path / "student", False
@@ -160,13 +154,13 @@ def _weights(model: str, folder: EvaluationFolder) -> tuple[Path, bool]:
         path = latest
     if not (path / "sharded").is_dir():
         return HfFolder.open(model, "MODEL").path, False
-    made = folder.path / "model"
-    if not made.exists():
+    exported = folder.path / "model"
+    if not exported.exists():
         from eaopd_megatron.checkpoint.convert import export_checkpoint
 
         folder.path.mkdir(parents=True, exist_ok=True)
-        export_checkpoint(path, made, verify=False, say=log_rank0)
-    return made, True
+        export_checkpoint(path, exported, verify=False, say=log_rank0)
+    return exported, True
 
 
 def _default_folder(model: str) -> Path:

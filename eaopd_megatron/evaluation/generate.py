@@ -19,7 +19,8 @@ from typing import Any
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex, StoredResponse, read_prompts
+from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex, read_prompts
+from eaopd_megatron.evaluation.grading import DecodedResponse
 from eaopd_megatron.rollout.sglang import generation as writing
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
 from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings
@@ -84,7 +85,7 @@ def generate_on_rank(work: dict[str, Any]) -> None:
             if parallel.is_main:
                 made = zip(batch, samples, strict=True)
                 store.append(
-                    StoredResponse(
+                    DecodedResponse(
                         *place,
                         tokenizer.decode(one.response_ids, skip_special_tokens=True),
                         len(one.response_ids),
@@ -158,7 +159,7 @@ async def _write(
     async for answer in answers:
         problem, sample = map(int, answer.id.split("-"))
         text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-        store.append([StoredResponse(problem, sample, text, len(answer.token_ids), answer.finish_reason)])
+        store.append([DecodedResponse(problem, sample, text, len(answer.token_ids), answer.finish_reason)])
         finished += 1
         if finished % _REPORT_EVERY == 0 or finished == count:
             report(f"{name}: {finished} of {count} responses")

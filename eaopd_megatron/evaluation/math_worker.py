@@ -1,19 +1,19 @@
 r"""A child process that compares mathematical answers, one JSON line in, one out.
 
-In: {"gold", "answer", "relations": whether a set may equal a relation}, or {"gold"} alone: whether it is read as
-mathematics rather than as text. Out: {"equal": bool} or {"error": why there is no verdict}; first of all
-{"ready": true}.
+Request: {"gold", "answer", "relations": whether a set may equal a relation}, or {"gold"} alone to ask whether it parses as
+mathematics rather than as text. Reply: {"equal": bool} or {"error": why there is no verdict}. {"ready": true} comes
+first.
 
-The verdict is math-verify's, but for three of its faults. It rounds decimals to six places, so that 2.88e-19 equals
-2.89e-19: six significant digits must agree as well. It takes the last letter of `6m` for a unit: units are left out
-only where that takes no symbol from the gold. And where it cannot read an expression, it takes a number in it for the
-whole: here that is text, which equals the same text alone.
+The verdict is math-verify's, with three of its faults corrected. It rounds decimals to six places, so that 2.88e-19
+equals 2.89e-19: here six significant digits must agree, too. It takes the last letter of `6m` for a unit: here units
+are left out only if that removes no symbol of the gold. From an expression that it cannot parse it takes a number:
+here such an expression is text, which only the same text equals.
 
-Run as a script by `math_grader.Worker`; it imports only math-verify. A symbolic comparison can run for ever inside one
-big multiplication (`10^{10^{10}}`), where a Python signal handler, and so math-verify's own time limit, never gets its
-turn. Here comparisons run in a fork of this process, where the kernel's timers keep their default action, which ends
-it whatever it is doing; the next one is forked at once. So no answer costs more than its limit, from any thread of the
-caller, and none runs on when the caller was killed.
+`grading.MathWorker` runs it as a script; it imports only math-verify. A symbolic comparison can run forever inside one
+big multiplication (`10^{10^{10}}`), where no Python signal handler runs, hence not math-verify's own time limit either.
+So comparisons run in a fork of this process, in which the kernel's timers keep their default action, which ends it
+whatever it is doing; the next one is forked at once. No answer exceeds its limit, whichever thread of the caller asks,
+and none outlives a caller that was killed.
 """
 
 import contextlib
@@ -28,57 +28,57 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-STARTUP_SECONDS = 300.0  # importing sympy from a cold network file system
-WALL_FACTOR = 10.0  # the limit is CPU time, so that a busy machine gives the same grades; wall time is the backstop
-MEMORY_BYTES = 4 * 2**30
-RELATIVE_TOLERANCE = 2e-6
+_STARTUP_SECONDS = 300.0  # importing sympy from a cold network file system
+_WALL_FACTOR = 10.0  # limits are CPU time, so that a busy machine gives the same grades; wall time is the backstop
+_MEMORY_BYTES = 4 * 2**30
+_RELATIVE_TOLERANCE = 2e-6
 
 _WORDS = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _SYMBOL = re.compile(r"[A-Za-z]")
 
 
-def main(cpu_seconds: float) -> None:
-    """Answers one line for each line of stdin until it closes; `cpu_seconds` is the limit of one comparison."""
+def serve_comparisons(cpu_seconds: float) -> None:
+    """Reply to each line of stdin until it closes; `cpu_seconds` limits one comparison."""
     for number in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM, signal.SIGPROF})
-    with contextlib.suppress(ValueError, OSError):  # not every system limits address space
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    with contextlib.suppress(ValueError, OSError):  # not every system can limit address space
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _set_limits(STARTUP_SECONDS, STARTUP_SECONDS)
+    _set_limits(_STARTUP_SECONDS, _STARTUP_SECONDS)
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not get between the replies
-    equal = _comparison()
-    _answer(replies, {"ready": True})
+    os.dup2(2, 1)  # keeps what a library prints out of the replies
+    equal = _build_comparison()
+    _reply(replies, {"ready": True})
     _set_limits(0.0, 0.0)
     while True:
-        child = os.fork()  # the import is paid once, however many comparisons end their process
+        child = os.fork()  # so sympy is imported once, however many comparisons end their process
         if child == 0:
             _serve(equal, replies, cpu_seconds)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code == 0:
             return
-        _answer(replies, {"error": f"ended with {code}"})
+        _reply(replies, {"error": f"ended with {code}"})
 
 
 def _serve(equal: Callable[..., bool], replies: TextIO, cpu_seconds: float) -> None:
     for line in sys.stdin:
-        _set_limits(cpu_seconds, cpu_seconds * WALL_FACTOR)
+        _set_limits(cpu_seconds, cpu_seconds * _WALL_FACTOR)
         try:
             reply: dict[str, object] = {"equal": equal(**json.loads(line))}
         except Exception as error:
             reply = {"error": type(error).__name__}
         _set_limits(0.0, 0.0)
-        _answer(replies, reply)
+        _reply(replies, reply)
 
 
-def _comparison() -> Callable[..., bool]:
+def _build_comparison() -> Callable[..., bool]:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr
 
-    logging.disable(logging.CRITICAL)  # among others its warning that its own time limit is off
+    logging.disable(logging.CRITICAL)  # for example its warning that its own time limit is off
     targets = {}
     for units in (True, False):
         normalisation = NormalizationConfig(
@@ -88,24 +88,24 @@ def _comparison() -> Callable[..., bool]:
 
     def read(text: str, units: bool) -> list[Any]:
         boxed = f"\\boxed{{{text}}}"
-        found: list[Any] = parse(boxed, targets[units], parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
-        return found
+        parsed: list[Any] = parse(boxed, targets[units], parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
+        return parsed
 
     @functools.lru_cache(maxsize=512)
     def read_gold(text: str) -> tuple[list[Any], bool]:
-        """The gold, and whether it was read without its units."""
-        with_them, without = read(text, False), read(text, True)
-        strip = not _SYMBOL.search(_WORDS.sub("", text)) or with_them == without
-        return (without if strip else with_them), strip
+        """Return the parsed gold, and whether its units were stripped."""
+        with_units, without = read(text, False), read(text, True)
+        strip = not _SYMBOL.search(_WORDS.sub("", text)) or with_units == without
+        return (without if strip else with_units), strip
 
     def equal(gold: str, answer: str | None = None, relations: bool = False) -> bool:
         golds, strip = read_gold(gold)
         if answer is None:
             if not golds:
-                raise ValueError("nothing was read")
+                raise ValueError("nothing was parsed")
             return not isinstance(golds[0], str)
         answers = read(answer, strip)
-        both = [found[0] for found in (golds, answers) if found and isinstance(found[0], Expr)]
+        both = [parsed[0] for parsed in (golds, answers) if parsed and isinstance(parsed[0], Expr)]
         percent = "%" in gold + answer  # 8% equals 8 and 0.08
         if len(both) == 2 and not percent and _differ_somewhere(*both):
             return False
@@ -118,10 +118,12 @@ def _comparison() -> Callable[..., bool]:
 
 
 def _differ_somewhere(one: Any, other: Any) -> bool:
-    """Whether two expressions with symbols have other values at a point, which is found sooner than that no
-    simplification makes them equal."""
+    """Return whether two expressions in the same symbols differ at a point.
+
+    This is faster than learning that no simplification makes them equal.
+    """
     symbols = one.free_symbols | other.free_symbols
-    if not symbols or symbols not in (one.free_symbols, other.free_symbols):  # other names are math-verify's to compare
+    if not symbols or symbols not in (one.free_symbols, other.free_symbols):  # math-verify compares different names
         return False
     point = {symbol: 0.6180339887 + 0.1732050808 * i for i, symbol in enumerate(sorted(symbols, key=str))}
     values = [expression.subs(point).evalf(12) for expression in (one, other)]
@@ -129,7 +131,7 @@ def _differ_somewhere(one: Any, other: Any) -> bool:
 
 
 def _close(one: Any, other: Any) -> bool:
-    return bool(abs(one - other) <= RELATIVE_TOLERANCE * max(abs(one), abs(other)))
+    return bool(abs(one - other) <= _RELATIVE_TOLERANCE * max(abs(one), abs(other)))
 
 
 def _set_limits(cpu_seconds: float, wall_seconds: float) -> None:
@@ -137,10 +139,10 @@ def _set_limits(cpu_seconds: float, wall_seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, wall_seconds)
 
 
-def _answer(replies: TextIO, reply: dict[str, object]) -> None:
+def _reply(replies: TextIO, reply: dict[str, object]) -> None:
     replies.write(json.dumps(reply) + "\n")
     replies.flush()
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    serve_comparisons(float(sys.argv[1]))

@@ -1,4 +1,6 @@
-"""What an evaluation found: figures of each benchmark, the grades behind them, and their JSON file."""
+"""Grades, the figures of each benchmark computed from them, their JSON file and their Markdown tables."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +12,27 @@ import numpy as np
 
 from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.estimators import FloatArray, IntArray, avg_at_k, majority, pass_at_k, pass_ks
+from eaopd_megatron.evaluation.estimators import (
+    Estimate,
+    FloatArray,
+    IntArray,
+    avg_at_k,
+    estimate_mean,
+    estimate_mean_of_groups,
+    majority,
+    pass_at_k,
+    pass_ks,
+)
 from eaopd_megatron.utils.files import atomic_write
+
+_MEAN = "mean"
+"""Row of the mean over benchmarks; each benchmark has the same weight."""
+_NOTE = (
+    "In brackets: 95 % bootstrap intervals over problems; they do not cover the spread between training runs. lenient: "
+    "answers in notations that the strict comparison does not read count as right, too. errors: answers whose comparison "
+    "raised or ran out of time; they count as wrong."
+)
+_CHANGE_NOTE = "Differences with 95 % paired bootstrap intervals over problems; bold if the interval excludes 0."
 
 
 @dataclass(frozen=True)
@@ -19,7 +40,7 @@ class Grade:
     """The grade of one response.
 
     key: the answer that it gives, equal for equal answers; None if it gives none. error: the grader raised or ran out
-    of time; such a response counts as wrong. lenient: right once notation is read leniently (always where `correct`).
+    of time; the response counts as wrong. lenient: right once notation is read leniently (implied by `correct`).
     """
 
     correct: bool
@@ -37,11 +58,11 @@ Grader = Callable[[Problem, str], Grade]
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """One problem's samples, in the order in which they were drawn.
+    """One problem's samples, in sampling order.
 
-    correct[s]: sample s is right; lenient[s]: so, or right in another notation; keys[s]: what it answers (None:
-    nothing); truncated[s]: it ran into the length limit; lengths[s]: its tokens; errors: samples (counted as wrong)
-    whose grader threw or ran out of time.
+    For sample s: correct[s], lenient[s] (right, possibly in another notation), keys[s] (its answer, None without one),
+    truncated[s] (cut off at the length limit) and lengths[s] (tokens). errors: number of samples whose grader raised or
+    ran out of time.
     """
 
     id: str
@@ -55,15 +76,15 @@ class ProblemResult:
     @classmethod
     def from_grades(
         cls, id: str, grades: Sequence[Grade], truncated: Sequence[bool], lengths: Sequence[int]
-    ) -> "ProblemResult":
-        """A problem's grades, with truncated[s] and lengths[s] (tokens) for each."""
+    ) -> ProblemResult:
+        """Collect a problem's grades with truncated[s] and lengths[s] (tokens) of each sample."""
         return cls(
             id=id,
             correct=tuple(grade.correct for grade in grades),
             lenient=tuple(grade.lenient for grade in grades),
             keys=tuple(grade.key for grade in grades),
-            truncated=tuple(bool(cut) for cut in truncated),
-            lengths=tuple(int(length) for length in lengths),
+            truncated=tuple(truncated),
+            lengths=tuple(lengths),
             errors=sum(grade.error for grade in grades),
         )
 
@@ -75,12 +96,11 @@ class ProblemResult:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A benchmark's figures over its problems: avg@K, pass@1, 2, 4 ... K, lenient_avg@K, majority@K, distinct_correct,
-    truncated, length, grader_errors.
+    """A benchmark's figures: means over its problems (`grader_errors`: a number of samples).
 
-    All are means over problems except `grader_errors`, the number of samples. `truncated` is a share of samples (the
-    others stopped by themselves), `length` their mean length in tokens; `lenient_*` counts other notations as right;
-    `pass@k` is there for every k up to K, though `figures` lists powers of two.
+    avg@K, pass@k for 1, 2, 4 ... K, lenient_avg@K (right in any notation), majority@K, distinct_correct (different right
+    answers per problem), truncated (share of samples cut off at the limit; the others ended by themselves), length
+    (tokens of a sample) and grader_errors.
     """
 
     name: str
@@ -94,7 +114,7 @@ class BenchmarkResult:
         return len(self.results)
 
     def per_problem(self, figure: str) -> FloatArray:
-        """A figure problem by problem [problems]; `figures[figure]` is its mean (its sum for `grader_errors`)."""
+        """Return a figure per problem [problems]; any k from 1 to `samples` is valid in "pass@k"."""
         name, _, k = figure.partition("@")
         if name == "pass":
             return pass_at_k(self.samples, self._counts([result.correct for result in self.results]), int(k))
@@ -110,15 +130,19 @@ class BenchmarkResult:
         }
         return np.array([values[name](result) for result in self.results], dtype=np.float64)
 
+    def pass_curve(self) -> list[Estimate]:
+        """Return pass@k with its interval for k = 1 ... `samples`."""
+        return [estimate_mean(self.per_problem(f"pass@{k}")) for k in range(1, self.samples + 1)]
+
     @staticmethod
     def _counts(flags: Sequence[Sequence[bool]]) -> IntArray:
         return np.array([sum(one) for one in flags], dtype=np.int64)
 
 
 def summarise(name: str, samples: int, results: Sequence[ProblemResult]) -> BenchmarkResult:
-    """The figures of a benchmark from each problem's `samples` grades.
+    """Compute a benchmark's figures from each problem's `samples` grades.
 
-    UserError if there are no problems; ValueError if a problem has another number of samples.
+    Raise UserError without problems, ValueError if a problem has another number of samples.
     """
     if not results:
         raise UserError(f"benchmark {name} has no problems: check its file and evaluation.problems")
@@ -144,7 +168,7 @@ class EvaluationResult:
     benchmarks: dict[str, BenchmarkResult]
 
     def to_metrics(self) -> dict[str, float]:
-        """{"evaluation/<benchmark>/<figure>": value} for the run's metrics."""
+        """Return {"evaluation/<benchmark>/<figure>": value} for the run's metrics."""
         return {
             f"evaluation/{name}/{figure}": value
             for name, benchmark in self.benchmarks.items()
@@ -152,7 +176,7 @@ class EvaluationResult:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values of it all, each sample's grade with them."""
+        """Return JSON values of the figures and of every sample's grade."""
         benchmarks = {
             name: {
                 "samples": benchmark.samples,
@@ -165,14 +189,14 @@ class EvaluationResult:
         return {"iteration": self.iteration, "benchmarks": benchmarks}
 
     def write(self, folder: Path) -> Path:
-        """Writes folder/XXXXXX.json (the iteration), whole or not at all, and returns its path."""
+        """Write folder/XXXXXX.json (the iteration) atomically and return its path."""
         path = folder / result_file_name(self.iteration)
         atomic_write(path, json.dumps(self.to_json()) + "\n")
         return path
 
     @classmethod
-    def read(cls, path: Path) -> "EvaluationResult":
-        """Reads a file of `write`; the figures are computed again from the grades. UserError if it is damaged."""
+    def read(cls, path: Path) -> EvaluationResult:
+        """Read a file of `write` and recompute the figures from the grades. Raise UserError if it is damaged."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             benchmarks = {
@@ -184,17 +208,108 @@ class EvaluationResult:
             raise UserError(f"{path} is not an evaluation's file ({error}): remove it and evaluate again") from error
 
 
-def read_evaluations(folder: Path) -> list[EvaluationResult]:
-    """All evaluations of a run's evaluation folder by iteration; an absent folder has none. UserError as for `read`."""
-    found = [EvaluationResult.read(path) for path in sorted(folder.glob("*.json"))]
-    return sorted(found, key=lambda evaluation: evaluation.iteration)
-
-
 def result_file_name(iteration: int) -> str:
-    """Of the result of an iteration."""
+    """Return the name of the file that holds an iteration's evaluation."""
     return f"{iteration:06d}.json"
 
 
 def _problem_from_json(row: Mapping[str, Any]) -> ProblemResult:
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
     return ProblemResult(**values)
+
+
+def figures_json(result: EvaluationResult) -> dict[str, dict[str, Any]]:
+    """Return the figures with their intervals as JSON values.
+
+    {benchmark, or "mean": {figure: {"value", "low", "high"}, "pass_at_k": {k: likewise}, "problems", "samples",
+    "grader_errors"}}. `stopped` is the share of samples that ended by themselves, 1 - `truncated`.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for name, benchmarks in _with_mean({name: [one] for name, one in result.benchmarks.items()}).items():
+        samples = min(benchmark.samples for benchmark in benchmarks)
+        figures = ["avg", f"pass@{samples}", "majority", "lenient_avg", "truncated", "stopped", "length"]
+        rows[name] = {
+            **{figure: _mean(benchmarks, figure)._asdict() for figure in figures},
+            "pass_at_k": {k: _mean(benchmarks, f"pass@{k}")._asdict() for k in range(1, samples + 1)},
+            "grader_errors": int(sum(benchmark.figures["grader_errors"] for benchmark in benchmarks)),
+            "problems": sum(benchmark.problems for benchmark in benchmarks),
+            "samples": samples,
+        }
+    return rows
+
+
+def results_markdown(result: EvaluationResult) -> str:
+    """Return a table with a row per benchmark and one for their mean."""
+    heads = [
+        "benchmark",
+        "problems × k",
+        "avg@k",
+        "pass@k",
+        "majority@k",
+        "lenient avg@k",
+        "stopped",
+        "tokens",
+        "errors",
+    ]
+    rows = []
+    for name, row in figures_json(result).items():
+        samples = row["samples"]
+        shares = [_percent(Estimate(**row[key])) for key in ("avg", f"pass@{samples}", "majority", "lenient_avg")]
+        rows.append([name, f"{row['problems']} × {samples}", *shares, f"{row['stopped']['value']:.1%}",
+                     f"{row['length']['value']:.0f}", str(row["grader_errors"])])  # fmt: skip
+    return f"{_table(heads, rows)}\n{_NOTE}\n"
+
+
+def paired_changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, dict[str, Estimate]]:
+    """Return after - before of avg and of pass at the largest common k, per benchmark and for their mean.
+
+    Benchmarks whose problems differ between the two results are left out.
+    """
+    pairs: dict[str, list[tuple[BenchmarkResult, BenchmarkResult]]] = {}
+    for name, one in before.benchmarks.items():
+        other = after.benchmarks.get(name)
+        if other is not None and [r.id for r in one.results] == [r.id for r in other.results]:
+            pairs[name] = [(one, other)]
+    changes: dict[str, dict[str, Estimate]] = {}
+    for name, row in _with_mean(pairs).items():
+        k = min(benchmark.samples for pair in row for benchmark in pair)
+        changes[name] = {
+            figure: estimate_mean_of_groups([_values(other, figure) - _values(one, figure) for one, other in row])
+            for figure in ("avg", f"pass@{k}")
+        }
+    return changes
+
+
+def changes_markdown(changes: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """Return a table of `paired_changes` with a row per benchmark."""
+    rows = []
+    for name, row in changes.items():
+        cells = [(_percent(change, sign="+"), change.excludes_zero) for change in row.values()]
+        rows.append([name, *(f"**{cell}**" if bold else cell for cell, bold in cells), list(row)[1]])
+    return f"{_table(['benchmark', 'avg@k', 'pass@k', 'k'], rows)}\n{_CHANGE_NOTE}\n"
+
+
+def _with_mean(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    everything = [one for row in rows.values() for one in row]
+    return {**rows, _MEAN: everything} if len(everything) > 1 else rows
+
+
+def _mean(benchmarks: Sequence[BenchmarkResult], figure: str) -> Estimate:
+    return estimate_mean_of_groups([_values(benchmark, figure) for benchmark in benchmarks])
+
+
+def _values(benchmark: BenchmarkResult, figure: str) -> FloatArray:
+    if figure == "stopped":
+        return 1.0 - benchmark.per_problem("truncated")
+    of_all = figure in ("avg", "lenient_avg", "majority")
+    return benchmark.per_problem(f"{figure}@{benchmark.samples}" if of_all else figure)
+
+
+def _percent(value: Estimate, sign: str = "") -> str:
+    numbers = [format(100 * number + 0.0, f"{sign}.1f") for number in value]
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Samples a model on benchmarks and grades what it says."""
+"""Evaluation during training: samples the student on benchmarks with the run's rollout engine and grades the answers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch.distributed as dist
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.distributed.parallel_state import ParallelState
-from eaopd_megatron.evaluation.benchmarks import check_golds, load_benchmark
-from eaopd_megatron.evaluation.grading import benchmark_name, grade_responses, grader_for
-from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, Grader, ProblemResult, summarise
+from eaopd_megatron.evaluation.benchmarks import benchmark_name, grader_for, load_prompts
+from eaopd_megatron.evaluation.grading import DecodedResponse, grade_problems
+from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, Grader, summarise
 from eaopd_megatron.rollout.interface import GenerationRequest, RolloutEngine
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark's prompts and how its answers are graded."""
+    """A benchmark's prompts and its grader."""
 
     name: str
     prompts: list[Prompt]
@@ -30,21 +30,19 @@ class Benchmark:
     def load(
         cls, source: str, builder: PromptBuilder, first: int | None, report: Callable[[str], None] | None
     ) -> Benchmark:
-        """What `load_benchmark` knows; `first`: only so many problems. report: of `check_golds` and of problems that
-        are longer than the builder's prompts; None: another rank checks them."""
-        problems = load_benchmark(source)[:first]
-        if report is not None:
-            check_golds(source, problems, report)
-        prompts, dropped = builder.build(problems, source)
-        if dropped and report is not None:
-            report(f"{source}: {dropped} problems are longer than {builder.max_tokens} tokens and left out")
-        return cls(benchmark_name(source), prompts, grader_for(source))
+        """Load a benchmark, or its `first` problems, as `load_prompts` does."""
+        return cls(
+            benchmark_name(source), load_prompts(source, builder, first=first, report=report), grader_for(source)
+        )
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Draws `samples` responses a problem. The random numbers depend on (seed, benchmark, problem, sample) alone, so
-    two evaluations of a run are compared under common random numbers."""
+    """Samples `samples` responses per problem with the run's rollout engine.
+
+    Random numbers are a function of (seed, benchmark, problem, sample) alone, so evaluations of one run are compared
+    under common random numbers.
+    """
 
     rollout: RolloutEngine
     parallel: ParallelState
@@ -55,53 +53,53 @@ class Evaluator:
     seed: int
 
     def prompts(self) -> list[Prompt]:
-        """Of all benchmarks."""
+        """Return the prompts of all benchmarks."""
         return [prompt for benchmark in self.benchmarks for prompt in benchmark.prompts]
 
     def longest(self) -> int:
-        """Tokens of a prompt and its response, at the most; 0 without benchmarks."""
+        """Return the largest possible number of tokens of a prompt with its response; 0 without benchmarks."""
         return max((len(prompt.token_ids) + self.sampling.max_new_tokens for prompt in self.prompts()), default=0)
 
     def run(self, iteration: int, notify: Callable[[str], None] = lambda text: None) -> EvaluationResult | None:
-        """All ranks enter; the main rank gets the result, the others None."""
-        found: dict[str, BenchmarkResult] = {}
+        """Evaluate all benchmarks. Collective; the main rank gets the result, the others None."""
+        parallel = self.parallel
+        results: dict[str, BenchmarkResult] = {}
         for benchmark in self.benchmarks:
             notify(f"evaluating {benchmark.name}: {len(benchmark.prompts)} problems x {self.samples} samples")
-            mine = range(self.parallel.dp_rank, len(benchmark.prompts), self.parallel.dp_size)
-            responses = self._responses(benchmark, mine)
-            if self.parallel.tp_rank or self.parallel.pp_rank or self.parallel.cp_rank:  # they have the same responses
+            local = range(parallel.dp_rank, len(benchmark.prompts), parallel.dp_size)
+            samples = self._sample(benchmark, local)
+            if parallel.tp_rank or parallel.pp_rank or parallel.cp_rank:  # their samples are the same
                 continue
-            texts = [self.tokenizer.decode(s.response_ids, skip_special_tokens=True) for s in responses]
-            grades = grade_responses(
-                benchmark.grader, [(s.prompt.problem, t) for s, t in zip(responses, texts, strict=True)]
-            )
-            results: dict[int, ProblemResult] = {}
-            for number, i in enumerate(mine):
-                part = slice(number * self.samples, (number + 1) * self.samples)
-                truncated = [s.finish_reason == "length" for s in responses[part]]
-                lengths = [len(s.response_ids) for s in responses[part]]
-                results[i] = ProblemResult.from_grades(benchmark.prompts[i].id, grades[part], truncated, lengths)
-            gathered = [results] * self.parallel.dp_size
-            if self.parallel.dp_size > 1:
-                dist.all_gather_object(gathered, results, group=self.parallel.dp_group)
-            everything = {i: result for part_ in gathered for i, result in part_.items()}
-            found[benchmark.name] = summarise(benchmark.name, self.samples, [everything[i] for i in sorted(everything)])
-        return EvaluationResult(iteration, found) if self.parallel.is_main else None
+            pairs = [(problem, sample) for problem in local for sample in range(self.samples)]
+            responses = [
+                DecodedResponse(*pair, self._text(one), len(one.response_ids), one.finish_reason)
+                for pair, one in zip(pairs, samples, strict=True)
+            ]
+            graded = grade_problems(benchmark.grader, benchmark.prompts, responses)
+            gathered = [graded] * parallel.dp_size
+            if parallel.dp_size > 1:
+                dist.all_gather_object(gathered, graded, group=parallel.dp_group)
+            problems = {problem: result for part in gathered for problem, result in part.items()}
+            results[benchmark.name] = summarise(benchmark.name, self.samples, [problems[i] for i in sorted(problems)])
+        return EvaluationResult(iteration, results) if parallel.is_main else None
 
-    def _responses(self, benchmark: Benchmark, mine: Sequence[int]) -> list[Sample]:
-        """`samples` responses to each problem of `mine`, problem after problem."""
+    def _text(self, sample: Sample) -> str:
+        return str(self.tokenizer.decode(sample.response_ids, skip_special_tokens=True))
+
+    def _sample(self, benchmark: Benchmark, local: Sequence[int]) -> list[Sample]:
+        """Return `samples` responses to each problem of `local`, problem after problem."""
         pairs = [(i, j) for i in range(len(benchmark.prompts)) for j in range(self.samples)]
-        wanted = GenerationRequest(
+        request = GenerationRequest(
             [benchmark.prompts[i] for i, _ in pairs],
             [(self.seed, "evaluation", benchmark.name, i, j) for i, j in pairs],
-            [i * self.samples + j for i in mine for j in range(self.samples)],
+            [i * self.samples + j for i in local for j in range(self.samples)],
             self.sampling,
         )
-        parts = self.rollout.collect(self.rollout.submit(wanted))
+        parts = self.rollout.collect(self.rollout.submit(request))
         return sorted((sample for part in parts for sample in part), key=lambda sample: sample.index)
 
     def write(self, result: EvaluationResult | None, folder: Path) -> dict[str, float]:
-        """The result's file, on the main rank, and its metrics (empty on the others)."""
+        """Write the result's file and return its metrics; without a result (not the main rank) return {}."""
         if result is None:
             return {}
         result.write(folder)

@@ -1,17 +1,18 @@
-"""Pass@k against k, with 95 % bootstrap bands over problems."""
+"""Panels of a figure, their style, and curves of pass@k against k with 95 % bootstrap bands over problems."""
 
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from eaopd_megatron.evaluation.estimators import estimate_mean, pass_ks
-from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult
+_COLOURS = ("#D55E00", "#777777", "#0072B2", "#009E73")
 
 
 def make_panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, three in a row at the most."""
+    """Return a figure with `count` panels, at most three in a row."""
     columns = min(count, 3)
     rows = -(-count // columns)
     figure = Figure(figsize=(5.2 * columns if columns < 3 else 12.6, 3.5 * rows), dpi=130, layout="constrained")
@@ -29,7 +30,7 @@ def style_axes(
     legend: bool = True,
     xlabel: str = "iteration",
 ) -> None:
-    """Titles, units and a light grid; floor: the axis begins at 0 where no value is below."""
+    """Set titles, units, a light grid and the legend; floor: start the y axis at 0 if no value lies below."""
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -46,28 +47,30 @@ def style_axes(
         axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
 
-COLOURS = ("#D55E00", "#777777", "#0072B2", "#009E73")
+def draw_pass_curves(
+    benchmarks: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], colours: Sequence[str] = _COLOURS
+) -> Figure:
+    """Draw a panel per benchmark and in it a curve per label.
 
-
-def pass_curve(axes: Axes, benchmark: BenchmarkResult, label: str, colour: str) -> None:
-    """The curve of one result, for every k from 1 to the number of samples."""
-    ks = list(range(1, benchmark.samples + 1))
-    points = [estimate_mean(benchmark.per_problem(f"pass@{k}")) for k in ks]
-    axes.plot(ks, [point.value for point in points], color=colour, marker="o", markersize=4, label=label)
-    axes.fill_between(ks, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0)
-    axes.set_xscale("log", base=2)
-    shown = pass_ks(benchmark.samples)
-    axes.set_xticks(shown, [str(k) for k in shown])
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def draw_pass_curves(results: Mapping[str, EvaluationResult]) -> Figure:
-    """A panel a benchmark, a curve a result; results: label to result."""
-    names = list(dict.fromkeys(name for result in results.values() for name in result.benchmarks))
-    figure, axes = make_panels(len(names))
-    for panel, name in zip(axes, names, strict=True):
-        for (label, result), colour in zip(results.items(), COLOURS, strict=False):
-            if name in result.benchmarks:
-                pass_curve(panel, result.benchmarks[name], label, colour)
-        style_axes(panel, name, "pass@k", floor=True, percent=True, xlabel="k (samples)", legend=len(results) > 1)
+    benchmarks: {benchmark: {label: (pass@k, low, high) for k = 1, 2, ...}}.
+    """
+    figure, panels = make_panels(len(benchmarks))
+    for axes, (name, curves) in zip(panels, benchmarks.items(), strict=True):
+        for (label, points), colour in zip(curves.items(), colours, strict=False):
+            ks = range(1, len(points) + 1)
+            values, low, high = zip(*points, strict=True)
+            axes.plot(ks, values, color=colour, marker="o", markersize=4, label=label)
+            axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
+            ticks = sorted({2**i for i in range(len(ks).bit_length())} | {len(ks)})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [str(k) for k in ticks])
+            axes.xaxis.set_minor_locator(NullLocator())
+        style_axes(axes, name, "pass@k", floor=True, percent=True, xlabel="k (samples)")
     return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """Render a figure as PNG, without a display and without matplotlib's global state."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

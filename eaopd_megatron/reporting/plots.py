@@ -4,19 +4,17 @@ Colours (Okabe and Ito's, told apart by colour-blind readers) mean the same ever
 the student, green the forward KL, purple the reverse KL. Solid lines are gated tokens, dashed ones the other tokens.
 """
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from eaopd_megatron.evaluation.estimators import FloatArray, estimate_mean
+from eaopd_megatron.evaluation.estimators import Estimate, FloatArray, estimate_mean
 from eaopd_megatron.evaluation.results import BenchmarkResult
-from eaopd_megatron.plotting.curves import make_panels, pass_curve, style_axes
+from eaopd_megatron.plotting.curves import draw_pass_curves, make_panels, style_axes
 from eaopd_megatron.reporting.run_data import RunData
 
 _TEACHER, _STUDENT, _FORWARD, _REVERSE, _NEUTRAL = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#333333"
@@ -45,13 +43,6 @@ class Plot:
     title: str
     caption: str
     draw: Callable[[RunData], Figure]
-
-
-def to_png(figure: Figure) -> bytes:
-    """A figure as PNG, without a display and without matplotlib's global state."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
 
 
 def smooth(values: FloatArray) -> FloatArray:
@@ -156,16 +147,14 @@ def _history_line(
 
 
 def draw_pass_at_k(run: RunData) -> Figure:
-    names = _benchmarks(run)
-    figure, axes = make_panels(len(names))
-    for panel, name in zip(axes, names, strict=False):
+    curves: dict[str, dict[str, list[Estimate]]] = {}
+    for name in _benchmarks(run):
         history = _history(run, name)
-        ends = [history[0]] if len(history) == 1 else [history[0], history[-1]]
-        for (iteration, benchmark), colour in zip(ends, ("#777777", _STUDENT), strict=False):
-            label = "before training" if iteration == 0 else f"after iteration {iteration}"
-            pass_curve(panel, benchmark, label, colour)
-        style_axes(panel, name, "pass@k", floor=True, percent=True, xlabel="k (samples)")
-    return figure
+        curves[name] = {
+            "before training" if iteration == 0 else f"after iteration {iteration}": benchmark.pass_curve()
+            for iteration, benchmark in history[:1] + history[1:][-1:]
+        }
+    return draw_pass_curves(curves, ("#777777", _STUDENT))
 
 
 def draw_rollout(run: RunData) -> Figure:

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from eaopd_megatron.evaluation.estimators import Estimate
+from eaopd_megatron.plotting.curves import to_png
 from eaopd_megatron.reporting.findings import Comparison, compare_evaluations, find_warnings, summary_of
-from eaopd_megatron.reporting.plots import PLOTS, MissingMetrics, to_png
+from eaopd_megatron.reporting.plots import PLOTS, MissingMetrics
 from eaopd_megatron.reporting.run_data import RunData
 from eaopd_megatron.utils.files import atomic_write
 

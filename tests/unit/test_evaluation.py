@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation import distributions, estimators, results, tables
+from eaopd_megatron.evaluation import estimators, results
 from eaopd_megatron.evaluation.estimators import (
     avg_at_k,
     bootstrap_interval,
@@ -22,8 +22,9 @@ from eaopd_megatron.evaluation.estimators import (
     pass_at_k,
     pass_ks,
 )
-from eaopd_megatron.evaluation.results import EvaluationResult, ProblemResult, read_evaluations, summarise
+from eaopd_megatron.evaluation.results import EvaluationResult, ProblemResult, summarise
 from eaopd_megatron.plotting.curves import draw_pass_curves
+from tools.lib.distributions import compare_logits, response_logits, token_means
 
 # Estimators
 
@@ -141,7 +142,7 @@ def test_figures_of_a_benchmark_have_their_names_and_values() -> None:
 def test_an_evaluation_survives_its_file(tmp_path: Path) -> None:
     assert example(50).write(tmp_path).name == "000050.json"
     example(0).write(tmp_path)
-    assert read_evaluations(tmp_path) == [example(0), example(50)]
+    assert [EvaluationResult.read(path) for path in sorted(tmp_path.iterdir())] == [example(0), example(50)]
     content = json.loads((tmp_path / "000050.json").read_text())["benchmarks"]["countdown"]
     assert (content["samples"], content["problems"], content["pass@1"]) == (4, 2, 0.375)
     assert content["results"][0]["correct"] == [True, True, False, True]
@@ -168,7 +169,7 @@ def test_a_crash_while_writing_leaves_the_old_file_whole(
 def test_a_damaged_evaluation_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "000001.json").write_text(content)
     with pytest.raises(UserError, match=r"000001\.json"):
-        read_evaluations(tmp_path)
+        EvaluationResult.read(tmp_path / "000001.json")
 
 
 def test_an_empty_benchmark_and_a_lost_sample_are_refused() -> None:
@@ -197,7 +198,7 @@ def two_benchmarks(rate: float, problems: int = 40) -> EvaluationResult:
 
 def test_the_table_shows_other_figures_than_the_results() -> None:
     result = two_benchmarks(0.6)
-    found = tables.figures_json(result)
+    found = results.figures_json(result)
     assert list(found) == ["easy", "hard", "mean"]
     assert found["easy"]["avg"]["value"] == result.benchmarks["easy"].figures["avg@4"]
     assert list(found["easy"]["pass_at_k"]) == [1, 2, 3, 4]
@@ -210,25 +211,28 @@ def test_the_table_shows_other_figures_than_the_results() -> None:
         1,
         25,
     )
-    lines = tables.results_markdown(result).splitlines()
+    lines = results.results_markdown(result).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| easy", "| hard", "| mean"]
     assert f"{100 * found['hard']['avg']['value']:.1f} [" in lines[3]
 
 
 def test_two_runs_differ_where_they_do_not_or_the_pairing_is_lost() -> None:
     one, other = two_benchmarks(0.5), two_benchmarks(0.7)
-    same = tables.paired_changes(one, one)
+    same = results.paired_changes(one, one)
     assert {(change.value, change.low, change.high) for row in same.values() for change in row.values()} == {(0, 0, 0)}
-    changes = tables.paired_changes(one, other)
+    changes = results.paired_changes(one, other)
     assert list(changes) == ["easy", "hard", "mean"] and changes["mean"]["avg"].excludes_zero
     unpaired = one.benchmarks["easy"].per_problem("avg@4").std() * 2 * 1.96 / np.sqrt(40)
     assert changes["easy"]["avg"].high - changes["easy"]["avg"].low < 1.5 * unpaired
-    assert "**+" in tables.changes_markdown(changes)
-    assert "easy" not in tables.paired_changes(one, two_benchmarks(0.7, problems=30))
+    assert "**+" in results.changes_markdown(changes)
+    assert "easy" not in results.paired_changes(one, two_benchmarks(0.7, problems=30))
 
 
 def test_pass_at_k_curves_are_drawn_for_every_k() -> None:
-    figure = draw_pass_curves({"before": two_benchmarks(0.5), "after": two_benchmarks(0.7)})
+    both = {"before": two_benchmarks(0.5), "after": two_benchmarks(0.7)}
+    figure = draw_pass_curves(
+        {name: {label: one.benchmarks[name].pass_curve() for label, one in both.items()} for name in ("easy", "hard")}
+    )
     assert [len(np.asarray(axes.lines[0].get_xdata())) for axes in figure.axes] == [4, 4]
     assert [len(axes.lines) for axes in figure.axes] == [2, 2]
 
@@ -245,9 +249,9 @@ def test_vocabularies_of_one_tokenizer_that_are_padded_otherwise_cannot_be_compa
 
     wide = Model(6, 12)
     narrow = Model.from_pretrained(wide.weight[:, :10].detach())
-    student, teacher = (distributions.response_logits(model, [1, 2], [3, 4, 5], 10) for model in (narrow, wide))
+    student, teacher = (response_logits(model, [1, 2], [3, 4, 5], 10) for model in (narrow, wide))
     assert torch.equal(student, wide.weight[2:5, :10])
-    found = distributions.means([distributions.compare(student, teacher, None, 0.1)])
+    found = token_means([compare_logits(student, teacher, None, 0.1)])
     assert (found["top1_teacher"], found["forward_kl_gated"]) == (0, 0)
 
 
@@ -256,8 +260,8 @@ def test_gated_figures_are_taken_over_other_tokens_or_the_kl_is_turned_round() -
     teacher = torch.stack([sure, unsure, unsure])
     student = torch.stack([unsure, torch.tensor([0.0, 1.0, 0.0]), sure])
     before = torch.stack([sure, sure, sure])
-    parts = [distributions.compare(student[i : i + 1], teacher[i : i + 1], before[i : i + 1], 0.8) for i in range(3)]
-    found = distributions.means(parts)
+    parts = [compare_logits(student[i : i + 1], teacher[i : i + 1], before[i : i + 1], 0.8) for i in range(3)]
+    found = token_means(parts)
     q = [student[i].double().softmax(-1) for i in (1, 2)]
     forward = [float((torch.full((3,), 1 / 3, dtype=torch.float64) * (-np.log(3) - p.log())).sum()) for p in q]
     assert found == pytest.approx(
@@ -270,4 +274,4 @@ def test_gated_figures_are_taken_over_other_tokens_or_the_kl_is_turned_round() -
         },
         rel=1e-5,
     )
-    assert np.isnan(distributions.means([distributions.compare(sure[None], sure[None], None, 0.8)])["forward_kl_gated"])
+    assert np.isnan(token_means([compare_logits(sure[None], sure[None], None, 0.8)])["forward_kl_gated"])

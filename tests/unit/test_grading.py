@@ -14,10 +14,17 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation import math_grader
-from eaopd_megatron.evaluation.answers import answers_of, exact_number, immense, last_boxed, leniently_equal, normalise
-from eaopd_megatron.evaluation.grading import benchmark_name, grade_responses, grader_for
-from eaopd_megatron.evaluation.math_grader import MAX_ANSWER_LENGTH, MathGrader
+from eaopd_megatron.evaluation import grading
+from eaopd_megatron.evaluation.answers import (
+    exact_number,
+    has_huge_power,
+    last_boxed,
+    leniently_equal,
+    normalise,
+    split_answers,
+)
+from eaopd_megatron.evaluation.benchmarks import benchmark_name, grader_for
+from eaopd_megatron.evaluation.grading import MAX_ANSWER_LENGTH, MathGrader, grade_responses
 from eaopd_megatron.evaluation.results import Grade, ProblemResult
 from tests.unit.answer_pairs import NOTATION, RIGHT, WRONG
 
@@ -70,7 +77,7 @@ def test_a_response_that_repeats_open_boxes_costs_linear_time() -> None:
     ],
 )
 def test_a_list_is_split_between_its_answers_alone(text: str, answers: list[str]) -> None:
-    assert [normalise(answer) for answer in answers_of(text)] == [normalise(answer) for answer in answers]
+    assert [normalise(answer) for answer in split_answers(text)] == [normalise(answer) for answer in answers]
 
 
 @pytest.mark.parametrize("text", ["x", "1/0", "10^{10^{10}}", "1e9999", "2^{3}", "1.2.3", "9" * 5000, "", "-"])
@@ -89,7 +96,7 @@ def test_what_is_no_plain_number_is_not_read_as_one(text: str) -> None:
     ],
 )
 def test_numbers_that_no_computer_writes_down_are_told_from_large_ones(text: str, expected: bool) -> None:
-    assert immense(text) == expected
+    assert has_huge_power(text) == expected
 
 
 def test_answers_get_the_verdicts_of_a_mathematician(grader: MathGrader) -> None:
@@ -150,7 +157,7 @@ def test_a_hanging_comparison_is_ended_counted_and_leaves_the_next_ones_alone() 
 
 
 def test_a_comparison_that_hangs_ends_its_worker_or_outlives_its_caller() -> None:
-    script = Path(math_grader.__file__).with_name("math_worker.py")
+    script = Path(grading.__file__).with_name("math_worker.py")
     with subprocess.Popen(
         [sys.executable, "-P", str(script), "0.3"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as worker:
@@ -183,7 +190,7 @@ def test_a_worker_that_was_killed_is_replaced() -> None:
 
 def test_an_answer_longer_than_any_gold_is_wrong_and_costs_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     grader = MathGrader(seconds=0.0)
-    monkeypatch.setattr(math_grader.Worker, "ask", lambda self, **request: pytest.fail("it was compared"))
+    monkeypatch.setattr(grading.MathWorker, "verify", lambda self, **request: pytest.fail("it was compared"))
     answers = ["{}" * 50_000, "1+" * MAX_ANSWER_LENGTH + "1", r"\frac" * 20_000]
     for grade in grade_responses(grader, [({"answer": "1,3"}, rf"\boxed{{{answer}}}") for answer in answers]):
         assert (grade.correct, grade.error) == (False, False)
@@ -214,7 +221,7 @@ def test_the_first_of_several_boxes_is_longer_than_any_answer_and_searched(grade
 
 def test_golds_are_known_for_what_math_verify_makes_of_them(grader: MathGrader) -> None:
     golds = ["4.5e33", r"\frac{1}{2}", "E_{1},E_{2}", ""]
-    assert grader.readings(golds) == ["mathematics", "mathematics", "text", "nothing"]
+    assert grader.gold_kinds(golds) == ["mathematics", "mathematics", "text", "nothing"]
 
 
 def test_a_problem_without_a_reference_answer_is_a_counted_error(grader: MathGrader) -> None:
@@ -265,7 +272,7 @@ def test_a_reference_answer_of_the_benchmarks_does_not_equal_itself(grader: Math
         assert [p["id"] for p, grade in zip(problems, grades, strict=True) if not grade.correct] == [], name
         # the same without the short cut for equal texts
         golds = [p["answer"] for p in problems if exact_number(p["answer"]) is None]
-        assert [gold for gold in golds if not grader.ask(gold=gold, answer=gold)] == [], name
+        assert [gold for gold in golds if not grader.verify(gold=gold, answer=gold)] == [], name
 
 
 @pytest.mark.shared_data

@@ -1,4 +1,4 @@
-"""How a student's next-token distributions lie to its teacher's, and to its own before training, on the same states."""
+"""Compares a student's next-token distributions with its teacher's, and with its own before training, on given states."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 Sums = dict[str, tuple[float, int]]
-"""Figure → sum over its tokens, and their number."""
+"""Figure -> (sum over its tokens, number of tokens)."""
 
 
-def compare(student: Tensor, teacher: Tensor, before: Tensor | None, threshold: float) -> Sums:
-    """Sums over n states; logits [n, V] of each model, `before` of the student before training.
+def compare_logits(student: Tensor, teacher: Tensor, before: Tensor | None, threshold: float) -> Sums:
+    """Sum each figure over n states. Logits are [n, V]; `before` are the student's before training.
 
-    high_entropy_student, high_entropy_teacher: states with more than `threshold` nats. forward_kl_gated: KL(teacher ‖
-    student), nats, over states of high teacher entropy. top1_teacher: states where the two have another most probable
-    token; top1_changed: where training changed the student's.
+    high_entropy_student, high_entropy_teacher: states with an entropy above `threshold` nats. forward_kl_gated:
+    KL(teacher ‖ student) in nats, over states of high teacher entropy. top1_teacher: states where the two have different
+    most probable tokens; top1_changed: states where training changed the student's.
     """
     log_q, log_p = (logits.float().log_softmax(-1) for logits in (student, teacher))
     entropy_q, entropy_p = (-(values.exp() * values).sum(-1) for values in (log_q, log_p))
@@ -33,18 +33,18 @@ def compare(student: Tensor, teacher: Tensor, before: Tensor | None, threshold: 
     return {**sums, "forward_kl_gated": (float(kl[gated].sum()), int(gated.sum()))}
 
 
-def means(parts: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
-    """Means over all tokens of all parts; NaN for a figure without any."""
+def token_means(parts: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
+    """Return each figure's mean over the tokens of all parts; NaN for a figure without tokens."""
     totals: dict[str, tuple[float, int]] = {}
     for part in parts:
         for name, (value, count) in part.items():
-            sum_, number = totals.get(name, (0.0, 0))
-            totals[name] = (sum_ + value, number + count)
+            total, tokens = totals.get(name, (0.0, 0))
+            totals[name] = (total + value, tokens + count)
     return {name: value / count if count else float("nan") for name, (value, count) in totals.items()}
 
 
 def response_logits(model: torch.nn.Module, prompt: list[int], response: list[int], vocab_size: int) -> Tensor:
-    """[len(response), vocab_size]: what a transformers model says before each response token, of the first ids."""
+    """Return a transformers model's logits [len(response), vocab_size] that predict each response token."""
     device = next(model.parameters()).device
     with torch.inference_mode():
         logits: Tensor = model(torch.tensor([prompt + response], device=device)).logits[0]
