@@ -1,4 +1,4 @@
-"""Computes the paper's other figures: high-entropy tokens, forward KL on gated tokens, changes of the most probable token.
+"""Computes the paper's other figures: high-entropy tokens, forward KL on gated tokens, changes of the top-1 token.
 
     python tools/compare_distributions.py --student DIR --teacher DIR [--before DIR] --responses runs/x/rollouts/*.jsonl
 

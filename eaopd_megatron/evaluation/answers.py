@@ -2,8 +2,8 @@ r"""Parses answers: boxes, lists, exact numbers, and the lenient comparison of a
 
 math-verify takes `4.5e33` for 4.5 times Euler's number plus 33, `n!^2` for nothing, and a list of names for text. The
 lenient comparison parses numbers exactly (`4.5 \times 10^{33} \text{ erg/s}` is `4.5e33`, and `2.88e-19` is not
-`2.89e-19`), drops a name before `=` and units after a number, takes `x > 2` for `(2, \infty)`, and compares lists answer
-by answer.
+`2.89e-19`), drops a name before `=` and units after a number, takes `x > 2` for `(2, \infty)`, and compares lists
+answer by answer.
 """
 
 import math
@@ -171,7 +171,7 @@ def leniently_equal(gold: str, answer: str, equal: EqualityCheck) -> bool | None
 
 
 def exact_number(text: str) -> Fraction | None:
-    r"""Return the value of `1,234.5`, `4.5e33`, `4.5\times10^{33}`, `-1./3` or `\frac{1}{3}`; None for anything else."""
+    r"""Return the value of `1,234.5`, `4.5e33`, `4.5\times10^{33}`, `-1./3` or `\frac{1}{3}`; None for other text."""
     text = re.sub(r"\\[,;: !]|~|\\left|\\right", "", normalise(text)).replace("−", "-")
     if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", text):
         text = text.replace(",", "")
@@ -241,7 +241,7 @@ def _right_sides(gold: str, answer: str) -> tuple[str, str]:
 
 
 def _readable(text: str) -> str:
-    """Rewrite powers of ten, numpy's names, indices, factorials in powers and primes as LaTeX that math-verify parses."""
+    """Rewrite powers of ten, numpy's names, indices, factorials in powers and primes in LaTeX for math-verify."""
     text = re.sub(rf"({_NUMBER})[eE]([-+]?\d{{1,4}})(?![\w.])", r"\1 \\cdot 10^{\2}", text)
     text = re.sub(r"\bnp\.(?=[a-z])", r"\\", text)
     text = re.sub(r"(\d)\.(?!\d)", r"\1", text)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HubBenchmark:
-    """The `test` split of a Hugging Face dataset at one commit. solution: the gold is the last box of a worked solution."""
+    """The `test` split of a Hugging Face dataset at one commit. solution: the gold is the last box of a solution."""
 
     name: str
     revision: str

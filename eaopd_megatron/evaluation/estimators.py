@@ -42,9 +42,9 @@ def pass_at_k(n: int, counts: ArrayLike, k: int) -> FloatArray:
 
         pass@k = 1 - C(n - c, k) / C(n, k)
 
-    This is the unbiased estimator of Chen et al. 2021, equation 1. The binomials are exact integers and the one division
-    is correctly rounded, so nothing cancels or overflows for any n. Raise ValueError unless 1 <= k <= n and every count
-    lies in 0..n.
+    This is the unbiased estimator of Chen et al. 2021, equation 1. The binomials are exact integers and the one
+    division is correctly rounded, so nothing cancels or overflows for any n. Raise ValueError unless 1 <= k <= n and
+    every count lies in 0..n.
     """
     array = _checked_counts(counts, n)
     if not 1 <= k <= n:

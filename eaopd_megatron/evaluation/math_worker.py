@@ -1,7 +1,7 @@
 r"""A child process that compares mathematical answers, one JSON line in, one out.
 
-Request: {"gold", "answer", "relations": whether a set may equal a relation}, or {"gold"} alone to ask whether it parses as
-mathematics rather than as text. Reply: {"equal": bool} or {"error": why there is no verdict}. {"ready": true} comes
+Request: {"gold", "answer", "relations": whether a set may equal a relation}, or {"gold"} alone to ask whether it parses
+as mathematics rather than as text. Reply: {"equal": bool} or {"error": why there is no verdict}. {"ready": true} comes
 first.
 
 The verdict is math-verify's, with three of its faults corrected. It rounds decimals to six places, so that 2.88e-19

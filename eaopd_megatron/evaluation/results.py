@@ -29,8 +29,8 @@ _MEAN = "mean"
 """Row of the mean over benchmarks; each benchmark has the same weight."""
 _NOTE = (
     "In brackets: 95 % bootstrap intervals over problems; they do not cover the spread between training runs. lenient: "
-    "answers in notations that the strict comparison does not read count as right, too. errors: answers whose comparison "
-    "raised or ran out of time; they count as wrong."
+    "answers in notations that the strict comparison does not read count as right, too. errors: answers whose "
+    "comparison raised or ran out of time; they count as wrong."
 )
 _CHANGE_NOTE = "Differences with 95 % paired bootstrap intervals over problems; bold if the interval excludes 0."
 
@@ -98,9 +98,9 @@ class ProblemResult:
 class BenchmarkResult:
     """A benchmark's figures: means over its problems (`grader_errors`: a number of samples).
 
-    avg@K, pass@k for 1, 2, 4 ... K, lenient_avg@K (right in any notation), majority@K, distinct_correct (different right
-    answers per problem), truncated (share of samples cut off at the limit; the others ended by themselves), length
-    (tokens of a sample) and grader_errors.
+    avg@K, pass@k for 1, 2, 4 ... K, lenient_avg@K (right in any notation), majority@K, distinct_correct (different
+    right answers per problem), truncated (share of samples cut off at the limit; the others ended by themselves),
+    length (tokens of a sample) and grader_errors.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Evaluation during training: samples the student on benchmarks with the run's rollout engine and grades the answers."""
+"""Evaluation during training: samples the student on benchmarks with the run's rollout engine and grades it."""
 
 from __future__ import annotations
 

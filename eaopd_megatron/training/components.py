@@ -17,9 +17,8 @@ from eaopd_megatron.data.sources import FieldNames, Problem, load_problems
 from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.benchmarks import load_benchmark
+from eaopd_megatron.evaluation.benchmarks import load_benchmark, sources_by_name
 from eaopd_megatron.evaluation.generate import check_length
-from eaopd_megatron.evaluation.grading import sources_by_name
 from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model

@@ -12,7 +12,8 @@ import pytest
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.evaluate import EvaluationRequest, run_evaluation
-from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex, StoredResponse
+from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex
+from eaopd_megatron.evaluation.grading import DecodedResponse
 from eaopd_megatron.rollout.sglang.server import SGLANG_VENV_VARIABLE
 from tests.end_to_end.runs import ROOT, Command
 from tests.sglang.student_double import stand_in
@@ -73,7 +74,7 @@ def test_other_problems_in_the_same_file_are_graded_against_old_responses(
 
     def answer(folder: EvaluationFolder, model: Path, missing: dict[str, list[SampleIndex]], *_: int) -> int:
         asked.append(len(missing["own"]))
-        folder.response_file("own").append(StoredResponse(*place, "\\boxed{2}", 1, "stop") for place in missing["own"])
+        folder.response_file("own").append(DecodedResponse(*place, "\\boxed{2}", 1, "stop") for place in missing["own"])
         return 0
 
     monkeypatch.setattr("eaopd_megatron.evaluation.generate.generate_on_ranks", answer)

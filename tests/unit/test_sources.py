@@ -144,7 +144,7 @@ def test_a_gold_that_is_missing_or_cannot_be_read_is_found_when_the_run_ends(tmp
     said: list[str] = []
     path = jsonl(tmp_path / "own.jsonl", {"problem": "p", "answer": "E_{1},E_{2}"}, {"problem": "q", "answer": "2"})
     check_golds(path, load_benchmark(path), said.append)
-    assert said == [f"{path}: 1 golds are no mathematics to math-verify and are compared as text: ['E_{{1}},E_{{2}}']"]
+    assert said == [f"{path}: math-verify does not parse 1 golds, which are compared as text: ['E_{{1}},E_{{2}}']"]
 
 
 # Decontamination
@@ -271,7 +271,7 @@ def test_a_problem_longer_than_training_prompts_is_not_evaluated(tmp_path: Path)
     assert [len(prompt.token_ids) for prompt in found.prompts()] == [2, 6]
     assert (found.longest(), said) == (10, [])
     found, said = evaluated(tmp_path, 9, "own.jsonl")
-    assert (found.longest(), said) == (6, [f"{tmp_path}/own.jsonl: 1 problems are longer than 5 tokens and left out"])
+    assert (found.longest(), said) == (6, [f"{tmp_path}/own.jsonl: left out 1 problems longer than 5 tokens"])
     with pytest.raises(UserError, match=r"evaluation.max_response_tokens=4: the model has 4 positions"):
         evaluated(tmp_path, 4, "own.jsonl")
     assert evaluated(tmp_path, 4)[0].longest() == 0

@@ -1,4 +1,4 @@
-"""Compares a student's next-token distributions with its teacher's, and with its own before training, on given states."""
+"""Compares a student's next-token distributions with its teacher's and with its own before training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def compare_logits(student: Tensor, teacher: Tensor, before: Tensor | None, thre
     """Sum each figure over n states. Logits are [n, V]; `before` are the student's before training.
 
     high_entropy_student, high_entropy_teacher: states with an entropy above `threshold` nats. forward_kl_gated:
-    KL(teacher ‖ student) in nats, over states of high teacher entropy. top1_teacher: states where the two have different
-    most probable tokens; top1_changed: states where training changed the student's.
+    KL(teacher ‖ student) in nats, over states of high teacher entropy. top1_teacher: states where the two have
+    different most probable tokens; top1_changed: states where training changed the student's.
     """
     log_q, log_p = (logits.float().log_softmax(-1) for logits in (student, teacher))
     entropy_q, entropy_p = (-(values.exp() * values).sum(-1) for values in (log_q, log_p))
