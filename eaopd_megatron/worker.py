@@ -66,10 +66,10 @@ def _train(recipe: Recipe) -> None:
 def _teach(recipe: Recipe, teacher: str) -> None:
     import torch
 
-    from eaopd_megatron.teacher.service.run import teach
+    from eaopd_megatron.teacher.service.run import serve_teacher
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    teach(recipe, teacher)
+    serve_teacher(recipe, teacher)
 
 
 def _eos_check(recipe: Recipe) -> None:

@@ -39,15 +39,15 @@ from eaopd_megatron.data.types import Prompt, Sample  # noqa: E402
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState  # noqa: E402
 from eaopd_megatron.teacher.client import TeacherClient  # noqa: E402
 from eaopd_megatron.teacher.eos_map import TerminalMap  # noqa: E402
+from eaopd_megatron.teacher.protocol import TeacherInfo  # noqa: E402
 from eaopd_megatron.teacher.remote import RemoteTeacher  # noqa: E402
-from eaopd_megatron.teacher.router import Teachers  # noqa: E402
-from eaopd_megatron.teacher.separate import Scoring, SeparateSource  # noqa: E402
-from eaopd_megatron.teacher.service.listener import Listener, Queue  # noqa: E402
-from eaopd_megatron.teacher.wire import Info  # noqa: E402
+from eaopd_megatron.teacher.router import TeacherRouter  # noqa: E402
+from eaopd_megatron.teacher.separate import SeparateBackend, SeparateScoreCall  # noqa: E402
+from eaopd_megatron.teacher.service.listener import RequestQueue, TeacherHttpServer  # noqa: E402
 from eaopd_megatron.training.loop import train  # noqa: E402
 
 PROMPT, RESPONSE, SAMPLES = 512, 3584, 2  # tokens of a sample, samples of a request
-INFO = Info("ready rows", "none", "hidden", 0, 4096, "bf16", 151_936, ("none", -1, -1), 10**6, "none")
+INFO = TeacherInfo("ready rows", "none", "hidden", 0, 4096, "bf16", 151_936, ("none", -1, -1), 10**6, "none")
 TERMINAL = TerminalMap("none", -1, -1)
 BUDGET = SAMPLES * (PROMPT + RESPONSE)
 GENERATION, TEACHER, TRAINING = 6.0, 2.0, 2.0  # seconds of an iteration, each by itself
@@ -65,8 +65,8 @@ def made(count: int) -> list[Sample]:
 def serve(width: int, seconds_a_token: float, places: int) -> None:
     """Until stdin ends. Prints the service's URL and the port of a plain stream: who connects gets as many bytes as the
     8 with which it begins say."""
-    listener, queue = Listener("127.0.0.1:0", None), Queue(places)
-    listener.begin(queue, Info(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width}))
+    listener, queue = TeacherHttpServer("127.0.0.1:0", None), RequestQueue(places)
+    listener.begin(queue, TeacherInfo(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width}))
     ready = torch.ones(BUDGET, 2 * width, dtype=torch.uint8)
     threading.Thread(target=score, args=(queue, ready, seconds_a_token), daemon=True).start()
     plain = socket.create_server(("127.0.0.1", 0))
@@ -75,11 +75,11 @@ def serve(width: int, seconds_a_token: float, places: int) -> None:
     sys.stdin.read()
 
 
-def score(queue: Queue, ready: torch.Tensor, seconds_a_token: float) -> None:
+def score(queue: RequestQueue, ready: torch.Tensor, seconds_a_token: float) -> None:
     while True:
         for request in queue.take(1, 1.0):
-            time.sleep(seconds_a_token * request.rows)
-            queue.finish([request], [ready[: request.rows]])
+            time.sleep(seconds_a_token * request.response_tokens)
+            queue.finish([request], [ready[: request.response_tokens]])
 
 
 def stream(plain: socket.socket, ready: memoryview) -> None:
@@ -119,14 +119,14 @@ def streamed(port: int, size: int) -> float:
     return time.perf_counter() - started
 
 
-def pulled(url: str, connections: int, calls: Sequence[Scoring]) -> float:
+def pulled(url: str, connections: int, calls: Sequence[SeparateScoreCall]) -> float:
     """Seconds that the trainer's client takes for them."""
 
     async def work() -> float:
         client = TeacherClient(url, connections=connections)
         seats = asyncio.Semaphore(connections)
 
-        async def one(call: Scoring) -> None:
+        async def one(call: SeparateScoreCall) -> None:
             async with seats:
                 kept.append(await call.attempt(client, 0))
 
@@ -142,12 +142,12 @@ def pulled(url: str, connections: int, calls: Sequence[Scoring]) -> float:
 
 def bandwidth(rounds: int, requests: int, connections: int) -> None:
     """Prints GB/s of both ways and the medians' ratio."""
-    source = SeparateSource(INFO, budget=BUDGET, terminal=TERMINAL, connections=connections)
+    source = SeparateBackend(INFO, budget=BUDGET, terminal=TERMINAL, connections=connections)
     rates: dict[str, list[float]] = {"service": [], "stream": []}
     with served(INFO.width) as (url, port):
         for turn in range(rounds + 1):
             calls = [call for call, _ in source.calls(made(requests * SAMPLES), str(turn))]
-            size = sum(call.request.rows for call in calls) * INFO.row_format.bytes
+            size = sum(call.request.response_tokens for call in calls) * INFO.payload_format.bytes_per_token
             ways: dict[str, Callable[[], float]] = {
                 "service": partial(pulled, url, connections, calls),
                 "stream": partial(streamed, port, size),
@@ -164,7 +164,7 @@ def bandwidth(rounds: int, requests: int, connections: int) -> None:
 # Bytes
 
 
-async def counted(url: str, calls: Sequence[Scoring]) -> int:
+async def counted(url: str, calls: Sequence[SeparateScoreCall]) -> int:
     """Bytes that requests and answers have, with all that is around them, between the two processes."""
     host, port = url.removeprefix("http://").split(":")
     total = 0
@@ -195,12 +195,12 @@ async def counted(url: str, calls: Sequence[Scoring]) -> int:
 
 def traffic(requests: int) -> None:
     """Prints bytes a response token, both directions together, against its hidden state's."""
-    source = SeparateSource(INFO, budget=BUDGET, terminal=TERMINAL, connections=1)
+    source = SeparateBackend(INFO, budget=BUDGET, terminal=TERMINAL, connections=1)
     with served(INFO.width) as (url, _):
         calls = [call for call, _ in source.calls(made(requests * SAMPLES), "t")]
-        tokens = sum(call.request.rows for call in calls)
+        tokens = sum(call.request.response_tokens for call in calls)
         wire = asyncio.run(counted(url, calls)) / tokens
-    own = INFO.row_format.bytes
+    own = INFO.payload_format.bytes_per_token
     print(f"bytes a response token: {wire:.1f} on the wire, {own} of hidden state: {wire / own - 1:+.2%}")
 
 
@@ -210,7 +210,7 @@ def traffic(requests: int) -> None:
 class Waits:
     """A run and its student, as far as `train` and the teacher see them: waits, and the teacher's rows taken."""
 
-    def __init__(self, teacher: Teachers, parallel: ParallelState, iterations: int) -> None:
+    def __init__(self, teacher: TeacherRouter, parallel: ParallelState, iterations: int) -> None:
         self.teacher, self.parallel, self.student = teacher, parallel, self
         self.recipe, self.averages = self, None
         self.train, self.rollout = self, self
@@ -230,9 +230,9 @@ class Waits:
     def mini_batches(self, samples: list[Sample]) -> list[list[Sample]]:
         return [samples[update::UPDATES] for update in range(UPDATES)]
 
-    def update(self, samples: list[Sample], teacher: Teachers, **_: Any) -> None:
+    def update(self, samples: list[Sample], teacher: TeacherRouter, **_: Any) -> None:
         batches = teacher.micro_batches(samples, BUDGET, self.parallel)
-        signal_of = teacher.signals(batches)
+        signal_of = teacher.micro_batch_signals(batches)
         for index, batch in enumerate(batches):
             assert len(cast(Any, signal_of(index)).hidden) == batch.num_response_tokens
         time.sleep(TRAINING / UPDATES)
@@ -256,23 +256,23 @@ class Waits:
 def overlap(iterations: int) -> None:
     """Prints an iteration's seconds against those of its generation and training."""
     width = 64
-    info = Info(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width})
+    info = TeacherInfo(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width})
     parallel = ParallelState(ParallelLayout(), 0, 1, 0, cast(Any, None), 0, 1, cast(Any, None), torch.device("cpu"))
     with served(width, TEACHER / (PARTS * RESPONSE)) as (url, _):
         teacher = RemoteTeacher(
             parallel,
-            SeparateSource(info, budget=BUDGET, terminal=TERMINAL, connections=8),
-            rows=info.row_format,
+            SeparateBackend(info, budget=BUDGET, terminal=TERMINAL, connections=8),
+            payload_format=info.payload_format,
             head=torch.zeros(128, width),
             terminal=TERMINAL,
             replicas=None,
             options=Options(model="none", placement="separate", urls=[url]),
-            asked=lambda: 0,
+            stop_signal=lambda: 0,
             report=print,
         )
         teacher.start(PROMPT + RESPONSE)
         teacher.open()
-        run = Waits(Teachers({"": teacher}), parallel, iterations)
+        run = Waits(TeacherRouter({"": teacher}), parallel, iterations)
         train(cast(Any, run))
         teacher.close()
     alone = GENERATION + TRAINING

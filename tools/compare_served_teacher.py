@@ -36,7 +36,7 @@ from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, Ge
 from eaopd_megatron.serving.client import SGLangClient  # noqa: E402
 from eaopd_megatron.serving.pool import ServerPool  # noqa: E402
 from eaopd_megatron.teacher.eos_map import TerminalMap  # noqa: E402
-from eaopd_megatron.teacher.served import Scoring, ServedSource  # noqa: E402
+from eaopd_megatron.teacher.served import ServedBackend, ServedScoreCall  # noqa: E402
 
 PAIR = ROOT / "recipes/countdown"
 RUNNING = 16
@@ -75,10 +75,10 @@ def served(folder: HfFolder) -> Iterator[str]:
         yield servers.all[0].url
 
 
-def source(student: HfFolder, teacher: HfFolder, k: int) -> ServedSource:
+def source(student: HfFolder, teacher: HfFolder, k: int) -> ServedBackend:
     terminal = TerminalMap.between("swap", student.eos_ids, teacher.eos_ids)
     size = common_vocab_size([student, teacher])
-    return ServedSource(teacher, vocab_size=size, k=min(k, size), terminal=terminal, max_running=RUNNING)
+    return ServedBackend(teacher, vocab_size=size, k=min(k, size), terminal=terminal, max_running=RUNNING)
 
 
 async def write(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
@@ -92,17 +92,17 @@ async def write(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling
     return sorted(samples, key=lambda sample: sample.index)
 
 
-async def score(url: str, source: ServedSource, samples: Sequence[Sample]) -> TeacherTopK:
+async def score(url: str, source: ServedBackend, samples: Sequence[Sample]) -> TeacherTopK:
     """What the teacher says of all response tokens, sample after sample."""
-    pool = ServerPool([source.client(url, None)], partial(source.admit, longest=LONGEST))
+    pool = ServerPool([source.client(url, None)], partial(source.validate, longest=LONGEST))
     await pool.open()
 
-    async def one(call: Scoring) -> torch.Tensor:
+    async def one(call: ServedScoreCall) -> torch.Tensor:
         return await anext(pool.run([call]))
 
     rows = await asyncio.gather(*(one(call) for call, _ in source.calls(samples, "compare")))
     await pool.close()
-    return source.rows.decode(torch.cat(rows))
+    return source.payload_format.decode(torch.cat(rows))
 
 
 @torch.no_grad()

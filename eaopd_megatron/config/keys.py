@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from eaopd_megatron.config.schema import Recipe
+from eaopd_megatron.config.schema import Recipe, TeacherConfig
+from eaopd_megatron.errors import RecipeError
 
 LEAST_LIKENESS = 0.6
 TEACHER_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -118,3 +119,26 @@ def _likeness(word: str, choice: str) -> float:
 
 def _initials(word: str) -> str:
     return "".join(part[:1] for part in word.split("_")) if "_" in word else ""
+
+
+def teacher_key(name: str) -> str:
+    """Return the recipe's section of a teacher, `teachers.NAME`, or `teacher` for the only one, whose name is ''."""
+    return f"teachers.{name}" if name else "teacher"
+
+
+def select_separate_teacher(recipe: Recipe, name: str) -> TeacherConfig:
+    """Return the teacher of this name ('': the only one), which `eaopd teach` is to serve.
+
+    Raises RecipeError if there is none of this name, or its placement is not separate.
+    """
+    teachers = recipe.named_teachers()
+    known = ", ".join(teachers)
+    if name not in teachers:
+        if not name:
+            raise RecipeError(f"the recipe has teachers {known}: name one with --teacher")
+        remedy = f"it has {known}" if known else "leave --teacher out"
+        raise RecipeError(f"the recipe has no teacher {name}; {remedy}")
+    if (placement := teachers[name].placement) != "separate":
+        key = teacher_key(name)
+        raise RecipeError(f"{key}.placement is {placement}: eaopd teach serves a teacher with {key}.placement=separate")
+    return teachers[name]

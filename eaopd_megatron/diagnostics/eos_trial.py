@@ -28,9 +28,9 @@ from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.forward import gather_context_parallel
 from eaopd_megatron.objective import TeacherHidden, TeacherTopK, linear_token_statistics, token_statistics
 from eaopd_megatron.rollout.interface import GenerationRequest
-from eaopd_megatron.teacher.build import open_folders
+from eaopd_megatron.teacher.base import TeacherSignal
+from eaopd_megatron.teacher.build import open_teacher_folders
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.interface import TeacherSignal
 from eaopd_megatron.training.components import Components, build_components, build_prompt_builder
 from eaopd_megatron.training.run_folder import RunFolder
 from eaopd_megatron.utils.log import log_rank0
@@ -99,7 +99,7 @@ def _maps(recipe: Recipe, student: HfFolder) -> dict[str, TerminalMap]:
     return {
         name: TerminalMap.between(options.terminal_map, student.eos_ids, folder.eos_ids)
         for (name, options), folder in zip(
-            recipe.named_teachers().items(), open_folders(recipe, student).values(), strict=True
+            recipe.named_teachers().items(), open_teacher_folders(recipe, student).values(), strict=True
         )
     }
 
@@ -127,10 +127,10 @@ def _ends(
     for part in parts.rollout.collect(parts.rollout.submit(wanted)):
         stopped += [sample for sample in part if sample.finish_reason == "stop"]
     parts.rollout.finish_generation()
-    parts.teachers.ask(stopped)
+    parts.teachers.submit(stopped)
     parts.teachers.wait(stopped)
     batches = parts.teachers.micro_batches(stopped, recipe.train.micro_batch_tokens, parallel)
-    signal_of = parts.teachers.signals(batches)
+    signal_of = parts.teachers.micro_batch_signals(batches)
     found: dict[str, list[ResponseEnd]] = {name: [] for name in recipe.named_teachers()}
     for index, batch in enumerate(batches if parallel.is_last_stage else []):
         ends = _ends_of(batch, signal_of(index), parts, parallel, maps[batch.teacher])
@@ -143,9 +143,9 @@ def _ends_of(
     batch: MicroBatch, signal: TeacherSignal, parts: Components, parallel: ParallelState, terminal: TerminalMap
 ) -> list[ResponseEnd]:
     """Of the samples of a micro-batch. Collective over the ranks of the stage."""
-    labels = parts.teachers.labels(batch)
+    labels = parts.teachers.target_ids(batch)
     shard = {"vocab_size": parts.vocab_size, "group": parallel.tp_group}
-    plain = _logprob(signal, terminal.exchanged(batch.target_ids), shard)
+    plain = _logprob(signal, terminal.swap_ids(batch.target_ids), shard)
     mapped = (
         signal.token_logprob
         if isinstance(signal, TeacherTopK)

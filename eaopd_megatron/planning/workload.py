@@ -9,7 +9,7 @@ from eaopd_megatron.models.known_models import ModelInfo, find_model
 from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning.activations import PlannedMicroBatch, Recompute
 from eaopd_megatron.planning.layouts import PlannedLayout
-from eaopd_megatron.teacher.payload_sizes import hidden_bytes, topk_bytes
+from eaopd_megatron.teacher.payload import hidden_state_bytes, top_k_bytes
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import Recipe
@@ -149,8 +149,8 @@ class PlannedTeacher:
     def bytes_per_token(self) -> int:
         """Of what it hands over of a response token; elsewhere than on the student's GPUs these travel."""
         if self.signal == "topk":
-            return topk_bytes(self.top_k, entropy=self.placement != "served")
-        return hidden_bytes(self.shape.hidden, self.element)
+            return top_k_bytes(self.top_k, entropy=self.placement != "served")
+        return hidden_state_bytes(self.shape.hidden, self.element)
 
     def weights(self, layout: PlannedLayout, stage: int, output_vocab: int | None = None) -> float:
         """Bytes of its weights on a rank. output_vocab: as `ModelShape.on_rank`."""

@@ -9,29 +9,29 @@ from pathlib import Path
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
+from eaopd_megatron.config.keys import teacher_key
 from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState, num_ranks_on_rank0_host
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.layers import require_fp8_support
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.models.architecture import check_supported
+from eaopd_megatron.teacher.base import TeacherModel
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.interface import Teacher
-from eaopd_megatron.teacher.remote import RemoteTeacher, load_head
+from eaopd_megatron.teacher.protocol import build_teacher_info
+from eaopd_megatron.teacher.remote import RemoteTeacher, load_teacher_head
 from eaopd_megatron.teacher.replicas import TeacherReplicas
-from eaopd_megatron.teacher.router import Teachers
-from eaopd_megatron.teacher.separate import SeparateSource
-from eaopd_megatron.teacher.served import ServedSource
-from eaopd_megatron.teacher.service.choice import key_of
-from eaopd_megatron.teacher.wire import identity
+from eaopd_megatron.teacher.router import TeacherRouter
+from eaopd_megatron.teacher.separate import SeparateBackend
+from eaopd_megatron.teacher.served import ServedBackend
 
 
-def open_folders(recipe: Recipe, student: HfFolder) -> dict[str, HfFolder]:
+def open_teacher_folders(recipe: Recipe, student: HfFolder) -> dict[str, HfFolder]:
     """Each teacher's folder by its name. Raises UserError for one that is not there or has another tokenizer."""
     folders = {}
     for name, options in recipe.named_teachers().items():
-        key = key_of(name)
+        key = teacher_key(name)
         if options.precision == "fp8" and options.placement == "colocated":
             require_fp8_support(f"{key}.precision")
         folders[name] = HfFolder.open(options.model, f"{key}.model")
@@ -39,7 +39,7 @@ def open_folders(recipe: Recipe, student: HfFolder) -> dict[str, HfFolder]:
     return folders
 
 
-def layouts_of(layout: ParallelLayout, models: Sequence[HfFolder]) -> list[ParallelLayout]:
+def model_layouts(layout: ParallelLayout, models: Sequence[HfFolder]) -> list[ParallelLayout]:
     """The layout of each model on the same ranks: expert parallelism is that of those that have experts."""
     dense = ["experts" not in folder.family.sizes(folder.config) for folder in models]
     if all(dense):  # what cannot be used is refused, not ignored
@@ -48,43 +48,45 @@ def layouts_of(layout: ParallelLayout, models: Sequence[HfFolder]) -> list[Paral
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class TeacherContext:
     """What all teachers of a run have in common. layouts: of those that are colocated. vocab_size: that all models
     have. logs: folder of the logs of replicas that are started here. asked: the number of a signal that asks the run
     to stop, or 0."""
 
     recipe: Recipe
     parallel: ParallelState
-    student: HfFolder
-    folders: Mapping[str, HfFolder]
+    student_folder: HfFolder
+    teacher_folders: Mapping[str, HfFolder]
     layouts: Mapping[str, ParallelLayout]
     vocab_size: int
     logs: Path
-    asked: Callable[[], int]
+    stop_signal: Callable[[], int]
     report: Callable[[str], None]
 
 
-def build_teachers(around: Surroundings) -> Teachers:
+def build_teachers(context: TeacherContext) -> TeacherRouter:
     """Every teacher of the recipe. Raises UserError."""
-    named: dict[str, Teacher] = {}
-    beside = num_ranks_on_rank0_host(around.parallel)
-    gpus = _first_gpus(around.recipe, beside)
-    for name, options in around.recipe.named_teachers().items():
-        terminal = TerminalMap.between(options.terminal_map, around.student.eos_ids, around.folders[name].eos_ids)
-        _check_label(around.recipe, name, terminal)
-        if options.launched_by_trainer and beside != around.parallel.world_size:
+    named: dict[str, TeacherModel] = {}
+    beside = num_ranks_on_rank0_host(context.parallel)
+    gpus = _first_gpus(context.recipe, beside)
+    for name, options in context.recipe.named_teachers().items():
+        terminal = TerminalMap.between(
+            options.terminal_map, context.student_folder.eos_ids, context.teacher_folders[name].eos_ids
+        )
+        _check_label(context.recipe, name, terminal)
+        if options.launched_by_trainer and beside != context.parallel.world_size:
             raise UserError(
-                f"{key_of(name)}.placement={options.placement} starts replicas on the first rank's host, where "
-                f"{beside} of the {around.parallel.world_size} ranks are, and others cannot reach them: start them "
-                f"elsewhere and give {key_of(name)}.urls"
+                f"{teacher_key(name)}.placement={options.placement} starts replicas on the first rank's host, where "
+                f"{beside} of the {context.parallel.world_size} ranks are, and others cannot reach them: start them "
+                f"elsewhere and give {teacher_key(name)}.urls"
             )
         if options.placement == "colocated":
-            named[name] = _colocated(around, name, options, terminal)
+            named[name] = _colocated(context, name, options, terminal)
         elif options.placement == "separate":
-            named[name] = _separate(around, name, options, terminal, gpus[name])
+            named[name] = _separate(context, name, options, terminal, gpus[name])
         else:
-            named[name] = _served(around, name, options, terminal, gpus[name])
-    return Teachers(named)
+            named[name] = _served(context, name, options, terminal, gpus[name])
+    return TeacherRouter(named)
 
 
 def _check_label(recipe: Recipe, name: str, terminal: TerminalMap) -> None:
@@ -94,9 +96,9 @@ def _check_label(recipe: Recipe, name: str, terminal: TerminalMap) -> None:
     exact = [key for key in ("reverse_kl", "forward_kl") if getattr(settings, key) == "exact"]
     if terminal.kind == "label" and exact:
         raise UserError(
-            f"{key_of(name)}.terminal_map=label looks up the sampled token alone, and objective.{exact[0]}=exact "
+            f"{teacher_key(name)}.terminal_map=label looks up the sampled token alone, and objective.{exact[0]}=exact "
             f"compares all: the student, which ends with {terminal.student_id}, the teacher with "
-            f"{terminal.teacher_id}, would unlearn to stop; set {key_of(name)}.terminal_map=swap"
+            f"{terminal.teacher_id}, would unlearn to stop; set {teacher_key(name)}.terminal_map=swap"
         )
 
 
@@ -114,91 +116,101 @@ def _first_gpus(recipe: Recipe, ranks: int) -> dict[str, int]:
     return found
 
 
-def _colocated(around: Surroundings, name: str, options: Options, terminal: TerminalMap) -> Teacher:
+def _colocated(context: TeacherContext, name: str, options: Options, terminal: TerminalMap) -> TeacherModel:
     model = _colocated_model(
-        options, around.parallel, around.student, around.folders[name], around.layouts[name], terminal
+        options,
+        context.parallel,
+        context.student_folder,
+        context.teacher_folders[name],
+        context.layouts[name],
+        terminal,
     )
     return ColocatedTeacher(
         model,
-        around.parallel,
-        vocab_size=around.vocab_size,
-        signal=around.recipe.resolve_signal(options),
-        top_k=_top_k(around),
+        context.parallel,
+        vocab_size=context.vocab_size,
+        signal=context.recipe.resolve_signal(options),
+        top_k=_top_k(context),
         terminal=terminal,
-        budget=around.recipe.train.micro_batch_tokens,
+        budget=context.recipe.train.micro_batch_tokens,
         offload=options.offload == "weights",
     )
 
 
-def _separate(around: Surroundings, name: str, options: Options, terminal: TerminalMap, first_gpu: int) -> Teacher:
-    recipe, parallel, folder = around.recipe, around.parallel, around.folders[name]
-    wanted = identity(recipe, options, around.student, folder)
-    if wanted.signal == "topk" and wanted.vocab_size > around.vocab_size:  # it knows of no other teacher
+def _separate(
+    context: TeacherContext, name: str, options: Options, terminal: TerminalMap, first_gpu: int
+) -> TeacherModel:
+    recipe, parallel, folder = context.recipe, context.parallel, context.teacher_folders[name]
+    wanted = build_teacher_info(recipe, options, context.student_folder, folder)
+    if wanted.signal == "topk" and wanted.vocab_size > context.vocab_size:  # it knows of no other teacher
         raise UserError(
-            f"{key_of(name)}.signal=topk is made of {wanted.vocab_size} tokens, and another teacher's vocabulary has "
-            f"{around.vocab_size}: set {key_of(name)}.signal=hidden, of which the student's ranks take what all have"
+            f"{teacher_key(name)}.signal=topk is made of {wanted.vocab_size} tokens, and another teacher's vocabulary "
+            f"has {context.vocab_size}: set {teacher_key(name)}.signal=hidden, of which the student's ranks take what "
+            "all have"
         )
-    source = SeparateSource(
+    source = SeparateBackend(
         wanted,
         budget=recipe.train.micro_batch_tokens,
         terminal=terminal,
         connections=options.max_running,
-        label=key_of(name),
+        config_key=teacher_key(name),
     )
     head = None
     if wanted.signal == "hidden":
-        head = load_head(
+        head = load_teacher_head(
             folder,
             parallel,
-            student_rows=around.student.vocab_size,
-            vocab_size=around.vocab_size,
+            student_rows=context.student_folder.vocab_size,
+            vocab_size=context.vocab_size,
             precision=options.precision,
             terminal=terminal,
         )
     return RemoteTeacher(
         parallel,
         source,
-        rows=wanted.row_format,
+        payload_format=wanted.payload_format,
         head=head,
         terminal=terminal,
-        replicas=_replicas(around, name, options, first_gpu),
+        replicas=_replicas(context, name, options, first_gpu),
         options=options,
-        asked=around.asked,
-        report=around.report,
+        stop_signal=context.stop_signal,
+        report=context.report,
     )
 
 
-def _served(around: Surroundings, name: str, options: Options, terminal: TerminalMap, first_gpu: int) -> Teacher:
-    source = ServedSource(
-        around.folders[name],
-        vocab_size=around.vocab_size,
-        k=_top_k(around),
+def _served(
+    context: TeacherContext, name: str, options: Options, terminal: TerminalMap, first_gpu: int
+) -> TeacherModel:
+    source = ServedBackend(
+        context.teacher_folders[name],
+        vocab_size=context.vocab_size,
+        k=_top_k(context),
         terminal=terminal,
         max_running=options.max_running,
-        label=key_of(name),
+        config_key=teacher_key(name),
     )
     return RemoteTeacher(
-        around.parallel,
+        context.parallel,
         source,
-        rows=source.rows,
+        payload_format=source.payload_format,
         head=None,
         terminal=terminal,
-        replicas=_replicas(around, name, options, first_gpu),
+        replicas=_replicas(context, name, options, first_gpu),
         options=options,
-        asked=around.asked,
-        report=around.report,
+        stop_signal=context.stop_signal,
+        report=context.report,
     )
 
 
-def _top_k(around: Surroundings) -> int:
-    return min(around.recipe.objective.build_objective().top_k, around.vocab_size)
+def _top_k(context: TeacherContext) -> int:
+    return min(context.recipe.objective.build_objective().top_k, context.vocab_size)
 
 
-def _replicas(around: Surroundings, name: str, options: Options, first_gpu: int) -> TeacherReplicas | None:
+def _replicas(context: TeacherContext, name: str, options: Options, first_gpu: int) -> TeacherReplicas | None:
     """On the main rank, where the trainer starts them."""
-    if not (options.launched_by_trainer and around.parallel.is_main):
+    if not (options.launched_by_trainer and context.parallel.is_main):
         return None
-    return TeacherReplicas(around.recipe, name, around.logs, first_gpu=first_gpu, report=around.report)
+    return TeacherReplicas(context.recipe, name, context.logs, first_gpu=first_gpu, report=context.report)
 
 
 def _colocated_model(

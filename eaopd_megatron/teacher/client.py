@@ -21,7 +21,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.client import Busy, Timeouts
 from eaopd_megatron.serving.connection import _KEEP_ALIVE_SECONDS, Address, ServerGone
-from eaopd_megatron.teacher.wire import Info
+from eaopd_megatron.teacher.protocol import TeacherInfo
 
 _CONTROL_THREADS = 2
 """For the questions whether a server is there, while all other threads wait for its answers."""
@@ -69,11 +69,11 @@ class TeacherClient:
             raise UserError(f"{self.url}/score answered {len(answer)} bytes, and not {size}: it is another teacher")
         return answer
 
-    async def info(self) -> Info:
+    async def info(self) -> TeacherInfo:
         """What this teacher is. Raises as `score`, and UserError for what is no teacher of this version."""
         said = await self._ask("GET", "/info", self.timeouts.control)
         try:
-            return Info.from_json(json.loads(said.numpy().tobytes()))
+            return TeacherInfo.from_json(json.loads(said.numpy().tobytes()))
         except ValueError as error:
             raise UserError(
                 f"{self.url} cannot be used: {error}; start it with `eaopd teach` of this version"

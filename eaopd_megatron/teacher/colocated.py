@@ -15,10 +15,10 @@ from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import FrozenWeights
 from eaopd_megatron.megatron.pipeline import micro_batches, run_forward
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
+from eaopd_megatron.teacher.base import TeacherSignal, require_scored
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.interface import TeacherSignal, require_whole
-from eaopd_megatron.teacher.payload import TopKRows, keep, kept
-from eaopd_megatron.teacher.service.scorer import summarise_rows
+from eaopd_megatron.teacher.payload import TopKPayload, load_top_k, store_top_k
+from eaopd_megatron.teacher.service.scorer import top_k_of_hidden
 
 
 class ColocatedTeacher:
@@ -46,19 +46,19 @@ class ColocatedTeacher:
         offload: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.parallel, self.vocab_size, self.kind, self.top_k = parallel, vocab_size, signal, top_k
+        self.parallel, self.vocab_size, self.signal, self.top_k = parallel, vocab_size, signal, top_k
         self.terminal, self.budget = terminal, budget
         self._weights = FrozenWeights(model) if offload else None
 
-    def start(self, longest: int) -> None:
+    def start(self, max_tokens: int) -> None:
         """Nothing is to be started."""
 
     def open(self) -> None:
         """The model is there."""
 
-    def ask(self, samples: Sequence[Sample]) -> None:
+    def submit(self, samples: Sequence[Sample]) -> None:
         """Score now what can be kept."""
-        if self.kind == "topk" and self._weights is None:
+        if self.signal == "topk" and self._weights is None:
             self._score(samples)
 
     def _score(self, samples: Sequence[Sample]) -> None:
@@ -66,11 +66,11 @@ class ColocatedTeacher:
 
         def last(index: int, rows: torch.Tensor) -> None:
             batch = batches[index]
-            found = summarise_rows(
+            found = top_k_of_hidden(
                 rows,
                 output_weight(self.model),
                 batch.target_ids,
-                self.terminal.labels(batch),
+                self.terminal.batch_target_ids(batch),
                 top_k=self.top_k,
                 vocab_size=self.vocab_size,
                 group=self.parallel.tp_group,
@@ -79,33 +79,33 @@ class ColocatedTeacher:
                 field.name: gather_context_parallel(batch, getattr(found, field.name), self.parallel)
                 for field in fields(TeacherTopK)
             }
-            keep(batch.samples, TeacherTopK(**said))
+            store_top_k(batch.samples, TeacherTopK(**said))
 
         run_forward(self.model, batches, last)
 
     def wait(self, samples: Sequence[Sample]) -> None:
         """Raises RuntimeError where a token was left out."""
-        if self.kind == "topk" and self._weights is not None:
+        if self.signal == "topk" and self._weights is not None:
             with self._weights.onload():
                 self._score(samples)
-        if self.kind == "topk" and self.parallel.is_last_stage:
-            require_whole(samples)
+        if self.signal == "topk" and self.parallel.is_last_stage:
+            require_scored(samples)
 
     def close(self) -> None:
         """Nothing was started."""
 
-    def signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
+    def micro_batch_signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
         """What gives, on the last stage, the signal of every response token of micro-batch number i, in order.
 
         The model runs now, except for "topk": collective over all ranks.
         """
-        if self.kind == "topk":
-            return lambda index: kept(batches[index], TopKRows(self.top_k))
+        if self.signal == "topk":
+            return lambda index: load_top_k(batches[index], TopKPayload(self.top_k))
         hidden: dict[int, torch.Tensor] = {}
         with nullcontext() if self._weights is None else self._weights.onload():
             run_forward(self.model, batches, hidden.__setitem__)
         head = self._head()
-        if self.kind == "hidden":
+        if self.signal == "hidden":
             return lambda index: TeacherHidden(hidden[index], head)
         return lambda index: TeacherLogits(hidden[index] @ head.T)
 
@@ -116,6 +116,6 @@ class ColocatedTeacher:
         head = output_weight(self.model)
         return head if self._weights is None else self._weights.weight_on_device(head)
 
-    def labels(self, batch: MicroBatch) -> torch.Tensor | None:
+    def target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
         """[n] ids for log p(y) where the signal is the full distribution; top-k has looked them up already."""
-        return None if self.kind == "topk" else self.terminal.labels(batch)
+        return None if self.signal == "topk" else self.terminal.batch_target_ids(batch)

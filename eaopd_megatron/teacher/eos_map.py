@@ -38,33 +38,33 @@ class TerminalMap:
             return None
         return {self.student_id: self.teacher_id, self.teacher_id: self.student_id}
 
-    def labels(self, batch: MicroBatch) -> torch.Tensor | None:
+    def batch_target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
         """[n] ids under which log p(y) is looked up, or None where they are the tokens themselves."""
         if self.kind != "label":
             return None
         terminal = batch.is_terminal() & (batch.target_ids == self.student_id)
         return torch.where(terminal, self.teacher_id, batch.target_ids)
 
-    def label(self, sample: Sample) -> int | None:
+    def terminal_target_id(self, sample: Sample) -> int | None:
         """The id under which log p of the response's last token is looked up, where it is not that token itself."""
         ended = sample.finish_reason == "stop" and sample.response_ids[-1:] == [self.student_id]
         return self.teacher_id if self.kind == "label" and ended else None
 
-    def exchanged(self, ids: torch.Tensor) -> torch.Tensor:
+    def swap_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of the teacher's as the student means them, and the other way round: of the same shape."""
         if self.kind != "swap":
             return ids
         own, other = self.student_id, self.teacher_id
         return torch.where(ids == own, other, torch.where(ids == other, own, ids))
 
-    def asked(self, sample: Sample) -> torch.Tensor:
+    def teacher_ids(self, sample: Sample) -> torch.Tensor:
         """[response tokens] the teacher's ids under which their log p(y) stands."""
-        ids = self.exchanged(torch.tensor(sample.response_ids, dtype=torch.long))
-        if (label := self.label(sample)) is not None:
+        ids = self.swap_ids(torch.tensor(sample.response_ids, dtype=torch.long))
+        if (label := self.terminal_target_id(sample)) is not None:
             ids[-1] = label
         return ids
 
-    def elsewhere(self, sample: Sample) -> list[int]:
+    def remapped_ids(self, sample: Sample) -> list[int]:
         """Those of `asked` that stand for another token of the response than themselves, each once."""
-        pairs = zip(self.asked(sample).tolist(), sample.response_ids, strict=True)
+        pairs = zip(self.teacher_ids(sample).tolist(), sample.response_ids, strict=True)
         return sorted({asked for asked, token in pairs if asked != token})

@@ -1,93 +1,119 @@
-"""What is known of one response token, as a row of bytes: how it travels and how it is kept in host memory."""
+"""The teacher's output for response tokens as bytes: the form in which it travels and is kept in host memory.
+
+The sizes are computed without torch, so that planning can use them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from eaopd_megatron.data.types import MicroBatch, Sample
-from eaopd_megatron.objective import TeacherTopK
-from eaopd_megatron.teacher.payload_sizes import hidden_bytes, topk_bytes
+    from eaopd_megatron.data.types import MicroBatch, Sample
+    from eaopd_megatron.objective import TeacherTopK
+
+_NUMBER_BYTES = 4  # an id, a log-prob or an entropy
+
+
+def hidden_state_bytes(width: int, element_bytes: int) -> int:
+    """Return the bytes of a hidden state of `width` numbers: 8,192 at 4,096 in bf16."""
+    return width * element_bytes
+
+
+def top_k_bytes(k: int, *, entropy: bool = True) -> int:
+    """Return the bytes of k ids, k log-probs, log p(y) and, if known, H_t: 136 at k = 16."""
+    return _NUMBER_BYTES * (2 * k + 1 + entropy)
 
 
 @dataclass(frozen=True)
-class HiddenRows:
-    """The hidden state after the final norm: 2 h bytes in bf16, 4 h in fp32."""
+class HiddenStatePayload:
+    """The hidden state after the final norm, h numbers: 2 h bytes a token in bf16, 4 h in fp32."""
 
     width: int
     dtype: torch.dtype
 
     @property
-    def bytes(self) -> int:
-        """Of a token."""
-        return hidden_bytes(self.width, self.dtype.itemsize)
+    def bytes_per_token(self) -> int:
+        return hidden_state_bytes(self.width, self.dtype.itemsize)
 
     def encode(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, width] → [n, bytes] uint8."""
-        return hidden.to(self.dtype).contiguous().view(torch.uint8).view(len(hidden), self.bytes)
+        """[n, width] → [n, bytes_per_token] uint8."""
+        import torch
+
+        return hidden.to(self.dtype).contiguous().view(torch.uint8).view(len(hidden), self.bytes_per_token)
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n, bytes] uint8 → [n, width]."""
+        """[n, bytes_per_token] uint8 → [n, width]."""
         return rows.contiguous().view(self.dtype).view(len(rows), self.width)
 
 
 @dataclass(frozen=True)
-class TopKRows:
-    """k ids and log-probs, log p(y), and H_t where it is known: 8 k + 8 bytes, 136 at k = 16.
+class TopKPayload:
+    """k ids and log-probs, log p(y) and, if known, H_t: 8 k + 8 bytes a token, 136 at k = 16.
 
-    entropy: whether H_t is known; if not, it has no bytes, and the gate is made from the bounds.
+    has_entropy: whether H_t is known. If not, it takes no bytes, and the gate uses bounds of it.
     """
 
     k: int
-    entropy: bool = True
+    has_entropy: bool = True
 
     @property
-    def bytes(self) -> int:
-        """Of a token."""
-        return topk_bytes(self.k, entropy=self.entropy)
+    def bytes_per_token(self) -> int:
+        return top_k_bytes(self.k, entropy=self.has_entropy)
 
-    def encode(self, said: TeacherTopK) -> torch.Tensor:
-        """→ [n, bytes] uint8."""
-        numbers = [said.logprobs, said.token_logprob[:, None]]
-        if self.entropy:
-            assert said.entropy is not None
-            numbers.append(said.entropy[:, None])
-        columns = [said.ids.int().view(torch.float32), *(part.float() for part in numbers)]
-        return torch.cat(columns, 1).contiguous().view(torch.uint8).view(len(said.ids), self.bytes)
+    def encode(self, top_k: TeacherTopK) -> torch.Tensor:
+        """n tokens → [n, bytes_per_token] uint8."""
+        import torch
+
+        numbers = [top_k.logprobs, top_k.token_logprob[:, None]]
+        if self.has_entropy:
+            assert top_k.entropy is not None
+            numbers.append(top_k.entropy[:, None])
+        columns = [top_k.ids.int().view(torch.float32), *(part.float() for part in numbers)]
+        return torch.cat(columns, 1).contiguous().view(torch.uint8).view(len(top_k.ids), self.bytes_per_token)
 
     def decode(self, rows: torch.Tensor) -> TeacherTopK:
-        """[n, bytes] uint8 →"""
-        columns = rows.contiguous().view(torch.float32).view(len(rows), self.bytes // 4)
+        """[n, bytes_per_token] uint8 → n tokens."""
+        import torch
+
+        from eaopd_megatron.objective import TeacherTopK
+
+        columns = rows.contiguous().view(torch.float32).view(len(rows), self.bytes_per_token // _NUMBER_BYTES)
         ids = columns[:, : self.k].contiguous().view(torch.int32).long()
         return TeacherTopK(
             ids,
             columns[:, self.k : 2 * self.k].contiguous(),
             columns[:, 2 * self.k].contiguous(),
-            columns[:, 2 * self.k + 1].contiguous() if self.entropy else None,
+            columns[:, 2 * self.k + 1].contiguous() if self.has_entropy else None,
         )
 
 
-Rows = HiddenRows | TopKRows
+PayloadFormat = HiddenStatePayload | TopKPayload
 
 
-def keep(samples: Sequence[Sample], said: TeacherTopK) -> None:
-    """said: of all their response tokens, sample after sample."""
+def store_top_k(samples: Sequence[Sample], top_k: TeacherTopK) -> None:
+    """top_k: of all their response tokens, sample after sample."""
     lengths = [len(sample.response_ids) for sample in samples]
-    for field in fields(said):
-        values = getattr(said, field.name)
+    for field in fields(top_k):
+        values = getattr(top_k, field.name)
         if values is not None:
             for sample, part in zip(samples, values.split(lengths), strict=True):
                 sample.teacher_signal[field.name] = part
 
 
-def kept(batch: MicroBatch, rows: TopKRows) -> TeacherTopK:
-    """Of the micro-batch's response tokens on this rank."""
-    nothing = rows.decode(torch.empty(0, rows.bytes, dtype=torch.uint8))
+def load_top_k(batch: MicroBatch, payload_format: TopKPayload) -> TeacherTopK:
+    """Return the top-k of this rank's response tokens of the micro-batch."""
+    import torch
+
+    from eaopd_megatron.objective import TeacherTopK
+
+    empty = payload_format.decode(torch.empty(0, payload_format.bytes_per_token, dtype=torch.uint8))
     found = {}
-    for field in fields(nothing):
-        none = getattr(nothing, field.name)
+    for field in fields(empty):
+        none = getattr(empty, field.name)
         if none is not None:
             found[field.name] = batch.gather_local(
                 [none.to(batch.target_ids.device), *(s.teacher_signal[field.name] for s in batch.samples)]

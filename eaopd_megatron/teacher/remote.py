@@ -31,12 +31,12 @@ from eaopd_megatron.objective import TeacherHidden
 from eaopd_megatron.serving.client import read_api_key
 from eaopd_megatron.serving.pool import C, L, PoolCall, ServerPool
 from eaopd_megatron.serving.readiness import FUTURE_POLL_SECONDS, Arrival, EventLoopThread, poll_until_done
+from eaopd_megatron.teacher.base import TeacherSignal, require_row_count
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.interface import TeacherSignal, require_count
-from eaopd_megatron.teacher.payload import Rows, TopKRows, keep, kept
+from eaopd_megatron.teacher.payload import PayloadFormat, TopKPayload, load_top_k, store_top_k
 
 
-def load_head(
+def load_teacher_head(
     folder: HfFolder,
     parallel: ParallelState,
     *,
@@ -65,11 +65,11 @@ def load_head(
     return head.to(parallel.device, DTYPES.get(precision, torch.bfloat16))
 
 
-KIND = "teacher replica"
+_KIND = "teacher replica"
 """What messages call one."""
 
 
-class Source(Protocol[C, L]):
+class ScoringBackend(Protocol[C, L]):
     """What a placement must give: how its servers are asked."""
 
     def calls(
@@ -85,12 +85,12 @@ class Source(Protocol[C, L]):
     def client(self, url: str, key: str | None) -> C:
         """Raises UserError for a URL that is none."""
 
-    async def admit(self, client: C, longest: int) -> L:
+    async def validate(self, client: C, longest: int) -> L:
         """What the server can take. longest: tokens of a prompt and its response together, at the most. Raises
         ServerGone or Busy (not yet) or UserError (another teacher than the recipe's)."""
 
 
-class Replicas(Protocol):
+class ReplicaManager(Protocol):
     """The servers that the main rank starts."""
 
     def start(self, longest: int) -> None:
@@ -114,123 +114,125 @@ class RemoteTeacher(Generic[C, L]):
     def __init__(
         self,
         parallel: ParallelState,
-        source: Source[C, L],
+        backend: ScoringBackend[C, L],
         *,
-        rows: Rows,
+        payload_format: PayloadFormat,
         head: torch.Tensor | None,
         terminal: TerminalMap,
-        replicas: Replicas | None,
+        replicas: ReplicaManager | None,
         options: Options,
-        asked: Callable[[], int],
+        stop_signal: Callable[[], int],
         report: Callable[[str], None],
     ) -> None:
         """rows: format of the answers. head: for hidden states, on the last pipeline stage, the teacher's output head
         in the student's layout [V_padded/tp, h_T]. replicas: on the main rank, where the trainer starts them. asked:
         the number of a signal that asks the run to stop, or 0."""
-        self.parallel, self.rows, self.head, self.terminal = parallel, rows, head, terminal
-        self._source, self._replicas, self._options = source, replicas, options
-        self._asked, self._report = asked, report if parallel.is_main else _in_silence
+        self.parallel, self.payload_format, self.head, self.terminal = parallel, payload_format, head, terminal
+        self._backend, self._replicas, self._options = backend, replicas, options
+        self._stop_signal, self._report = stop_signal, report if parallel.is_main else _in_silence
         self._loop = EventLoopThread("teacher")
         self._pool: ServerPool[C, L] | None = None
-        self._longest = 0
-        self._run = f"{secrets.token_hex(6)}-{parallel.rank}"
-        self._asks = itertools.count()
-        self._dealt = 0  # calls of this copy, over all its ranks
-        self._pulls: list[Future[None]] = []
+        self._max_tokens = 0
+        self._run_id = f"{secrets.token_hex(6)}-{parallel.rank}"
+        self._submissions = itertools.count()
+        self._num_calls = 0  # calls of this copy, over all its ranks
+        self._fetches: list[Future[None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._pulled: dict[int, torch.Tensor] = {}  # by Sample.index: rows that came and are not used yet
+        self._payloads: dict[int, torch.Tensor] = {}  # by Sample.index: rows that came and are not used yet
 
-    def start(self, longest: int) -> None:
+    def start(self, max_tokens: int) -> None:
         """As `Teacher.start`. Collective. Raises UserError on all ranks."""
-        self._longest = longest
-        run_on_all_or_raise(self.parallel, lambda: None if self._replicas is None else self._replicas.start(longest))
+        self._max_tokens = max_tokens
+        run_on_all_or_raise(self.parallel, lambda: None if self._replicas is None else self._replicas.start(max_tokens))
 
     def open(self) -> None:
         """As `Teacher.open`; returns once a replica is ready. Collective. Raises StopRequested, ServiceUnavailable or
         RuntimeError on all ranks."""
         self._loop.__enter__()
-        news = self._arrival() if self.parallel.is_main else None
-        ((urls, key),) = broadcast_events(self.parallel, news, self._asked)
+        news = self._wait_for_replicas() if self.parallel.is_main else None
+        ((urls, key),) = broadcast_events(self.parallel, news, self._stop_signal)
         opening = None
         if self.parallel.is_last_stage or self.parallel.is_main:  # the main rank tells what becomes of the replicas
-            opening = self._begin(self._open([self._source.client(url, key) for url in urls]))
-        wait_on_all_ranks(self.parallel, lambda: opening is None or _done([opening]), self._asked)
+            opening = self._run_in_background(self._open_pool([self._backend.client(url, key) for url in urls]))
+        wait_on_all_ranks(self.parallel, lambda: opening is None or _done([opening]), self._stop_signal)
 
-    def ask(self, samples: Sequence[Sample]) -> None:
+    def submit(self, samples: Sequence[Sample]) -> None:
         """As `Teacher.ask`: the requests run in the background."""
         wanted = [sample for sample in samples if sample.response_ids]
         if not self.parallel.is_last_stage or not wanted:
             return
         assert self._pool is not None, "open comes first"
-        calls = self._source.calls(wanted, f"{self._run}-{next(self._asks)}")
+        calls = self._backend.calls(wanted, f"{self._run_id}-{next(self._submissions)}")
         for call, of in calls:
-            if self._dealt % self.parallel.tp_cp_size == self.parallel.tp_cp_rank:
-                self._pulls.append(self._begin(self._pull(self._pool, call, of)))
-            self._dealt += 1
+            if self._num_calls % self.parallel.tp_cp_size == self.parallel.tp_cp_rank:
+                self._fetches.append(self._run_in_background(self._fetch(self._pool, call, of)))
+            self._num_calls += 1
 
     def wait(self, samples: Sequence[Sample]) -> None:
         """As `Teacher.wait`."""
-        wait_on_all_ranks(self.parallel, lambda: _done(self._pulls), self._asked)
-        self._pulls.clear()
-        if self.parallel.is_last_stage and isinstance(self.rows, TopKRows):
-            keep(samples, self.rows.decode(self._exchanged(samples)))
+        wait_on_all_ranks(self.parallel, lambda: _done(self._fetches), self._stop_signal)
+        self._fetches.clear()
+        if self.parallel.is_last_stage and isinstance(self.payload_format, TopKPayload):
+            store_top_k(samples, self.payload_format.decode(self._gather_payload(samples)))
         else:
-            self._require_each_once(samples)
+            self._require_one_row_per_token(samples)
 
-    def signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
+    def micro_batch_signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
         """As `Teacher.signals`. The rows of a micro-batch are exchanged, and leave the host's memory, when it is
         asked for."""
-        if isinstance(self.rows, TopKRows):
-            top_k = self.rows
-            return lambda index: kept(batches[index], top_k)
-        hidden = self.rows
+        if isinstance(self.payload_format, TopKPayload):
+            top_k = self.payload_format
+            return lambda index: load_top_k(batches[index], top_k)
+        hidden = self.payload_format
 
         def of(index: int) -> TeacherHidden:
             assert self.head is not None
             batch = batches[index]
-            return TeacherHidden(hidden.decode(batch.gather_local([self._exchanged(batch.samples)])), self.head)
+            return TeacherHidden(hidden.decode(batch.gather_local([self._gather_payload(batch.samples)])), self.head)
 
         return of
 
-    def labels(self, batch: MicroBatch) -> torch.Tensor | None:
+    def target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
         """As `Teacher.labels`."""
-        return None if isinstance(self.rows, TopKRows) else self.terminal.labels(batch)
+        return None if isinstance(self.payload_format, TopKPayload) else self.terminal.batch_target_ids(batch)
 
     def close(self) -> None:
         """As `Teacher.close`: what is still asked for is given up, replicas that were started here end."""
         if self._loop.running:
-            self._loop.run(self._shut())
+            self._loop.run(self._cancel_and_close())
             self._loop.__exit__()
-        self._pulls.clear()
-        self._pulled.clear()
+        self._fetches.clear()
+        self._payloads.clear()
         if self._replicas is not None:
             self._replicas.close()
 
-    def _exchanged(self, samples: Sequence[Sample]) -> torch.Tensor:
+    def _gather_payload(self, samples: Sequence[Sample]) -> torch.Tensor:
         """The rows [response tokens, rows.bytes] uint8 of all samples, on every rank of the stage; the owners forget
         theirs. Collective over the stage's tensor- and context-parallel ranks."""
-        self._require_each_once(samples)
+        self._require_one_row_per_token(samples)
         lengths = [len(sample.response_ids) for sample in samples]
-        everything = torch.zeros(sum(lengths), self.rows.bytes, dtype=torch.uint8, device=self.parallel.device)
+        everything = torch.zeros(
+            sum(lengths), self.payload_format.bytes_per_token, dtype=torch.uint8, device=self.parallel.device
+        )
         for sample, place in zip(samples, everything.split(lengths), strict=True):
-            mine = self._pulled.pop(sample.index, None)
+            mine = self._payloads.pop(sample.index, None)
             if mine is not None:
                 place.copy_(mine)
         if self.parallel.tp_cp_size > 1 and len(everything):
             dist.all_reduce(everything, group=self.parallel.tp_cp_group)  # every byte is of one rank, 0 elsewhere
         return everything
 
-    def _require_each_once(self, samples: Sequence[Sample]) -> None:
+    def _require_one_row_per_token(self, samples: Sequence[Sample]) -> None:
         """Raises RuntimeError where not every response token has one row on one rank of the stage."""
         if not self.parallel.is_last_stage or not samples:
             return
-        found = torch.tensor([len(self._pulled.get(s.index, ())) for s in samples], device=self.parallel.device)
+        found = torch.tensor([len(self._payloads.get(s.index, ())) for s in samples], device=self.parallel.device)
         if self.parallel.tp_cp_size > 1:
             dist.all_reduce(found, group=self.parallel.tp_cp_group)
         for sample, count in zip(samples, found.tolist(), strict=True):
-            require_count(sample, count)
+            require_row_count(sample, count)
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> Future[None]:
+    def _run_in_background(self, work: Coroutine[Any, Any, None]) -> Future[None]:
         """It runs in the event loop, until `close` at the latest."""
 
         async def known() -> None:
@@ -244,7 +246,7 @@ class RemoteTeacher(Generic[C, L]):
 
     # On the main rank, before there is a pool
 
-    def _arrival(self) -> Iterator[tuple[list[str], str | None] | None]:
+    def _wait_for_replicas(self) -> Iterator[tuple[list[str], str | None] | None]:
         """News for `broadcast_events`: at last, where the replicas are and the key that they want."""
         options = self._options
         if self._replicas is None:
@@ -252,37 +254,37 @@ class RemoteTeacher(Generic[C, L]):
         else:
             urls = yield from self._replicas.wait_urls()
             key = self._replicas.api_key
-        clients = [self._source.client(url, key) for url in urls]
-        admit = partial(self._source.admit, longest=self._longest)
-        yield from poll_until_done(self._begin(self._until_there(clients, admit)))
+        clients = [self._backend.client(url, key) for url in urls]
+        admit = partial(self._backend.validate, longest=self._max_tokens)
+        yield from poll_until_done(self._run_in_background(self._wait_until_ready(clients, admit)))
         yield urls, key
 
     # In the event loop
 
-    async def _until_there(self, clients: Sequence[C], admit: Callable[[C], Awaitable[L]]) -> None:
+    async def _wait_until_ready(self, clients: Sequence[C], admit: Callable[[C], Awaitable[L]]) -> None:
         try:
-            await Arrival(KIND, self._options.start_minutes, self._report).of_all(clients, admit)
+            await Arrival(_KIND, self._options.start_minutes, self._report).of_all(clients, admit)
         finally:
             for client in clients:
                 await client.close()
 
-    async def _open(self, clients: Sequence[C]) -> None:
-        admit = partial(self._source.admit, longest=self._longest)
+    async def _open_pool(self, clients: Sequence[C]) -> None:
+        admit = partial(self._backend.validate, longest=self._max_tokens)
         all_down = 60 * self._options.all_down_minutes
-        self._pool = ServerPool(clients, admit, kind=KIND, unavailable_timeout=all_down, report=self._report)
+        self._pool = ServerPool(clients, admit, kind=_KIND, unavailable_timeout=all_down, report=self._report)
         await self._pool.open()
 
-    async def _pull(
+    async def _fetch(
         self, pool: ServerPool[C, L], call: PoolCall[C, L, torch.Tensor], samples: Sequence[Sample]
     ) -> None:
         async for rows in pool.run([call]):
             parts = rows.split([len(sample.response_ids) for sample in samples])
             for sample, part in zip(samples, parts, strict=True):
-                if sample.index in self._pulled:
+                if sample.index in self._payloads:
                     raise RuntimeError(f"prompt {sample.prompt.id}: it was scored twice")
-                self._pulled[sample.index] = part
+                self._payloads[sample.index] = part
 
-    async def _shut(self) -> None:
+    async def _cancel_and_close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

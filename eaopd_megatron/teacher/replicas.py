@@ -12,6 +12,7 @@ import torch
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe, dump_recipe
+from eaopd_megatron.config.keys import teacher_key
 from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings
@@ -20,7 +21,6 @@ from eaopd_megatron.serving.client import read_api_key
 from eaopd_megatron.serving.process import ServerProcess
 from eaopd_megatron.serving.readiness import poll_until_done
 from eaopd_megatron.serving.supervisor import Supervisor
-from eaopd_megatron.teacher.service.choice import key_of
 from eaopd_megatron.utils.files import atomic_write
 
 _KIND = "teacher replica"
@@ -71,7 +71,7 @@ class TeacherReplicas:
         size, count = self._options.parallel_layout.min_world_size, self._options.replicas
         places = [range(first, first + size) for first in range(self._first_gpu, self._first_gpu + size * count, size)]
         if torch.cuda.is_available() and places[-1].stop > torch.cuda.device_count():
-            key = key_of(self._name)
+            key = teacher_key(self._name)
             raise UserError(
                 f"{key}.replicas={count} of {size} GPUs each take GPUs {self._first_gpu} to {places[-1].stop - 1} of "
                 f"this host, which shows {torch.cuda.device_count()} (counted from 0): lower {key}.replicas or its "
@@ -91,7 +91,7 @@ class TeacherReplicas:
     def _sglang(self, number: int, gpus: range, longest: int) -> ServerProcess:
         options = self._options
         settings = SGLangSettings(
-            HfFolder.open(options.model, f"{key_of(self._name)}.model").path,
+            HfFolder.open(options.model, f"{teacher_key(self._name)}.model").path,
             longest + RESERVED_TOKENS + SLACK_TOKENS,
             tensor_parallel=len(gpus),
             precision=options.precision,
@@ -116,10 +116,10 @@ class SeparateReplica(ServerProcess):
     def command(self) -> list[str]:
         command = [sys.executable, "-m", "eaopd_megatron", "teach", str(self._recipe)]
         named = ["--teacher", self._name] if self._name else []
-        return [*command, *named, f"{key_of(self._name)}.listen=127.0.0.1:{self.port}"]
+        return [*command, *named, f"{teacher_key(self._name)}.listen=127.0.0.1:{self.port}"]
 
     def key_arguments(self, file: Path) -> list[str]:
-        return [f"{key_of(self._name)}.api_key_file={file}"]
+        return [f"{teacher_key(self._name)}.api_key_file={file}"]
 
     def environment(self) -> Mapping[str, str | None]:
         if not torch.cuda.is_available():

@@ -13,7 +13,7 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.client import Busy
 from eaopd_megatron.teacher.client import TeacherClient
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.wire import Info, Scored, ScoreRequest
+from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest, TeacherInfo
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TokenLimit:
 
 
 @dataclass(frozen=True)
-class Scoring:
+class SeparateScoreCall:
     """A request as a pool's call. It has the same id on every attempt: a replica that still works on it goes on."""
 
     request: ScoreRequest
@@ -44,78 +44,88 @@ class Scoring:
 
     async def attempt(self, client: TeacherClient, number: int) -> torch.Tensor:
         """[response tokens, row_bytes] uint8. Raises ServerGone, Busy, UserError."""
-        count = self.request.rows
+        count = self.request.response_tokens
         return (await client.score(self.request.encode(), count * self.row_bytes)).view(count, self.row_bytes)
 
 
-class SeparateSource:
+class SeparateBackend:
     """`remote.Source` of replicas that were started with `eaopd teach`."""
 
     def __init__(
-        self, wanted: Info, *, budget: int, terminal: TerminalMap, connections: int, label: str = "teacher"
+        self,
+        expected: TeacherInfo,
+        *,
+        budget: int,
+        terminal: TerminalMap,
+        connections: int,
+        config_key: str = "teacher",
     ) -> None:
         """wanted: what the recipe asks for; its max_tokens is not looked at. budget: tokens of a request, of more than
         one sample. connections: requests that a replica gets at the same time. label: the recipe's key of the teacher.
         """
-        self._wanted, self._budget, self._terminal = wanted, budget, terminal
-        self._connections, self._label = connections, label
+        self._expected, self._budget, self._terminal = expected, budget, terminal
+        self._connections, self._config_key = connections, config_key
 
-    def calls(self, samples: Sequence[Sample], number: str) -> list[tuple[Scoring, Sequence[Sample]]]:
+    def calls(self, samples: Sequence[Sample], number: str) -> list[tuple[SeparateScoreCall, Sequence[Sample]]]:
         """As `Source.calls`: consecutive samples of at most the budget's tokens together."""
         parts = split_into_micro_batches(samples, self._budget)
-        size = self._wanted.row_format.bytes
-        return [(Scoring(self._request(part, f"{number}-{i}"), size), part) for i, part in enumerate(parts)]
+        size = self._expected.payload_format.bytes_per_token
+        return [(SeparateScoreCall(self._request(part, f"{number}-{i}"), size), part) for i, part in enumerate(parts)]
 
     def _request(self, samples: Sequence[Sample], name: str) -> ScoreRequest:
         scored = []
         for sample in samples:
-            label = self._terminal.label(sample) if self._wanted.signal == "topk" else None
+            label = self._terminal.terminal_target_id(sample) if self._expected.signal == "topk" else None
             prompt, response = len(sample.prompt.token_ids), len(sample.response_ids)
-            scored.append(Scored(prompt, response, -1 if label is None else label))
+            scored.append(ScoredSample(prompt, response, -1 if label is None else label))
         ids = [token for sample in samples for token in sample.token_ids]
         return ScoreRequest(name, scored, torch.tensor(ids, dtype=torch.int32))
 
     def client(self, url: str, key: str | None) -> TeacherClient:
         """As `Source.client`."""
-        return TeacherClient(url, api_key=key, connections=self._connections, key_setting=f"{self._label}.api_key_file")
+        return TeacherClient(
+            url, api_key=key, connections=self._connections, key_setting=f"{self._config_key}.api_key_file"
+        )
 
-    async def admit(self, client: TeacherClient, longest: int) -> TokenLimit:
+    async def validate(self, client: TeacherClient, longest: int) -> TokenLimit:
         """As `Source.admit`."""
         if not await client.ready():
             raise Busy("it does not score yet")
         found = await client.info()
-        compare(client.url, found, replace(self._wanted, max_tokens=max(longest, self._budget)), self._label)
+        check_same_teacher(
+            client.url, found, replace(self._expected, max_tokens=max(longest, self._budget)), self._config_key
+        )
         return TokenLimit(found.max_tokens)
 
 
-def compare(url: str, found: Info, wanted: Info, label: str) -> None:
+def check_same_teacher(url: str, actual: TeacherInfo, expected: TeacherInfo, config_key: str) -> None:
     """Raises UserError, in one line, where a replica is another teacher than the recipe's. wanted.max_tokens: of the
     longest request."""
-    topk = wanted.signal == "topk"
+    topk = expected.signal == "topk"
     for name, key, matters in (
-        ("fingerprint", f"{label}.model", True),
-        ("signal", f"{label}.signal", True),
-        ("terminal", f"{label}.terminal_map", True),
+        ("fingerprint", f"{config_key}.model", True),
+        ("signal", f"{config_key}.signal", True),
+        ("terminal", f"{config_key}.terminal_map", True),
         ("vocab_size", "student.model (vocabulary)", True),
         ("top_k", "objective.top_k", topk),
-        ("width", f"{label}.model (hidden size)", not topk),
-        ("dtype", f"{label}.precision", not topk),
+        ("width", f"{config_key}.model (hidden size)", not topk),
+        ("dtype", f"{config_key}.precision", not topk),
     ):
-        if matters and getattr(found, name) != getattr(wanted, name):
+        if matters and getattr(actual, name) != getattr(expected, name):
             raise UserError(
-                f"the teacher at {url} has another {key} than this recipe: {_shown(name, found)} there, "
-                f"{_shown(name, wanted)} here; "
+                f"the teacher at {url} has another {key} than this recipe: {_shown(name, actual)} there, "
+                f"{_shown(name, expected)} here; "
                 "start it again with `eaopd teach` and this recipe"
             )
-    if found.max_tokens < wanted.max_tokens:
+    if actual.max_tokens < expected.max_tokens:
         raise UserError(
-            f"the teacher at {url} takes requests of {found.max_tokens} tokens, and this recipe's have up to "
-            f"{wanted.max_tokens} (train.micro_batch_tokens, rollout.max_response_tokens): start it again with "
+            f"the teacher at {url} takes requests of {actual.max_tokens} tokens, and this recipe's have up to "
+            f"{expected.max_tokens} (train.micro_batch_tokens, rollout.max_response_tokens): start it again with "
             "`eaopd teach` and this recipe"
         )
 
 
-def _shown(name: str, info: Info) -> str:
+def _shown(name: str, info: TeacherInfo) -> str:
     if name == "fingerprint":
         return f"{info.model} ({info.fingerprint})"
     if name == "terminal":

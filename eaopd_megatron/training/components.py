@@ -27,8 +27,8 @@ from eaopd_megatron.models.architecture import check_supported
 from eaopd_megatron.rollout.interface import RolloutEngine
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.rollout.sglang.engine import ServedRollout
-from eaopd_megatron.teacher.build import Surroundings, build_teachers, layouts_of, open_folders
-from eaopd_megatron.teacher.router import Teachers
+from eaopd_megatron.teacher.build import TeacherContext, build_teachers, model_layouts, open_teacher_folders
+from eaopd_megatron.teacher.router import TeacherRouter
 from eaopd_megatron.training.run_folder import RunFolder
 from eaopd_megatron.training.step import StudentTrainer
 
@@ -63,7 +63,7 @@ class Components:
     tokenizer: Any
     model: ModelChunks
     student: StudentTrainer
-    teachers: Teachers
+    teachers: TeacherRouter
     rollout: RolloutEngine
     sampling: SamplingParams
     evaluator: Evaluator
@@ -80,9 +80,9 @@ def build_components(
     """Everything of the recipe but its prompts and its state. asked: the number of a signal that asks the run to stop,
     or 0. Raises UserError for a pair that does not fit."""
     student_folder = HfFolder.open(recipe.student.model, "student.model")
-    teacher_folders = open_folders(recipe, student_folder)
+    teacher_folders = open_teacher_folders(recipe, student_folder)
     colocated = [name for name, one in recipe.named_teachers().items() if one.placement == "colocated"]
-    student_layout, *others = layouts_of(parallel.layout, [student_folder, *(teacher_folders[n] for n in colocated)])
+    student_layout, *others = model_layouts(parallel.layout, [student_folder, *(teacher_folders[n] for n in colocated)])
     check_supported(student_folder.config, student_layout, recipe.student.model)
     vocab_size = common_vocab_size([student_folder, *teacher_folders.values()])
 
@@ -91,7 +91,7 @@ def build_components(
     load_hf(model, student_folder, parallel)
     layouts = dict(zip(colocated, others, strict=True))
     teacher = build_teachers(
-        Surroundings(
+        TeacherContext(
             recipe,
             parallel,
             student_folder,
@@ -99,7 +99,7 @@ def build_components(
             layouts,
             vocab_size,
             logs=folder.teachers,
-            asked=stop_signal,
+            stop_signal=stop_signal,
             report=log,
         )
     )

@@ -18,7 +18,7 @@ def train(trainer: Trainer) -> None:
         samples: list[Sample] = []
         for part in trainer.generate():  # y ~ π_old( · | x), x from the prompts
             with trainer.timer("teacher"):
-                trainer.teachers.ask(part)  # H_t, log p(y_t) and the top-k of p
+                trainer.teachers.submit(part)  # H_t, log p(y_t) and the top-k of p
             samples += part
         with trainer.timer("teacher"):
             trainer.teachers.wait(samples)

@@ -32,8 +32,8 @@ from eaopd_megatron.objective import (
     linear_entropy_aware_loss,
     linear_token_statistics,
 )
-from eaopd_megatron.teacher.interface import TeacherSignal
-from eaopd_megatron.teacher.router import Teachers
+from eaopd_megatron.teacher.base import TeacherSignal
+from eaopd_megatron.teacher.router import TeacherRouter
 from eaopd_megatron.training.metric_accumulator import ImportanceWeights, MetricAccumulator
 
 
@@ -84,7 +84,7 @@ class StudentTrainer:
     def update(
         self,
         samples: Sequence[Sample],
-        teachers: Teachers,
+        teachers: TeacherRouter,
         *,
         objective: Objective,
         learning_rate: float,
@@ -101,14 +101,14 @@ class StudentTrainer:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         batches = teachers.micro_batches(samples, self.micro_batch_tokens, self.parallel)
-        signal_of = teachers.signals(batches)
+        signal_of = teachers.micro_batch_signals(batches)
         tokens = torch.zeros(1, dtype=torch.int, device=self.parallel.device)
 
         def last(index: int, rows: torch.Tensor) -> torch.Tensor:
             batch, old = batches[index], None
             if batch.samples and batch.samples[0].old_logprobs is not None:
                 old = batch.gather_local([s.old_logprobs for s in batch.samples if s.old_logprobs is not None])
-            labels = teachers.labels(batch)
+            labels = teachers.target_ids(batch)
             out = self._loss(batch, rows, signal_of(index), labels, objective, old, update)
             weights = ImportanceWeights.of(batch, old, importance_clip)
             tokens.add_(len(batch.target_ids))

@@ -62,7 +62,7 @@ def reference(student: str, teacher: str) -> Reference:
 
 def updated(made: Built, mine: list[Sample]) -> MetricAccumulator:
     averages = MetricAccumulator()
-    made.scorer.ask(mine)
+    made.scorer.submit(mine)
     made.learner.update(
         mine,
         made.scorer,

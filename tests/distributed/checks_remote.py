@@ -19,9 +19,9 @@ from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelSt
 from eaopd_megatron.errors import ServiceUnavailable, StopRequested
 from eaopd_megatron.objective import Objective, TeacherHidden
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.remote import RemoteTeacher, load_head
-from eaopd_megatron.teacher.separate import SeparateSource
-from eaopd_megatron.teacher.wire import Info
+from eaopd_megatron.teacher.protocol import TeacherInfo
+from eaopd_megatron.teacher.remote import RemoteTeacher, load_teacher_head
+from eaopd_megatron.teacher.separate import SeparateBackend
 from tests.distributed.arranged import arranged
 from tests.distributed.checks_training import compare, reference, samples, teacher_logprobs, trained
 
@@ -47,22 +47,22 @@ def remote(
     said: list[str] | None = None,
     **options: Any,
 ) -> RemoteTeacher[Any, Any]:
-    wanted = Info.from_json(dict(info))
+    wanted = TeacherInfo.from_json(dict(info))
     terminal = TerminalMap(*wanted.terminal)
     head = None
     if wanted.signal == "hidden":
         sizes = {"student_rows": student.vocab_size, "vocab_size": wanted.vocab_size}
-        head = load_head(teacher, parallel, precision=wanted.dtype, terminal=terminal, **sizes)
+        head = load_teacher_head(teacher, parallel, precision=wanted.dtype, terminal=terminal, **sizes)
     chosen = Options(model="unused", placement="separate", urls=list(urls), **options)
     return RemoteTeacher(
         parallel,
-        SeparateSource(wanted, budget=BUDGET, terminal=terminal, connections=2),
-        rows=wanted.row_format,
+        SeparateBackend(wanted, budget=BUDGET, terminal=terminal, connections=2),
+        payload_format=wanted.payload_format,
         head=head,
         terminal=terminal,
         replicas=None,
         options=chosen,
-        asked=asked,
+        stop_signal=asked,
         report=(said if said is not None else []).append,
     )
 
@@ -118,10 +118,10 @@ def check_terminal_maps(
         scorer = remote(*folders, parallel, info=info, urls=urls)
         scorer.start(32)
         scorer.open()
-        scorer.ask(everything)
+        scorer.submit(everything)
         scorer.wait(everything)
         batch = collate(everything, torch.device("cpu"))
-        found = teacher_logprobs(scorer, scorer.signals([batch])(0), batch, folders[0].vocab_size, parallel)
+        found = teacher_logprobs(scorer, scorer.micro_batch_signals([batch])(0), batch, folders[0].vocab_size, parallel)
         scorer.close()
     for sample, said in zip(everything, batch.split_by_sample(found), strict=True):
         with torch.no_grad():
@@ -142,13 +142,13 @@ def check_a_row_that_is_not_there_is_never_zero(
         scorer = remote(*folders, parallel, info=info, urls=urls)
         scorer.start(32)
         scorer.open()
-        scorer.ask(everything[:3])
+        scorer.submit(everything[:3])
         scorer.wait(everything[:3])
         batch = collate(everything[:3], parallel.device)
-        said = scorer.signals([batch])(0)
+        said = scorer.micro_batch_signals([batch])(0)
         assert isinstance(said, TeacherHidden) and said.hidden.any(1).all()
         with pytest.raises(RuntimeError, match="prompt 0: the teacher scored 0 of 1 tokens"):
-            scorer.signals([batch])(0)
+            scorer.micro_batch_signals([batch])(0)
         with pytest.raises(RuntimeError, match="prompt 3: the teacher scored 0 of 8 tokens"):
             scorer.wait(everything[3:])
         scorer.close()
@@ -169,7 +169,7 @@ def check_all_ranks_stop_together(
             scorer = remote(*folders, parallel, info=info, urls=[url], **options)
             scorer.start(32)
             scorer.open()
-            scorer.ask(samples(112)[:1])  # a request for one of the four
+            scorer.submit(samples(112)[:1])  # a request for one of the four
             signals[0] = number if parallel.rank == 1 else 0
             with pytest.raises(expected) as caught:
                 scorer.wait(samples(112)[:1])

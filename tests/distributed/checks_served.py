@@ -19,11 +19,11 @@ from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.megatron.pipeline import micro_batches
 from eaopd_megatron.objective import Objective, TeacherTopK, TokenLosses, linear_entropy_aware_loss
 from eaopd_megatron.rollout.local import LocalRollout
+from eaopd_megatron.teacher.base import TeacherModel
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.interface import Teacher
 from eaopd_megatron.teacher.remote import RemoteTeacher
-from eaopd_megatron.teacher.served import ServedSource
+from eaopd_megatron.teacher.served import ServedBackend
 from tests.distributed.arranged import arranged
 
 MAPS_AND_K = (("none", 112), ("swap", 16), ("label", 4))
@@ -49,14 +49,16 @@ def responses(folder: HfFolder, parallel: ParallelState) -> list[Sample]:
     return [*samples, Sample(Prompt("empty", (1, 2), {}), [], "length", [], 0, 1000 + parallel.dp_rank)]
 
 
-def losses(teacher: Teacher, samples: Sequence[Sample], objective: Objective, parallel: ParallelState) -> list[Said]:
+def losses(
+    teacher: TeacherModel, samples: Sequence[Sample], objective: Objective, parallel: ParallelState
+) -> list[Said]:
     """Of each micro-batch, for a student with random hidden states."""
     for sample in samples:
         sample.teacher_signal = {}
-    teacher.ask(samples)
+    teacher.submit(samples)
     teacher.wait(samples)
     batches = micro_batches(samples, 100, parallel)
-    signal_of = teacher.signals(batches)
+    signal_of = teacher.micro_batch_signals(batches)
     found = []
     for index, batch in enumerate(batches if parallel.is_last_stage else []):
         random = torch.Generator().manual_seed(index)
@@ -71,7 +73,7 @@ def losses(teacher: Teacher, samples: Sequence[Sample], objective: Objective, pa
             signal,
             batch.target_ids,
             None,
-            teacher_tokens=teacher.labels(batch),
+            teacher_tokens=teacher.target_ids(batch),
             objective=objective,
             vocab_size=112,
             group=parallel.tp_group,
@@ -95,16 +97,16 @@ def check_a_served_teacher_says_another_loss(group: dist.ProcessGroup, student: 
                 colocated = ColocatedTeacher(
                     model, parallel, vocab_size=112, signal="topk", top_k=k, terminal=terminal, budget=100
                 )
-                source = ServedSource(teacher_folder, vocab_size=112, k=k, terminal=terminal, max_running=4)
+                source = ServedBackend(teacher_folder, vocab_size=112, k=k, terminal=terminal, max_running=4)
                 served = RemoteTeacher(
                     parallel,
                     source,
-                    rows=source.rows,
+                    payload_format=source.payload_format,
                     head=None,
                     terminal=terminal,
                     replicas=None,
                     options=Options(model=teacher, placement="served", urls=[url]),
-                    asked=lambda: 0,
+                    stop_signal=lambda: 0,
                     report=print,
                 )
                 served.start(64)

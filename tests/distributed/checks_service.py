@@ -13,9 +13,9 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.megatron.model import build_model
-from eaopd_megatron.teacher.payload import HiddenRows, TopKRows
-from eaopd_megatron.teacher.service.scorer import Scorer
-from eaopd_megatron.teacher.wire import Scored, ScoreRequest
+from eaopd_megatron.teacher.payload import HiddenStatePayload, TopKPayload
+from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest
+from eaopd_megatron.teacher.service.scorer import TeacherScorer
 from tests.distributed.arranged import arranged
 
 TOP_K = 5
@@ -29,24 +29,24 @@ def check_rows(
     source = HfFolder.open(folder)
     expected = load_file(values)
     tokens = expected["tokens"]
-    samples = [Scored(2 + i, tokens.shape[1] - 2 - i, 1 if i == 0 else -1) for i in range(len(tokens))]
+    samples = [ScoredSample(2 + i, tokens.shape[1] - 2 - i, 1 if i == 0 else -1) for i in range(len(tokens))]
     whole = ScoreRequest("whole", samples, tokens.int().flatten())
     alone = ScoreRequest("alone", samples[:1], tokens[0].int())
-    prompt_only = ScoreRequest("prompt", [Scored(3, 0)], tokens[0, :3].int())
+    prompt_only = ScoreRequest("prompt", [ScoredSample(3, 0)], tokens[0, :3].int())
     with arranged(ParallelLayout(**layout)) as parallel:
         model = build_model(source.config, parallel.layout, torch.float32, untie=True)
         load_hf(model, source, parallel, row_map={swap[0]: swap[1]})
-        for rows in (HiddenRows(source.config.hidden_size, torch.float32), TopKRows(TOP_K)):
-            scorer = Scorer(model, parallel, rows, vocab_size=vocab_size)
+        for rows in (HiddenStatePayload(source.config.hidden_size, torch.float32), TopKPayload(TOP_K)):
+            scorer = TeacherScorer(model, parallel, rows, vocab_size=vocab_size)
             together = scorer.score([alone, prompt_only, whole])
             single = scorer.score([whole])
             if not parallel.is_main:
                 continue
-            assert [len(answer) for answer in together] == [alone.rows, 0, whole.rows]
+            assert [len(answer) for answer in together] == [alone.response_tokens, 0, whole.response_tokens]
             assert torch.equal(together[2], single[0]), "other requests change an answer"
             for request, answer in ((alone, together[0]), (whole, together[2])):
                 places = [slice(s.prompt - 1, s.prompt + s.response - 1) for s in request.samples]
-                if isinstance(rows, HiddenRows):
+                if isinstance(rows, HiddenStatePayload):
                     hidden = torch.cat([expected["hidden"][i, place] for i, place in enumerate(places)])
                     torch.testing.assert_close(rows.decode(answer), hidden, rtol=1e-4, atol=1e-5)
                     continue
@@ -57,7 +57,7 @@ def check_rows(
                 _compare(rows, answer, logits[:, :vocab_size].log_softmax(-1), asked)
 
 
-def _compare(rows: TopKRows, answer: torch.Tensor, logprobs: torch.Tensor, asked: torch.Tensor) -> None:
+def _compare(rows: TopKPayload, answer: torch.Tensor, logprobs: torch.Tensor, asked: torch.Tensor) -> None:
     said, best = rows.decode(answer), logprobs.topk(TOP_K)
     assert torch.equal(said.ids, best.indices)
     assert said.entropy is not None

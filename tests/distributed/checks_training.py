@@ -23,11 +23,11 @@ from eaopd_megatron.megatron.model import ModelChunks, build_model, wait_param_g
 from eaopd_megatron.megatron.pipeline import packing_for, run_forward_backward
 from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss, linear_entropy_aware_loss
 from eaopd_megatron.rollout.local import LocalRollout
-from eaopd_megatron.teacher.build import layouts_of
+from eaopd_megatron.teacher.base import TeacherModel, TeacherSignal
+from eaopd_megatron.teacher.build import model_layouts
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.interface import Teacher, TeacherSignal
-from eaopd_megatron.teacher.router import Teachers
+from eaopd_megatron.teacher.router import TeacherRouter
 from eaopd_megatron.training.metric_accumulator import MetricAccumulator
 from eaopd_megatron.training.step import StudentTrainer
 from tests.distributed.arranged import arranged
@@ -146,10 +146,10 @@ class Built:
     vocab_size: int
     model: ModelChunks
     learner: StudentTrainer
-    scorer: Teachers
+    scorer: TeacherRouter
 
     def teacher_models(self) -> list[ModelChunks]:
-        return [one.model for one in self.scorer.named.values() if isinstance(one, ColocatedTeacher)]
+        return [one.model for one in self.scorer.teachers.values() if isinstance(one, ColocatedTeacher)]
 
     def gradients(self, parallel: ParallelState) -> dict[str, torch.Tensor]:
         """The last update's, clipped, under transformers' names on the first rank. Collective."""
@@ -157,7 +157,7 @@ class Built:
         return {name: tensor.clone() for name, tensor in gather_hf_tensors(buffers, self.folder, parallel)}
 
 
-Elsewhere = Callable[[HfFolder, HfFolder, ParallelState], Teacher]
+Elsewhere = Callable[[HfFolder, HfFolder, ParallelState], TeacherModel]
 """Student's and teacher's folder → the teacher, which is not on these ranks."""
 
 
@@ -173,7 +173,7 @@ def built(
     elsewhere: Elsewhere | None = None,
 ) -> Built:
     folder, *teacher_folders = (HfFolder.open(path) for path in (student, *teachers.values()))
-    layout, *layouts = layouts_of(parallel.layout, [folder, *teacher_folders])
+    layout, *layouts = model_layouts(parallel.layout, [folder, *teacher_folders])
     model = build_model(folder.config, layout, torch.float32)
     load_hf(model, folder, parallel)
     ddp = megatron_optimizer.wrap_ddp(model, parallel)
@@ -184,7 +184,7 @@ def built(
     common: dict[str, Any] = {"vocab_size": vocab_size, "budget": budget}
     learner = StudentTrainer(ddp, optimizer, parallel, failures_folder=Path("unused"), **common)
     common |= {"signal": signal, "top_k": objective.top_k, "terminal": TerminalMap("none", -1, -1), "offload": offload}
-    scorers: dict[str, Teacher] = {}
+    scorers: dict[str, TeacherModel] = {}
     for name, teacher_folder, teacher_layout in zip(teachers, teacher_folders, layouts, strict=True):
         if elsewhere is not None:
             scorers[name] = elsewhere(folder, teacher_folder, parallel)
@@ -192,7 +192,7 @@ def built(
         frozen = build_model(teacher_folder.config, teacher_layout, torch.float32, output_vocab=folder.vocab_size)
         load_hf(frozen, teacher_folder, parallel)
         scorers[name] = ColocatedTeacher(frozen, parallel, **common)
-    return Built(folder, vocab_size, model, learner, Teachers(scorers))
+    return Built(folder, vocab_size, model, learner, TeacherRouter(scorers))
 
 
 def trained(
@@ -218,7 +218,7 @@ def trained(
     mine = [sample for sample in everything if is_mine(sample.index)]
     scorer.open(max(len(sample.token_ids) for sample in everything))
     for part in (mine[:2], mine[2:]):  # as they are written
-        scorer.ask(part)
+        scorer.submit(part)
     scorer.wait(mine)
     learner.recompute_old_logprobs(mine)
     found: dict[str, float] = {}
@@ -315,7 +315,7 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
                 common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": 9}
                 learner = StudentTrainer(ddp, optimizer, parallel, failures_folder=Path("unused"), **common)
                 terminal = TerminalMap("none", -1, -1)
-                scorer = Teachers(
+                scorer = TeacherRouter(
                     {
                         "": ColocatedTeacher(
                             teacher_model, parallel, signal="topk", top_k=16, terminal=terminal, **common
@@ -326,7 +326,7 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
                 mine = everything[here :: parallel.dp_size] if share else (everything if here == last else [])
                 for sample in mine:
                     sample.old_logprobs, sample.teacher_signal = None, {}
-                scorer.ask(mine)
+                scorer.submit(mine)
                 learner.recompute_old_logprobs(mine)
                 averages = MetricAccumulator()
                 options: dict[str, Any] = {"learning_rate": 1e-3, "importance_clip": 2.0, "update": 0}
@@ -426,12 +426,12 @@ def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, studen
 
 
 def teacher_logprobs(
-    scorer: Teacher, said: TeacherSignal, batch: MicroBatch, vocab_size: int, parallel: ParallelState
+    scorer: TeacherModel, said: TeacherSignal, batch: MicroBatch, vocab_size: int, parallel: ParallelState
 ) -> torch.Tensor:
     """log p(y) [n], as the objective makes it of what the teacher said, in a vocabulary padded to 256 columns."""
     columns, n = 256 // parallel.tp_size, len(batch.target_ids)
     options: dict[str, Any] = {
-        "teacher_tokens": scorer.labels(batch),
+        "teacher_tokens": scorer.target_ids(batch),
         "objective": Objective.preset("opd"),
         "vocab_size": vocab_size,
         "group": parallel.tp_group,
@@ -473,9 +473,9 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
                     terminal=terminal,
                     budget=100,
                 )
-                scorer.ask([sample])
+                scorer.submit([sample])
                 batch = collate([sample], torch.device("cpu"))
-                found = teacher_logprobs(scorer, scorer.signals([batch])(0), batch, size, parallel)
+                found = teacher_logprobs(scorer, scorer.micro_batch_signals([batch])(0), batch, size, parallel)
                 stop = mine if kind == "none" else theirs
                 expected = torch.stack([exact[0, 8], exact[1, 9], exact[2, stop]])
                 assert torch.allclose(found, expected, atol=1e-5), (kind, signal)

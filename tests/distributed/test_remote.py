@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
+from eaopd_megatron.teacher.protocol import TeacherInfo
 from eaopd_megatron.teacher.replicas import TeacherReplicas
-from eaopd_megatron.teacher.wire import Info
 from tests.ranks import Ranks
 from tests.teacher.scoring_double import INFO, ScoringDouble, running
 
@@ -35,7 +35,7 @@ class Elsewhere:
             name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in pair.items()
         }
 
-    def replica(self, info: Info, teacher: str = "teacher") -> ScoringDouble:
+    def replica(self, info: TeacherInfo, teacher: str = "teacher") -> ScoringDouble:
         model = self.models[teacher]
         return ScoringDouble(replace(info, width=model.config.hidden_size), model)
 
@@ -52,7 +52,7 @@ def elsewhere(pair: dict[str, str]) -> Elsewhere:
 @pytest.mark.parametrize("where", ["narrow", "wide", "mixed"])
 @pytest.mark.parametrize(("preset", "info"), [("eopd", TOPK), ("eopd_exact", HIDDEN)])
 def test_rows_are_exchanged_wrongly_at_a_layout(
-    ranks: Ranks, elsewhere: Elsewhere, preset: str, info: Info, where: str
+    ranks: Ranks, elsewhere: Elsewhere, preset: str, info: TeacherInfo, where: str
 ) -> None:
     one, other = elsewhere.replica(info), elsewhere.replica(info)
     one.faults.deaths = 1
@@ -119,7 +119,7 @@ def there(replicas: TeacherReplicas) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["swap", "label"])
 @pytest.mark.parametrize("info", [TOPK, HIDDEN])
-def test_the_students_stop_is_punished(ranks: Ranks, elsewhere: Elsewhere, info: Info, kind: str) -> None:
+def test_the_students_stop_is_punished(ranks: Ranks, elsewhere: Elsewhere, info: TeacherInfo, kind: str) -> None:
     with running(double := elsewhere.replica(replace(info, terminal=(kind, MINE, THEIRS)))):
         ranks.run(CHECKS, "check_terminal_maps", **elsewhere.arguments(double), urls=[double.url])
 

@@ -32,7 +32,7 @@ from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.serving.pool import ServerPool
 from eaopd_megatron.serving.process import _REDACTED
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.served import ServedSource
+from eaopd_megatron.teacher.served import ServedBackend
 from tests.sglang.double import Double
 from tests.sglang.exchanges import CONTEXT, EXCHANGES, STUDENT, same
 from tests.sglang.pooled import pooled
@@ -195,7 +195,7 @@ def test_a_teacher_scores_other_tokens(
     """Top-k and log p(y) are those of each response token's own position, also where the prompt is in the server's
     cache and where prompt and response are longer than what it takes at once."""
     folder, terminal = HfFolder.open(str(STUDENT)), TerminalMap(kind, student_id=3, teacher_id=109)
-    source = ServedSource(folder, vocab_size=112, k=8, terminal=terminal, max_running=16)
+    source = ServedBackend(folder, vocab_size=112, k=8, terminal=terminal, max_running=16)
     long = [(7 * i) % 112 for i in range(4 * InPieces.PIECE - 10)]
     samples = [
         *(
@@ -207,7 +207,7 @@ def test_a_teacher_scores_other_tokens(
     ]
 
     async def score(client: SGLangClient) -> list[torch.Tensor]:
-        limits = await source.admit(client, longest=121)
+        limits = await source.validate(client, longest=121)
         calls = [call for call, _ in source.calls(samples, "test")]
         for call in calls:
             call.validate(limits)
@@ -215,7 +215,7 @@ def test_a_teacher_scores_other_tokens(
 
     gap = 0.0
     for sample, rows in zip(samples, with_client(real, score), strict=True):
-        said = source.rows.decode(rows)
+        said = source.payload_format.decode(rows)
         before = logits(sample.token_ids)[len(sample.prompt.token_ids) - 1 : -1]
         if kind == "swap":
             before[:, [3, 109]] = before[:, [109, 3]]
@@ -234,12 +234,12 @@ def test_a_teacher_scores_other_tokens(
 def test_a_server_takes_what_a_teacher_is_refused(real: SGLangServer) -> None:
     """The longest that `admit` promises is scored; one more is refused beforehand."""
     folder = HfFolder.open(str(STUDENT))
-    source = ServedSource(folder, vocab_size=112, k=112, terminal=TerminalMap("none", -1, -1), max_running=16)
+    source = ServedBackend(folder, vocab_size=112, k=112, terminal=TerminalMap("none", -1, -1), max_running=16)
 
     async def look(client: SGLangClient) -> None:
         with pytest.raises(UserError, match=f"{real.url} takes 121 tokens a request .* need 122"):
-            await source.admit(client, longest=122)
-        limits = await source.admit(client, longest=121)
+            await source.validate(client, longest=122)
+        limits = await source.validate(client, longest=121)
         for count in (121, 122):
             sample = Sample(PROMPTS[0], [1] * (count - 4), "length", [], 0)
             ((call, _),) = source.calls([sample], "test")
@@ -248,7 +248,7 @@ def test_a_server_takes_what_a_teacher_is_refused(real: SGLangServer) -> None:
                     call.validate(limits)
             else:
                 call.validate(limits)
-                assert (await call.attempt(client, 0)).shape == (117, source.rows.bytes)
+                assert (await call.attempt(client, 0)).shape == (117, source.payload_format.bytes_per_token)
 
     with_client(real, look)
 

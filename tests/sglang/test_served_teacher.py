@@ -18,7 +18,7 @@ from eaopd_megatron.objective import TeacherTopK
 from eaopd_megatron.rollout.sglang.wire import RequestAborted
 from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.served import ServedSource
+from eaopd_megatron.teacher.served import ServedBackend
 from tests.sglang.double import Double, toy_policy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,11 +33,11 @@ class Sized:
         self.vocab_size = vocab_size
 
 
-def source(k: int, terminal: TerminalMap = NONE, *, teacher: int = 112, student: int = 112) -> ServedSource:
-    return ServedSource(cast(HfFolder, Sized(teacher)), vocab_size=student, k=k, terminal=terminal, max_running=4)
+def source(k: int, terminal: TerminalMap = NONE, *, teacher: int = 112, student: int = 112) -> ServedBackend:
+    return ServedBackend(cast(HfFolder, Sized(teacher)), vocab_size=student, k=k, terminal=terminal, max_running=4)
 
 
-def scored(asked: ServedSource, double: Double, spoil: Callable[[dict[str, Any]], Any] | None = None) -> TeacherTopK:
+def scored(asked: ServedBackend, double: Double, spoil: Callable[[dict[str, Any]], Any] | None = None) -> TeacherTopK:
     """What is made of the double's answer. spoil: changes its meta_info first."""
     ((call, _),) = asked.calls([SAMPLE], "test")
 
@@ -58,7 +58,7 @@ def scored(asked: ServedSource, double: Double, spoil: Callable[[dict[str, Any]]
             finally:
                 await client.close()
 
-    return asked.rows.decode(asyncio.run(score()))
+    return asked.payload_format.decode(asyncio.run(score()))
 
 
 def rows(policy: Callable[[list[int]], list[float]]) -> torch.Tensor:
@@ -169,17 +169,17 @@ def test_log_probs_of_broken_weights_are_believed() -> None:
 )
 def test_a_request_that_ends_the_server_is_sent(sample: Sample, message: str) -> None:
     folder = HfFolder.open(str(ROOT / "recipes/countdown/teacher"))
-    asked = ServedSource(folder, vocab_size=112, k=16, terminal=NONE, max_running=4)
+    asked = ServedBackend(folder, vocab_size=112, k=16, terminal=NONE, max_running=4)
 
     async def admitted() -> None:
         async with Double() as double:
             client = asked.client(double.url, None)
-            limits = await asked.admit(client, 121)
+            limits = await asked.validate(client, 121)
             ((call, _),) = asked.calls([sample], "test")
             with pytest.raises(UserError, match=message):
                 call.validate(limits)
             with pytest.raises(UserError, match=r"takes 121 tokens a request .* need 122"):
-                await asked.admit(client, 122)
+                await asked.validate(client, 122)
             await client.close()
 
     asyncio.run(admitted())
@@ -187,13 +187,13 @@ def test_a_request_that_ends_the_server_is_sent(sample: Sample, message: str) ->
 
 def test_another_server_is_taken_for_the_teachers() -> None:
     folder = HfFolder.open(str(ROOT / "recipes/countdown/teacher"))
-    asked = ServedSource(folder, vocab_size=112, k=16, terminal=NONE, max_running=4)
+    asked = ServedBackend(folder, vocab_size=112, k=16, terminal=NONE, max_running=4)
 
     async def refused(double: Double, message: str, key: str | None = None) -> None:
         async with double:
             client: SGLangClient = asked.client(double.url, key)
             with pytest.raises(UserError, match=message):
-                await asked.admit(client, 64)
+                await asked.validate(client, 64)
             await client.close()
 
     double = Double()

@@ -1,4 +1,4 @@
-"""A double of a separate teacher: `teacher/wire.py` over HTTP, scores by transformers on one process."""
+"""A double of a separate teacher: `teacher/protocol.py` over HTTP, scores by transformers on one process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from eaopd_megatron.objective import summarise_teacher
 from eaopd_megatron.serving.readiness import EventLoopThread
-from eaopd_megatron.teacher.payload import HiddenRows
-from eaopd_megatron.teacher.wire import Info, ScoreRequest
+from eaopd_megatron.teacher.payload import HiddenStatePayload
+from eaopd_megatron.teacher.protocol import ScoreRequest, TeacherInfo
 from tests.sglang.plain_http import Died, PlainServer, Refused
 
 
@@ -32,7 +32,7 @@ class Faults:
 class ScoringDouble(PlainServer):
     """model: a transformers model; none: every byte of an answer is that of the token's id."""
 
-    def __init__(self, info: Info, model: Any = None, *, key: str | None = None, port: int = 0) -> None:
+    def __init__(self, info: TeacherInfo, model: Any = None, *, key: str | None = None, port: int = 0) -> None:
         super().__init__(port)
         self.info, self.model, self.key = info, model, key
         self.faults, self.answered, self.began = Faults(), Counter[str](), asyncio.Event()
@@ -72,16 +72,16 @@ class ScoringDouble(PlainServer):
         found, start = [], 0
         for sample in request.samples:
             ids = request.token_ids[start : start + sample.prompt + sample.response].long()
-            found.append(self._rows(ids, sample.prompt, sample.label))
+            found.append(self._rows(ids, sample.prompt, sample.target_id))
             start += len(ids)
         return torch.cat(found)
 
     def _rows(self, ids: torch.Tensor, prompt: int, label: int) -> torch.Tensor:
-        row_format, tokens = self.info.row_format, ids[prompt:]
+        row_format, tokens = self.info.payload_format, ids[prompt:]
         if self.model is None:
-            return (tokens % 256).to(torch.uint8)[:, None].expand(-1, row_format.bytes)
+            return (tokens % 256).to(torch.uint8)[:, None].expand(-1, row_format.bytes_per_token)
         hidden = self.model.model(ids[None]).last_hidden_state[0, prompt - 1 : -1]
-        if isinstance(row_format, HiddenRows):
+        if isinstance(row_format, HiddenStatePayload):
             return row_format.encode(hidden)
         labels = tokens.clone()
         if label >= 0:
@@ -109,4 +109,4 @@ def running(*doubles: ScoringDouble) -> Iterator[EventLoopThread]:
                 loop.run(double.die())
 
 
-INFO = Info("tiny", "f00d", "hidden", 0, 2, "bf16", 112, ("none", -1, -1), 64, "TP1")
+INFO = TeacherInfo("tiny", "f00d", "hidden", 0, 2, "bf16", 112, ("none", -1, -1), 64, "TP1")

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.teacher.service.listener import Listener, Queue, address_of
-from eaopd_megatron.teacher.wire import Info, Scored, ScoreRequest
+from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest, TeacherInfo
+from eaopd_megatron.teacher.service.listener import RequestQueue, TeacherHttpServer, parse_listen_address
 
 KEY = "a-key"
-INFO = Info(
+INFO = TeacherInfo(
     model="m",
     fingerprint="f",
     signal="hidden",
@@ -37,8 +37,8 @@ class Service:
     """Scores one request whenever it is told to: its rows are its response tokens, as fp32."""
 
     def __init__(self, key: str | None = KEY, places: int = 2, patience: float = 0.0) -> None:
-        self.queue, self.key = Queue(places, patience), key
-        self.listener = Listener("127.0.0.1:0", key)
+        self.queue, self.key = RequestQueue(places, patience), key
+        self.listener = TeacherHttpServer("127.0.0.1:0", key)
         self.listener.begin(self.queue, INFO)
         self.scored: list[ScoreRequest] = []
 
@@ -101,12 +101,12 @@ def service() -> Iterator[Service]:
 
 
 def request(name: str = "a", tokens: int = 5) -> ScoreRequest:
-    return ScoreRequest(name, [Scored(2, tokens - 2)], torch.arange(tokens, dtype=torch.int32))
+    return ScoreRequest(name, [ScoredSample(2, tokens - 2)], torch.arange(tokens, dtype=torch.int32))
 
 
 def rows_of(one: ScoreRequest) -> torch.Tensor:
-    found = torch.arange(4 * one.rows, dtype=torch.float32) + len(one.token_ids)
-    return found.view(torch.uint8).view(one.rows, 16)
+    found = torch.arange(4 * one.response_tokens, dtype=torch.float32) + len(one.token_ids)
+    return found.view(torch.uint8).view(one.response_tokens, 16)
 
 
 def body_of(one: ScoreRequest) -> bytes:
@@ -121,7 +121,7 @@ def test_rows_come_back_as_other_bytes(service: Service) -> None:
     asking = service.begin(request())
     service.score()
     assert asking.wait() == [(200, body_of(request()))]
-    assert Info.from_json(json.loads(service.ask("GET", "/info")[1])) == INFO
+    assert TeacherInfo.from_json(json.loads(service.ask("GET", "/info")[1])) == INFO
     assert service.ask("GET", "/ready")[0] == 200
 
 
@@ -185,18 +185,18 @@ def test_a_client_that_goes_away_keeps_its_place(service: Service) -> None:
         (b"", "the request cannot be read: error: unpack_from requires a buffer of at least 4 bytes"),
         (request(tokens=33).encode(), "33 tokens came; a request has 32 at the most"),
         (
-            ScoreRequest("a", [Scored(1, 1)], torch.tensor([0, 100])).encode(),
+            ScoreRequest("a", [ScoredSample(1, 1)], torch.tensor([0, 100])).encode(),
             "a token id is not in the vocabulary of 100",
         ),
         (
-            ScoreRequest("a", [Scored(1, 1)], torch.tensor([-1, 0])).encode(),
+            ScoreRequest("a", [ScoredSample(1, 1)], torch.tensor([-1, 0])).encode(),
             "a token id is not in the vocabulary of 100",
         ),
         (
-            ScoreRequest("a", [Scored(1, 1, 100)], torch.tensor([0, 1])).encode(),
+            ScoreRequest("a", [ScoredSample(1, 1, 100)], torch.tensor([0, 1])).encode(),
             "a label is not in the vocabulary of 100",
         ),
-        (ScoreRequest("a", [Scored(1, 2)], torch.tensor([0, 1])).encode(), "2 token ids came, which are not the"),
+        (ScoreRequest("a", [ScoredSample(1, 2)], torch.tensor([0, 1])).encode(), "2 token ids came, which are not the"),
     ],
     ids=["empty", "long", "high id", "low id", "label", "lengths"],
 )
@@ -236,8 +236,8 @@ def test_what_the_ranks_have_is_lost_at_the_end(service: Service) -> None:
 
 def test_other_hosts_are_served_without_a_key() -> None:
     with pytest.raises(UserError, match=r"teacher.listen is 0\.0\.0\.0:0, which other hosts reach: give a key with"):
-        Listener("0.0.0.0:0", None)
-    listener = Listener("0.0.0.0:0", KEY)
+        TeacherHttpServer("0.0.0.0:0", None)
+    listener = TeacherHttpServer("0.0.0.0:0", KEY)
     assert listener.url == f"http://{socket.gethostname()}:{listener.server_address[1]}"
     listener.server_close()
 
@@ -248,13 +248,13 @@ def test_an_address_that_cannot_be_had_is_a_traceback() -> None:
         with pytest.raises(
             UserError, match=rf"teacher.listen: 127\.0\.0\.1:{port} cannot be listened on: Address already"
         ):
-            Listener(f"127.0.0.1:{port}", None)
+            TeacherHttpServer(f"127.0.0.1:{port}", None)
     for listen in ("8080", "host:", "host:port", "http://host:1", "host:1/path"):
         with pytest.raises(UserError, match="it must be HOST:PORT"):
-            address_of(listen)
-    assert address_of("[::1]:0") == ("::1", 0)
+            parse_listen_address(listen)
+    assert parse_listen_address("[::1]:0") == ("::1", 0)
 
 
 def test_an_info_of_another_version_is_believed() -> None:
     with pytest.raises(ValueError, match="no eaopd teacher of this version"):
-        Info.from_json(replace(INFO, protocol=0).to_json())
+        TeacherInfo.from_json(replace(INFO, protocol=0).to_json())

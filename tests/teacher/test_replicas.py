@@ -21,9 +21,9 @@ from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.process import _REDACTED, ServerProcess
 from eaopd_megatron.serving.supervisor import DEATHS, Supervisor
-from eaopd_megatron.teacher.payload import TopKRows
+from eaopd_megatron.teacher.payload import TopKPayload
+from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest, TeacherInfo
 from eaopd_megatron.teacher.replicas import TeacherReplicas
-from eaopd_megatron.teacher.wire import Info, Scored, ScoreRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes/countdown/eopd.yaml"
@@ -192,12 +192,14 @@ def test_a_teacher_that_the_trainer_started_is_another_tells_its_key_or_stays(re
         except StopIteration as done:
             (url,) = done.value
             break
-    info = Info.from_json(json.loads(ask(url, "GET", "/info", replicas.api_key)))
+    info = TeacherInfo.from_json(json.loads(ask(url, "GET", "/info", replicas.api_key)))
     recipe = load_recipe(RECIPE)
     assert info.fingerprint == HfFolder.open(recipe.teacher.model).fingerprint
-    assert isinstance(info.row_format, TopKRows)
-    request = ScoreRequest("a", [Scored(3, 4)], torch.arange(7, dtype=torch.int32))
-    assert len(ask(url, "POST", "/score", replicas.api_key, request.encode())) == 4 * info.row_format.bytes
+    assert isinstance(info.payload_format, TopKPayload)
+    request = ScoreRequest("a", [ScoredSample(3, 4)], torch.arange(7, dtype=torch.int32))
+    assert (
+        len(ask(url, "POST", "/score", replicas.api_key, request.encode())) == 4 * info.payload_format.bytes_per_token
+    )
 
     (server,) = replicas._servers
     family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]

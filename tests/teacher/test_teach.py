@@ -9,8 +9,8 @@ import torch
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.teacher.service.run import Meter, teach
-from eaopd_megatron.teacher.wire import Scored, ScoreRequest
+from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest
+from eaopd_megatron.teacher.service.run import ThroughputMeter, serve_teacher
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/countdown/eopd.yaml"
 
@@ -33,16 +33,16 @@ def test_ranks_meet_for_a_teacher_that_they_cannot_hold(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError) as raised:
-        teach(load_recipe(RECIPE, ["teacher.placement=separate", *options]), "")
+        serve_teacher(load_recipe(RECIPE, ["teacher.placement=separate", *options]), "")
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_an_idle_teacher_fills_its_log() -> None:
     said = list[str]()
-    meter = Meter(seconds=0.0, report=said.append)
+    meter = ThroughputMeter(seconds=0.0, report=said.append)
     meter.tick()
     assert not said
-    meter.add([ScoreRequest("a", [Scored(2, 3)], torch.zeros(5, dtype=torch.int32))] * 2)
+    meter.add([ScoreRequest("a", [ScoredSample(2, 3)], torch.zeros(5, dtype=torch.int32))] * 2)
     meter.tick()
     meter.tick()
     assert len(said) == 1 and said[0].startswith("2 requests, 10 tokens in 0 s: ")

@@ -17,8 +17,8 @@ from eaopd_megatron.serving.connection import ServerGone
 from eaopd_megatron.serving.pool import ServerPool
 from eaopd_megatron.teacher.client import TeacherClient
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.separate import SeparateSource, TokenLimit, compare
-from eaopd_megatron.teacher.wire import Info
+from eaopd_megatron.teacher.protocol import TeacherInfo
+from eaopd_megatron.teacher.separate import SeparateBackend, TokenLimit, check_same_teacher
 from tests.teacher.scoring_double import INFO, ScoringDouble
 
 pytestmark = pytest.mark.timeout(60)
@@ -26,8 +26,8 @@ QUICK = Timeouts(attempts=3, backoff=0.001)
 Work = Callable[[ScoringDouble, TeacherClient], Awaitable[None]]
 
 
-def source(info: Info = INFO, budget: int = 64) -> SeparateSource:
-    return SeparateSource(info, budget=budget, terminal=TerminalMap(*info.terminal), connections=4)
+def source(info: TeacherInfo = INFO, budget: int = 64) -> SeparateBackend:
+    return SeparateBackend(info, budget=budget, terminal=TerminalMap(*info.terminal), connections=4)
 
 
 def made(count: int, response: int = 3) -> list[Sample]:
@@ -53,7 +53,9 @@ def served(work: Work, *, key: str | None = None, given: str | None = None, pati
     asyncio.run(run())
 
 
-def scored(client: TeacherClient, info: Info = INFO, samples: list[Sample] | None = None) -> Awaitable[torch.Tensor]:
+def scored(
+    client: TeacherClient, info: TeacherInfo = INFO, samples: list[Sample] | None = None
+) -> Awaitable[torch.Tensor]:
     ((call, _),) = source(info).calls(samples or made(2), "a")
     return call.attempt(client, 0)
 
@@ -80,7 +82,7 @@ def test_the_terminal_token_is_looked_up_where_no_stop_was() -> None:
     samples[2].response_ids[-1] = samples[3].response_ids[-1] = 3
     samples[2].finish_reason = "length"
     ((call, _),) = source(info).calls(samples, "a")
-    assert [sample.label for sample in call.request.samples] == [-1, -1, -1, 9]
+    assert [sample.target_id for sample in call.request.samples] == [-1, -1, -1, 9]
 
 
 def test_a_busy_teacher_is_given_up_at_once_or_asked_for_ever() -> None:
@@ -169,10 +171,10 @@ def test_a_teacher_that_still_loads_gets_work() -> None:
     async def work(double: ScoringDouble, client: TeacherClient) -> None:
         double.faults.loading = True
         with pytest.raises(Busy):
-            await source().admit(client, 8)
+            await source().validate(client, 8)
         assert await client.reachable()
         double.faults.loading = False
-        assert await source().admit(client, 8) == TokenLimit(64)
+        assert await source().validate(client, 8) == TokenLimit(64)
 
     served(work)
 
@@ -191,17 +193,19 @@ def test_a_teacher_that_still_loads_gets_work() -> None:
 )
 def test_another_teacher_is_asked(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        compare("http://host:1", replace(INFO, **changes), INFO, "teacher")
+        check_same_teacher("http://host:1", replace(INFO, **changes), INFO, "teacher")
     assert "http://host:1" in str(caught.value) and "start it again with `eaopd teach`" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_what_does_not_matter_is_compared() -> None:
-    compare("http://host:1", replace(INFO, model="elsewhere", layout="TP8", top_k=3, max_tokens=99), INFO, "teacher")
+    check_same_teacher(
+        "http://host:1", replace(INFO, model="elsewhere", layout="TP8", top_k=3, max_tokens=99), INFO, "teacher"
+    )
     topk = replace(INFO, signal="topk", top_k=4)
-    compare("http://host:1", replace(topk, width=9, dtype="fp32"), topk, "teacher")
+    check_same_teacher("http://host:1", replace(topk, width=9, dtype="fp32"), topk, "teacher")
     with pytest.raises(UserError, match=r"objective\.top_k than this recipe: 3 there, 4 here"):
-        compare("http://host:1", replace(topk, top_k=3), topk, "teacher")
+        check_same_teacher("http://host:1", replace(topk, top_k=3), topk, "teacher")
 
 
 def test_a_replica_that_dies_takes_tokens_with_it() -> None:
@@ -215,7 +219,7 @@ def test_a_replica_that_dies_takes_tokens_with_it() -> None:
         asked = source(budget=10)
 
         async def admit(client: TeacherClient) -> TokenLimit:
-            return await asked.admit(client, 5)
+            return await asked.validate(client, 5)
 
         pool = ServerPool(clients, admit, readmission_wait=0.001, report=lambda _: None)
         await pool.open()

@@ -13,7 +13,7 @@ from eaopd_megatron.config import Recipe, load_recipe
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.architecture import transformer_config
-from eaopd_megatron.teacher.build import Surroundings, build_teachers, open_folders
+from eaopd_megatron.teacher.build import TeacherContext, build_teachers, open_teacher_folders
 
 COUNTDOWN = Path(__file__).parents[2] / "recipes/countdown"
 
@@ -25,7 +25,7 @@ COUNTDOWN = Path(__file__).parents[2] / "recipes/countdown"
 def test_fp8_without_transformer_engine_is_no_traceback_of_megatron(override: str, key: str) -> None:
     recipe = load_recipe(COUNTDOWN / "eopd.yaml", [override])
     with pytest.raises(UserError, match=f"^{key}=fp8 needs CUDA and Transformer Engine"):
-        open_folders(recipe, HfFolder.open(str(COUNTDOWN / "student"), "student.model"))
+        open_teacher_folders(recipe, HfFolder.open(str(COUNTDOWN / "student"), "student.model"))
 
 
 def test_top_k_over_more_tokens_than_another_teacher_has_is_refused(tmp_path: Path) -> None:
@@ -35,22 +35,30 @@ def test_top_k_over_more_tokens_than_another_teacher_has_is_refused(tmp_path: Pa
     )
     student = HfFolder.open(str(COUNTDOWN / "student"), "student.model")
     parallel: Any = SimpleNamespace(world_size=1, is_main=True)
-    around = Surroundings(
-        recipe, parallel, student, open_folders(recipe, student), {}, 100, tmp_path, lambda: 0, lambda text: None
+    around = TeacherContext(
+        recipe,
+        parallel,
+        student,
+        open_teacher_folders(recipe, student),
+        {},
+        100,
+        tmp_path,
+        lambda: 0,
+        lambda text: None,
     )
     with pytest.raises(UserError, match=r"^teachers\.math\.signal=topk is made of 112 tokens, .* has 100: "):
         build_teachers(around)
 
 
-def around(recipe: Recipe, tmp_path: Path, *, ranks: int = 1, end: int | None = None) -> Surroundings:
+def around(recipe: Recipe, tmp_path: Path, *, ranks: int = 1, end: int | None = None) -> TeacherContext:
     """end: the teacher's, where it is not the student's."""
     parallel: Any = SimpleNamespace(world_size=ranks, is_main=True)
     student = HfFolder.open(str(COUNTDOWN / "student"), "student.model")
-    folders = open_folders(recipe, student)
+    folders = open_teacher_folders(recipe, student)
     for folder in folders.values():
         if end is not None:
             folder.eos_ids = [end]
-    return Surroundings(recipe, parallel, student, folders, {}, 112, tmp_path, lambda: 0, lambda text: None)
+    return TeacherContext(recipe, parallel, student, folders, {}, 112, tmp_path, lambda: 0, lambda text: None)
 
 
 @pytest.mark.parametrize("preset", ["eopd_exact", "rkl", "fkl"])

@@ -18,7 +18,7 @@ from eaopd_megatron.megatron.generation import decode_mode
 from eaopd_megatron.objective import Objective
 from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
 from eaopd_megatron.rollout.local import sample_tokens
-from eaopd_megatron.teacher.build import layouts_of
+from eaopd_megatron.teacher.build import model_layouts
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.training.metric_accumulator import MetricAccumulator
 from eaopd_megatron.training.profiling import ProfilerWindow, ThroughputMeter
@@ -83,10 +83,10 @@ def test_expert_parallelism_is_that_of_the_model_with_experts() -> None:
 
     layout = ParallelLayout(2, True, expert_parallel=2, expert_tensor_parallel=2)
     dense = ParallelLayout(2, True)
-    assert layouts_of(layout, [folder(), folder("experts")]) == [dense, layout]
-    assert layouts_of(layout, [folder("experts"), folder()]) == [layout, dense]
-    assert layouts_of(layout, [folder("experts"), folder("experts")]) == [layout, layout]
-    assert layouts_of(layout, [folder(), folder()]) == [layout, layout]  # and `check_supported` refuses it
+    assert model_layouts(layout, [folder(), folder("experts")]) == [dense, layout]
+    assert model_layouts(layout, [folder("experts"), folder()]) == [layout, dense]
+    assert model_layouts(layout, [folder("experts"), folder("experts")]) == [layout, layout]
+    assert model_layouts(layout, [folder(), folder()]) == [layout, layout]  # and `check_supported` refuses it
 
 
 class Engine(torch.nn.Module):
@@ -137,11 +137,11 @@ def test_the_terminal_map_touches_only_the_students_stop() -> None:
     other = Sample(Prompt("c", (1,), {}), [9], "stop", [0.0], 0)  # stopped by the teacher's own id
     batch = collate([stopped, cut, other], torch.device("cpu"))
     label = TerminalMap.between("label", [7], [9, 7])
-    found = label.labels(batch)
+    found = label.batch_target_ids(batch)
     assert found is not None and found.tolist() == [7, 2, 9, 7, 7, 9]
     assert label.row_map() is None
     swap = TerminalMap.between("swap", [7], [9, 7])
-    assert swap.labels(batch) is None
+    assert swap.batch_target_ids(batch) is None
     assert swap.row_map() == {7: 9, 9: 7}
 
 

@@ -1,4 +1,4 @@
-"""The HTTP side of the service: threads that read requests and send rows, as `teacher/wire.py` says."""
+"""The HTTP side of the service: threads that read requests and send rows, as `teacher/protocol.py` says."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from urllib.parse import urlsplit
 import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.teacher.wire import LONGEST_HEADER, Info, ScoreRequest
+from eaopd_megatron.teacher.protocol import MAX_HEADER_BYTES, ScoreRequest, TeacherInfo
 
 
-class Unavailable(Exception):
+class RequestRefused(Exception):
     """Not now; its text says why, in one line."""
 
 
-class Full(Unavailable):
+class QueueFull(RequestRefused):
     """Too many requests are here; ask again."""
 
 
-class Stopping(Unavailable):
+class ShuttingDown(RequestRefused):
     """Ask another replica."""
 
 
@@ -41,7 +41,7 @@ class _Work:
         self.rows: torch.Tensor | None = None  # none, though done: it was given up
 
 
-class Queue:
+class RequestQueue:
     """Bounded: a request counts from its acceptance until its answer is sent, so memory is bounded too."""
 
     def __init__(self, places: int, patience: float = 20.0) -> None:
@@ -65,7 +65,7 @@ class Queue:
             work = self._work(request)
             work.done.wait()
             if work.rows is None:
-                raise Stopping("the teacher is stopping")
+                raise ShuttingDown("the teacher is stopping")
             yield work.rows
         finally:
             with self._change:
@@ -108,9 +108,9 @@ class Queue:
         with self._change:
             free = self._change.wait_for(lambda: self._stopping or self._held < self._places, self._patience)
             if self._stopping:
-                raise Stopping("the teacher is stopping")
+                raise ShuttingDown("the teacher is stopping")
             if not free:
-                raise Full(f"{self._places} requests are here already")
+                raise QueueFull(f"{self._places} requests are here already")
             self._held += 1
 
     def _work(self, request: ScoreRequest) -> _Work:
@@ -118,11 +118,11 @@ class Queue:
             work = self._unfinished.get(request.id)
             if work is None:
                 if self._stopping:
-                    raise Stopping("the teacher is stopping")
+                    raise ShuttingDown("the teacher is stopping")
                 work = self._unfinished[request.id] = _Work(request)
                 self._waiting.append(work)
                 self._change.notify_all()
-            elif not work.request.same(request):
+            elif not work.request.has_same_content(request):
                 raise ValueError(f"another request with the id {request.id} is worked on")
             return work
 
@@ -132,11 +132,11 @@ class Queue:
             work.done.set()
 
 
-SILENCE_SECONDS = 300.0
+_SOCKET_TIMEOUT_SECONDS = 300.0
 """What a client has to send a request, or to receive an answer, before it is taken for dead."""
 
 
-def address_of(listen: str) -> tuple[str, int]:
+def parse_listen_address(listen: str) -> tuple[str, int]:
     """Host and port of HOST:PORT. Raises UserError."""
     with suppress(ValueError):
         parts = urlsplit(f"//{listen}")
@@ -152,7 +152,7 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-class Listener(socketserver.ThreadingTCPServer):
+class TeacherHttpServer(socketserver.ThreadingTCPServer):
     """Bound when it is made; serves from `begin` to `end`."""
 
     daemon_threads = True  # idle connections hold nothing up
@@ -162,7 +162,7 @@ class Listener(socketserver.ThreadingTCPServer):
     def __init__(self, listen: str, key: str | None) -> None:
         """key: what requests must show; none: nothing. Raises UserError where the address cannot be had, and where it
         is not the loopback's and there is no key."""
-        host, port = address_of(listen)
+        host, port = parse_listen_address(listen)
         if key is None and not is_loopback(host):
             raise UserError(
                 f"teacher.listen is {listen}, which other hosts reach: give a key with teacher.api_key_file (a file of "
@@ -176,8 +176,8 @@ class Listener(socketserver.ThreadingTCPServer):
             self.server_close()
             raise UserError(f"teacher.listen: {listen} cannot be listened on: {error.strerror or error}") from None
         self.key = key
-        self.queue: Queue
-        self.info: Info
+        self.queue: RequestQueue
+        self.info: TeacherInfo
 
     @property
     def url(self) -> str:
@@ -188,7 +188,7 @@ class Listener(socketserver.ThreadingTCPServer):
                 host = socket.gethostname()
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def begin(self, queue: Queue, info: Info) -> None:
+    def begin(self, queue: RequestQueue, info: TeacherInfo) -> None:
         """Requests come into the queue from now on."""
         self.queue, self.info = queue, info
         self.server_activate()
@@ -206,10 +206,10 @@ class Listener(socketserver.ThreadingTCPServer):
 class _Handler(BaseHTTPRequestHandler):
     """One connection."""
 
-    server: Listener
+    server: TeacherHttpServer
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    timeout = SILENCE_SECONDS
+    timeout = _SOCKET_TIMEOUT_SECONDS
 
     def do_GET(self) -> None:
         if not self._allowed():
@@ -232,15 +232,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             request = ScoreRequest.decode(body)
-            check(request, self.server.info)
+            check_score_request(request, self.server.info)
             with self.server.queue.answer(request) as rows:
                 self._head(200, "application/octet-stream", rows.numel())
                 if rows.numel():
                     self.wfile.write(rows.numpy().data.cast("B"))
         except ValueError as error:
             self._refuse(400, str(error))
-        except Unavailable as error:
-            self._refuse(429 if isinstance(error, Full) else 503, str(error))
+        except RequestRefused as error:
+            self._refuse(429 if isinstance(error, QueueFull) else 503, str(error))
 
     def _body(self) -> bytes | None:
         """None: it is refused already."""
@@ -248,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
             length = int(self.headers.get("Content-Length", ""))
         except ValueError:
             length = -1
-        longest = 4 + LONGEST_HEADER + 4 * self.server.info.max_tokens
+        longest = 4 + MAX_HEADER_BYTES + 4 * self.server.info.max_tokens
         if not 0 <= length <= longest:
             self.close_connection = True  # what it sends is not read
             self._refuse(400, f"a request needs a Content-Length, of {longest} at the most")
@@ -285,12 +285,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing of what a client may have sent."""
 
 
-def check(request: ScoreRequest, info: Info) -> None:
+def check_score_request(request: ScoreRequest, info: TeacherInfo) -> None:
     """Raises ValueError, in one line, for what would end the ranks."""
     ids, vocab_size = request.token_ids, info.vocab_size
     if len(ids) > info.max_tokens:
         raise ValueError(f"{len(ids)} tokens came; a request has {info.max_tokens} at the most")
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(f"a token id is not in the vocabulary of {vocab_size}")
-    if any(not -1 <= sample.label < vocab_size for sample in request.samples):
+    if any(not -1 <= sample.target_id < vocab_size for sample in request.samples):
         raise ValueError(f"a label is not in the vocabulary of {vocab_size}")

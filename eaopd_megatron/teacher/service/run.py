@@ -13,6 +13,7 @@ from types import FrameType
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
+from eaopd_megatron.config.keys import select_separate_teacher, teacher_key
 from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.distributed.broadcast import broadcast_events
@@ -25,21 +26,20 @@ from eaopd_megatron.megatron.model import DTYPES, build_model
 from eaopd_megatron.models.architecture import check_supported
 from eaopd_megatron.serving.client import read_api_key
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.service.choice import chosen, key_of
-from eaopd_megatron.teacher.service.listener import Listener, Queue
-from eaopd_megatron.teacher.service.scorer import Scorer
-from eaopd_megatron.teacher.wire import Info, ScoreRequest, identity
+from eaopd_megatron.teacher.protocol import ScoreRequest, TeacherInfo, build_teacher_info
+from eaopd_megatron.teacher.service.listener import RequestQueue, TeacherHttpServer
+from eaopd_megatron.teacher.service.scorer import TeacherScorer
 from eaopd_megatron.utils.log import log_rank0
 
-POLL_SECONDS = 0.2
-REPORT_SECONDS = 60.0
-SEND_SECONDS = 30.0
+_POLL_SECONDS = 0.2
+_REPORT_SECONDS = 60.0
+_DRAIN_SECONDS = 30.0
 """What clients have to receive what is scored, once the teacher is asked to stop."""
 
 
-def teach(recipe: Recipe, name: str) -> None:
+def serve_teacher(recipe: Recipe, name: str) -> None:
     """Serves until a signal comes, then raises SystemExit(128 + its number). Raises UserError."""
-    options, key = chosen(recipe, name), key_of(name)
+    options, key = select_separate_teacher(recipe, name), teacher_key(name)
     if options.precision == "fp8":
         require_fp8_support(f"{key}.precision")
     folder = HfFolder.open(options.model, f"{key}.model")
@@ -61,35 +61,39 @@ def teach(recipe: Recipe, name: str) -> None:
     groups.shutdown_distributed()
 
 
-def _listen(options: Options) -> Listener:
-    return Listener(options.listen, None if options.api_key_file is None else read_api_key(Path(options.api_key_file)))
+def _listen(options: Options) -> TeacherHttpServer:
+    return TeacherHttpServer(
+        options.listen, None if options.api_key_file is None else read_api_key(Path(options.api_key_file))
+    )
 
 
-def _build(recipe: Recipe, options: Options, folder: HfFolder, parallel: ParallelState) -> tuple[Info, Scorer]:
+def _build(
+    recipe: Recipe, options: Options, folder: HfFolder, parallel: ParallelState
+) -> tuple[TeacherInfo, TeacherScorer]:
     """What this teacher is to clients, and its model."""
     student = HfFolder.open(recipe.student.model, "student.model")
-    info = identity(recipe, options, student, folder, layout=_shown(parallel.layout))
+    info = build_teacher_info(recipe, options, student, folder, layout=_shown(parallel.layout))
     # hidden states become logits at the student's ranks, whose copy of the output layer is the one that is mapped
     row_map = TerminalMap(*info.terminal).row_map() if info.signal == "topk" else None
     precision, fp8 = DTYPES[options.precision], options.precision == "fp8"
     model = build_model(folder.config, parallel.layout, precision, untie=row_map is not None, fp8=fp8)
     load_hf(model, folder, parallel, row_map=row_map)
-    return info, Scorer(model, parallel, info.row_format, vocab_size=info.vocab_size)
+    return info, TeacherScorer(model, parallel, info.payload_format, vocab_size=info.vocab_size)
 
 
-def _serve(scorer: Scorer, info: Info, listener: Listener | None, places: int) -> None:
-    parallel, queue, received = scorer.parallel, Queue(places), list[int]()
+def _serve(scorer: TeacherScorer, info: TeacherInfo, listener: TeacherHttpServer | None, places: int) -> None:
+    parallel, queue, received = scorer.parallel, RequestQueue(places), list[int]()
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
-    meter = Meter()
+    meter = ThroughputMeter()
     if listener is not None:
         listener.begin(queue, info)
         log_rank0(f"{info.model} serves {info.signal} at {listener.url} ({info.layout})")
-    news = _news(queue, scorer.together, meter) if parallel.is_main else None
+    news = _next_requests(queue, scorer.max_batch, meter) if parallel.is_main else None
     try:
         for requests in broadcast_events(parallel, news, lambda: received[0] if received else 0):
             rows = scorer.score(requests)
@@ -99,22 +103,22 @@ def _serve(scorer: Scorer, info: Info, listener: Listener | None, places: int) -
     except StopRequested as asked:
         queue.stop()
         if listener is not None:
-            queue.drain(SEND_SECONDS)
+            queue.drain(_DRAIN_SECONDS)
             listener.end()
         raise SystemExit(128 + asked.args[0]) from None
 
 
-def _news(queue: Queue, together: int, meter: Meter) -> Iterator[list[ScoreRequest] | None]:
+def _next_requests(queue: RequestQueue, together: int, meter: ThroughputMeter) -> Iterator[list[ScoreRequest] | None]:
     """What is to be scored next, for `broadcast_events`."""
     while True:
-        yield queue.take(together, POLL_SECONDS) or None
+        yield queue.take(together, _POLL_SECONDS) or None
         meter.tick()
 
 
-class Meter:
+class ThroughputMeter:
     """Says now and then what was done, if anything was."""
 
-    def __init__(self, seconds: float = REPORT_SECONDS, report: Callable[[str], None] = log_rank0) -> None:
+    def __init__(self, seconds: float = _REPORT_SECONDS, report: Callable[[str], None] = log_rank0) -> None:
         self._seconds, self._report = seconds, report
         self._since = time.monotonic()
         self._requests = self._tokens = 0

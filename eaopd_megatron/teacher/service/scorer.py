@@ -15,11 +15,11 @@ from eaopd_megatron.megatron.forward import logits_in_chunks, output_weight
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import packing_for, run_forward
 from eaopd_megatron.objective import TeacherTopK, summarise_teacher
-from eaopd_megatron.teacher.payload import HiddenRows, Rows
-from eaopd_megatron.teacher.wire import ScoreRequest
+from eaopd_megatron.teacher.payload import HiddenStatePayload, PayloadFormat
+from eaopd_megatron.teacher.protocol import ScoreRequest
 
 
-def summarise_rows(
+def top_k_of_hidden(
     rows: torch.Tensor,
     head: torch.Tensor,
     tokens: torch.Tensor,
@@ -49,17 +49,17 @@ def summarise_rows(
     return TeacherTopK(**joined)
 
 
-class Scorer:
+class TeacherScorer:
     """All ranks make the same calls.
 
     Every request is one micro-batch: whatever else is scored with it, its rows are the same, bit for bit. Where experts
     need data-parallel ranks, its samples are dealt over them, always in the same way.
     """
 
-    def __init__(self, model: ModelChunks, parallel: ParallelState, rows: Rows, *, vocab_size: int) -> None:
+    def __init__(self, model: ModelChunks, parallel: ParallelState, rows: PayloadFormat, *, vocab_size: int) -> None:
         """vocab_size: over which top-k is normalised. Collective."""
         self.model = model.eval().requires_grad_(False)
-        self.parallel, self.rows, self._vocab_size = parallel, rows, vocab_size
+        self.parallel, self.payload_format, self._vocab_size = parallel, rows, vocab_size
         places: list[tuple[bool, int]] = [(parallel.reports_metrics, parallel.dp_rank)]
         if parallel.world_size > 1:
             mine, places = places[0], [(False, 0)] * parallel.world_size
@@ -67,7 +67,7 @@ class Scorer:
         self._speakers = {dp_rank: rank for rank, (speaks, dp_rank) in enumerate(places) if speaks}
 
     @property
-    def together(self) -> int:
+    def max_batch(self) -> int:
         """Requests that one forward pass should have: enough to keep a pipeline busy, else one, to be answered soon."""
         return 1 if self.parallel.pp_size == 1 else 4 * self.parallel.pp_size
 
@@ -76,7 +76,8 @@ class Scorer:
         parallel = self.parallel
         packing = packing_for(parallel.layout)
         batches = [
-            collate(samples_of(r)[parallel.dp_rank :: parallel.dp_size], parallel.device, packing) for r in requests
+            collate(request_samples(r)[parallel.dp_rank :: parallel.dp_size], parallel.device, packing)
+            for r in requests
         ]
         mine: dict[int, torch.Tensor] = {}
 
@@ -89,38 +90,38 @@ class Scorer:
         return [self._collect(request, mine.get(index)) for index, request in enumerate(requests)]
 
     def _encode(self, rows: torch.Tensor, batch: MicroBatch, request: ScoreRequest) -> torch.Tensor:
-        if isinstance(self.rows, HiddenRows):
-            return self.rows.encode(rows)
+        if isinstance(self.payload_format, HiddenStatePayload):
+            return self.payload_format.encode(rows)
         labels = batch.target_ids.clone()
         ends = torch.tensor([len(sample.response_ids) for sample in batch.samples]).cumsum(0).tolist()
         dealt = request.samples[self.parallel.dp_rank :: self.parallel.dp_size]
         for end, sample in zip(ends, dealt, strict=True):
-            if sample.label >= 0 and sample.response:
-                labels[end - 1] = sample.label
-        found = summarise_rows(
+            if sample.target_id >= 0 and sample.response:
+                labels[end - 1] = sample.target_id
+        found = top_k_of_hidden(
             rows,
             output_weight(self.model),
             batch.target_ids,
             labels,
-            top_k=self.rows.k,
+            top_k=self.payload_format.k,
             vocab_size=self._vocab_size,
             group=self.parallel.tp_group,
         )
-        return self.rows.encode(found)
+        return self.payload_format.encode(found)
 
     def _collect(self, request: ScoreRequest, mine: torch.Tensor | None) -> torch.Tensor:
         """The rows of all samples, in their order, on the main rank; nothing elsewhere."""
         if not self.parallel.is_main:
             if mine is not None and mine.numel():
                 dist.send(mine, 0)
-            return torch.empty(0, self.rows.bytes, dtype=torch.uint8)
+            return torch.empty(0, self.payload_format.bytes_per_token, dtype=torch.uint8)
         size = self.parallel.dp_size
         parts: list[Sequence[torch.Tensor]] = []
         for dp_rank in range(size):
             lengths = [sample.response for sample in request.samples[dp_rank::size]]
             source, part = self._speakers[dp_rank], mine
             if source or part is None:
-                part = torch.empty(sum(lengths), self.rows.bytes, dtype=torch.uint8)
+                part = torch.empty(sum(lengths), self.payload_format.bytes_per_token, dtype=torch.uint8)
                 if part.numel():
                     dist.recv(part, source)
             if size == 1:
@@ -129,7 +130,7 @@ class Scorer:
         return torch.cat([parts[i % size][i // size] for i in range(len(request.samples))])
 
 
-def samples_of(request: ScoreRequest) -> list[Sample]:
+def request_samples(request: ScoreRequest) -> list[Sample]:
     """The request's samples as micro-batches take them."""
     ids = request.token_ids.tolist()
     found, start = [], 0

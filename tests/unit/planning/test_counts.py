@@ -218,7 +218,7 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
 
     from eaopd_megatron.distributed.parallel_state import ParallelLayout as TrainerLayout
     from eaopd_megatron.models.architecture import check_supported
-    from eaopd_megatron.teacher.build import layouts_of
+    from eaopd_megatron.teacher.build import model_layouts
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # gloo's own limit is no limit of a plan
     dictionaries = [of_family(kind) | {"architectures": [ARCHITECTURES[kind]]} for kind in (student, teacher)]
@@ -240,7 +240,7 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
         refused = False
         try:
             trainer.check_world_size(layout.gpus)
-            for folder, cut in zip(folders, layouts_of(trainer, folders), strict=True):
+            for folder, cut in zip(folders, model_layouts(trainer, folders), strict=True):
                 check_supported(folder.config, cut, "")
         except UserError:
             refused = True

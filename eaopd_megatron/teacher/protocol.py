@@ -24,19 +24,19 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.config.schema import TeacherConfig
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.payload import HiddenRows, Rows, TopKRows
+from eaopd_megatron.teacher.payload import HiddenStatePayload, PayloadFormat, TopKPayload
 
-PROTOCOL = 1
+PROTOCOL_VERSION = 1
 """Of this file; a teacher of another one is refused."""
-LONGEST_HEADER = 2**24  # bytes
+MAX_HEADER_BYTES = 2**24  # bytes
 
 
-class Scored(NamedTuple):
+class ScoredSample(NamedTuple):
     """A sample as the teacher sees it. label: id under which the last response token is looked up, or −1: its own."""
 
     prompt: int  # tokens
     response: int  # tokens
-    label: int = -1
+    target_id: int = -1
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class ScoreRequest:
     """token_ids: of all samples, prompts and responses."""
 
     id: str
-    samples: Sequence[Scored]
+    samples: Sequence[ScoredSample]
     token_ids: torch.Tensor  # [T] int32
 
     @property
-    def rows(self) -> int:
+    def response_tokens(self) -> int:
         """Response tokens."""
         return sum(sample.response for sample in self.samples)
 
-    def same(self, other: ScoreRequest) -> bool:
+    def has_same_content(self, other: ScoreRequest) -> bool:
         """Whether the answer is the same."""
         return list(self.samples) == list(other.samples) and torch.equal(self.token_ids, other.token_ids)
 
@@ -66,10 +66,10 @@ class ScoreRequest:
         """Raises ValueError, in one line, for a body that is none; ids are not compared with a vocabulary."""
         try:
             (length,) = struct.unpack_from("<I", body)
-            if length > LONGEST_HEADER:
+            if length > MAX_HEADER_BYTES:
                 raise ValueError("its header is too long")
             header = json.loads(body[4 : 4 + length])
-            samples = [Scored(*map(int, sample)) for sample in header["samples"]]
+            samples = [ScoredSample(*map(int, sample)) for sample in header["samples"]]
             ids = torch.frombuffer(bytearray(body[4 + length :]), dtype=torch.int32)
             request = cls(str(header["id"]), samples, ids)
         except (struct.error, KeyError, TypeError, ValueError) as error:
@@ -82,7 +82,7 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True)
-class Info:
+class TeacherInfo:
     """What a teacher is: all of it must be what the recipe asks for."""
 
     model: str  # its path or hub id, for messages
@@ -95,14 +95,14 @@ class Info:
     terminal: tuple[str, int, int]  # kind, student's id, teacher's id
     max_tokens: int  # of a request
     layout: str  # for messages
-    protocol: int = PROTOCOL
+    protocol: int = PROTOCOL_VERSION
 
     @property
-    def row_format(self) -> Rows:
+    def payload_format(self) -> PayloadFormat:
         """Of its answers."""
         if self.signal == "topk":
-            return TopKRows(self.top_k)
-        return HiddenRows(self.width, {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype])
+            return TopKPayload(self.top_k)
+        return HiddenStatePayload(self.width, {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,7 +110,7 @@ class Info:
     @classmethod
     def from_json(cls, found: Any) -> Self:
         """Raises ValueError for what no teacher of this protocol says."""
-        if not isinstance(found, dict) or found.get("protocol") != PROTOCOL:
+        if not isinstance(found, dict) or found.get("protocol") != PROTOCOL_VERSION:
             raise ValueError("it is no eaopd teacher of this version")
         try:
             kind, *ids = found.pop("terminal")
@@ -119,12 +119,14 @@ class Info:
             raise ValueError(f"it is no eaopd teacher of this version ({error})") from None
 
 
-def identity(recipe: Recipe, options: TeacherConfig, student: HfFolder, folder: HfFolder, *, layout: str = "") -> Info:
+def build_teacher_info(
+    recipe: Recipe, options: TeacherConfig, student: HfFolder, folder: HfFolder, *, layout: str = ""
+) -> TeacherInfo:
     """folder: the teacher's. It reads a little of every tensor for the fingerprint. Raises UserError for a folder that
     is not whole."""
     terminal = TerminalMap.between(options.terminal_map, student.eos_ids, folder.eos_ids)
     vocab_size = min(student.vocab_size, folder.vocab_size)
-    return Info(
+    return TeacherInfo(
         model=options.model,
         fingerprint=folder.fingerprint,
         signal=recipe.resolve_signal(options),

@@ -13,18 +13,18 @@ from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
 TeacherSignal = TeacherTopK | TeacherHidden | TeacherLogits
 
 
-class Teacher(Protocol):
+class TeacherModel(Protocol):
     """All ranks make the same calls, each with its data-parallel rank's samples. What the teacher says is on the last
     pipeline stage, where the objective is."""
 
-    def start(self, longest: int) -> None:
+    def start(self, max_tokens: int) -> None:
         """Comes first: other processes that it needs begin to start. longest: tokens of a prompt and its response
         together, at the most."""
 
     def open(self) -> None:
         """It is there, and is the recipe's. Raises StopRequested or ServiceUnavailable on all ranks."""
 
-    def ask(self, samples: Sequence[Sample]) -> None:
+    def submit(self, samples: Sequence[Sample]) -> None:
         """The teacher may begin to score them; who waits for other processes does it in `wait`."""
 
     def wait(self, samples: Sequence[Sample]) -> None:
@@ -34,28 +34,28 @@ class Teacher(Protocol):
         token has no score: a gate computed from missing entropies would be off silently.
         """
 
-    def signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
+    def micro_batch_signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
         """What gives, on the last stage, the signal of every response token of micro-batch number i, in order.
 
         Called on all ranks; what it gives is called on all ranks of the last stage, in the order of the micro-batches.
         """
 
-    def labels(self, batch: MicroBatch) -> torch.Tensor | None:
+    def target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
         """[n] ids under which log p(y) is looked up; None: the tokens' own, or they have been looked up already."""
 
     def close(self) -> None:
         """Ends what was started for it. A second call does nothing."""
 
 
-def require_whole(samples: Sequence[Sample]) -> None:
+def require_scored(samples: Sequence[Sample]) -> None:
     """Raises RuntimeError where the teacher's top-k lacks a response token."""
     for sample in samples:
-        require_count(sample, len(sample.teacher_signal.get("logprobs", ())))
+        require_row_count(sample, len(sample.teacher_signal.get("logprobs", ())))
 
 
-def require_count(sample: Sample, scored: int) -> None:
+def require_row_count(sample: Sample, num_rows: int) -> None:
     """Raises RuntimeError where so many rows are not one for each of its response tokens."""
-    if scored != len(sample.response_ids):
+    if num_rows != len(sample.response_ids):
         raise RuntimeError(
-            f"prompt {sample.prompt.id}: the teacher scored {scored} of {len(sample.response_ids)} tokens"
+            f"prompt {sample.prompt.id}: the teacher scored {num_rows} of {len(sample.response_ids)} tokens"
         )
