@@ -74,7 +74,7 @@ def teach(
         return
 
     from eaopd_megatron.config import load_recipe
-    from eaopd_megatron.config.keys import select_separate_teacher
+    from eaopd_megatron.config.schema import select_separate_teacher
 
     layout = select_separate_teacher(load_recipe(recipe, overrides or []), teacher).parallel_layout
     raise typer.Exit(launch_ranks(arguments, teacher_world_size(layout)))

@@ -311,5 +311,5 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def _damaged(path: Path, name: str, what: str) -> str:
-    remedy = f"remove {path}, or set run.on_damaged=fall_back, to continue from the one before it"
+    remedy = f"remove {path}, or set run.on_corrupt_checkpoint=fall_back, to continue from the one before it"
     return f"damaged checkpoint: {path / name} {what}; {remedy}"

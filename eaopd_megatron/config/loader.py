@@ -7,9 +7,12 @@ is wrong becomes a `RecipeError` of one line that begins with the file, or the o
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from eaopd_megatron.config import keys
+from eaopd_megatron.config import aliases
 from eaopd_megatron.config.schema import Recipe
 from eaopd_megatron.errors import RecipeError
+from eaopd_megatron.utils.lifetime import LAUNCHER_PID_VARIABLE
 
 MODEL_KEYS = ("student.model", "teacher.model")
 """Keys that may hold a folder."""
@@ -31,40 +35,42 @@ FILE_KEYS = ("data.source", "data.decontaminate", "evaluation.benchmarks")
 
 @dataclass(frozen=True)
 class _Layer:
-    """One file's, or one override's, keys before they are merged."""
+    """The keys of one file or one override before they are merged."""
 
     origin: str  # its name in messages
     tree: dict[str, Any]
-    folder: Path | None  # what its relative paths are tried against first; None: an override
+    folder: Path | None  # where its relative paths are looked up first; None for an override
 
 
-def _layer(origin: str, tree: Mapping[Any, Any], folder: Path | None) -> _Layer:
-    """A layer whose keys all exist; a section without a value counts as empty."""
-    filled = {key: {} if value is None and key in keys.sections() else value for key, value in tree.items()}
-    if fault := keys.fault(filled):
-        raise RecipeError(f"{origin}: {fault}")
-    return _Layer(origin, filled, folder)
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, report: Callable[[str], None] | None = None
+) -> Recipe:
+    """Return the checked recipe in the file `path` with `a.b.c=value` overrides.
 
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The checked recipe in the file `path`, with `a.b.c=value` overrides.
-
-    Relative paths of models and data are taken from the folder of the file that says them, then from the recipe's,
-    then from the working directory, and made absolute where something exists there; any other value (a hub id) is
-    left as it is. Raises RecipeError for a fault in a file, a key, a value, or an objective that the teacher's signal
-    cannot serve.
+    Relative paths of models and data are looked up in the folder of the file that gives them, then in the recipe's,
+    then in the working directory, and made absolute if something exists there; any other value (a hub id) is left
+    alone. A key that was renamed is reported in one line (by default on stderr, once per run). Raises RecipeError for
+    an error in a file, a key, a value, or an objective that the teacher's signal cannot serve.
     """
+    return load_with_origins(path, overrides, report=report)[0]
+
+
+def load_with_origins(
+    path: str | Path, overrides: Sequence[str] = (), *, report: Callable[[str], None] | None = None
+) -> tuple[Recipe, dict[str, str]]:
+    """Return what `load_recipe` returns, and the file or override that gives each key (no entry: the default)."""
     recipe_path = Path(path)
-    layers = [*_file_layers(recipe_path, ()), *(_override_layer(text) for text in overrides)]
-    origins = {key: layer for layer in layers for key, _ in keys.flatten(layer.tree)}
+    sources = [*_read_files(recipe_path, ()), *(_read_override(text) for text in overrides)]
+    layers = [_checked(layer, report or _warn_on_stderr) for layer in sources]
+    origins = {key: layer for layer in layers for key, _ in aliases.flatten_keys(layer.tree)}
 
     def origin(key: str) -> str:
-        shared = re.sub(r"^teachers\.[^.]*\.", "teacher.", key)  # what a teacher does not say itself
-        said = next((origins[name] for name in (key, shared) if name in origins), None)
-        return str(path) if said is None else said.origin
+        shared = re.sub(r"^teachers\.[^.]*\.", "teacher.", key)  # teachers inherit from `teacher`
+        layer = next((origins[name] for name in (key, shared) if name in origins), None)
+        return str(path) if layer is None else layer.origin
 
     merged = _merge(layers, str(path))
-    for key, value in list(keys.flatten(merged)):
+    for key, value in list(aliases.flatten_keys(merged)):
         if key in origins and (_names_model(key) or key in FILE_KEYS):
             *parents, leaf = key.split(".")
             folders = _folders(origins[key], recipe_path.parent)
@@ -82,7 +88,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise RecipeError(_explain(error.errors(), origin)) from None
     _check_objective(recipe, origin)
-    return recipe
+    return recipe, {key: layer.origin for key, layer in origins.items()}
+
+
+def _checked(layer: _Layer, report: Callable[[str], None]) -> _Layer:
+    """Return the layer with current names, all of which exist. A section without a value counts as empty."""
+    filled = {
+        key: {} if value is None and key in aliases.section_keys() else value for key, value in layer.tree.items()
+    }
+    try:
+        tree, renamed = aliases.rename_old_keys(filled)
+    except ValueError as error:
+        raise RecipeError(f"{layer.origin}: {error}") from None
+    if message := aliases.key_error(tree):
+        raise RecipeError(f"{layer.origin}: {message}")
+    for line in aliases.renaming_warnings(renamed):
+        report(f"{layer.origin}: {line}")
+    return replace(layer, tree=tree)
+
+
+@cache
+def _warn_on_stderr(line: str) -> None:
+    """Print a warning once: in the launcher, or in rank 0 if another launcher started the ranks."""
+    if LAUNCHER_PID_VARIABLE not in os.environ and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _names_model(key: str) -> bool:
@@ -109,20 +138,20 @@ def recipe_differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
 
     None stands for the value of a key that only the other one has: a teacher's.
     """
-    left, right = dict(keys.flatten(a.model_dump())), dict(keys.flatten(b.model_dump()))
+    left, right = dict(aliases.flatten_keys(a.model_dump())), dict(aliases.flatten_keys(b.model_dump()))
     names = dict.fromkeys([*left, *right])
     return [(key, left.get(key), right.get(key)) for key in names if left.get(key) != right.get(key)]
 
 
 def recipe_value(recipe: Recipe, key: str) -> Any:
     """The value of a dotted key. Raises RecipeError where there is none."""
-    values = dict(keys.flatten(recipe.model_dump()))
+    values, key = dict(aliases.flatten_keys(recipe.model_dump())), aliases.current_key(key)
     if key not in values:
-        raise RecipeError(keys.unknown(key))
+        raise RecipeError(aliases.unknown_key_message(key))
     return values[key]
 
 
-def _file_layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
+def _read_files(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
     """The layers of a file and of all that it builds on, lowest first; `below` are the files that lead to it."""
     if path.resolve() in (seen.resolve() for seen in below):
         chain = " -> ".join(str(seen) for seen in (*below, path))
@@ -134,8 +163,8 @@ def _file_layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise RecipeError(f"{path}: base is {bases!r}; it must be the name of a file or a list of names")
     for base in bases:
-        yield from _file_layers(path.parent / base, (*below, path))
-    yield _layer(str(path), tree, path.parent)
+        yield from _read_files(path.parent / base, (*below, path))
+    yield _Layer(str(path), tree, path.parent)
 
 
 def _read(path: Path, named_by: Path | None) -> dict[Any, Any]:
@@ -143,7 +172,7 @@ def _read(path: Path, named_by: Path | None) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = keys.nearest(path.stem, [found.stem for found in path.parent.glob("*.yaml")])
+        near = aliases.closest_match(path.stem, [found.stem for found in path.parent.glob("*.yaml")])
         hint = f"; did you mean '{path.parent / f'{near}.yaml'}'?" if near else ""
         where = f"{named_by}: the base file {str(path)!r}" if named_by else f"{path}: the recipe"
         raise RecipeError(f"{where} does not exist{hint}") from None
@@ -174,7 +203,7 @@ def _parse(text: str, origin: str, lines: bool) -> Any:
         raise RecipeError(f"{origin}: {_one_line(error)}") from None
 
 
-def _override_layer(text: str) -> _Layer:
+def _read_override(text: str) -> _Layer:
     origin = f"override {text!r}"
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
@@ -188,17 +217,18 @@ def _override_layer(text: str) -> _Layer:
     tree = tree["value"]
     for part in reversed(parts):
         tree = {part: tree}
-    return _layer(origin, tree, None)
+    return _Layer(origin, tree, None)
 
 
 def _merge(layers: Sequence[_Layer], origin: str) -> dict[str, Any]:
     """One tree of the defaults and all layers, with `${section.key}` replaced by the value of that key."""
     try:
-        merged = OmegaConf.merge(keys.defaults(), *(layer.tree for layer in layers))
+        merged = OmegaConf.merge(aliases.default_values(), *(layer.tree for layer in layers))
         tree: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError) as error:
         named = getattr(error, "full_key", None)
-        source = next((layer.origin for layer in reversed(layers) if named in dict(keys.flatten(layer.tree))), origin)
+        sources = (layer.origin for layer in reversed(layers) if named in dict(aliases.flatten_keys(layer.tree)))
+        source = next(sources, origin)
         raise RecipeError(f"{source}: {f'{named}: ' if named else ''}{_one_line(error)}") from None
     return dict(tree)
 

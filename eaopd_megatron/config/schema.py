@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.errors import RecipeError
 
 if TYPE_CHECKING:
     from eaopd_megatron.objective import Objective
 
-Count = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
 """A whole number from 1."""
-CountOrZero = Annotated[int, Field(ge=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 """A whole number from 0."""
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 FloatOrInfinity = Annotated[float, Field(allow_inf_nan=True)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
+UnitFraction = Annotated[float, Field(gt=0, le=1)]
 """A share in (0, 1]."""
-Decay = Annotated[float, Field(ge=0, lt=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 """A share in [0, 1)."""
-Name = Annotated[str, Field(min_length=1)]
+NonEmptyStr = Annotated[str, Field(min_length=1)]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -41,27 +42,27 @@ class Section(BaseModel):
 class RunConfig(Section):
     """The folder of a run and what is kept in it."""
 
-    folder: Name
-    save_interval: CountOrZero = 50  # iterations between checkpoints; 0: only at the end
-    keep_checkpoints: Count = 2  # the newest ones that stay on the disk
+    folder: NonEmptyStr
+    save_interval: NonNegativeInt = 50  # iterations between checkpoints; 0: only at the end
+    keep_checkpoints: PositiveInt = 2  # the newest ones that stay on the disk
     async_save: bool = True  # checkpoints are written while training goes on, from a copy in host memory
-    on_damaged: Literal["refuse", "fall_back"] = (
+    on_corrupt_checkpoint: Literal["refuse", "fall_back"] = (
         "refuse"  # fall_back: continue from the newest checkpoint that is whole
     )
-    log_rollouts: CountOrZero = 4  # samples recorded an iteration
+    log_rollouts: NonNegativeInt = 4  # samples recorded an iteration
 
 
 class StudentConfig(Section):
     """The model that is trained, and how it is laid out over the ranks."""
 
-    model: Name  # a Hugging Face folder, or a hub id
-    tensor_parallel: Count = 1
-    pipeline_parallel: Count = 1
-    virtual_pipeline: Count = 1  # model chunks a rank holds; more than 1: the interleaved schedule
-    context_parallel: Count = 1
-    expert_parallel: Count = 1
-    expert_tensor_parallel: Count = 1  # ranks that share one expert's matrices
-    data_parallel: Count | None = None  # none: what the ranks, or the devices of this host, allow
+    model: NonEmptyStr  # a Hugging Face folder, or a hub id
+    tensor_parallel: PositiveInt = 1
+    pipeline_parallel: PositiveInt = 1
+    virtual_pipeline: PositiveInt = 1  # model chunks a rank holds; more than 1: the interleaved schedule
+    context_parallel: PositiveInt = 1
+    expert_parallel: PositiveInt = 1
+    expert_tensor_parallel: PositiveInt = 1  # ranks that share one expert's matrices
+    data_parallel: PositiveInt | None = None  # none: what the ranks, or the devices of this host, allow
     sequence_parallel: bool = False
     precision: Precision = "bf16"
     recompute: Literal["none", "selective", "full"] = "none"  # activations made again in backward; selective: attention
@@ -102,7 +103,7 @@ class StudentConfig(Section):
 class TeacherConfig(Section):
     """The model whose distribution the student learns, and what is handed over of it."""
 
-    model: Name  # a Hugging Face folder, or a hub id
+    model: NonEmptyStr  # a Hugging Face folder, or a hub id
     placement: Literal["colocated", "separate", "served"] = (
         "colocated"  # on the student's ranks; separate: on ranks of its own (eaopd teach); served: by SGLang
     )
@@ -110,17 +111,17 @@ class TeacherConfig(Section):
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"  # fp8: weights, on GPUs with Transformer Engine
     terminal_map: Literal["swap", "label", "none"] = "swap"  # how the teacher's and the student's end tokens meet
     offload: Literal["none", "weights"] = "none"  # colocated: weights are in host memory while it does not score
-    tensor_parallel: Count | None = None  # none: colocated, the student's; elsewhere 1
-    pipeline_parallel: Count | None = None  # none: colocated, the student's; elsewhere 1
-    expert_parallel: Count | None = None  # none: colocated, the student's; elsewhere 1
-    replicas: Count = 1  # separate, served: that the trainer starts on its own host
-    urls: list[Name] = []  # of replicas that run already; none are started then
-    listen: Name = "127.0.0.1:0"  # HOST:PORT of eaopd teach; port 0: a free one
-    api_key_file: Name | None = None  # the replicas' key, mode 0600; none: those started here get one
-    max_running: Count = 8  # requests that a replica has at the same time
-    memory_fraction: Fraction = 0.8  # served: of a GPU's memory, for weights and cache
-    start_minutes: Positive = 30.0  # for the replicas to be there
-    all_down_minutes: Positive = 10.0  # without any replica before the run saves its state and stops
+    tensor_parallel: PositiveInt | None = None  # none: colocated, the student's; elsewhere 1
+    pipeline_parallel: PositiveInt | None = None  # none: colocated, the student's; elsewhere 1
+    expert_parallel: PositiveInt | None = None  # none: colocated, the student's; elsewhere 1
+    replicas: PositiveInt = 1  # separate, served: that the trainer starts on its own host
+    urls: list[NonEmptyStr] = []  # of replicas that run already; none are started then
+    listen: NonEmptyStr = "127.0.0.1:0"  # HOST:PORT of eaopd teach; port 0: a free one
+    api_key_file: NonEmptyStr | None = None  # the replicas' key, mode 0600; none: those started here get one
+    max_concurrent_requests: PositiveInt = 8  # requests that a replica has at the same time
+    mem_fraction_static: UnitFraction = 0.8  # served: of a GPU's memory, for weights and cache
+    startup_timeout_minutes: PositiveFloat = 30.0  # for the replicas to be there
+    unavailable_timeout_minutes: PositiveFloat = 10.0  # without any replica before the run saves its state and stops
 
     @property
     def launched_by_trainer(self) -> bool:
@@ -164,7 +165,7 @@ class TeacherConfig(Section):
 class ObjectiveConfig(Section):
     """A preset of the objective and what differs from it (none: as the preset says)."""
 
-    preset: Name = "eopd"
+    preset: NonEmptyStr = "eopd"
     reverse_kl: str | None = None
     forward_kl: str | None = None
     gate: str | None = None
@@ -175,9 +176,9 @@ class ObjectiveConfig(Section):
     top_k: int | None = None
     clip: FloatOrInfinity | None = None
     threshold_end: float | None = None  # nats; threshold moves there over ramp_updates
-    forward_weight_end: NotNegative | None = None  # forward_weight moves there over ramp_updates
+    forward_weight_end: NonNegativeFloat | None = None  # forward_weight moves there over ramp_updates
     ramp: Literal["linear", "cosine"] = "linear"
-    ramp_updates: Count | None = None  # completed updates; none: all of the run's
+    ramp_updates: PositiveInt | None = None  # completed updates; none: all of the run's
 
     def build_objective(self) -> Objective:
         """The objective itself. Raises ValueError, naming the field, for a value that it does not take."""
@@ -194,15 +195,15 @@ class ObjectiveConfig(Section):
 class DataConfig(Section):
     """The prompts."""
 
-    source: Name = "countdown"  # or a .jsonl or .parquet file, or hub:owner/name[:config][@revision]
-    split: Name = "train"
-    prompt_field: Name = "problem"
-    teacher_field: Name = "teacher"  # of a problem: which of several teachers it is for
-    decontaminate: list[Name] = []  # benchmarks whose problems are left out
-    decontaminate_ngram: Count = 13  # so are problems that share as many words in a row with one
+    source: NonEmptyStr = "countdown"  # or a .jsonl or .parquet file, or hub:owner/name[:config][@revision]
+    split: NonEmptyStr = "train"
+    prompt_field: NonEmptyStr = "problem"
+    teacher_field: NonEmptyStr = "teacher"  # of a problem: which of several teachers it is for
+    decontaminate: list[NonEmptyStr] = []  # benchmarks whose problems are left out
+    decontaminate_ngram: PositiveInt = 13  # so are problems that share as many words in a row with one
     template: Literal["chat", "base", "raw"] = "chat"  # chat: thinking off; base: question and answer as plain text
     suffix: str = ""  # appended to each problem
-    max_prompt_tokens: Count = 1024
+    max_prompt_tokens: PositiveInt = 1024
     shuffle: bool = True
     last_batch: Literal["drop", "keep"] = "drop"  # a batch smaller than the others
 
@@ -210,16 +211,16 @@ class DataConfig(Section):
 class ServersConfig(Section):
     """The SGLang servers of rollout.engine=sglang: started and ended by the trainer, or named by their URLs."""
 
-    count: Count = 1  # that the trainer starts on its own host
-    urls: list[Name] = []  # of servers that run already; none are started then
-    router: Name | None = None  # the URL of an sglang-router whose servers run already; none are started then
-    tensor_parallel: Count = 1  # GPUs a server
+    count: PositiveInt = 1  # that the trainer starts on its own host
+    urls: list[NonEmptyStr] = []  # of servers that run already; none are started then
+    router: NonEmptyStr | None = None  # the URL of an sglang-router whose servers run already; none are started then
+    tensor_parallel: PositiveInt = 1  # GPUs a server
     placement: Literal["separate", "colocated"] = "separate"  # colocated: on the trainer's own GPUs, taking turns
-    memory_fraction: Fraction = 0.8  # of a GPU's memory, for weights and cache
-    max_running: Count = 64  # responses that a server writes at the same time
-    api_key_file: Name | None = None  # the key of servers that run already, mode 0600; those started here get one
-    start_minutes: Positive = 15.0  # for the servers to be there
-    all_down_minutes: Positive = 10.0  # without any server before the run saves its state and stops
+    mem_fraction_static: UnitFraction = 0.8  # of a GPU's memory, for weights and cache
+    max_concurrent_requests: PositiveInt = 64  # responses that a server writes at the same time
+    api_key_file: NonEmptyStr | None = None  # of servers that run already, mode 0600; those started here get one
+    startup_timeout_minutes: PositiveFloat = 15.0  # for the servers to be there
+    unavailable_timeout_minutes: PositiveFloat = 10.0  # without any server before the run saves its state and stops
 
     @property
     def launched_by_trainer(self) -> bool:
@@ -241,9 +242,9 @@ class WeightSyncConfig(Section):
     """How the servers get the student's weights."""
 
     transport: Literal["distributed", "disk", "tensor"] = "distributed"  # tensor: same host; disk: a shared folder
-    bucket_mib: Count = 512  # MiB that are sent at once; two such buckets are held
-    timeout_seconds: Positive = 300.0  # for one bucket to arrive; a server that takes longer is lost
-    address: Name | None = None  # of this trainer, as the servers reach it; none: found out
+    bucket_mib: PositiveInt = 512  # MiB that are sent at once; two such buckets are held
+    timeout_seconds: PositiveFloat = 300.0  # for one bucket to arrive; a server that takes longer is lost
+    address: NonEmptyStr | None = None  # of this trainer, as the servers reach it; none: found out
     verify: Literal["version", "probe", "checksum"] = "version"  # what is compared on every server afterwards
 
 
@@ -251,15 +252,15 @@ class RolloutConfig(Section):
     """How the student writes the responses that it is trained on."""
 
     engine: Literal["local", "sglang"] = "local"  # local: on the student's own ranks
-    max_lag: Annotated[int, Field(ge=0, le=1)] = 0  # 1: write the next iteration's responses while this one trains
-    importance_clip: Positive = 2.0  # largest weight π_old/π_rollout of a token that older weights wrote
-    warn_logprob_gap: Positive | None = 0.1  # nats between rollout and trainer, mean over tokens; none: no warning
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0  # 1: write the next responses while this iteration trains
+    importance_clip: PositiveFloat = 2.0  # largest weight π_old/π_rollout of a token that older weights wrote
+    warn_logprob_gap: PositiveFloat | None = 0.1  # nats between rollout and trainer, mean over tokens; none: no warning
     warn_truncated: Annotated[float, Field(gt=0, lt=1)] | None = 0.5  # share of responses; none: no warning
     temperature: float = 1.0
     top_p: float = 1.0
-    max_response_tokens: Count = 4096
-    batch_size: Count = 128  # sequences generated together on a rank
-    stop_ids: list[CountOrZero] = []  # beside the model's own end ids
+    max_response_tokens: PositiveInt = 4096
+    batch_size: PositiveInt = 128  # sequences generated together on a rank
+    stop_token_ids: list[NonNegativeInt] = []  # beside the model's own end ids
 
     @field_validator("temperature", "top_p")
     @classmethod
@@ -275,10 +276,10 @@ class RolloutConfig(Section):
 class TrainConfig(Section):
     """Algorithm 1's sizes."""
 
-    iterations: Count
-    prompts_per_iteration: Count = 128
-    mini_batch: Count = 32  # samples an update, over all data-parallel ranks
-    micro_batch_tokens: Count = 16384  # packed tokens of a micro-batch, which context-parallel ranks share
+    iterations: PositiveInt
+    prompts_per_iteration: PositiveInt = 128
+    mini_batch: PositiveInt = 32  # samples an update, over all data-parallel ranks
+    micro_batch_tokens: PositiveInt = 16384  # packed tokens of a micro-batch, which context-parallel ranks share
 
     @property
     def updates_per_iteration(self) -> int:
@@ -289,14 +290,14 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its schedule, whose steps are completed updates."""
 
-    lr: Positive = 3.0e-6
-    weight_decay: NotNegative = 0.01
-    beta1: Decay = 0.9
-    beta2: Decay = 0.999
-    eps: Positive = 1.0e-8
-    clip_grad: NotNegative = 1.0  # largest gradient norm; 0: not clipped
+    lr: PositiveFloat = 3.0e-6
+    weight_decay: NonNegativeFloat = 0.01
+    beta1: DecayRate = 0.9
+    beta2: DecayRate = 0.999
+    eps: PositiveFloat = 1.0e-8
+    clip_grad: NonNegativeFloat = 1.0  # largest gradient norm; 0: not clipped
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_updates: CountOrZero = 0
+    warmup_updates: NonNegativeInt = 0
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # the floor, as a share of lr
     distributed: bool = False  # each data-parallel rank holds and updates its part of the states
     overlap: bool = False  # gradients are reduced during backward, weights gathered during forward
@@ -312,15 +313,15 @@ class OptimizerConfig(Section):
 class EvaluationConfig(Section):
     """Benchmarks before, during and after training."""
 
-    interval: CountOrZero = 0  # iterations; 0: before and after training only
-    benchmarks: list[Name] = []  # names, .jsonl or .parquet files
-    samples: Count = 8  # responses a problem
-    problems: Count | None = None  # the first so many; none: all
-    temperature: NotNegative = 1.0  # 0: the most probable token
-    top_p: Fraction = 0.8
-    max_response_tokens: Count = 8192
+    interval: NonNegativeInt = 0  # iterations; 0: before and after training only
+    benchmarks: list[NonEmptyStr] = []  # names, .jsonl or .parquet files
+    samples: PositiveInt = 8  # responses a problem
+    problems: PositiveInt | None = None  # the first so many; none: all
+    temperature: NonNegativeFloat = 1.0  # 0: the most probable token
+    top_p: UnitFraction = 0.8
+    max_response_tokens: PositiveInt = 8192
     suffix: str = ""
-    seed: CountOrZero = 1234
+    seed: NonNegativeInt = 1234
 
 
 class ReportingConfig(Section):
@@ -328,27 +329,27 @@ class ReportingConfig(Section):
 
     tensorboard: bool = True
     wandb: bool = False
-    wandb_project: Name = "eaopd"
+    wandb_project: NonEmptyStr = "eaopd"
     wandb_name: str | None = None
-    profile_from: Count | None = None  # first iteration under torch's profiler, whose traces go to profile/; none: off
-    profile_iterations: Count = 1
+    profile_from: PositiveInt | None = None  # first iteration under torch's profiler; none: off
+    profile_iterations: PositiveInt = 1
 
 
 class DistributedConfig(Section):
     """Limits on waiting for other ranks."""
 
-    timeout_minutes: Positive = 10.0
-    flight_recorder: CountOrZero = 2000  # collectives a rank remembers, written to failures/ when the run fails
+    timeout_minutes: PositiveFloat = 10.0
+    flight_recorder: NonNegativeInt = 2000  # collectives a rank remembers, written to failures/ when the run fails
 
 
 class Recipe(Section):
     """A whole recipe. Made by `load_recipe`; the docstrings and comments of the sections say what each key means."""
 
-    seed: CountOrZero = 0
+    seed: NonNegativeInt = 0
     run: RunConfig
     student: StudentConfig
     teacher: TeacherConfig
-    teachers: dict[Name, TeacherConfig] = {}  # several: each has the keys of `teacher` that it does not say itself
+    teachers: dict[NonEmptyStr, TeacherConfig] = {}  # several, each with the keys of `teacher` as defaults
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -386,13 +387,38 @@ class Recipe(Section):
             for name, given in (
                 ("servers", self.servers != ServersConfig()),
                 ("weight_sync", self.weight_sync != WeightSyncConfig()),
-                ("rollout.max_lag", self.rollout.max_lag > 0),
+                ("rollout.max_staleness", self.rollout.max_staleness > 0),
             ):
                 if given:
                     raise ValueError(f"{name} differs from its default, which needs rollout.engine=sglang")
         if self.servers.placement == "colocated":
-            if self.rollout.max_lag:
-                raise ValueError("rollout.max_lag is 1: servers.placement=colocated writes while the trainer waits")
+            if self.rollout.max_staleness:
+                raise ValueError(
+                    "rollout.max_staleness is 1: servers.placement=colocated writes while the trainer waits"
+                )
             if self.weight_sync.transport != "tensor":
                 raise ValueError("servers.placement=colocated needs weight_sync.transport=tensor")
         return self
+
+
+def teacher_key(name: str) -> str:
+    """Return the recipe's section of a teacher, `teachers.NAME`, or `teacher` for the only one, whose name is ''."""
+    return f"teachers.{name}" if name else "teacher"
+
+
+def select_separate_teacher(recipe: Recipe, name: str) -> TeacherConfig:
+    """Return the teacher of this name ('': the only one), which `eaopd teach` is to serve.
+
+    Raises RecipeError if there is none of this name, or its placement is not separate.
+    """
+    teachers = recipe.named_teachers()
+    known = ", ".join(teachers)
+    if name not in teachers:
+        if not name:
+            raise RecipeError(f"the recipe has teachers {known}: name one with --teacher")
+        remedy = f"it has {known}" if known else "leave --teacher out"
+        raise RecipeError(f"the recipe has no teacher {name}; {remedy}")
+    if (placement := teachers[name].placement) != "separate":
+        key = teacher_key(name)
+        raise RecipeError(f"{key}.placement is {placement}: eaopd teach serves a teacher with {key}.placement=separate")
+    return teachers[name]

@@ -287,9 +287,9 @@ class PlannedServers:
             count=len(chosen.urls) or chosen.count,
             tensor_parallel=chosen.tensor_parallel,
             placement=chosen.placement,
-            memory_fraction=chosen.memory_fraction,
-            max_running=chosen.max_running,
-            ahead=recipe.rollout.max_lag > 0,
+            memory_fraction=chosen.mem_fraction_static,
+            max_running=chosen.max_concurrent_requests,
+            ahead=recipe.rollout.max_staleness > 0,
         )
 
     @property

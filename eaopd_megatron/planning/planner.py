@@ -270,9 +270,9 @@ class Plan:
             return []
         held = servers.weights(student, work.student_element) / GiB
         return [
-            f"servers.memory_fraction={servers.memory_fraction:g} of {limit:g} GiB holds the student's weights "
+            f"servers.mem_fraction_static={servers.memory_fraction:g} of {limit:g} GiB holds the student's weights "
             f"({held:.1f} GiB a GPU) and {max(0, int(room)):,} tokens, fewer than the {work.longest:,} of a prompt and "
-            "its response; raise servers.memory_fraction or servers.tensor_parallel"
+            "its response; raise servers.mem_fraction_static or servers.tensor_parallel"
         ]
 
     @cached_property
@@ -334,7 +334,7 @@ class Plan:
             return f"{why}; change {keys.partition('=')[0]}; the best layout that fits: {keys}"
         here = [scorer.key for scorer in planner.teachers if scorer.colocated]
         if share := self._server_share():
-            return f"{why}; change servers.memory_fraction, to at most {share:g}"
+            return f"{why}; change servers.mem_fraction_static, to at most {share:g}"
         if not here:
             return f"{why}; no layout of {self.gpus} GPUs holds student.model: take more --gpus"
         return (

@@ -123,7 +123,7 @@ class PlannedTeacher:
                     **asdict(options.parallel_layout), data_parallel=options.parallel_layout.min_data_parallel_size
                 ),
                 replicas=options.replicas,
-                memory_fraction=options.memory_fraction,
+                memory_fraction=options.mem_fraction_static,
             )
             found.append(scorer)
         return tuple(found)

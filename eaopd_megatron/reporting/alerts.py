@@ -36,7 +36,7 @@ class Alert:
 
 def alert_rules(rollout: RolloutConfig, updates: int, teachers: Collection[str] = ()) -> list[Alert]:
     """Those that the recipe's limits leave on. updates: of one iteration. teachers: names, where they are several."""
-    gap, truncated, lag = rollout.warn_logprob_gap, rollout.warn_truncated, rollout.max_lag * updates
+    gap, truncated, lag = rollout.warn_logprob_gap, rollout.warn_truncated, rollout.max_staleness * updates
     terminal = [
         Alert(
             f"{f'teachers/{name}' if name else 'teacher'}/terminal_logprob",
@@ -68,7 +68,7 @@ def alert_rules(rollout: RolloutConfig, updates: int, teachers: Collection[str] 
         Alert(
             "rollout/version_lag",
             float(lag),
-            f"responses were written by weights more than {lag} updates old, more than rollout.max_lag allows",
+            f"responses were written by weights more than {lag} updates old, more than rollout.max_staleness allows",
             "a server missed an update of its weights: see log.txt; training on stale samples collapses",
         ),
     ]
@@ -78,7 +78,7 @@ def alert_rules(rollout: RolloutConfig, updates: int, teachers: Collection[str] 
         found.append(Alert("rollout/logprob_gap", gap, text, remedy))
     if truncated is not None:
         text = f"more than {truncated:.0%} of the rollouts are cut off at the length limit"
-        remedy = "see rollout.max_response_tokens and rollout.stop_ids"
+        remedy = "see rollout.max_response_tokens and rollout.stop_token_ids"
         found.append(Alert("rollout/truncated", truncated, text, remedy))
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from eaopd_megatron.config.aliases import rename_old_keys
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.estimators import FloatArray
 from eaopd_megatron.evaluation.results import EvaluationResult
@@ -69,7 +70,7 @@ class RunData:
         return cls(
             folder=folder,
             recipe_text=recipe_text,
-            recipe=recipe if isinstance(recipe, dict) else {},
+            recipe=_with_current_keys(recipe) if isinstance(recipe, dict) else {},
             environment=environment,
             records=records,
             evaluations=_evaluations(folder / "evaluation", last, problems),
@@ -163,3 +164,11 @@ def _evaluations(folder: Path, last_iteration: int, problems: list[str]) -> list
         if evaluation.iteration <= last_iteration:
             found.append(evaluation)
     return sorted(found, key=lambda evaluation: evaluation.iteration)
+
+
+def _with_current_keys(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe with the current names of renamed keys: the run may be one of an earlier release."""
+    try:
+        return rename_old_keys(recipe)[0]
+    except ValueError:  # edited by hand
+        return recipe

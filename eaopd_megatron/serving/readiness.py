@@ -109,5 +109,7 @@ class Arrival:
             return
         minutes, which = f"{self.minutes:g} minutes", "; ".join(absent)
         if len(absent) == len(clients):
-            raise UserError(f"no {self.kind} is there after {minutes} ({which}): start one, or raise its start_minutes")
+            raise UserError(
+                f"no {self.kind} is there after {minutes} ({which}): start one, or raise its startup_timeout_minutes"
+            )
         self.report(f"going on without {self.kind}s that are not there after {minutes}: {which}")

@@ -9,8 +9,8 @@ from pathlib import Path
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.config.keys import teacher_key
 from eaopd_megatron.config.schema import TeacherConfig as Options
+from eaopd_megatron.config.schema import teacher_key
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState, num_ranks_on_rank0_host
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.layers import require_fp8_support
@@ -152,7 +152,7 @@ def _separate(
         wanted,
         budget=recipe.train.micro_batch_tokens,
         terminal=terminal,
-        connections=options.max_running,
+        connections=options.max_concurrent_requests,
         config_key=teacher_key(name),
     )
     head = None
@@ -186,7 +186,7 @@ def _served(
         vocab_size=context.vocab_size,
         k=_top_k(context),
         terminal=terminal,
-        max_running=options.max_running,
+        max_running=options.max_concurrent_requests,
         config_key=teacher_key(name),
     )
     return RemoteTeacher(

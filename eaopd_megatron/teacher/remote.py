@@ -263,14 +263,14 @@ class RemoteTeacher(Generic[C, L]):
 
     async def _wait_until_ready(self, clients: Sequence[C], admit: Callable[[C], Awaitable[L]]) -> None:
         try:
-            await Arrival(_KIND, self._options.start_minutes, self._report).of_all(clients, admit)
+            await Arrival(_KIND, self._options.startup_timeout_minutes, self._report).of_all(clients, admit)
         finally:
             for client in clients:
                 await client.close()
 
     async def _open_pool(self, clients: Sequence[C]) -> None:
         admit = partial(self._backend.validate, longest=self._max_tokens)
-        all_down = 60 * self._options.all_down_minutes
+        all_down = 60 * self._options.unavailable_timeout_minutes
         self._pool = ServerPool(clients, admit, kind=_KIND, unavailable_timeout=all_down, report=self._report)
         await self._pool.open()
 

@@ -12,8 +12,8 @@ import torch
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe, dump_recipe
-from eaopd_megatron.config.keys import teacher_key
 from eaopd_megatron.config.schema import TeacherConfig as Options
+from eaopd_megatron.config.schema import teacher_key
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings
 from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS
@@ -52,7 +52,7 @@ class TeacherReplicas:
         places = self._gpus()
         make = self._sglang if options.placement == "served" else self._separate
         self._servers = [make(number, gpus, longest) for number, gpus in enumerate(places)]
-        self._supervisor = Supervisor(self._servers, minutes=options.start_minutes, report=self._report)
+        self._supervisor = Supervisor(self._servers, minutes=options.startup_timeout_minutes, report=self._report)
         self._supervisor.start()
 
     def wait_urls(self) -> Generator[None, None, list[str]]:
@@ -95,8 +95,8 @@ class TeacherReplicas:
             longest + RESERVED_TOKENS + SLACK_TOKENS,
             tensor_parallel=len(gpus),
             precision=options.precision,
-            mem_fraction_static=options.memory_fraction,
-            max_concurrent_requests=options.max_running,
+            mem_fraction_static=options.mem_fraction_static,
+            max_concurrent_requests=options.max_concurrent_requests,
             api_key=self._key,
         )
         server = SGLangServer(settings, self._log(number), first_gpu=gpus.start)

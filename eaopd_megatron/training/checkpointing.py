@@ -59,11 +59,13 @@ class TrainingCheckpoints:
         """(iteration, updates) completed in the newest checkpoint, whose weights and optimiser are loaded; (0, 0)
         without one. Any layout goes on from any other's.
 
-        Raises UserError for a checkpoint that is damaged (or falls back, as run.on_damaged says), of another model, or
-        made with other prompts.
+        Raises UserError for a checkpoint that is damaged (unless run.on_corrupt_checkpoint is fall_back), of another
+        model, or made with other prompts.
         """
         self.store.clean(self.parallel)
-        path = self.store.latest_valid(self.parallel, fall_back=self.recipe.run.on_damaged == "fall_back", log=log)
+        path = self.store.latest_valid(
+            self.parallel, fall_back=self.recipe.run.on_corrupt_checkpoint == "fall_back", log=log
+        )
         if path is None:
             return 0, 0
         state = self.store.load_state(path)

@@ -142,7 +142,7 @@ def build_components(
             report=log,
         )
     ends = [folder.eos_ids for folder in (student_folder, *teacher_folders.values())]
-    stop_ids = tuple(sorted({*itertools.chain(*ends), *recipe.rollout.stop_ids}))
+    stop_ids = tuple(sorted({*itertools.chain(*ends), *recipe.rollout.stop_token_ids}))
     tokenizer = student_folder.tokenizer()
     return Components(
         student_folder,

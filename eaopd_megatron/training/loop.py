@@ -24,7 +24,7 @@ def train(trainer: Trainer) -> None:
             trainer.teachers.wait(samples)
         with trainer.timer("student"):
             mini_batches = trainer.mini_batches(samples)
-            if len(mini_batches) > 1 or trainer.recipe.rollout.max_lag:
+            if len(mini_batches) > 1 or trainer.recipe.rollout.max_staleness:
                 trainer.student.recompute_old_logprobs(samples)  # π_old; with a single update it is stopgrad(q)
             for mini_batch in mini_batches:
                 trainer.student.update(

@@ -16,14 +16,22 @@ _FREE = ("evaluation.", "reporting.", "distributed.", "servers.", "weight_sync."
 """Settings that may change between a run's start and its continuation: none of them reaches the student's weights,
 but for the rounding of sums over another layout's ranks."""
 _FREE_KEYS = (
-    *(f"run.{key}" for key in ("folder", "save_interval", "keep_checkpoints", "async_save", "on_damaged")),
+    *(f"run.{key}" for key in ("folder", "save_interval", "keep_checkpoints", "async_save", "on_corrupt_checkpoint")),
     *("run.log_rollouts", "rollout.batch_size", "rollout.warn_logprob_gap", "rollout.warn_truncated"),
     *(f"student.{kind}_parallel" for kind in ("tensor", "pipeline", "context", "expert", "expert_tensor", "data")),
     *("student.sequence_parallel", "student.virtual_pipeline", "student.recompute"),
     *(f"optimizer.{key}" for key in ("distributed", "overlap", "offload")),
     *(f"teacher.{key}" for key in ("placement", "offload", "replicas", "urls", "listen", "api_key_file")),
     *(f"teacher.{kind}_parallel" for kind in ("tensor", "pipeline", "expert")),
-    *(f"teacher.{key}" for key in ("max_running", "memory_fraction", "start_minutes", "all_down_minutes")),
+    *(
+        f"teacher.{key}"
+        for key in (
+            "max_concurrent_requests",
+            "mem_fraction_static",
+            "startup_timeout_minutes",
+            "unavailable_timeout_minutes",
+        )
+    ),
 )
 """Of a teacher it counts what it says, not where it is: the same keys are free in `teachers.NAME`."""
 
@@ -107,7 +115,7 @@ class RunFolder:
         """Refuse to go on in a folder that holds a run of another recipe (UserError with the first difference)."""
         if not self.config.exists():
             return
-        before = load_recipe(self.config)
+        before = load_recipe(self.config, report=lambda line: None)
         if before.teachers.keys() != recipe.teachers.keys():
             there, here = (", ".join(one.teachers) or "one, without a name" for one in (before, recipe))
             raise UserError(

@@ -133,7 +133,7 @@ class Trainer:
                 sample.stale = sample.weight_version != self.updates
             yield part
         self.components.rollout.finish_generation()
-        if self.recipe.rollout.max_lag and self.iteration + 1 < self.recipe.train.iterations:
+        if self.recipe.rollout.max_staleness and self.iteration + 1 < self.recipe.train.iterations:
             self._ahead = self._begin(self.iteration + 1)
 
     def _begin(self, iteration: int) -> RolloutHandle:

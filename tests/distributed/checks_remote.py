@@ -165,7 +165,7 @@ def check_all_ranks_stop_together(
             said: list[str] = []
             signals = [0]
             asked: Callable[[], int] = partial(signals.__getitem__, 0)
-            options: dict[str, Any] = {"asked": asked, "said": said, "all_down_minutes": 1e-3}
+            options: dict[str, Any] = {"asked": asked, "said": said, "unavailable_timeout_minutes": 1e-3}
             scorer = remote(*folders, parallel, info=info, urls=[url], **options)
             scorer.start(32)
             scorer.open()

@@ -89,9 +89,9 @@ def test_a_way_of_serving_trains_on_old_weights(
 
 
 def test_responses_of_the_last_weights_are_taken_for_fresh_ones(doubles: Path, eaopd: Start, tmp_path: Path) -> None:
-    """With rollout.max_lag=1 all iterations but the first train on responses of the weights before the last."""
+    """With rollout.max_staleness=1 all iterations but the first train on responses of the weights before the last."""
     run = tmp_path / "run"
-    found = train_to_the_end(eaopd(*SERVED, "rollout.max_lag=1", f"run.folder={run}"), run)
+    found = train_to_the_end(eaopd(*SERVED, "rollout.max_staleness=1", f"run.folder={run}"), run)
     assert [record["rollout/version_lag"] for record in found] == [0, 3, 3, 3, 3, 3]
     assert all(0.5 < record["rollout/importance_weight"] < 1.5 for record in found[1:])
     assert "rollout/importance_weight" not in found[0]
@@ -101,7 +101,7 @@ def test_responses_of_the_last_weights_are_taken_for_fresh_ones(doubles: Path, e
 def test_a_run_without_servers_loses_its_state(doubles: Path, eaopd: Start, tmp_path: Path) -> None:
     """All servers die and cannot be started: the run saves what is completed and says so; later it goes on."""
     run = tmp_path / "run"
-    command = eaopd(*SERVED, "run.save_interval=0", "servers.all_down_minutes=0.02", f"run.folder={run}")
+    command = eaopd(*SERVED, "run.save_interval=0", "servers.unavailable_timeout_minutes=0.02", f"run.folder={run}")
     wait_for(lambda: (run / "rollouts" / "000002.jsonl").exists(), command.process)
     python = doubles / "bin" / "python"
     text = python.read_text()

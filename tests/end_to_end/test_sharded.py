@@ -66,7 +66,7 @@ def test_a_killed_sharded_run_goes_on_as_the_uninterrupted_one_there_and_at_anot
     common = newest / "sharded" / "common.pt"
     size = common.stat().st_size
     common.write_bytes(b"")
-    elsewhere = ("student.tensor_parallel=2", "student.data_parallel=1", "run.on_damaged=fall_back")
+    elsewhere = ("student.tensor_parallel=2", "student.data_parallel=1", "run.on_corrupt_checkpoint=fall_back")
     code, _, err = eaopd(*SHORT, *elsewhere, f"run.folder={moved}").wait()
     assert code == 0, err
     log = (moved / "log.txt").read_text()

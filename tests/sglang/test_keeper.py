@@ -170,7 +170,11 @@ def test_servers_behind_a_router_get_the_work_of_one(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(1) as thread:
         serving = thread.submit(asyncio.run, serve())
-        chosen = ("rollout.engine=sglang", f"servers.router={ports.get(timeout=10)}", "servers.max_running=5")
+        chosen = (
+            "rollout.engine=sglang",
+            f"servers.router={ports.get(timeout=10)}",
+            "servers.max_concurrent_requests=5",
+        )
         keeper = keeper_of(tmp_path, [], *chosen)
         try:
             keeper.start(32)

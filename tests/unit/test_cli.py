@@ -86,7 +86,7 @@ def test_user_error_is_a_traceback_or_exits_with_0() -> None:
 
 @pytest.mark.parametrize("verb", ["train", "show"])
 def test_recipe_error_has_another_exit_code(eaopd: Callable[..., Any], verb: str) -> None:
-    said = "unknown key 'optimizer.learning_rate'; did you mean 'optimizer.lr'?"
+    said = "optimizer.learning_rate: no such key; the learning rate is optimizer.lr"
     override = "optimizer.learning_rate=1"
     assert eaopd(verb, "r.yaml", override) == (2, "", f"error: override {override!r}: {said}\n")
 

@@ -80,9 +80,9 @@ def test_base_faults(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
-        ("optimizer.learning_rate", "optimizer.lr"),
+        ("optimizer.learn_rate", "optimizer.lr"),
         ("optimizer.betas1", "optimizer.beta1"),
-        ("student.tp", "student.tensor_parallel"),
+        ("student.tensor_para", "student.tensor_parallel"),
         ("student.lr", "optimizer.lr"),
         ("optimiser.lr", "optimizer"),
         ("max_response_token", "rollout.max_response_tokens"),
@@ -102,8 +102,8 @@ def test_unknown_key_is_accepted_or_its_neighbour_is_not_named(recipe: Path, key
 
 def test_unknown_key_with_nothing_like_it_lists_what_there_is(recipe: Path) -> None:
     assert refusal(recipe, "run.zzz=1").endswith(
-        "unknown key 'run.zzz'; the keys of 'run' are folder, save_interval, keep_checkpoints, async_save, on_damaged, "
-        "log_rollouts"
+        "unknown key 'run.zzz'; the keys of 'run' are folder, save_interval, keep_checkpoints, async_save, "
+        "on_corrupt_checkpoint, log_rollouts"
     )
     assert "the keys at the top are seed, run, student" in refusal(recipe, "zzzzz.q=1")
 
@@ -125,7 +125,7 @@ def test_unknown_key_with_nothing_like_it_lists_what_there_is(recipe: Path) -> N
         ("student.sequence_parallel=1", "student.sequence_parallel is 1; it must be true or false"),
         ("data.suffix=7", "data.suffix is 7; it must be a text (in quotes where it looks like a number)"),
         ("evaluation.benchmarks=countdown", "evaluation.benchmarks is 'countdown'; it must be a list such as [a, b]"),
-        ("rollout.stop_ids=[1,x]", "rollout.stop_ids is 'x'; it must be a whole number"),
+        ("rollout.stop_token_ids=[1,x]", "rollout.stop_token_ids is 'x'; it must be a whole number"),
     ],
 )
 def test_wrong_value_is_converted_or_said_unclearly(recipe: Path, override: str, said: str) -> None:
@@ -163,12 +163,15 @@ def test_keys_that_contradict_each_other_start_a_run(recipe: Path) -> None:
     [
         (["servers.count=2"], "servers differs from its default, which needs rollout.engine=sglang"),
         (["weight_sync.transport=disk"], "weight_sync differs from its default, which needs rollout.engine=sglang"),
-        (["rollout.max_lag=1"], "rollout.max_lag differs from its default, which needs rollout.engine=sglang"),
+        (
+            ["rollout.max_staleness=1"],
+            "rollout.max_staleness differs from its default, which needs rollout.engine=sglang",
+        ),
         ([SGLANG, "servers.urls=[http://a:1]", "servers.router=http://b:1"], "a router knows its servers"),
         ([SGLANG, "servers.api_key_file=key"], "for servers that run already; those started here get a key"),
         ([SGLANG, "servers.placement=colocated"], "servers.placement=colocated needs weight_sync.transport=tensor"),
         ([SGLANG, *COLOCATED, "servers.urls=[http://a:1]"], "for servers that the trainer starts: no URLs"),
-        ([SGLANG, *COLOCATED, "rollout.max_lag=1"], "servers.placement=colocated writes while the trainer waits"),
+        ([SGLANG, *COLOCATED, "rollout.max_staleness=1"], "servers.placement=colocated writes while the trainer waits"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -310,7 +313,7 @@ def test_a_dumped_recipe_loads_as_another_one(
             "data": {"suffix": suffix},
             "reporting": {"wandb_name": name},
             "optimizer": {"lr": lr},
-            "rollout": {"stop_ids": stop_ids},
+            "rollout": {"stop_token_ids": stop_ids},
             "evaluation": {"benchmarks": benchmarks, "problems": problems},
             "objective": {"preset": "opd"},
         }

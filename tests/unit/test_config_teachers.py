@@ -31,7 +31,7 @@ SEPARATE, SERVED = "placement=separate", "placement=served"
         ([SERVED, "pipeline_parallel=2"], "with {}.placement=served has tensor_parallel alone: no pipeline_, expert_"),
         (["precision=fp8", "offload=weights"], "{}.offload=weights moves weights in fp32 or bf16, not those of {}."),
         (["precision=fp4"], "{}.precision is 'fp4'; allowed: 'fp32', 'bf16' or 'fp8'"),
-        (["max_running=0"], "{}.max_running is 0; it must be at least 1"),
+        (["max_concurrent_requests=0"], "{}.max_concurrent_requests is 0; it must be at least 1"),
         (["offlaod=weights"], "unknown key '{}.offlaod'; did you mean '{}.offload'?"),
         (["zzz=1"], "unknown key '{}.zzz'; the keys of '{}' are model, placement, signal, precision, "),
     ],
@@ -47,7 +47,7 @@ def test_keys_of_a_teacher_that_contradict_each_other(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["teachers=math"], "'teachers' names teachers, each with keys of 'teacher'; it is no value such as 'math'"),
+        (["teachers=math"], "'teachers' maps names to sections with the keys of 'teacher'; it cannot be 'math'"),
         (["teachers.math=owner/math"], "'teachers.math' is a section (keys: model, "),
         (["teachers={a b: {signal: topk}}"], "a teacher is named 'a b'; a name has letters, digits, '-' and '_'"),
         (["teachers={1: {signal: topk}}"], "a teacher is named 1; a name has letters, digits, '-' and '_'"),
@@ -105,8 +105,17 @@ def load_recipe_of(text: str) -> object:
     ("settings", "refused"),
     [
         (["placement=separate", "tensor_parallel=2", "urls=[http://a:1]", "api_key_file=key"], None),
-        (["placement=separate", "replicas=2", "max_running=3", "start_minutes=1.0", "all_down_minutes=1.0"], None),
-        (["placement=served", "memory_fraction=0.5"], None),
+        (
+            [
+                "placement=separate",
+                "replicas=2",
+                "max_concurrent_requests=3",
+                "startup_timeout_minutes=1.0",
+                "unavailable_timeout_minutes=1.0",
+            ],
+            None,
+        ),
+        (["placement=served", "mem_fraction_static=0.5"], None),
         (["offload=weights", "listen=127.0.0.1:9"], None),
         (["model=owner/other"], "model"),
         (["signal=topk"], "signal"),

@@ -433,10 +433,10 @@ def test_the_report_warns_where_the_recipe_allows_it(make_run: Callable[..., Pat
     run = make_run(done=20, total=20, change=lag)
     recipe = yaml.safe_load((run / "config.yaml").read_text())
     recipe["train"] |= {"prompts_per_iteration": 16, "mini_batch": 4}
-    recipe["rollout"] = {"max_lag": 1, "warn_logprob_gap": 0.4, "warn_truncated": None}
+    recipe["rollout"] = {"max_staleness": 1, "warn_logprob_gap": 0.4, "warn_truncated": None}
     (run / "config.yaml").write_text(yaml.safe_dump(recipe))
     assert find_warnings(RunData.read(run)) == []
-    recipe["rollout"]["max_lag"] = 0
+    recipe["rollout"]["max_staleness"] = 0
     (run / "config.yaml").write_text(yaml.safe_dump(recipe))
     assert ["more than 0 updates old" in line for line in find_warnings(RunData.read(run))] == [True]
 

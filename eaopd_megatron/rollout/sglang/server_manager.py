@@ -45,7 +45,7 @@ class ServerManager:
         self._recipe, self._folder, self._logs = recipe, folder, logs
         self._first_gpu, self._report = first_gpu, report
         self.loop = EventLoopThread()
-        self._arrival = Arrival("rollout server", recipe.servers.start_minutes, report)
+        self._arrival = Arrival("rollout server", recipe.servers.startup_timeout_minutes, report)
         self.expected: ExpectedModel
         self.clients: list[SGLangClient] = []  # one a server, also where a router is in front of them
         self._pool: ServerPool[SGLangClient, LengthLimits] | None = None
@@ -110,7 +110,7 @@ class ServerManager:
             self._pool = ServerPool(
                 self.clients if self._router is None else [self._router],
                 self._admit,
-                unavailable_timeout=60 * self._recipe.servers.all_down_minutes,
+                unavailable_timeout=60 * self._recipe.servers.unavailable_timeout_minutes,
                 report=self._report,
             )
             self.loop.run(self._pool.open())
@@ -194,7 +194,7 @@ class ServerManager:
     def _start(self) -> None:
         for server in self._started:
             server.start()
-        wait_until_serving(self._started, limit=60 * self._recipe.servers.start_minutes, report=self._report)
+        wait_until_serving(self._started, limit=60 * self._recipe.servers.startup_timeout_minutes, report=self._report)
 
     def _died(self, client: SGLangClient, why: str) -> None:
         """From a thread of the server's."""
@@ -218,7 +218,7 @@ class ServerManager:
 
     def _client(self, url: str, ready_path: str = "/ready") -> SGLangClient:
         known = next((client for client in self.clients if client.url == url.rstrip("/")), None)
-        connections = self._recipe.servers.max_running
+        connections = self._recipe.servers.max_concurrent_requests
         return known or SGLangClient(url, api_key=self._key, connections=connections, ready_path=ready_path)
 
     async def _identify_all(self) -> None:
@@ -293,8 +293,8 @@ def rollout_server_settings(recipe: Recipe, student: HfFolder, total_tokens: int
         total_tokens + RESERVED_TOKENS + SLACK_TOKENS,
         tensor_parallel=chosen.tensor_parallel,
         precision=recipe.student.precision,
-        mem_fraction_static=chosen.memory_fraction,
-        max_concurrent_requests=chosen.max_running,
+        mem_fraction_static=chosen.mem_fraction_static,
+        max_concurrent_requests=chosen.max_concurrent_requests,
         api_key=key,
         colocated=chosen.placement == "colocated",
     )

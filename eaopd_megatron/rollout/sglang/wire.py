@@ -175,7 +175,7 @@ def parse_output(request: GenerateRequest, rid: str, answer: Mapping[str, Any], 
         raise UserError(
             f"{server} ended request {rid} at {reason.get('matched')!r}, which is none of its end tokens "
             f"{list(request.sampling.stop_token_ids)}: add it to "
-            "rollout.stop_ids, or, where it says NaN, look at the weights"
+            "rollout.stop_token_ids, or, where it says NaN, look at the weights"
         )
     if kind not in ("stop", "length") or (kind == "length" and len(ids) < request.sampling.max_new_tokens):
         raise UserError(f"{server} cut request {rid} after {len(ids)} tokens ('{kind}'): its context is too short")

@@ -13,8 +13,8 @@ from types import FrameType
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.config.keys import select_separate_teacher, teacher_key
 from eaopd_megatron.config.schema import TeacherConfig as Options
+from eaopd_megatron.config.schema import select_separate_teacher, teacher_key
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.distributed.broadcast import broadcast_events
 from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
@@ -57,7 +57,7 @@ def serve_teacher(recipe: Recipe, name: str) -> None:
     with heartbeat_monitor(store, parallel.rank, parallel.world_size):
         listener = run_on_all_or_raise(parallel, lambda: _listen(options) if parallel.is_main else None)
         info, scorer = _build(recipe, options, folder, parallel)
-        _serve(scorer, info, listener, options.max_running)
+        _serve(scorer, info, listener, options.max_concurrent_requests)
     groups.shutdown_distributed()
 
 

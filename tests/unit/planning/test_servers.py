@@ -28,10 +28,10 @@ def plan(servers: PlannedServers | None, **changes: Any) -> Plan:
 def test_the_servers_of_a_recipe_are_others() -> None:
     assert PlannedServers.from_recipe(load_recipe(USUAL)) is None
     assert PlannedServers.from_recipe(load_recipe(ROOT / "recipes/qwen3/0.6b_from_8b.yaml")) == PlannedServers(count=4)
-    there = ["rollout.engine=sglang", "servers.urls=[http://a:1,http://b:1,http://c:1]", "rollout.max_lag=1"]
+    there = ["rollout.engine=sglang", "servers.urls=[http://a:1,http://b:1,http://c:1]", "rollout.max_staleness=1"]
     assert PlannedServers.from_recipe(load_recipe(USUAL, there)) == PlannedServers(count=3, ahead=True)
     found = PlannedServers.from_recipe(
-        load_recipe(USUAL, [*COLOCATED, "servers.memory_fraction=0.5", "servers.max_running=7"])
+        load_recipe(USUAL, [*COLOCATED, "servers.mem_fraction_static=0.5", "servers.max_concurrent_requests=7"])
     )
     assert found == PlannedServers(8, 1, "colocated", 0.5, 7)
 
@@ -65,8 +65,8 @@ def test_a_server_without_room_starts(planned: Callable[..., Any]) -> None:
     few = plan(PlannedServers(memory_fraction=0.1))
     assert not few.fits
     assert few.remedy() == (
-        "servers.memory_fraction=0.1 of 80 GiB holds the student's weights (7.5 GiB a GPU) and 3,696 tokens, fewer "
-        "than the 5,120 of a prompt and its response; raise servers.memory_fraction or servers.tensor_parallel"
+        "servers.mem_fraction_static=0.1 of 80 GiB holds the student's weights (7.5 GiB a GPU) and 3,696 tokens, fewer "
+        "than the 5,120 of a prompt and its response; raise servers.mem_fraction_static or servers.tensor_parallel"
     )
     assert "and 0 tokens" in plan(PlannedServers(memory_fraction=0.05)).remedy()
     assert plan(PlannedServers(tensor_parallel=2, memory_fraction=0.1)).fits
@@ -80,10 +80,10 @@ def test_the_share_that_servers_may_have_is_not_said(planned: Callable[..., Any]
     large = ("student.recompute=full", "--gpus", "2", "--teacher", "Qwen/Qwen3-14B")
     code, _, said = planned(str(USUAL), *COLOCATED, *large)
     assert code == 1
-    share = said.strip().rpartition("change servers.memory_fraction, to at most ")[2]
+    share = said.strip().rpartition("change servers.mem_fraction_static, to at most ")[2]
     assert 0 < float(share) < 0.8
-    assert planned(str(USUAL), *COLOCATED, *large, f"servers.memory_fraction={share}")[0] == 0
-    more = f"servers.memory_fraction={float(share) + 0.02:g}"
+    assert planned(str(USUAL), *COLOCATED, *large, f"servers.mem_fraction_static={share}")[0] == 0
+    more = f"servers.mem_fraction_static={float(share) + 0.02:g}"
     assert planned(str(USUAL), *COLOCATED, *large, more)[0] == 1
 
 
