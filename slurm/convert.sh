@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 # shellcheck source=slurm/lib/job.sh
-source "${EAOPD_ROOT:-$SLURM_SUBMIT_DIR}/slurm/lib/job.sh" || exit
+source "${EAOPD_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/lib/job.sh" || exit
 
 case " $* " in
 *" --checkpoint"*) on_one_node tools/mcore_to_hf.py "$@" ;;

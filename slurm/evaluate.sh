@@ -11,6 +11,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 # shellcheck source=slurm/lib/job.sh
-source "${EAOPD_ROOT:-$SLURM_SUBMIT_DIR}/slurm/lib/job.sh" || exit
+source "${EAOPD_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/lib/job.sh" || exit
 
 on_one_node -m eaopd_megatron evaluate "$@"

@@ -11,6 +11,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 # shellcheck source=slurm/lib/job.sh
-source "${EAOPD_ROOT:-$SLURM_SUBMIT_DIR}/slurm/lib/job.sh" || exit
+source "${EAOPD_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/lib/job.sh" || exit
 
 distil recipes/qwen3/4b_from_30b_a3b.yaml student=1 teacher=1 servers=1 -- teacher.{tensor,expert}_parallel=2 "$@"

@@ -11,6 +11,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 # shellcheck source=slurm/lib/job.sh
-source "${EAOPD_ROOT:-$SLURM_SUBMIT_DIR}/slurm/lib/job.sh" || exit
+source "${EAOPD_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/lib/job.sh" || exit
 
 distil recipes/qwen3/8b_from_235b_a22b.yaml student=1 teacher=2 servers=1 -- "$@"

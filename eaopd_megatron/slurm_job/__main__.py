@@ -1,4 +1,4 @@
-"""What the scripts in slurm/lib call: one verb a call."""
+"""Command line of the scripts in slurm/lib. Each verb imports only what it needs."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ from eaopd_megatron.slurm_job import ROLES
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run one verb and return its exit code."""
     options = _parser().parse_args(arguments)
-    return run_entrypoint(lambda: globals()[f"_{options.verb}"](options))
+    return run_entrypoint(lambda: globals()[f"_{options.verb.replace('-', '_')}"](options))
 
 
-def _arrange(options: argparse.Namespace) -> None:
-    from eaopd_megatron.slurm_job.allocate import Nodes, arrange
+def _allocate(options: argparse.Namespace) -> None:
+    from eaopd_megatron.slurm_job.allocate import JobNodes, allocate
 
-    said = {role: getattr(options, f"{role}_per_node") for role in ROLES}
-    per_node = {role: count for role, count in said.items() if count}
-    nodes = Nodes(options.student, options.teacher, options.servers, options.gpus, options.nodes, per_node)
-    print(arrange(options.recipe, options.overrides, nodes).assignments())
+    counts = {role: getattr(options, f"{role}_per_node") for role in ROLES}
+    per_node = {role: count for role, count in counts.items() if count}
+    names = tuple(options.nodes.split(","))
+    nodes = JobNodes(options.student, options.teacher, options.servers, names, options.gpus, per_node)
+    print(allocate(options.recipe, options.overrides, nodes).render())
 
 
-def _step(options: argparse.Namespace) -> None:
-    from eaopd_megatron.slurm_job.exec_as_rank import Step, become
+def _exec_as_rank(options: argparse.Namespace) -> None:
+    from eaopd_megatron.slurm_job.ranks import SlurmStep, exec_as_rank
 
     gpus = tuple(map(int, options.gpus.split(":"))) if options.gpus else None
-    become(Step(options.name, options.folder, gpus), options.command)  # type: ignore[arg-type]
+    exec_as_rank(SlurmStep(options.name, options.folder, gpus), options.command)  # type: ignore[arg-type]
 
 
 def _serve(options: argparse.Namespace) -> None:
     from eaopd_megatron.config import load_recipe
-    from eaopd_megatron.slurm_job.services import serve
+    from eaopd_megatron.slurm_job.services import serve_rollouts
 
-    serve(load_recipe(options.recipe, options.overrides), options.listen, options.key_file, options.log)
+    serve_rollouts(load_recipe(options.recipe, options.overrides), options.listen, options.key_file, options.log)
 
 
 def _wait(options: argparse.Namespace) -> None:
     from eaopd_megatron.serving.client import read_api_key
-    from eaopd_megatron.slurm_job.services import await_services
+    from eaopd_megatron.slurm_job.services import wait_for_services
 
-    urls = await_services(
+    urls = wait_for_services(
         options.names,
         options.folder,
         options.logs,
@@ -55,28 +57,27 @@ def _wait(options: argparse.Namespace) -> None:
     print(f"[{','.join(urls)}]")
 
 
-def _look(options: argparse.Namespace) -> None:
-    from eaopd_megatron.slurm_job.preflight import look
+def _preflight(options: argparse.Namespace) -> None:
+    from eaopd_megatron.slurm_job.preflight import inspect_node
 
-    print(look(options.token, options.holds, options.models, options.stage or None).line(), flush=True)
+    print(inspect_node(options.token, options.content, options.models, options.stage or None).line(), flush=True)
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from eaopd_megatron.slurm_job.preflight import Node, faults, table
+def _preflight_report(options: argparse.Namespace) -> int:
+    from eaopd_megatron.slurm_job.preflight import NodeReport, find_faults, preflight_report
 
-    said = options.said.read_text(errors="replace")
-    nodes = Node.read(options.reports.read_text(errors="replace"))
-    print("\n".join(table(sorted(nodes, key=lambda node: options.nodes.index(node.name)))))
-    found = faults(nodes, options.nodes, options.gpus, said)
-    for fault in found:
+    nodes = NodeReport.read(options.reports.read_text(errors="replace"))
+    print(preflight_report(sorted(nodes, key=lambda node: options.nodes.index(node.name))))
+    faults = find_faults(nodes, options.nodes, options.gpus, options.srun.read_text(errors="replace"))
+    for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
-    return int(bool(found))
+    return int(bool(faults))
 
 
-def _probe(options: argparse.Namespace) -> None:
-    from eaopd_megatron.slurm_job.preflight import probe
+def _probe_network(options: argparse.Namespace) -> None:
+    from eaopd_megatron.slurm_job.preflight import probe_network
 
-    probe()
+    probe_network()
 
 
 def _stage(options: argparse.Namespace) -> None:
@@ -86,75 +87,67 @@ def _stage(options: argparse.Namespace) -> None:
         stage_model(Path(model), options.stage)
 
 
-def _verdict(options: argparse.Namespace) -> int:
-    from eaopd_megatron.slurm_job.failure_report import verdict
+def _failure_report(options: argparse.Namespace) -> int:
+    from eaopd_megatron.slurm_job.ranks import failure_report
 
-    found = verdict(options.srun.read_text(errors="replace"), options.errors, options.logs, options.code)
-    print(found.text, file=sys.stderr, flush=True)
-    if found.user:
+    report = failure_report(options.srun.read_text(errors="replace"), options.errors, options.logs, options.code)
+    print(report.text, file=sys.stderr, flush=True)
+    if report.user:
         options.errors.joinpath("user").touch()
-    return found.code
+    return report.code
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eaopd_megatron.slurm_job", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    arrange = verbs.add_parser("arrange")
+    def verb(name: str, description: str, *paths: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=description, description=description)
+        for path in paths:
+            added.add_argument(f"--{path}", type=Path, required=True)
+        return added
+
+    def takes_recipe(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("recipe")
+        parser.add_argument("overrides", nargs="*")
+
+    allocate = verb("allocate", "Print, as bash, what the job runs and on which nodes.")
     for role in ROLES:
-        arrange.add_argument(f"--{role}", type=int, default=0)
-        arrange.add_argument(f"--{role}-per-node", type=int, default=0)
-    arrange.add_argument("--gpus", type=int, required=True)
-    arrange.add_argument("--nodes", type=int, required=True)
-    _takes_recipe(arrange)
+        allocate.add_argument(f"--{role}", type=int, default=0, help="nodes of the role")
+        allocate.add_argument(f"--{role}-per-node", type=int, default=0, help="ranks or services per node")
+    allocate.add_argument("--gpus", type=int, required=True, help="GPUs per node")
+    allocate.add_argument("--nodes", required=True, help="names, separated by commas")
+    takes_recipe(allocate)
 
-    step = verbs.add_parser("step")
-    step.add_argument("--name", required=True)
-    step.add_argument("--folder", type=Path, required=True)
-    step.add_argument("--gpus", default="", help="FIRST:COUNT of the node's")
-    step.add_argument("command", nargs=argparse.REMAINDER)
+    rank = verb("exec-as-rank", "Become COMMAND as this task's rank of the step.", "folder")
+    rank.add_argument("--name", required=True)
+    rank.add_argument("--gpus", default="", help="FIRST:COUNT of the node's GPUs")
+    rank.add_argument("command", nargs=argparse.REMAINDER)
 
-    serve = verbs.add_parser("serve")
-    serve.add_argument("--listen", required=True)
-    serve.add_argument("--key-file", type=Path, required=True)
-    serve.add_argument("--log", type=Path, required=True)
-    _takes_recipe(serve)
+    serve = verb("serve", "Run an SGLang server of the student.", "key-file", "log")
+    serve.add_argument("--listen", required=True, help="HOST:PORT")
+    takes_recipe(serve)
 
-    wait = verbs.add_parser("wait")
-    wait.add_argument("--folder", type=Path, required=True)
-    wait.add_argument("--logs", type=Path, required=True)
-    wait.add_argument("--key-file", type=Path, required=True)
+    wait = verb("wait", "Wait until the named services answer; print their URLs.", "folder", "logs", "key-file")
     wait.add_argument("--minutes", type=float, required=True)
     wait.add_argument("names", nargs="+")
 
-    look = verbs.add_parser("look")
-    look.add_argument("--token", type=Path, required=True)
-    look.add_argument("--holds", required=True)
-    look.add_argument("--stage", default="")
-    look.add_argument("models", nargs="*")
+    preflight = verb("preflight", "Print this node's report.", "token")
+    preflight.add_argument("--content", required=True, help="of the token file")
+    preflight.add_argument("--stage", default="", help="folder for copies of the models")
+    preflight.add_argument("models", nargs="*")
 
-    compare = verbs.add_parser("compare")
-    compare.add_argument("--reports", type=Path, required=True)
-    compare.add_argument("--said", type=Path, required=True)
-    compare.add_argument("--gpus", type=int, required=True)
-    compare.add_argument("nodes", nargs="+")
+    report = verb("preflight-report", "Print the table of nodes and their faults.", "reports", "srun")
+    report.add_argument("--gpus", type=int, required=True)
+    report.add_argument("nodes", nargs="+")
 
-    verbs.add_parser("probe")
+    verb("probe-network", "Time an all-reduce over the step's ranks.")
 
-    stage = verbs.add_parser("stage")
-    stage.add_argument("--stage", type=Path, required=True)
-    stage.add_argument("models", nargs="+")
+    verb("stage", "Copy models to this node's disk.", "stage").add_argument("models", nargs="+")
 
-    verdict = verbs.add_parser("verdict")
-    for name in ("srun", "errors", "logs"):
-        verdict.add_argument(f"--{name}", type=Path, required=True)
-    verdict.add_argument("--code", type=int, required=True)
+    failure = verb("failure-report", "Say which rank failed first, and why.", "srun", "errors", "logs")
+    failure.add_argument("--code", type=int, required=True)
     return parser
-
-
-def _takes_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Which nodes and GPUs a recipe's roles take in a job, said to the job's script as bash assignments."""
+"""Assign a recipe's roles to the nodes and GPUs of a job, and render the result as bash for slurm/lib/job.sh."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,176 +12,209 @@ from pathlib import Path
 from eaopd_megatron.config import Recipe, load_recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.slurm_job import ROLES
-from eaopd_megatron.slurm_job.services import staged
 from eaopd_megatron.training.run_folder import finished_message
 
-SHARED, MODELS, STAGE = "EAOPD_SHARED", "EAOPD_MODELS", "EAOPD_STAGE"
+_SHARED, _MODELS, _STAGE = "EAOPD_SHARED", "EAOPD_MODELS", "EAOPD_STAGE"
 
 
 @dataclass(frozen=True)
-class Nodes:
-    """What the job has. Roles of zero nodes have none of their own: the recipe says where they are."""
+class JobNodes:
+    """The nodes of a job and how many each role takes, in the order of ROLES.
+
+    A role with no nodes of its own runs where the recipe places it.
+    """
 
     student: int
     teacher: int
     servers: int
-    gpus: int  # a node's; 0: none, and `per_node` says what a node carries
-    allocated: int
-    per_node: Mapping[str, int]  # of a role's ranks or services, where the site says it
+    names: tuple[str, ...]
+    gpus: int  # per node; 0 on a cluster without GPUs, where `per_node` is required
+    per_node: Mapping[str, int]  # ranks or services per node of a role, where the site sets it
 
     def check(self) -> None:
-        """Raises UserError where the job has other nodes than the roles take."""
-        wanted = self.student + self.teacher + self.servers
-        if wanted != self.allocated:
-            said = ", ".join(f"{role} {getattr(self, role)}" for role in ROLES)
+        """Raise UserError unless the roles take exactly the job's nodes and a node's capacity is known."""
+        total = self.student + self.teacher + self.servers
+        if total != len(self.names):
+            counts = ", ".join(f"{role} {getattr(self, role)}" for role in ROLES)
             raise UserError(
-                f"the script's roles take {wanted} nodes ({said}), the job has {self.allocated}: make #SBATCH --nodes "
-                "their sum"
+                f"the script's roles take {total} nodes ({counts}), the job has {len(self.names)}: set #SBATCH --nodes "
+                "to their sum"
             )
         if not self.gpus and not self.per_node:
             raise UserError(
-                "the job's nodes have no GPUs: ask for them with #SBATCH --gpus-per-node, or name what a node carries "
-                "with EAOPD_RANKS_PER_NODE"
+                "the job's nodes have no GPUs: request them with #SBATCH --gpus-per-node, or set EAOPD_RANKS_PER_NODE"
             )
+
+    def of(self, role: str) -> tuple[str, ...]:
+        """Return the names of a role's nodes."""
+        first = sum(getattr(self, earlier) for earlier in ROLES[: ROLES.index(role)])
+        return self.names[first : first + getattr(self, role)]
 
 
 @dataclass(frozen=True)
-class Arrangement:
-    """tasks: of a step, a node."""
+class StepPlan:
+    """One Slurm step: the student's ranks, one teacher replica or one rollout server."""
 
+    name: str  # student, teacher_N or server_N
+    nodes: tuple[str, ...]
+    tasks_per_node: int
+    gpus: tuple[int, int] | None = None  # (first, count) of each node's GPUs; None: all of them
+
+    def words(self) -> str:
+        """Return nodes, tasks per node and FIRST:COUNT of the GPUs, as `step` in slurm/lib/steps.sh reads them."""
+        gpus = ":".join(map(str, self.gpus)) if self.gpus else ""
+        return f"{','.join(self.nodes)} {self.tasks_per_node} {gpus}".rstrip()
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What a job runs, and on which nodes."""
+
+    recipe: str
     folder: Path  # the run's
-    student_tasks: int
-    teacher_replicas: int
-    teacher_tasks: int
-    teacher_nodes: int  # that one replica takes
-    servers: int
-    server_gpus: int
-    models: tuple[str, ...]  # folders, or hub ids, that every node must see
-    staged: tuple[str, ...]  # overrides that name the models' copies on the nodes' own disks
+    finished: str  # why there is nothing to do; "" if there is
+    models: tuple[str, ...]  # folders or hub ids that every node must be able to read
+    staged: tuple[str, ...]  # overrides that name the models' copies on the nodes' local disks
     overrides: tuple[str, ...]
-    finished: str = ""
+    steps: tuple[StepPlan, ...]  # the student's first, then the services
 
-    def assignments(self) -> str:
-        """Bash that sets `arranged_<field>`, the tuples as arrays."""
-        return "\n".join(f"arranged_{name}={_quoted(value)}" for name, value in vars(self).items())
+    def render(self) -> str:
+        """Return bash that sets `allocated_<field>`, lists as arrays, one step per line."""
+        lines = ["# What this job runs, written by `python -m eaopd_megatron.slurm_job allocate` for slurm/lib/job.sh."]
+        for name in ("recipe", "folder", "finished"):
+            lines.append(f"allocated_{name}={shlex.quote(str(getattr(self, name)))}")
+        for name in ("models", "staged", "overrides"):
+            lines += [f"allocated_{name}=(", *(f"    {shlex.quote(word)}" for word in getattr(self, name)), ")"]
+        lines.append(f"allocated_services=({' '.join(step.name for step in self.steps[1:])})")
+        lines.append("# name: nodes, tasks per node, FIRST:COUNT of each node's GPUs (all of them if omitted)")
+        lines += ["declare -gA allocated_steps=("]
+        return "\n".join([*lines, *(f'    [{step.name}]="{step.words()}"' for step in self.steps), ")"])
 
 
-def _quoted(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"({' '.join(map(shlex.quote, value))})"
-    return shlex.quote(str(value))
+def allocate(recipe: str, overrides: Sequence[str], nodes: JobNodes) -> Allocation:
+    """Assign the recipe's roles to the job's nodes. Raise UserError where they do not fit.
 
-
-def arrange(recipe: str, overrides: Sequence[str], nodes: Nodes) -> Arrangement:
-    """How the job's nodes carry the recipe. Raises UserError where they cannot.
-
-    The user's overrides win over the roles' (a teacher and servers of their own); what they name is then found at the
-    site: the run in the shared folder, models in the folder of models.
+    User overrides take precedence over role defaults; paths in them are resolved on the cluster: the run below the
+    shared folder, models in the folder of models.
     """
     nodes.check()
-    roles = (nodes.teacher, "teacher.placement=separate"), (nodes.servers, "rollout.engine=sglang")
-    overrides = [*(override for count, override in roles if count), *overrides]
+    defaults = (nodes.teacher, "teacher.placement=separate"), (nodes.servers, "rollout.engine=sglang")
+    overrides = [*(override for count, override in defaults if count), *overrides]
     named = load_recipe(recipe, overrides)
-    found = {key: _found(key, model) for key, model in _models(named).items()}
-    found["run.folder"] = str(Path(os.environ.get(SHARED) or ".").absolute() / named.run.folder)
-    overrides += [f"{key}={value}" for key, value in found.items()]
+    resolved = {key: _model_path(key, model) for key, model in _model_names(named).items()}
+    resolved["run.folder"] = str(Path(os.environ.get(_SHARED) or ".").absolute() / named.run.folder)
+    overrides += [f"{key}={value}" for key, value in resolved.items()]
     loaded = load_recipe(recipe, overrides)
-    replicas, tasks, each = _teachers(loaded, nodes)
-    return Arrangement(
+    return Allocation(
+        recipe=recipe,
         folder=Path(loaded.run.folder),
-        student_tasks=_student_tasks(loaded, nodes),
-        teacher_replicas=replicas,
-        teacher_tasks=tasks,
-        teacher_nodes=each,
-        servers=_servers(loaded, nodes),
-        server_gpus=loaded.servers.tensor_parallel,
-        models=tuple(dict.fromkeys(_models(loaded).values())),
-        staged=_staged(loaded),
-        overrides=tuple(overrides),
         finished=finished_message(loaded) or "",
+        models=tuple(dict.fromkeys(_model_names(loaded).values())),
+        staged=_staged_overrides(loaded),
+        overrides=tuple(overrides),
+        steps=(_student_step(loaded, nodes), *_teacher_steps(loaded, nodes), *_server_steps(loaded, nodes)),
     )
 
 
-def _models(recipe: Recipe) -> dict[str, str]:
-    found = {"student.model": recipe.student.model}
+def _model_names(recipe: Recipe) -> dict[str, str]:
+    names = {"student.model": recipe.student.model}
     for name, teacher in recipe.named_teachers().items():
-        found[f"teachers.{name}.model" if name else "teacher.model"] = teacher.model
-    return found
+        names[f"teachers.{name}.model" if name else "teacher.model"] = teacher.model
+    return names
 
 
-def _found(key: str, model: str, environment: Mapping[str, str] = os.environ) -> str:
-    """A hub id as the folder that the site has of it. Raises UserError where it has none."""
-    models = environment.get(MODELS)
+def _model_path(key: str, model: str) -> str:
+    """Return the site's folder of a hub id, or the id itself if the site has no folder of models."""
+    models = os.environ.get(_MODELS)
     if not models or Path(model).is_absolute():
         return model
-    places = [Path(models) / model, Path(models) / Path(model).name]
-    for place in places:
-        if (place / "config.json").exists():
-            return str(place)
-    raise UserError(f"{key} is {model}, but {MODELS} has neither {places[0]} nor {places[1]} (with a config.json)")
+    candidates = [Path(models) / model, Path(models) / Path(model).name]
+    for candidate in candidates:
+        if (candidate / "config.json").exists():
+            return str(candidate)
+    raise UserError(
+        f"{key} is {model}, but {_MODELS} has neither {candidates[0]} nor {candidates[1]} (with a config.json)"
+    )
 
 
-def _staged(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    stage = environment.get(STAGE)
+def staged_path(model: Path, stage: Path) -> Path:
+    """Return where a model's copy lies below `stage`, the same on every node."""
+    return stage / f"{model.name}-{hashlib.sha256(str(model).encode()).hexdigest()[:12]}"
+
+
+def _staged_overrides(recipe: Recipe) -> tuple[str, ...]:
+    stage = os.environ.get(_STAGE)
     if not stage:
         return ()
-    for key, model in _models(recipe).items():
+    for key, model in _model_names(recipe).items():
         if not Path(model).is_absolute():
-            raise UserError(f"{key} is {model}: {STAGE} copies folders, so set {MODELS} to where it lies")
-    return tuple(f"{key}={staged(Path(model), Path(stage))}" for key, model in _models(recipe).items())
+            raise UserError(f"{key} is {model}: {_STAGE} copies folders, so set {_MODELS} to the folder that holds it")
+    return tuple(f"{key}={staged_path(Path(model), Path(stage))}" for key, model in _model_names(recipe).items())
 
 
-def _student_tasks(recipe: Recipe, nodes: Nodes) -> int:
-    """Ranks on each of the student's nodes."""
+def _student_step(recipe: Recipe, nodes: JobNodes) -> StepPlan:
     student = recipe.student
-    layout, each = student.parallel_layout, nodes.per_node.get("student", nodes.gpus)
-    there = nodes.student * each
+    layout, per_node = student.parallel_layout, nodes.per_node.get("student", nodes.gpus)
+    available = nodes.student * per_node
     if student.data_parallel is None:
-        ranks = there
-        if there % layout.min_world_size:
+        ranks = available
+        if available % layout.min_world_size:
             raise UserError(
-                f"the student's layout takes a multiple of {layout.min_world_size} ranks, its nodes carry "
-                f"{nodes.student} x {each}: change student.tensor_parallel, pipeline_, context_ or expert_parallel"
+                f"the student's layout takes a multiple of {layout.min_world_size} ranks, its nodes have "
+                f"{nodes.student} x {per_node}: change student.tensor_parallel, pipeline_, context_ or expert_parallel"
             )
     else:
         ranks = layout.model_parallel_size * student.data_parallel
-        if ranks > there or ranks % nodes.student:
+        if ranks > available or ranks % nodes.student:
             raise UserError(
                 f"the student's layout takes {ranks} ranks with student.data_parallel={student.data_parallel}, its "
-                f"nodes carry {nodes.student} x {each}"
+                f"nodes have {nodes.student} x {per_node}"
             )
-    return ranks // nodes.student
+    return StepPlan("student", nodes.of("student"), ranks // nodes.student)
 
 
-def _teachers(recipe: Recipe, nodes: Nodes) -> tuple[int, int, int]:
-    """(replicas, tasks a node, nodes a replica) of a teacher with nodes of its own."""
+def _teacher_steps(recipe: Recipe, nodes: JobNodes) -> list[StepPlan]:
+    """One step per replica; a replica takes part of a node or several whole nodes."""
     if not nodes.teacher:
-        return 0, 0, 0
+        return []
     if recipe.teachers:
-        raise UserError("the recipe has several teachers; nodes of its own are for a recipe with one: use teacher=0")
-    ranks = recipe.teacher.parallel_layout.min_world_size
-    if "teacher" in nodes.per_node:
-        return nodes.teacher * nodes.per_node["teacher"], ranks, 1
-    each = -(-ranks // nodes.gpus)
-    if (each == 1 and nodes.gpus % ranks) or (each > 1 and ranks % nodes.gpus) or nodes.teacher % each:
-        raise UserError(
-            f"a replica of the teacher takes {ranks} GPUs, its nodes have {nodes.teacher} x {nodes.gpus}, which that "
-            "does not divide: change teacher.tensor_parallel, pipeline_ or expert_parallel"
-        )
-    replicas = nodes.teacher // each if each > 1 else nodes.teacher * (nodes.gpus // ranks)
-    return replicas, ranks // each, each
+        raise UserError("nodes for the teacher require a recipe with a single teacher; it has several: use teacher=0")
+    names, ranks = nodes.of("teacher"), recipe.teacher.parallel_layout.min_world_size
+    span = 1 if "teacher" in nodes.per_node else -(-ranks // nodes.gpus)
+    per_node = nodes.per_node.get("teacher", 0)
+    if not per_node:
+        fits = nodes.gpus % ranks == 0 if span == 1 else ranks % nodes.gpus == 0
+        if not fits or nodes.teacher % span:
+            raise UserError(
+                f"a replica of the teacher takes {ranks} GPUs, its nodes have {nodes.teacher} x {nodes.gpus}, which "
+                "is no multiple: change teacher.tensor_parallel, pipeline_ or expert_parallel"
+            )
+        per_node = nodes.gpus // ranks
+    if span > 1:
+        groups = [names[first : first + span] for first in range(0, len(names), span)]
+        return [StepPlan(f"teacher_{i}", group, ranks // span) for i, group in enumerate(groups)]
+    return _share_nodes("teacher", names, per_node, ranks, ranks if nodes.gpus else 0)
 
 
-def _servers(recipe: Recipe, nodes: Nodes) -> int:
-    """SGLang servers on each of their nodes."""
+def _server_steps(recipe: Recipe, nodes: JobNodes) -> list[StepPlan]:
     if not nodes.servers:
-        return 0
-    if "servers" in nodes.per_node:
-        return nodes.per_node["servers"]
+        return []
     size = recipe.servers.tensor_parallel
-    if nodes.gpus % size:
-        raise UserError(
-            f"a rollout server takes servers.tensor_parallel={size} GPUs, which does not divide the {nodes.gpus} of "
-            "its node"
-        )
-    return nodes.gpus // size
+    per_node = nodes.per_node.get("servers", 0)
+    if not per_node:
+        if nodes.gpus % size:
+            raise UserError(
+                f"a rollout server takes servers.tensor_parallel={size} GPUs, which does not divide the {nodes.gpus} "
+                "GPUs of its node"
+            )
+        per_node = nodes.gpus // size
+    return _share_nodes("server", nodes.of("servers"), per_node, 1, size if nodes.gpus else 0)
+
+
+def _share_nodes(prefix: str, names: Sequence[str], per_node: int, tasks: int, gpus: int) -> list[StepPlan]:
+    """`per_node` steps on each node, each with `gpus` of the node's GPUs (0: the node has none)."""
+    places = [(name, i) for name in names for i in range(per_node)]
+    return [
+        StepPlan(f"{prefix}_{number}", (name,), tasks, (i * gpus, gpus) if gpus else None)
+        for number, (name, i) in enumerate(places)
+    ]

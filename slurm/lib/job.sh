@@ -1,27 +1,31 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside this folder. Each calls one of these, with what the user gave to sbatch after `--`:
+# Sourced by the scripts in slurm/. Each calls one of these with the arguments that the user gives to sbatch:
 #
 #   distil RECIPE student=N [teacher=N] [servers=N] -- [a.b.c=value ...]
-#       Trains on N nodes for each role. A role without nodes is where the recipe puts it: the teacher on the student's
-#       ranks, responses by the student itself or by servers that the trainer starts on its own node.
+#       Train on N nodes per role. A role without nodes runs where the recipe places it: the teacher on the student's
+#       ranks; rollouts on the student, or on servers that the trainer starts on its own node.
 #   on_one_node ARGUMENTS...
-#       What the environment's Python is given, on the job's only node. A signal ends it; what it has done must be kept.
+#       Run the environment's Python with ARGUMENTS on the job's only node. A signal ends it and requeues the job.
 #
-# site.sh: what differs between clusters; steps.sh: srun; preflight.sh: before anything starts; services.sh: teachers and
-# servers; life.sh: signals, requeue, restarts and the end.
+# With --dry-run as a script's first argument nothing starts: the job's allocation and its srun lines are printed, outside
+# a job for the nodes that the script's #SBATCH lines request.
+#
+# site.sh: what differs between clusters; steps.sh: srun; preflight.sh: checks before the start; services.sh: teachers
+# and rollout servers; life.sh: signals, requeue, restarts and the end of the job.
 set -uo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd "$root" || exit 1
 
-nodes=()                  # the job's, and those of each role
-student_nodes=() teacher_nodes=() servers_nodes=()
-gpus=0                    # a node's
-folder=""                 # the job's, in the run's, which all nodes see
+dry_run=""                # yes: print instead of starting
+[[ ${1:-} != --dry-run ]] || { dry_run=yes; shift; } # the script's own first argument
+nodes=()                  # names of the job's nodes
+gpus=0                    # per node
+folder=""                 # the job's folder inside the run's folder, visible to all nodes
 python="" container=() in_container=() # the environment: site.sh
-# what `cluster arrange` says; see its class Arrangement
-arranged_recipe="" arranged_folder="" arranged_finished="" arranged_overrides=() arranged_models=() arranged_staged=()
-arranged_student_tasks=0 arranged_teacher_replicas=0 arranged_teacher_tasks=0 arranged_teacher_nodes=0
-arranged_servers=0 arranged_server_gpus=0
+# set by the file that `slurm_job allocate` renders; see Allocation in eaopd_megatron/slurm_job/allocate.py
+allocated_recipe="" allocated_folder="" allocated_finished="" allocated_overrides=() allocated_models=()
+allocated_staged=() allocated_services=()
+declare -A allocated_steps=()
 
 # shellcheck source=slurm/lib/life.sh
 source "$root/slurm/lib/life.sh"
@@ -35,18 +39,18 @@ source "$root/slurm/lib/preflight.sh"
 source "$root/slurm/lib/services.sh"
 
 distil() {
-    begin
-    local recipe="${EAOPD_RECIPE:-$1}" roles=() overrides
+    local recipe="${EAOPD_RECIPE:-$1}" roles=() overrides allocation
     shift
     while (($#)) && [[ $1 != -- ]]; do
         roles+=("--${1%%=*}=${1#*=}")
         shift
     done
+    begin
     read -ra overrides <<<"${EAOPD_OVERRIDES:-}"
-    overrides+=("${@:2}")
-
-    arrange "$recipe" "${overrides[@]}"
-    [[ -z $arranged_finished ]] || finish 0 "$arranged_finished"
+    allocation="$(allocate "$recipe" "${overrides[@]}" "${@:2}")" || finish $?
+    # shellcheck disable=SC1090  # rendered
+    source /dev/stdin <<<"$allocation"
+    [[ -z $allocated_finished ]] || finish 0 "$allocated_finished"
     open_folder
     preflight
     stage_models
@@ -54,60 +58,47 @@ distil() {
     train
 }
 
-# What the nodes carry: the variables arranged_*, and the nodes of each role.
-arrange() {
-    local recipe="$1" said
-    shift
-    said="$(tool arrange "${roles[@]}" --nodes "${#nodes[@]}" --gpus "$gpus" \
+# Prints bash that sets the variables allocated_*.
+allocate() {
+    tool allocate "${roles[@]}" --nodes "$(joined_by_comma "${nodes[@]}")" --gpus "$gpus" \
         --student-per-node "${EAOPD_RANKS_PER_NODE:-0}" --teacher-per-node "${EAOPD_TEACHERS_PER_NODE:-0}" \
-        --servers-per-node "${EAOPD_SERVERS_PER_NODE:-0}" "$recipe" "$@")" || finish $?
-    eval "$said"
-    arranged_recipe="$recipe"
-    local role count first=0
-    for role in student teacher servers; do
-        count="$(role_nodes "$role")"
-        count="${count:-0}"
-        declare -ga "${role}_nodes=(${nodes[*]:first:count})"
-        first=$((first + count))
-    done
+        --servers-per-node "${EAOPD_SERVERS_PER_NODE:-0}" "$@"
 }
 
-# The number of nodes that the script gives to a role.
-role_nodes() {
-    local said
-    for said in "${roles[@]}"; do
-        [[ $said != --$1=* ]] || echo "${said#*=}"
-    done
-}
-
-# The job's part of the run's folder, which all nodes see: $folder.
+# Makes $folder, the job's part of the run's folder, and writes what the job runs to its file allocation.sh.
 open_folder() {
-    folder="$arranged_folder/cluster/job_$SLURM_JOB_ID"
-    mkdir -p "$folder" "$arranged_folder/logs" || finish 1 "error: $folder cannot be made"
-    alone_in_the_folder
+    folder="$allocated_folder/cluster/job_${SLURM_JOB_ID:-ID}"
+    if [[ -n $dry_run ]]; then
+        echo "$allocation"
+        return 0
+    fi
+    mkdir -p "$folder" "$allocated_folder/logs" || finish 1 "error: $folder cannot be made"
+    lock_run_folder
     rm -rf "$folder"/{*.url,*.ranks,*.lost,ending,errors}
+    echo "$allocation" >"$folder/allocation.sh"
     (umask 077 && head -c 24 /dev/urandom | base64 | tr -d '/+=' >"$folder/key")
 }
 
 # Two jobs must not train in one folder.
-alone_in_the_folder() {
-    local holder="$arranged_folder/cluster/holder" other
+lock_run_folder() {
+    local holder="$allocated_folder/cluster/holder" other
     other="$(cat "$holder" 2>/dev/null)"
     if [[ -n $other && $other != "$SLURM_JOB_ID" && -n "$(squeue -h -j "$other" -t running 2>/dev/null)" ]]; then
-        finish 1 "error: job $other trains in $arranged_folder: wait for it, or give this one another run.folder"
+        finish 1 "error: job $other trains in $allocated_folder: wait for it, or give this one another run.folder"
     fi
     echo "$SLURM_JOB_ID" >"$holder"
 }
 
 on_one_node() {
+    local code
     begin
     ((${#nodes[@]} == 1)) || finish 1 "error: this script is for one node, the job has ${#nodes[@]}"
     (session=(setsid)
-        on 1 1 "${nodes[0]}" "$python" "$@") &
+        on 1 "${nodes[0]}" "$python" "$@") &
     trainer=$!
     await "$trainer"
-    local code=$?
+    code=$?
     trainer=""
-    [[ -z $asked ]] || stopped
+    [[ -z $stop_signal ]] || stopped
     finish "$code"
 }

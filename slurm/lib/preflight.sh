@@ -1,41 +1,38 @@
 # shellcheck shell=bash
-# Before anything starts: every node is looked at, at the same time, and the findings are one table.
+# Checks before anything starts: all nodes report at the same time, and the job prints one table and the faults.
 
 preflight() {
-    local mark list
-    [[ ${EAOPD_PREFLIGHT:-yes} != no ]] || return 0
-    say "looking at ${#nodes[@]} nodes"
+    local mark
+    [[ ${EAOPD_PREFLIGHT:-yes} != no && -z $dry_run ]] || return 0
+    say "checking ${#nodes[@]} nodes"
     mark="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
     echo "$mark" >"$folder/token"
-    list="$(joined_by_comma "${nodes[@]}")"
     (step_options=(--kill-on-bad-exit=0)
-        on "${#nodes[@]}" 1 "$list" "$python" -m eaopd_megatron.slurm_job look --token "$folder/token" --holds "$mark" \
-            --stage "${EAOPD_STAGE:-}" "${arranged_models[@]}") >"$folder/nodes" 2>"$folder/nodes.srun" &
+        on_all_nodes "$python" -m eaopd_megatron.slurm_job preflight --token "$folder/token" --content "$mark" \
+            --stage "${EAOPD_STAGE:-}" "${allocated_models[@]}") >"$folder/nodes" 2>"$folder/nodes.srun" &
     await $!
-    ended_by_signal
-    tool compare --reports "$folder/nodes" --said "$folder/nodes.srun" --gpus "$gpus" "${nodes[@]}" || finish 1
+    stop_if_asked
+    tool preflight-report --reports "$folder/nodes" --srun "$folder/nodes.srun" --gpus "$gpus" "${nodes[@]}" || finish 1
     probe_network
 }
 
-# An all-reduce over the student's ranks; without GPUs only where EAOPD_PROBE=yes asks for it.
+# An all-reduce over the student's ranks; without GPUs only if EAOPD_PROBE=yes.
 probe_network() {
     command -v nvidia-smi >/dev/null || [[ ${EAOPD_PROBE:-} == yes ]] || return 0
     [[ ${EAOPD_PROBE:-} != no ]] || return 0
-    as_rank probe "" "$python" -m eaopd_megatron.slurm_job probe
-    (on "${#student_nodes[@]}" "$arranged_student_tasks" "$(joined_by_comma "${student_nodes[@]}")" "${ranked[@]}") &
-    await $! || finish 1 "error: the network does not carry the ranks (above)"
-    ended_by_signal
+    allocated_steps[probe]="${allocated_steps[student]}"
+    (step probe "$python" -m eaopd_megatron.slurm_job probe-network) &
+    await $! || finish 1 "error: the ranks do not reach each other (above)"
+    stop_if_asked
 }
 
-# Model folders to every node's own disk, where EAOPD_STAGE names one.
+# Copies the models to every node's own disk if EAOPD_STAGE names a folder there.
 stage_models() {
-    local list
     [[ -n ${EAOPD_STAGE:-} ]] || return 0
-    say "copying models to $EAOPD_STAGE of every node"
-    list="$(joined_by_comma "${nodes[@]}")"
-    (on "${#nodes[@]}" 1 "$list" "$python" -m eaopd_megatron.slurm_job stage --stage "$EAOPD_STAGE" \
-        "${arranged_models[@]}") &
+    allocated_overrides+=("${allocated_staged[@]}")
+    [[ -z $dry_run ]] || return 0
+    say "copying models to $EAOPD_STAGE on every node"
+    (on_all_nodes "$python" -m eaopd_megatron.slurm_job stage --stage "$EAOPD_STAGE" "${allocated_models[@]}") &
     await $! || finish 1 "error: the models could not be copied (above)"
-    ended_by_signal
-    arranged_overrides+=("${arranged_staged[@]}")
+    stop_if_asked
 }

@@ -1,60 +1,63 @@
 # shellcheck shell=bash
-# Teachers and SGLang servers, each in a step of its own, which is started again when it dies.
+# Teachers and SGLang servers, each in a step of its own, which is restarted when it ends.
 
-keepers=()    # processes of `keep`
-connections=() # overrides by which the trainer finds them
+keepers=()     # processes that run `keep`
+connections=() # overrides that tell the trainer the services' addresses
 
 start_services() {
-    local i names=()
-    for ((i = 0; i < arranged_teacher_replicas; i++)); do
-        names+=("teacher_$i")
-        start_teacher "$i"
+    local name
+    ((${#allocated_services[@]})) || return 0
+    for name in "${allocated_services[@]}"; do
+        case "$name" in
+        teacher_*)
+            keep "$name" "$python" -m eaopd_megatron teach "$allocated_recipe" "${allocated_overrides[@]}" \
+                "teacher.listen={listen}" "teacher.api_key_file=$folder/key" &
+            ;;
+        server_*)
+            keep "$name" "$python" -m eaopd_megatron.slurm_job serve --listen "{listen}" --key-file "$folder/key" \
+                --log "$allocated_folder/servers/$name.log" "$allocated_recipe" "${allocated_overrides[@]}" &
+            ;;
+        esac
+        keepers+=($!)
+        [[ -z $dry_run ]] || wait $!
     done
-    for ((i = 0; i < arranged_servers * ${#servers_nodes[@]}; i++)); do
-        names+=("server_$i")
-        start_server "$i"
-    done
-    ((${#names[@]} == 0)) || await_services "${names[@]}"
+    [[ -n $dry_run ]] || say "waiting for ${allocated_services[*]}"
+    connect teacher teacher_
+    connect servers server_
 }
 
-start_teacher() {
-    local number="$1" list per_node part=""
-    if ((arranged_teacher_nodes > 1)); then
-        list="$(joined_by_comma "${teacher_nodes[@]:number * arranged_teacher_nodes:arranged_teacher_nodes}")"
+# connect SECTION PREFIX: waits for the services whose names begin with PREFIX, and gives the recipe's section their
+# addresses.
+connect() {
+    local name names=()
+    for name in "${allocated_services[@]}"; do
+        [[ $name != "$2"* ]] || names+=("$name")
+    done
+    ((${#names[@]})) || return 0
+    if [[ -n $dry_run ]]; then
+        connections+=("$1.urls=[${names[*]}]")
     else
-        per_node=$((arranged_teacher_replicas / ${#teacher_nodes[@]}))
-        list="${teacher_nodes[number / per_node]}"
-        ((gpus == 0)) || part="$((number % per_node * arranged_teacher_tasks)):$arranged_teacher_tasks"
+        tool wait --folder "$folder" --logs "$allocated_folder/logs" --key-file "$folder/key" \
+            --minutes "${EAOPD_START_MINUTES:-30}" "${names[@]}" >"$folder/urls" &
+        await $! || { stop_if_asked; finish 1; }
+        stop_if_asked
+        connections+=("$1.urls=$(cat "$folder/urls")")
     fi
-    as_rank "teacher_$number" "$part" "$python" -m eaopd_megatron teach "$arranged_recipe" "${arranged_overrides[@]}" \
-        teacher.listen={listen} "teacher.api_key_file=$folder/key"
-    keep "teacher_$number" "$arranged_teacher_nodes" "$arranged_teacher_tasks" "$list" "${ranked[@]}" &
-    keepers+=($!)
+    connections+=("$1.api_key_file=$folder/key")
 }
 
-start_server() {
-    local number="$1" part=""
-    ((gpus == 0)) || part="$((number % arranged_servers * arranged_server_gpus)):$arranged_server_gpus"
-    as_rank "server_$number" "$part" "$python" -m eaopd_megatron.slurm_job serve --listen {listen} \
-        --key-file "$folder/key" --log "$arranged_folder/servers/server_$number.log" \
-        "$arranged_recipe" "${arranged_overrides[@]}"
-    keep "server_$number" 1 1 "${servers_nodes[number / arranged_servers]}" "${ranked[@]}" &
-    keepers+=($!)
-}
-
-# keep NAME NODES TASKS NODELIST COMMAND...: the step, again and again until it dies $EAOPD_DEATHS times in a row, none of
-# them after it had lived for five minutes.
+# keep NAME COMMAND...: the step, restarted until it ends $EAOPD_DEATHS times in a row, each within five minutes.
 keep() {
-    local name="$1" log="$arranged_folder/logs/$1.log" deaths=0 limit="${EAOPD_DEATHS:-3}" started step="" why
-    shift
-    trap '[[ -z $step ]] || { kill -TERM "$step" 2>/dev/null; wait "$step"; }; exit 0' TERM
+    local name="$1" log="$allocated_folder/logs/$1.log" deaths=0 limit="${EAOPD_DEATHS:-3}" started pid="" why
+    if [[ -n $dry_run ]]; then step "$@"; fi
+    trap '[[ -z $pid ]] || { kill -TERM "$pid" 2>/dev/null; wait "$pid"; }; exit 0' TERM
     trap '' USR1
     while :; do
         started=$SECONDS
         (step_options=("--output=$log" --open-mode=append)
-            on "$@") 2>"$folder/$name.srun" &
-        step=$!
-        wait "$step"
+            step "$@") 2>"$folder/$name.srun" &
+        pid=$!
+        wait "$pid"
         [[ ! -e $folder/ending ]] || exit 0
         ((SECONDS - started < 300)) || deaths=0
         deaths=$((deaths + 1))
@@ -77,28 +80,4 @@ last_line_of() {
         [[ -z $line ]] || { echo "${line:0:200}"; return; }
     done
     echo "it wrote nothing"
-}
-
-# Until all of them serve; what the trainer needs to find them is in $connections then.
-await_services() {
-    local names=("$@") teachers=() servers=() name
-    say "waiting for ${names[*]}"
-    for name in "${names[@]}"; do
-        if [[ $name == teacher_* ]]; then teachers+=("$name"); else servers+=("$name"); fi
-    done
-    if ((${#teachers[@]})); then
-        await_role "${teachers[@]}"
-        connections+=("teacher.urls=$(cat "$folder/urls")" "teacher.api_key_file=$folder/key")
-    fi
-    if ((${#servers[@]})); then
-        await_role "${servers[@]}"
-        connections+=("servers.urls=$(cat "$folder/urls")" "servers.api_key_file=$folder/key")
-    fi
-}
-
-await_role() {
-    tool wait --folder "$folder" --logs "$arranged_folder/logs" --key-file "$folder/key" \
-        --minutes "${EAOPD_START_MINUTES:-30}" "$@" >"$folder/urls" &
-    await $! || { ended_by_signal; finish 1; }
-    ended_by_signal
 }

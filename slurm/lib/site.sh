@@ -25,7 +25,7 @@ prepare_site() {
         module load $EAOPD_MODULES || finish 1 "error: EAOPD_MODULES: 'module load $EAOPD_MODULES' failed"
     fi
     [[ -z ${EAOPD_SHARED:-} || -d $EAOPD_SHARED ]] ||
-        finish 1 "error: EAOPD_SHARED is $EAOPD_SHARED, which is no folder on $SLURMD_NODENAME"
+        finish 1 "error: EAOPD_SHARED is $EAOPD_SHARED, which is not a folder on ${SLURMD_NODENAME:-$HOSTNAME}"
     choose_container
     if [[ -n ${EAOPD_INTERFACE:-} ]]; then
         export NCCL_SOCKET_IFNAME="$EAOPD_INTERFACE" GLOO_SOCKET_IFNAME="$EAOPD_INTERFACE"

@@ -1,32 +1,45 @@
 # shellcheck shell=bash
-# srun: which nodes, how many tasks, in which container; and the small programs of eaopd_megatron/slurm_job.
+# srun: nodes, tasks, GPUs and container of a step; and the verbs of `python -m eaopd_megatron.slurm_job`.
 
-step_options=() # more of srun's
-session=()      # what srun is started by
-ranked=()       # what as_rank makes
+step_options=() # more options for srun
+session=()      # command that starts srun
 
-# on NODES TASKS NODELIST COMMAND...: TASKS a node. Steps share a node's processors, memory and GPUs with each other:
-# what needs GPUs of its own takes its part of the visible ones (`cluster step --gpus`).
+# on TASKS NODELIST COMMAND...: TASKS on each node. Steps share a node's processors, memory and GPUs with each other; a
+# step that needs GPUs of its own takes a part of the visible ones (`slurm_job exec-as-rank --gpus`).
 on() {
-    local count="$1" tasks="$2" list="$3" per_node=()
-    shift 3
-    ((gpus == 0)) || per_node=("--gpus-per-node=$gpus")
-    exec "${session[@]}" srun --overlap --nodes="$count" --nodelist="$list" --ntasks=$((count * tasks)) \
-        --ntasks-per-node="$tasks" --cpus-per-task=$((SLURM_CPUS_ON_NODE / tasks > 0 ? SLURM_CPUS_ON_NODE / tasks : 1)) "${per_node[@]}" \
-        --kill-on-bad-exit=1 "${step_options[@]}" "${container[@]}" "${in_container[@]}" "$@"
-}
-
-# as_rank NAME GPUS COMMAND...: what `on` is given to make ranks or services of its tasks.
-as_rank() {
-    local name="$1" part="$2"
+    local tasks="$1" list="$2" names per_node=()
     shift 2
-    ranked=("$python" -m eaopd_megatron.slurm_job step --name "$name" --folder "$folder" --gpus "$part" "$@")
+    IFS=, read -ra names <<<"$list"
+    ((gpus == 0)) || per_node+=("--gpus-per-node=$gpus")
+    [[ -z ${SLURM_CPUS_ON_NODE:-} ]] ||
+        per_node+=("--cpus-per-task=$((SLURM_CPUS_ON_NODE / tasks > 0 ? SLURM_CPUS_ON_NODE / tasks : 1))")
+    set -- "${session[@]}" srun --overlap --nodes="${#names[@]}" --nodelist="$list" \
+        --ntasks=$((${#names[@]} * tasks)) --ntasks-per-node="$tasks" "${per_node[@]}" \
+        --kill-on-bad-exit=1 "${step_options[@]}" "${container[@]}" "${in_container[@]}" "$@"
+    if [[ -n $dry_run ]]; then
+        printf '%q ' "$@"
+        printf '\n\n'
+        exit 0
+    fi
+    exec "$@"
 }
 
-# tool VERB ARGUMENTS...: on this node, in the container where there is one.
+# on_all_nodes COMMAND...: one task on each of the job's nodes.
+on_all_nodes() { on 1 "$(joined_by_comma "${nodes[@]}")" "$@"; }
+
+# step NAME COMMAND...: the tasks of one of the allocated steps, as ranks or as a service.
+step() {
+    local name="$1" list tasks part
+    shift
+    read -r list tasks part <<<"${allocated_steps[$name]}"
+    on "$tasks" "$list" \
+        "$python" -m eaopd_megatron.slurm_job exec-as-rank --name "$name" --folder "$folder" --gpus "$part" "$@"
+}
+
+# tool VERB ARGUMENTS...: on this node, inside the container if there is one.
 tool() {
     if ((${#container[@]})); then
-        (on 1 1 "${nodes[0]}" "$python" -m eaopd_megatron.slurm_job "$@")
+        (dry_run="" on 1 "${nodes[0]}" "$python" -m eaopd_megatron.slurm_job "$@")
     else
         "${in_container[@]}" "$python" -m eaopd_megatron.slurm_job "$@"
     fi

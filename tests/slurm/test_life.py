@@ -188,7 +188,7 @@ def test_a_crash_is_repeated_for_ever(site: Site) -> None:
         time.sleep(0.5)
     assert job.finish() == "FAILED 137:0", job.output
     assert job.output.count("error: rank 1 was killed (Killed) on n") == 2
-    assert "error: 2 starts without a new checkpoint (no checkpoint is there): not started again" in job.output
+    assert "error: 2 starts without a new checkpoint (newest: none): not started again" in job.output
 
 
 def test_a_cancelled_job_comes_back(site: Site) -> None:

@@ -24,7 +24,7 @@ def errors(site: Site, changes: Mapping[str, str], script: str = "qwen3_0.6b.sh"
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"EAOPD_SHARED": "/nowhere"}, r"error: EAOPD_SHARED is /nowhere, which is no folder on n\d"),
+        ({"EAOPD_SHARED": "/nowhere"}, r"error: EAOPD_SHARED is /nowhere, which is not a folder on n\d"),
         ({"EAOPD_VENV": "/nowhere"}, r"error: /nowhere/bin/python is not there: make the environment"),
         ({"EAOPD_CONTAINER": "docker"}, r"error: EAOPD_CONTAINER is docker; allowed: none, pyxis, apptainer"),
         ({"EAOPD_CONTAINER": "pyxis"}, r"error: EAOPD_CONTAINER is pyxis and EAOPD_IMAGE is not set"),
@@ -79,7 +79,7 @@ def test_nodes_are_not_looked_at(site: Site) -> None:
     assert re.match(r"n0 .*0\.16\.1.*2 wrong", table[1]) and re.match(r"n1 .*0\.16\.1.*3 wrong", table[2])
     run = local / "runs/countdown-eopd"
     assert sorted(faults) == [
-        f"error: n0, n1: EAOPD_STAGE is {local}/none, which is no folder that can be written",
+        f"error: n0, n1: EAOPD_STAGE is {local}/none, which is not a writable folder",
         f"error: n0, n1: every port of EAOPD_PORTS={port}-{port} is taken on 127.0.0.1: name others",
         f"error: n1: {run} is not the folder that the job's first node sees: set EAOPD_SHARED to a shared one",
     ]

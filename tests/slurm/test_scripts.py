@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eaopd_megatron.slurm_job import ROLES
-from eaopd_megatron.slurm_job.allocate import Nodes, arrange
+from eaopd_megatron.slurm_job.allocate import JobNodes, allocate
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import ROOT
 
@@ -59,5 +59,6 @@ def test_the_nodes_of_a_script_do_not_carry_its_recipe(
     asked = re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(), re.MULTILINE)
     assert asked
     student, teacher, servers = (given.get(role, 0) for role in ROLES)
-    nodes = Nodes(student, teacher, servers, gpus=8, allocated=int(asked[1]), per_node={})
-    arrange(str(ROOT / recipe), overrides, nodes)
+    names = tuple(f"n{i}" for i in range(int(asked[1])))
+    nodes = JobNodes(student, teacher, servers, names, gpus=8, per_node={})
+    allocate(str(ROOT / recipe), overrides, nodes)

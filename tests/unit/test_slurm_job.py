@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,18 +16,16 @@ from types import SimpleNamespace
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving import ports as places
+from eaopd_megatron.serving import ports
 from eaopd_megatron.serving.ports import claim_port, node_address
-from eaopd_megatron.slurm_job import allocate as arranging
-from eaopd_megatron.slurm_job.allocate import Arrangement, Nodes
-from eaopd_megatron.slurm_job.exec_as_rank import Step
-from eaopd_megatron.slurm_job.failure_report import verdict
-from eaopd_megatron.slurm_job.preflight import Node, busy_gpus, faults, look, table
-from eaopd_megatron.slurm_job.services import await_services, stage_model, staged
+from eaopd_megatron.slurm_job.allocate import Allocation, JobNodes, StepPlan, allocate, staged_path
+from eaopd_megatron.slurm_job.preflight import NodeReport, busy_gpus, find_faults, inspect_node, preflight_report
+from eaopd_megatron.slurm_job.ranks import SlurmStep, failure_report
+from eaopd_megatron.slurm_job.services import stage_model, wait_for_services
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTDOWN = str(ROOT / "recipes/countdown/eopd.yaml")
-THREE = Nodes(1, 1, 1, gpus=8, allocated=3, per_node={})
+THREE = JobNodes(1, 1, 1, ("n0", "n1", "n2"), gpus=8, per_node={})
 
 
 @pytest.fixture(autouse=True)
@@ -36,51 +36,66 @@ def no_site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EAOPD_SHARED", str(tmp_path))
 
 
-def arranged(nodes: Nodes, *overrides: str) -> Arrangement:
-    return arranging.arrange(COUNTDOWN, overrides, nodes)
+def allocated(nodes: JobNodes, *overrides: str) -> Allocation:
+    return allocate(COUNTDOWN, overrides, nodes)
 
 
 def test_gpus_of_a_node_lie_idle_or_are_given_twice() -> None:
-    found = arranged(THREE, "servers.tensor_parallel=2", "teacher.tensor_parallel=2")
-    assert (found.student_tasks, found.teacher_replicas, found.teacher_tasks, found.teacher_nodes) == (8, 4, 2, 1)
-    assert (found.servers, found.server_gpus) == (4, 2)
+    steps = allocated(THREE, "servers.tensor_parallel=2", "teacher.tensor_parallel=2").steps
+    assert steps == (
+        StepPlan("student", ("n0",), 8),
+        *(StepPlan(f"teacher_{i}", ("n1",), 2, (2 * i, 2)) for i in range(4)),
+        *(StepPlan(f"server_{i}", ("n2",), 1, (2 * i, 2)) for i in range(4)),
+    )
+
+
+def test_services_of_the_second_node_are_placed_on_the_first() -> None:
+    """And without GPUs the site says how many ranks and services a node carries."""
+    nodes = JobNodes(1, 2, 2, ("a", "b", "c", "d", "e"), gpus=0, per_node={"student": 2, "teacher": 1, "servers": 2})
+    steps = allocated(nodes).steps
+    assert [step.words() for step in steps] == ["a 2", "b 1", "c 1", "d 1", "d 1", "e 1", "e 1"]
+    assert [step.name for step in steps[3:]] == [f"server_{i}" for i in range(4)]
 
 
 def test_a_replica_over_two_nodes_is_taken_for_two() -> None:
-    nodes = Nodes(1, 4, 0, gpus=8, allocated=5, per_node={})
-    found = arranged(nodes, "teacher.tensor_parallel=8", "teacher.pipeline_parallel=2")
-    assert (found.teacher_replicas, found.teacher_tasks, found.teacher_nodes) == (2, 8, 2)
+    nodes = JobNodes(1, 4, 0, ("n0", "n1", "n2", "n3", "n4"), gpus=8, per_node={})
+    steps = allocated(nodes, "teacher.tensor_parallel=8", "teacher.pipeline_parallel=2").steps
+    assert steps[1:] == (StepPlan("teacher_0", ("n1", "n2"), 8), StepPlan("teacher_1", ("n3", "n4"), 8))
 
 
 def test_a_recipe_for_half_a_node_fills_it() -> None:
-    nodes = Nodes(1, 0, 0, gpus=8, allocated=1, per_node={})
-    assert arranged(nodes, "student.data_parallel=2").student_tasks == 4
+    nodes = JobNodes(1, 0, 0, ("n0",), gpus=8, per_node={})
+    assert allocated(nodes, "student.data_parallel=2").steps == (StepPlan("student", ("n0",), 4),)
 
 
 @pytest.mark.parametrize(
     ("nodes", "overrides", "said"),
     [
-        (replace(THREE, allocated=2), [], "the script's roles take 3 nodes (student 1, teacher 1, servers 1), the job"),
+        (
+            replace(THREE, names=("n0", "n1")),
+            [],
+            "the script's roles take 3 nodes (student 1, teacher 1, servers 1), the",
+        ),
         (replace(THREE, gpus=0), [], "the job's nodes have no GPUs"),
-        (replace(THREE, gpus=3), [], "the student's layout takes a multiple of 2 ranks, its nodes carry 1 x 3"),
-        (THREE, ["student.data_parallel=8"], "takes 16 ranks with student.data_parallel=8, its nodes carry 1 x 8"),
+        (replace(THREE, gpus=3), [], "the student's layout takes a multiple of 2 ranks, its nodes have 1 x 3"),
+        (THREE, ["student.data_parallel=8"], "takes 16 ranks with student.data_parallel=8, its nodes have 1 x 8"),
         (THREE, ["teacher.tensor_parallel=3"], "a replica of the teacher takes 3 GPUs, its nodes have 1 x 8"),
         (THREE, ["teacher.tensor_parallel=16"], "a replica of the teacher takes 16 GPUs, its nodes have 1 x 8"),
         (THREE, ["servers.tensor_parallel=3"], "servers.tensor_parallel=3 GPUs, which does not divide the 8"),
     ],
 )
 def test_gpus_that_do_not_match_the_layout_are_found_by_a_hanging_job(
-    nodes: Nodes, overrides: list[str], said: str
+    nodes: JobNodes, overrides: list[str], said: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        arranged(nodes, *overrides)
+        allocated(nodes, *overrides)
     assert said in str(error.value)
 
 
 def test_the_run_lies_where_only_one_node_sees_it(tmp_path: Path) -> None:
-    assert arranged(THREE).folder == tmp_path / "runs/countdown-eopd"
-    assert arranged(THREE, "run.folder=mine").folder == tmp_path / "mine"
-    assert "run.folder=" + str(tmp_path / "mine") in arranged(THREE, "run.folder=mine").overrides
+    assert allocated(THREE).folder == tmp_path / "runs/countdown-eopd"
+    assert allocated(THREE, "run.folder=mine").folder == tmp_path / "mine"
+    assert "run.folder=" + str(tmp_path / "mine") in allocated(THREE, "run.folder=mine").overrides
 
 
 def test_a_missing_model_is_found_after_the_servers_have_started(
@@ -91,10 +106,10 @@ def test_a_missing_model_is_found_after_the_servers_have_started(
     monkeypatch.setenv("EAOPD_MODELS", str(tmp_path / "models"))
     recipe = str(ROOT / "recipes/qwen3/4b_from_8b.yaml")
     with pytest.raises(UserError, match=r"teacher.model is Qwen/Qwen3-8B, but EAOPD_MODELS has neither"):
-        arranging.arrange(recipe, [], THREE)
+        allocate(recipe, [], THREE)
     (tmp_path / "models/Qwen/Qwen3-8B").mkdir(parents=True)
     (tmp_path / "models/Qwen/Qwen3-8B/config.json").write_text("{}")
-    found = arranging.arrange(recipe, [], THREE)
+    found = allocate(recipe, [], THREE)
     assert found.models == (str(tmp_path / "models/Qwen3-4B-Base"), str(tmp_path / "models/Qwen/Qwen3-8B"))
 
 
@@ -103,17 +118,59 @@ def test_a_hub_id_is_copied_to_the_nodes_as_if_it_were_a_folder(
 ) -> None:
     monkeypatch.setenv("EAOPD_STAGE", str(tmp_path / "stage"))
     with pytest.raises(UserError, match=r"student.model is Qwen/Qwen3-4B-Base: EAOPD_STAGE copies folders"):
-        arranging.arrange(str(ROOT / "recipes/qwen3/4b_from_8b.yaml"), [], THREE)
-    student, teacher = arranged(THREE).staged
+        allocate(str(ROOT / "recipes/qwen3/4b_from_8b.yaml"), [], THREE)
+    student, teacher = allocated(THREE).staged
     assert student.startswith(f"student.model={tmp_path}/stage/student-")
     assert teacher.startswith(f"teacher.model={tmp_path}/stage/teacher-")
 
 
 def test_bash_reads_other_words_than_were_said() -> None:
-    found = arranged(THREE, "data.suffix=a 'b' $c")
-    echo = 'printf "%s\\n" "${arranged_overrides[@]}"'
-    read = subprocess.run(["bash", "-c", f"{found.assignments()}\n{echo}"], capture_output=True, text=True, check=True)
-    assert read.stdout.splitlines() == list(found.overrides)
+    found = allocated(THREE, "data.suffix=a 'b' $c")
+    echo = 'printf "%s\\n" "${allocated_overrides[@]}" "${allocated_services[*]}" "${allocated_steps[server_1]}"'
+    read = subprocess.run(["bash", "-c", f"{found.render()}\n{echo}"], capture_output=True, text=True, check=True)
+    *overrides, services, server = read.stdout.splitlines()
+    assert overrides == list(found.overrides) and server == "n2 1 1:1"
+    assert services.split() == [f"{kind}_{i}" for kind in ("teacher", "server") for i in range(8)]
+
+
+# Dry runs: the scripts themselves, outside a job
+
+
+def dry_run(script: str, *arguments: str, shared: Path) -> subprocess.CompletedProcess[str]:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "EAOPD_"))}
+    site = {"EAOPD_SITE": "/dev/null", "EAOPD_SHARED": str(shared), "EAOPD_VENV": sys.prefix}
+    command = ["bash", f"slurm/{script}", "--dry-run", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=outside | site, capture_output=True, text=True)
+
+
+def test_a_dry_run_starts_something_or_prints_other_steps_than_the_job_has(tmp_path: Path) -> None:
+    done = dry_run("qwen3_4b.sh", "train.iterations=3", shared=tmp_path)
+    assert done.returncode == 0 and not done.stderr and not list(tmp_path.iterdir()), done
+    assert "dry run on node1 node2 node3: nothing is started" in done.stdout
+    steps = [line for line in done.stdout.splitlines() if " srun " in f" {line}"]
+    names = ["student", *(f"{kind}_{i}" for kind in ("teacher", "server") for i in range(8))]
+    assert [re.findall(r"--name (\S+)", step) for step in steps] == [[name] for name in (*names[1:], names[0])]
+    assert all("train.iterations=3" in step and "--gpus-per-node=8" in step for step in steps)
+    assert "--nodelist=node2 --ntasks=1 " in steps[3] and "--gpus 3:1 " in steps[3] and " teach " in steps[3]
+    assert "--nodelist=node3 --ntasks=1 " in steps[8] and "--gpus 0:1 " in steps[8] and " serve " in steps[8]
+    assert "--nodelist=node1 --ntasks=8 " in steps[16] and "teacher.urls=" in steps[16] and "servers.urls=" in steps[16]
+
+
+def test_a_dry_run_takes_a_recipe_that_the_job_refuses(tmp_path: Path) -> None:
+    done = dry_run("qwen3_4b.sh", "teacher.tensor_parallel=3", shared=tmp_path)
+    assert done.returncode == 1 and "srun" not in done.stdout
+    assert done.stderr.startswith("error: a replica of the teacher takes 3 GPUs, its nodes have 1 x 8")
+
+
+def test_a_dry_run_of_a_tool_runs_it(tmp_path: Path) -> None:
+    done = dry_run("evaluate.sh", "some/model", shared=tmp_path)
+    assert done.returncode == 0 and "-m eaopd_megatron evaluate some/model" in done.stdout, done
+
+
+def test_a_script_that_is_run_outside_a_job_does_not_say_how_to_submit_it() -> None:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(["bash", "slurm/qwen3_4b.sh"], cwd=ROOT, env=outside, capture_output=True, text=True)
+    assert done.returncode == 1 and "submit it with sbatch, or add --dry-run" in done.stderr
 
 
 # Ports
@@ -135,14 +192,15 @@ def test_a_name_of_the_loopback_is_taken_for_a_nodes_address(monkeypatch: pytest
     monkeypatch.delenv("EAOPD_INTERFACE", raising=False)
     for count, known in (("3", True), ("1", False)):
         monkeypatch.setenv("SLURM_JOB_NUM_NODES", count)
-        assert (said in look(tmp_path / "a/b/c/token", "", [], None).problems) is known
+        assert (said in inspect_node(tmp_path / "a/b/c/token", "", [], None).problems) is known
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
     monkeypatch.setenv("EAOPD_INTERFACE", "lo")
-    assert said not in look(tmp_path / "a/b/c/token", "", [], None).problems
+    assert said not in inspect_node(tmp_path / "a/b/c/token", "", [], None).problems
 
 
 def test_a_port_stays_taken_when_its_process_has_ended() -> None:
-    code = "from eaopd_megatron.serving.ports import *; h = hold_port('127.0.0.1', seed=3); h.keep(); print(h.port)"
+    code = "from eaopd_megatron.serving.ports import claim_port\nclaim = claim_port('127.0.0.1', seed=3)\n"
+    code += "claim.keep_across_exec()\nprint(claim.port)"
     port = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert claim_port("127.0.0.1", first=port, wait_seconds=0.3).port == port
 
@@ -157,7 +215,7 @@ def taken() -> Iterator[int]:
 
 
 def test_a_taken_port_is_given_to_a_service(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(places.PORT_RANGE_VARIABLE, f"{taken}-{taken}")
+    monkeypatch.setenv(ports.PORT_RANGE_VARIABLE, f"{taken}-{taken}")
     with pytest.raises(UserError, match=f"every port of EAOPD_PORTS={taken}-{taken} is taken on 127.0.0.1"):
         claim_port("127.0.0.1")
 
@@ -165,13 +223,13 @@ def test_a_taken_port_is_given_to_a_service(taken: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("text", ["15000", "20000-10000", "80-90", "a-b"])
 def test_a_port_range_that_is_none_is_read_as_one(text: str) -> None:
     with pytest.raises(UserError, match="EAOPD_PORTS is"):
-        places.port_range({places.PORT_RANGE_VARIABLE: text})
+        ports.port_range({ports.PORT_RANGE_VARIABLE: text})
 
 
 def test_services_listen_on_an_interface_that_the_node_has_not() -> None:
     with pytest.raises(UserError, match=r"EAOPD_INTERFACE is ib77, which this node has not \(it has .*lo"):
-        node_address({places.INTERFACE_VARIABLE: "ib77"})
-    assert node_address({places.INTERFACE_VARIABLE: "lo"}) == "127.0.0.1"
+        node_address({ports.INTERFACE_VARIABLE: "ib77"})
+    assert node_address({ports.INTERFACE_VARIABLE: "lo"}) == "127.0.0.1"
 
 
 # Steps
@@ -190,7 +248,7 @@ def task(number: int, of: int, step: str = "4") -> dict[str, str]:
 
 
 def test_ranks_of_a_step_do_not_meet(tmp_path: Path) -> None:
-    step = Step("teacher_1", tmp_path, gpus=(2, 2))
+    step = SlurmStep("teacher_1", tmp_path, gpus=(2, 2))
     _, main = step.prepare(["x", "listen={listen}"], task(0, 2))
     _, other = step.prepare(["x", "listen={listen}"], task(1, 2))
     meeting = {key: main[key] for key in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")}
@@ -199,7 +257,7 @@ def test_ranks_of_a_step_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_a_service_that_is_started_again_is_sought_at_its_old_port(tmp_path: Path) -> None:
-    step = Step("server_0", tmp_path)
+    step = SlurmStep("server_0", tmp_path)
     step.url_file.write_text("http://127.0.0.1:29998\n")
     command, _ = step.prepare(["serve", "--listen", "{listen}"], task(0, 1))
     assert command == ["serve", "--listen", "127.0.0.1:29998"]
@@ -207,8 +265,8 @@ def test_a_service_that_is_started_again_is_sought_at_its_old_port(tmp_path: Pat
 
 
 def test_ranks_meet_where_those_of_the_last_start_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eaopd_megatron.slurm_job.exec_as_rank.MEETING_SECONDS", 0.3)
-    step = Step("student", tmp_path)
+    monkeypatch.setattr("eaopd_megatron.slurm_job.ranks._RENDEZVOUS_SECONDS", 0.3)
+    step = SlurmStep("student", tmp_path)
     step.prepare(["x"], task(0, 2, step="4"))
     with pytest.raises(UserError, match="does not say where the ranks of student meet"):
         step.prepare(["x"], task(1, 2, step="5"))
@@ -216,7 +274,7 @@ def test_ranks_meet_where_those_of_the_last_start_did(tmp_path: Path, monkeypatc
 
 def test_a_service_takes_gpus_that_its_node_has_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="server_9 needs GPUs 8 to 9 of its node, which shows 8"):
-        Step("server_9", tmp_path, gpus=(8, 2)).prepare(["x"], task(0, 1))
+        SlurmStep("server_9", tmp_path, gpus=(8, 2)).prepare(["x"], task(0, 1))
 
 
 # Waiting
@@ -225,35 +283,35 @@ def test_a_service_takes_gpus_that_its_node_has_not(tmp_path: Path) -> None:
 def test_a_service_that_was_given_up_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / "server_0.lost").write_text("server_0 died 3 times in a row\n")
     with pytest.raises(UserError, match="server_0 died 3 times in a row"):
-        await_services(["server_0"], tmp_path, tmp_path, key="k", minutes=1, report=print)
+        wait_for_services(["server_0"], tmp_path, tmp_path, key="k", minutes=1, report=print)
 
 
 def test_who_waits_is_not_told_for_what(tmp_path: Path) -> None:
     (tmp_path / "server_0.log").write_text("loading weights 3 of 9\n")
     said: list[str] = []
-    with pytest.raises(UserError, match=r"server_0 does not serve after 0.005 minutes: loading weights 3 of 9"):
-        await_services(["server_0"], tmp_path, tmp_path, key="k", minutes=0.005, report=said.append, interval=0.0)
-    assert said[0].startswith("0 of 1 serve after") and said[0].endswith("server_0: loading weights 3 of 9")
+    with pytest.raises(UserError, match=r"server_0 is not ready after 0.005 minutes: loading weights 3 of 9"):
+        wait_for_services(["server_0"], tmp_path, tmp_path, key="k", minutes=0.005, report=said.append, interval=0.0)
+    assert said[0].startswith("0 of 1 ready after") and said[0].endswith("server_0: loading weights 3 of 9")
 
 
 # Nodes
 
 
-def node(name: str, **changes: object) -> Node:
+def node(name: str, **changes: object) -> NodeReport:
     versions = {"torch": "2.13.0", "megatron-core": "0.16.1", "sglang": "0.5.21", "nccl": "2.29.7"}
-    sound = Node(name, "10.0.0.1", "3.11.7", versions, "a" * 40, gpus=8, disk=2**40)
+    sound = NodeReport(name, "10.0.0.1", "3.11.7", versions, "a" * 40, gpus=8, disk=2**40)
     return replace(sound, **changes)  # type: ignore[arg-type]
 
 
 def test_a_report_among_other_words_is_lost() -> None:
     text = f"loading modules\n{node('n0').line()}\nbye\n{node('n1', problems=('no disk',)).line()}\n"
-    assert Node.read(text) == [node("n0"), node("n1", problems=("no disk",))]
+    assert NodeReport.read(text) == [node("n0"), node("n1", problems=("no disk",))]
 
 
 def test_nodes_of_unlike_environments_train_together() -> None:
-    assert faults([node("n0"), node("n1")], ["n0", "n1"], 8) == []
+    assert find_faults([node("n0"), node("n1")], ["n0", "n1"], 8) == []
     other = {**node("n0").versions, "nccl": "2.28.1"}
-    found = faults([node("n0"), node("n1"), node("n2", versions=other, commit="b" * 40)], ["n0", "n1", "n2"], 8)
+    found = find_faults([node("n0"), node("n1"), node("n2", versions=other, commit="b" * 40)], ["n0", "n1", "n2"], 8)
     assert len(found) == 2
     assert found[0].startswith(f"commit differs between nodes: n2 has {'b' * 40}, the others {'a' * 40}")
     assert found[1].startswith("nccl differs between nodes: n2 has 2.28.1, the others 2.29.7")
@@ -261,19 +319,19 @@ def test_nodes_of_unlike_environments_train_together() -> None:
 
 def test_a_node_that_is_silent_counts_as_sound() -> None:
     said = "srun: error: task 1 launch failed\nslurmstepd: error: n1: execve(): python: No such file or directory"
-    found = faults([node("n0")], ["n0", "n1"], 8, said)
+    found = find_faults([node("n0")], ["n0", "n1"], 8, said)
     assert len(found) == 1 and found[0].startswith("n1: no report (slurmstepd: error: n1: execve(): python: No such")
 
 
 def test_what_is_wrong_on_all_nodes_takes_a_line_each() -> None:
     ill = [node(name, problems=("EAOPD_STAGE is /x",), gpus=4) for name in ("n0", "n1")]
-    found = faults(ill, ["n0", "n1"], 8)
+    found = find_faults(ill, ["n0", "n1"], 8)
     assert found == [
         "n0, n1: EAOPD_STAGE is /x",
         "n0: 4 GPUs, the job asks for 8",
         "n1: 4 GPUs, the job asks for 8",
     ]
-    lines = table(ill)
+    lines = preflight_report(ill).splitlines()
     assert [line.split()[0] for line in lines] == ["node", "n0", "n1"]
     assert lines[1].endswith("1 wrong") and "2.29.7" in lines[1] and "1024" in lines[1]
 
@@ -297,9 +355,9 @@ def test_half_a_model_is_taken_for_a_copy(tmp_path: Path, monkeypatch: pytest.Mo
     model.mkdir()
     (model / "config.json").write_text("{}")
     (model / "weights").write_bytes(b"1" * 100)
-    (stage / f".{staged(model, stage).name}.partial").mkdir(parents=True)  # of a job that was killed while it copied
-    assert stage_model(model, stage) == staged(model, stage)
-    assert sorted(path.name for path in staged(model, stage).iterdir()) == ["config.json", "weights"]
+    (stage / f".{staged_path(model, stage).name}.partial").mkdir(parents=True)  # of a killed job
+    assert stage_model(model, stage) == staged_path(model, stage)
+    assert sorted(path.name for path in staged_path(model, stage).iterdir()) == ["config.json", "weights"]
     (model / "config.json").unlink()
     assert (stage_model(model, stage) / "config.json").exists()  # it is not copied again
 
@@ -325,7 +383,7 @@ def test_the_highest_code_is_taken_for_the_failing_ranks(tmp_path: Path) -> None
     """Rank 1 ends with 7; srun ends the others and itself returns 143."""
     said = "srun: error: n0: task 1: Exited with exit code 7\nsrun: error: n0: tasks 0,2: Terminated\n"
     (tmp_path / "rank_1.log").write_text("\n".join(f"line {i}" for i in range(50)))
-    found = verdict(said, tmp_path, tmp_path, 143)
+    found = failure_report(said, tmp_path, tmp_path, 143)
     assert (found.code, found.user) == (7, False)
     assert "error: rank 1 ended with exit code 7 on n0; the last lines of" in found.text
     assert found.text.count("\n") == 20 and found.text.endswith("line 49")
@@ -336,15 +394,15 @@ def test_a_rank_that_fell_with_another_is_blamed(tmp_path: Path) -> None:
     report(tmp_path, 0, "rank 2 failed: boom", 20.0)
     report(tmp_path, 2, "boom", 10.0)
     said = "srun: error: n0: tasks 0-1: Exited with exit code 1\nsrun: error: n1: task 2: Exited with exit code 1\n"
-    assert "rank 2 ended with exit code 1 on n1: boom" in verdict(said, tmp_path, tmp_path, 1).text
+    assert "rank 2 ended with exit code 1 on n1: boom" in failure_report(said, tmp_path, tmp_path, 1).text
     said = "srun: error: n1: task 3: Killed\n" + said
-    found = verdict(said, tmp_path, tmp_path, 1)
+    found = failure_report(said, tmp_path, tmp_path, 1)
     assert found.code == 137 and "rank 3 was killed (Killed) on n1" in found.text
 
 
 def test_a_wrong_recipe_is_started_again_and_again(tmp_path: Path) -> None:
     report(tmp_path, 1, "student.model: there is no folder", 10.0, user=True, code=2)
-    found = verdict("srun: error: n0: tasks 0-1: Exited with exit code 2\n", tmp_path, tmp_path, 2)
+    found = failure_report("srun: error: n0: tasks 0-1: Exited with exit code 2\n", tmp_path, tmp_path, 2)
     assert (found.code, found.user) == (2, True)
     assert found.text == "error: student.model: there is no folder (rank 1, exit code 2)"
 
@@ -352,6 +410,6 @@ def test_a_wrong_recipe_is_started_again_and_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [143, 138])
 def test_ranks_that_saved_their_state_count_as_failed(tmp_path: Path, code: int) -> None:
     said = f"srun: error: n0: tasks 0-7: Exited with exit code {code}\n"
-    assert verdict(said, tmp_path, tmp_path, code).code == 0
+    assert failure_report(said, tmp_path, tmp_path, code).code == 0
     report(tmp_path, 0, "the disk is full", 10.0)
-    assert verdict(said, tmp_path, tmp_path, code).code == code
+    assert failure_report(said, tmp_path, tmp_path, code).code == code
