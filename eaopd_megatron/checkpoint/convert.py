@@ -32,8 +32,9 @@ from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelSt
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.pipeline import gather_logits
-from eaopd_megatron.models.architecture import check_supported, padded_vocab_size
 from eaopd_megatron.models.mapping import EMBEDDING
+from eaopd_megatron.models.shapes import padded_vocab_size
+from eaopd_megatron.models.supported import check_supported
 from eaopd_megatron.utils.files import atomic_directory, partial_path, require_absent_or_empty, write_error_message
 
 TOLERANCE = 1e-5

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 from eaopd_megatron.errors import UserError
+
+Recompute = Literal["none", "selective", "full"]
+"""Activations that backward recomputes: none, those of core attention, or complete layers from their inputs."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class ParallelLayout:
     def min_world_size(self) -> int:
         """Ranks of the smallest world that holds the model."""
         return self.model_parallel_size * self.min_data_parallel_size
+
+    def layers_of(self, stage: int, num_layers: int) -> list[int]:
+        """Return the global indices of a pipeline stage's layers, over all its virtual stages."""
+        per_chunk = num_layers // (self.pipeline_parallel * self.virtual_pipeline)
+        starts = [(chunk * self.pipeline_parallel + stage) * per_chunk for chunk in range(self.virtual_pipeline)]
+        return [start + i for start in starts for i in range(per_chunk)]
 
     def without_experts(self) -> Self:
         """The same ranks for a model that has none: a dense teacher of a mixture of experts, or the other way round."""

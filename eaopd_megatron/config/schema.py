@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.config.parallel import ParallelLayout, Recompute
 from eaopd_megatron.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class StudentConfig(Section):
     data_parallel: PositiveInt | None = None  # none: what the ranks, or the devices of this host, allow
     sequence_parallel: bool = False
     precision: Precision = "bf16"
-    recompute: Literal["none", "selective", "full"] = "none"  # activations made again in backward; selective: attention
+    recompute: Recompute = "none"  # activations made again in backward; selective: attention
 
     @model_validator(mode="after")
     def _sequence_parallel_needs_tensor_parallel(self) -> Self:

@@ -55,7 +55,7 @@ def generate_on_rank(work: dict[str, Any]) -> None:
     from eaopd_megatron.data.types import SamplingParams
     from eaopd_megatron.distributed import parallel_state as groups
     from eaopd_megatron.megatron.model import build_model
-    from eaopd_megatron.models.architecture import check_supported
+    from eaopd_megatron.models.supported import check_supported
     from eaopd_megatron.rollout.local import LocalRollout
 
     tensor_parallel, batch_size = work["tensor_parallel"], work["batch_size"]

@@ -12,11 +12,16 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from eaopd_megatron.config.parallel import ParallelLayout, Recompute
 from eaopd_megatron.distributed import cpu_compat as cpu
-from eaopd_megatron.distributed.parallel_state import ParallelLayout
-from eaopd_megatron.megatron.layers import layer_spec, pad_fp8_inputs
-from eaopd_megatron.models.architecture import Recompute, padded_vocab_size, transformer_config
-from eaopd_megatron.models.rotary import rotary_base, set_attention_factor, set_frequencies
+from eaopd_megatron.megatron.layers import FP8_SETTINGS, layer_spec, pad_fp8_inputs, uses_transformer_engine
+from eaopd_megatron.models.shapes import padded_vocab_size
+from eaopd_megatron.models.transformer_config import (
+    rotary_base,
+    set_attention_factor,
+    set_frequencies,
+    transformer_config,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Of what is computed, and of weights but fp8's (`build_model(..., fp8=True)`)."""
@@ -150,7 +155,14 @@ def build_model(
     rows = padded_vocab_size(hf.vocab_size, layout.tensor_parallel)
     output_rows = padded_vocab_size(output_vocab or hf.vocab_size, layout.tensor_parallel)
     shared = hf.tie_word_embeddings and not untie and output_rows == rows
-    config = transformer_config(hf, layout, dtype, recompute, fp8=fp8)
+    config = transformer_config(
+        hf,
+        layout,
+        dtype,
+        recompute,
+        grouped_gemm=uses_transformer_engine(),
+        layer_settings=FP8_SETTINGS if fp8 else None,
+    )
     set_attention_factor(config, hf)
     stages = [None] if layout.virtual_pipeline == 1 else range(layout.virtual_pipeline)
     # with gradients Transformer Engine keeps a second, transposed copy of weights in fp8

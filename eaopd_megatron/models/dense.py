@@ -1,11 +1,11 @@
-"""Lines of the mapping that the families share: Hugging Face gives a Llama-like decoder's tensors the same names."""
+"""Dense families, and the rules that they share with others: Llama-like decoders have the same tensor names."""
 
 from eaopd_megatron.models.mapping import EMBEDDING, GATED_MLP, OUTPUT, QKV, REPLICATED, ROW, VOCAB, Family, MappingRule
 
 HF = "model.layers.{layer}."
 MCORE = "decoder.layers.{layer}."
 
-WORDS = (MappingRule(VOCAB, EMBEDDING, ("model.embed_tokens.weight", "vocab hidden")),)
+VOCABULARY_EMBEDDING = (MappingRule(VOCAB, EMBEDDING, ("model.embed_tokens.weight", "vocab hidden")),)
 
 ATTENTION = (
     MappingRule(REPLICATED, MCORE + "input_layernorm.weight", (HF + "input_layernorm.weight", "hidden")),
@@ -56,22 +56,24 @@ HEAD = (
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
-    rules=(*WORDS, *ATTENTION, *MLP_NORM, *DENSE_MLP, *HEAD),
+    rules=(*VOCABULARY_EMBEDDING, *ATTENTION, *MLP_NORM, *DENSE_MLP, *HEAD),
     required={"attention_bias": False, "mlp_bias": False},
 )
 
 
 QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
-    rules=(*WORDS, *ATTENTION, *QKV_BIAS, *MLP_NORM, *DENSE_MLP, *HEAD),
+    rules=(*VOCABULARY_EMBEDDING, *ATTENTION, *QKV_BIAS, *MLP_NORM, *DENSE_MLP, *HEAD),
     settings=lambda config: {"add_qkv_bias": True},
     required={"use_sliding_window": False},
+    defaults={"num_key_value_heads": 32},
 )
 
 
 QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
-    rules=(*WORDS, *ATTENTION, *QK_NORMS, *MLP_NORM, *DENSE_MLP, *HEAD),
+    rules=(*VOCABULARY_EMBEDDING, *ATTENTION, *QK_NORMS, *MLP_NORM, *DENSE_MLP, *HEAD),
     settings=lambda config: {"qk_layernorm": True},
     required={"attention_bias": False, "use_sliding_window": False},
+    defaults={"num_key_value_heads": 32, "head_dim": 128},
 )

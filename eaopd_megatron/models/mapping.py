@@ -1,7 +1,7 @@
-"""How Megatron-Core's parameters are cut from Hugging Face tensors, and put together again.
+"""Mappings between Hugging Face tensors and the shards of Megatron-Core's parameters.
 
-A family of models is a table of rules (`families/`): a Megatron name, the kind of cut, the Hugging Face tensors and
-their shapes. Import and export walk the same table.
+A family of models is a table of rules: a Megatron name, how the parameter is sharded, the Hugging Face tensors it is
+made of and their shapes. Import, export and the counts of `shapes` use the same table. Importing it needs no torch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -20,9 +21,9 @@ OUTPUT = "output_layer.weight"
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Which shard: its number among the ranks that share the parameter, and the model's sizes by name.
+    """One shard of a parameter, and the model's sizes by the names that the rules use.
 
-    Those ranks are the tensor-parallel ones, for an expert's matrices the expert-tensor-parallel ones.
+    tp_rank and tp_size are those of the tensor-parallel group; for experts of the expert-tensor-parallel group.
     """
 
     tp_rank: int
@@ -32,28 +33,30 @@ class ShardSpec:
 
 
 class ParamMapping(ABC):
-    """One kind of cut. Sources are tensors, or lazy slices that take the same indices."""
+    """One way to shard a parameter. Hugging Face tensors are tensors, or lazy slices that take the same indices."""
 
     name: str
+    sharded: bool = True
 
     @abstractmethod
-    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
-        """This rank's parameter from whole Hugging Face tensors; reads no more of them than it needs."""
+    def shard(self, tensors: Sequence[Any], spec: ShardSpec) -> torch.Tensor:
+        """Return one rank's parameter; read no more of the Hugging Face tensors than it needs."""
 
     @abstractmethod
-    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
-        """The Hugging Face tensors from the parameter of every rank, in the order of the ranks."""
+    def merge(self, shards: Sequence[torch.Tensor], spec: ShardSpec) -> list[torch.Tensor]:
+        """Return the Hugging Face tensors, given the parameter of every rank in rank order."""
 
 
 class ReplicatedMapping(ParamMapping):
     """The same on every rank."""
 
     name = "replicated"
+    sharded = False
 
-    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
-        return sources[0][:]
+    def shard(self, tensors: Sequence[Any], spec: ShardSpec) -> torch.Tensor:
+        return tensors[0][:]
 
-    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
+    def merge(self, shards: Sequence[torch.Tensor], spec: ShardSpec) -> list[torch.Tensor]:
         return [shards[0]]
 
 
@@ -62,11 +65,11 @@ class ColumnParallelMapping(ParamMapping):
 
     name = "column"
 
-    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
-        return _range(sources[0], place)
+    def shard(self, tensors: Sequence[Any], spec: ShardSpec) -> torch.Tensor:
+        return _rows(tensors[0], spec)
 
-    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
-        return [_joined(shards)]
+    def merge(self, shards: Sequence[torch.Tensor], spec: ShardSpec) -> list[torch.Tensor]:
+        return [_cat(shards)]
 
 
 class RowParallelMapping(ParamMapping):
@@ -74,46 +77,45 @@ class RowParallelMapping(ParamMapping):
 
     name = "row"
 
-    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
-        count = _shape(sources[0])[1] // place.tp_size
-        return sources[0][:, place.tp_rank * count : (place.tp_rank + 1) * count]
+    def shard(self, tensors: Sequence[Any], spec: ShardSpec) -> torch.Tensor:
+        count = _shape(tensors[0])[1] // spec.tp_size
+        return tensors[0][:, spec.tp_rank * count : (spec.tp_rank + 1) * count]
 
-    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
-        return [_joined(shards, dim=1)]
+    def merge(self, shards: Sequence[torch.Tensor], spec: ShardSpec) -> list[torch.Tensor]:
+        return [_cat(shards, dim=1)]
 
 
 class GatedMLPMapping(ParamMapping):
-    """gate | up: each is cut by itself, so that a rank multiplies the features of one with the same of the other."""
+    """gate | up, each sharded by itself, so that a rank multiplies matching features of the two."""
 
     name = "gated mlp"
 
-    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
-        return torch.cat([_range(source, place) for source in sources])
+    def shard(self, tensors: Sequence[Any], spec: ShardSpec) -> torch.Tensor:
+        return _cat([_rows(tensor, spec) for tensor in tensors])
 
-    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
-        return [_joined(part) for part in zip(*(shard.chunk(2) for shard in shards), strict=True)]
+    def merge(self, shards: Sequence[torch.Tensor], spec: ShardSpec) -> list[torch.Tensor]:
+        return [_cat(part) for part in zip(*(shard.chunk(2) for shard in shards), strict=True)]
 
 
 class QKVMapping(ParamMapping):
-    """q, k, v → for each query group the rows of its query heads, of its key, of its value; ranks hold whole groups.
+    """q, k, v interleaved by query group: its query heads, its key, its value. Ranks hold complete groups.
 
-    Holds for weights [rows, hidden] and biases [rows].
+    For weights [rows, hidden] and biases [rows].
     """
 
     name = "qkv"
 
-    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
-        groups = place.sizes["groups"] // place.tp_size
-        parts = [_range(source, place) for source in sources]
-        parts = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
-        joined = torch.cat(parts, dim=1)
-        return joined.reshape(-1, *joined.shape[2:])
+    def shard(self, tensors: Sequence[Any], spec: ShardSpec) -> torch.Tensor:
+        groups = spec.sizes["groups"] // spec.tp_size
+        parts = [_rows(tensor, spec) for tensor in tensors]
+        fused = _cat([part.reshape(groups, -1, *part.shape[1:]) for part in parts], dim=1)
+        return fused.reshape(-1, *fused.shape[2:])
 
-    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
-        joined = _joined(shards)
-        joined = joined.reshape(place.sizes["groups"], -1, *joined.shape[1:])
-        head = place.sizes["head_dim"]
-        parts = joined.split([joined.shape[1] - 2 * head, head, head], dim=1)
+    def merge(self, shards: Sequence[torch.Tensor], spec: ShardSpec) -> list[torch.Tensor]:
+        fused = _cat(shards)
+        fused = fused.reshape(spec.sizes["groups"], -1, *fused.shape[1:])
+        head = spec.sizes["head_dim"]
+        parts = fused.split([fused.shape[1] - 2 * head, head, head], dim=1)
         return [part.reshape(-1, *part.shape[2:]) for part in parts]
 
 
@@ -122,31 +124,25 @@ class VocabParallelMapping(ParamMapping):
 
     name = "vocabulary"
 
-    def shard(self, sources: Sequence[Any], place: ShardSpec) -> torch.Tensor:
-        count = place.padded_vocab_size // place.tp_size
-        start, end = place.tp_rank * count, min((place.tp_rank + 1) * count, place.sizes["vocab"])
+    def shard(self, tensors: Sequence[Any], spec: ShardSpec) -> torch.Tensor:
+        count = spec.padded_vocab_size // spec.tp_size
+        start, end = spec.tp_rank * count, min((spec.tp_rank + 1) * count, spec.sizes["vocab"])
         if start >= end:  # nothing but padding
-            row = sources[0][0:1]
+            row = tensors[0][0:1]
             return row.new_zeros(count, *row.shape[1:])
-        rows = sources[0][start:end]
-        return torch.cat([rows, rows.new_zeros(count - (end - start), *rows.shape[1:])])
+        rows = tensors[0][start:end]
+        return _cat([rows, rows.new_zeros(count - (end - start), *rows.shape[1:])])
 
-    def merge(self, shards: Sequence[torch.Tensor], place: ShardSpec) -> list[torch.Tensor]:
-        return [_joined(shards)[: place.sizes["vocab"]]]
+    def merge(self, shards: Sequence[torch.Tensor], spec: ShardSpec) -> list[torch.Tensor]:
+        return [_cat(shards)[: spec.sizes["vocab"]]]
 
 
-REPLICATED, COLUMN, ROW, GATED_MLP, QKV, VOCAB = (
-    ReplicatedMapping(),
-    ColumnParallelMapping(),
-    RowParallelMapping(),
-    GatedMLPMapping(),
-    QKVMapping(),
-    VocabParallelMapping(),
-)
+REPLICATED, COLUMN, ROW = ReplicatedMapping(), ColumnParallelMapping(), RowParallelMapping()
+GATED_MLP, QKV, VOCAB = GatedMLPMapping(), QKVMapping(), VocabParallelMapping()
 
 
 class PermutedRows:
-    """A lazy tensor whose rows are another's in an exchanged order: row i is the other's row `rows.get(i, i)`."""
+    """A lazy tensor with exchanged rows: row i is `source[rows.get(i, i)]`."""
 
     def __init__(self, source: Any, rows: Mapping[int, int]) -> None:
         self.source = source
@@ -163,9 +159,9 @@ class PermutedRows:
 
 @dataclass(frozen=True)
 class MappedParam:
-    """One parameter: its Megatron name, its cut, and its Hugging Face tensors with their shapes.
+    """One parameter: its Megatron name, its mapping, and its Hugging Face tensors with their shapes.
 
-    layer, expert: the numbers, in the whole model, of the layer and of the expert that it belongs to.
+    layer and expert are global indices; None outside of layers, or of experts.
     """
 
     megatron_name: str
@@ -176,108 +172,130 @@ class MappedParam:
 
 
 class MappingRule:
-    """A line of a family's table: `Rule(QKV, "decoder.layers.{layer}…", ("model.layers.{layer}…", "q hidden"), …)`.
+    """A line of a family's table: `MappingRule(QKV, "decoder.layers.{layer}…", ("model.layers.{layer}…", "q hidden"))`.
 
-    `{layer}` in the names runs over the layers, `{expert}` over the experts of each. A shape is the names of its sizes,
-    outermost first.
+    `{layer}` in the names runs over the layers, `{expert}` over the experts of each. A shape lists the names of its
+    sizes, outermost first.
     """
 
-    def __init__(self, cut: ParamMapping, megatron: str, *sources: tuple[str, str]) -> None:
-        self.cut = cut
-        self.megatron = megatron
-        self.sources = sources
+    def __init__(self, mapping: ParamMapping, megatron_name: str, *hf_tensors: tuple[str, str]) -> None:
+        self.mapping = mapping
+        self.megatron_name = megatron_name
+        self.hf_tensors = hf_tensors
 
-    def has_index(self, number: str) -> bool:
-        """Whether there is one of it for every `layer`, or for every `expert`."""
-        return f"{{{number}}}" in self.megatron
+    def has_index(self, name: str) -> bool:
+        """Return whether there is one such parameter per `layer`, or per `expert`."""
+        return f"{{{name}}}" in self.megatron_name
+
+    def shapes(self, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
+        """Return the shapes of its Hugging Face tensors."""
+        return [tuple(sizes[size] for size in shape.split()) for _, shape in self.hf_tensors]
 
     def expand(self, sizes: Mapping[str, int], layer: int | None = None, expert: int | None = None) -> MappedParam:
-        """The rule in one layer, or outside of them; for one expert, or for none."""
-        sources = (
-            (name.format(layer=layer, expert=expert), tuple(sizes[size] for size in shape.split()))
-            for name, shape in self.sources
-        )
-        return MappedParam(self.megatron.format(layer=layer, expert=expert), self.cut, tuple(sources), layer, expert)
+        """Return the rule's parameter in one layer and for one expert."""
+        names = (name.format(layer=layer, expert=expert) for name, _ in self.hf_tensors)
+        tensors = tuple(zip(names, self.shapes(sizes), strict=True))
+        return MappedParam(self.megatron_name.format(layer=layer, expert=expert), self.mapping, tensors, layer, expert)
 
 
-def head_dim(config: Any) -> int:
-    """Features of one attention head; configurations may leave it to be the hidden size's share."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def dense_sizes(config: Any) -> dict[str, int]:
-    """The sizes that a decoder's shapes are made of, by the names that the rules use."""
-    return {
-        "layers": config.num_hidden_layers,
-        "hidden": config.hidden_size,
-        "ffn": config.intermediate_size,
-        "groups": config.num_key_value_heads,
-        "head_dim": head_dim(config),
-        "q": config.num_attention_heads * head_dim(config),
-        "kv": config.num_key_value_heads * head_dim(config),
-        "vocab": config.vocab_size,
-    }
+def config_values(config: Any) -> Mapping[str, Any]:
+    """Return the keys of a configuration: a parsed config.json as it is, transformers' object as a dictionary."""
+    return config if isinstance(config, Mapping) else config.to_dict()
 
 
 @dataclass(frozen=True)
 class Family:
     """The mapping of one architecture, by the name that config.json gives it.
 
-    settings: what of Megatron-Core's TransformerConfig is this family's own, from the configuration.
-    required: keys of the configuration, each with the one value that the mapping holds for.
+    settings: this family's own fields of Megatron-Core's TransformerConfig, from transformers' configuration.
+    required: keys of config.json, each with the one value that the mapping holds for.
+    defaults: transformers' values of sizes that config.json may omit.
     """
 
     architecture: str
     rules: tuple[MappingRule, ...]
-    sizes: Callable[[Any], dict[str, int]] = dense_sizes
     settings: Callable[[Any], dict[str, Any]] = lambda config: {}
     required: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(rule.has_index("expert") for rule in self.rules)
+
+    def sizes(self, config: Any) -> dict[str, int]:
+        """Return the model's sizes by the names that the rules use. Raises ValueError where one is missing."""
+        values = config_values(config)
+
+        def size(*names: str, default: int | None = None) -> int:
+            given = {**self.defaults, **values}
+            value = next((given[name] for name in names if given.get(name) is not None), default)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"config.json has {names[0]}={value!r}; it must be a whole number from 1")
+            return value
+
+        found = {"layers": size("num_hidden_layers"), "hidden": size("hidden_size")}
+        found["heads"] = size("num_attention_heads")
+        found["groups"] = size("num_key_value_heads", default=found["heads"])
+        found["head_dim"] = size("head_dim", default=found["hidden"] // found["heads"])
+        found |= {"ffn": size("intermediate_size"), "vocab": size("vocab_size")}
+        found |= {"q": found["heads"] * found["head_dim"], "kv": found["groups"] * found["head_dim"]}
+        if self.has_experts:
+            found["experts"] = size("num_experts", "num_local_experts")  # transformers 5 renames it
+            found |= {"topk": size("num_experts_per_tok"), "moe_ffn": size("moe_intermediate_size")}
+        return found
 
     def params(self, config: Any, *, own_output: bool) -> list[MappedParam]:
-        """Every parameter of the model, layer by layer. own_output: it has an output layer beside its embedding.
+        """Return every parameter of the model, layer by layer.
 
-        Where the configuration ties the two, an output layer of its own is filled from the embedding.
+        own_output: the model has an output layer beside its embedding; if config.json ties the two, it is filled from
+        the embedding.
         """
-        entries = self._table(config)
+        params = self._table(config)
         if not own_output:
-            del entries[OUTPUT]
-        elif config.tie_word_embeddings:
-            entries[OUTPUT] = replace(entries[OUTPUT], hf_tensors=entries[EMBEDDING].hf_tensors)
-        return list(entries.values())
+            del params[OUTPUT]
+        elif _tied(config):
+            params[OUTPUT] = replace(params[OUTPUT], hf_tensors=params[EMBEDDING].hf_tensors)
+        return list(params.values())
 
     def _table(self, config: Any) -> dict[str, MappedParam]:
         sizes = self.sizes(config)
-        found: list[MappedParam] = []
-        for in_layers, rules in itertools.groupby(self.rules, key=lambda rule: rule.has_index("layer")):
-            run = list(rules)
+        params: list[MappedParam] = []
+        for in_layers, group in itertools.groupby(self.rules, key=lambda rule: rule.has_index("layer")):
+            rules = list(group)
             for layer in range(sizes["layers"]) if in_layers else [None]:
-                for rule in run:
+                for rule in rules:
                     experts = range(sizes["experts"]) if rule.has_index("expert") else [None]
-                    found += [rule.expand(sizes, layer, expert) for expert in experts]
-        return {entry.megatron_name: entry for entry in found}
+                    params += [rule.expand(sizes, layer, expert) for expert in experts]
+        return {param.megatron_name: param for param in params}
 
     def hf_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that a folder with this configuration must hold, and no other."""
-        entries = self.params(config, own_output=not config.tie_word_embeddings)
-        return {name: shape for entry in entries for name, shape in entry.hf_tensors}
+        """Return name and shape of every tensor that a folder with this configuration must hold, and no other."""
+        params = self.params(config, own_output=not _tied(config))
+        return {name: shape for param in params for name, shape in param.hf_tensors}
 
     def tied_copies(self, config: Any) -> dict[str, str]:
-        """Tensors that a folder may hold although they are copies: the tied output layer → the embedding."""
-        if not config.tie_word_embeddings:
+        """Return tensors that a folder may hold although they are copies: the tied output layer → the embedding."""
+        if not _tied(config):
             return {}
-        entries = self._table(config)
-        return {entries[OUTPUT].hf_tensors[0][0]: entries[EMBEDDING].hf_tensors[0][0]}
+        params = self._table(config)
+        return {params[OUTPUT].hf_tensors[0][0]: params[EMBEDDING].hf_tensors[0][0]}
 
 
-def _joined(shards: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """The shards side by side; a single one as it is, without a copy."""
-    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
+def _tied(config: Any) -> bool:
+    return bool(config_values(config).get("tie_word_embeddings", False))
 
 
-def _shape(source: Any) -> Sequence[int]:
-    return source.shape if isinstance(source, torch.Tensor) else source.get_shape()
+def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """Concatenate; return a single tensor without a copy."""
+    import torch
+
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
 
 
-def _range(source: Any, place: ShardSpec) -> torch.Tensor:
-    count = _shape(source)[0] // place.tp_size
-    return source[place.tp_rank * count : (place.tp_rank + 1) * count]
+def _shape(tensor: Any) -> Sequence[int]:
+    return tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape
+
+
+def _rows(tensor: Any, spec: ShardSpec) -> torch.Tensor:
+    count = _shape(tensor)[0] // spec.tp_size
+    return tensor[spec.tp_rank * count : (spec.tp_rank + 1) * count]

@@ -1,9 +1,9 @@
-"""Qwen3 mixture of experts: Qwen3's attention; every layer routes each token to its best experts, none is shared."""
+"""Qwen3 mixture of experts: Qwen3's attention; every layer routes each token to top-k experts, without a shared one."""
 
 from typing import Any
 
-from eaopd_megatron.models.dense import ATTENTION, HEAD, HF, MCORE, MLP_NORM, QK_NORMS, WORDS
-from eaopd_megatron.models.mapping import GATED_MLP, REPLICATED, ROW, Family, MappingRule, dense_sizes
+from eaopd_megatron.models.dense import ATTENTION, HEAD, HF, MCORE, MLP_NORM, QK_NORMS, VOCABULARY_EMBEDDING
+from eaopd_megatron.models.mapping import GATED_MLP, REPLICATED, ROW, Family, MappingRule
 
 HF_EXPERT = HF + "mlp.experts.{expert}."
 EXPERT = MCORE + "mlp.experts.local_experts.{expert}."
@@ -20,13 +20,8 @@ EXPERTS = (
 )
 
 
-def sizes(config: Any) -> dict[str, int]:
-    """The dense decoder's, and the experts'."""
-    return {**dense_sizes(config), "experts": config.num_experts, "moe_ffn": config.moe_intermediate_size}
-
-
-def settings(config: Any) -> dict[str, Any]:
-    """The router adds nothing to the loss; it works in fp32, as its softmax does in transformers."""
+def _settings(config: Any) -> dict[str, Any]:
+    """Return the router's settings: no auxiliary loss; fp32, as the softmax is in transformers."""
     return {
         "qk_layernorm": True,
         "num_moe_experts": config.num_experts,
@@ -42,13 +37,13 @@ def settings(config: Any) -> dict[str, Any]:
 
 QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
-    rules=(*WORDS, *ATTENTION, *QK_NORMS, *MLP_NORM, *EXPERTS, *HEAD),
-    sizes=sizes,
-    settings=settings,
+    rules=(*VOCABULARY_EMBEDDING, *ATTENTION, *QK_NORMS, *MLP_NORM, *EXPERTS, *HEAD),
+    settings=_settings,
     required={
         "attention_bias": False,
         "use_sliding_window": False,
         "decoder_sparse_step": 1,  # every layer has experts
         "mlp_only_layers": [],
     },
+    defaults={"num_key_value_heads": 4},
 )

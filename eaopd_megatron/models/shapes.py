@@ -1,32 +1,32 @@
-"""What a Hugging Face configuration says of a model's size: exact parameter counts, whole and on each rank."""
+"""Sizes and exact parameter counts of a model, of the complete one and of each rank's part. Without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.planning.layouts import PlannedLayout
+from eaopd_megatron.models import FAMILIES, family_of
+from eaopd_megatron.models.mapping import EMBEDDING, OUTPUT, Family, MappingRule, config_values
 
-VOCAB_DIVISOR = 128
+_VOCAB_DIVISOR = 128
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding over all ranks: the next multiple of 128 · tensor_parallel (Megatron's rule).
+    """Return the rows of the embedding over all ranks: the next multiple of 128 · tensor_parallel (Megatron's rule).
 
     151,936 stays at tensor_parallel 1 and becomes 152,064 at 2 and 152,064 at 4.
     """
-    multiple = VOCAB_DIVISOR * tensor_parallel
+    multiple = _VOCAB_DIVISOR * tensor_parallel
     return (vocab_size + multiple - 1) // multiple * multiple
-
-
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Counts of weights. Those of experts are spread over other ranks than the rest."""
+    """Numbers of weights; those of experts are sharded over other ranks than the dense ones."""
 
     dense: int = 0
     expert: int = 0
@@ -38,12 +38,15 @@ class ParameterCounts:
     def __add__(self, other: ParameterCounts) -> ParameterCounts:
         return ParameterCounts(self.dense + other.dense, self.expert + other.expert)
 
+    def __mul__(self, times: int) -> ParameterCounts:
+        return ParameterCounts(self.dense * times, self.expert * times)
+
 
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a decoder with grouped-query attention, RMSNorm and gated MLPs, dense or of experts."""
 
-    model_type: str
+    architecture: str
     layers: int
     hidden: int
     heads: int
@@ -52,48 +55,47 @@ class ModelShape:
     intermediate: int
     vocab: int
     tied: bool
-    qkv_bias: bool = False
-    qk_norm: bool = False
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate: int = 0
-    expert_layers: frozenset[int] = frozenset()  # numbers of the layers that have experts
 
     @classmethod
     def of(cls, config: Any, label: str = "model") -> ModelShape:
-        """From the object in a config.json, or transformers' configuration. UserError where a size is missing."""
-        values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
-        kind = values.get("model_type")
-        if kind not in MODEL_TYPES:
-            raise UserError(f"{label}: model_type {kind!r} cannot be planned; supported: {', '.join(MODEL_TYPES)}")
+        """Read a parsed config.json, or transformers' configuration.
 
-        def size(name: str, default: int | None = None) -> int:
-            value = values.get(name)
-            value = default if value is None else value
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{label}: config.json has {name}={value!r}; it must be a whole number from 1")
-            return value
-
-        layers, heads, hidden = size("num_hidden_layers"), size("num_attention_heads"), size("hidden_size")
-        moe = kind == "qwen3_moe"
-        step, plain = (size("decoder_sparse_step", 1), set(values.get("mlp_only_layers") or ())) if moe else (1, set())
+        Raises UserError for an unknown architecture and for a missing size.
+        """
+        values = config_values(config)
+        family = family_of(values.get("architectures"), label)
+        try:
+            sizes = family.sizes(values)
+        except ValueError as error:
+            raise UserError(f"{label}: {error}") from None
         return cls(
-            model_type=kind,
-            layers=layers,
-            hidden=hidden,
-            heads=heads,
-            kv_heads=size("num_key_value_heads", heads),
-            head_dim=size("head_dim", hidden // heads),
-            intermediate=size("intermediate_size"),
-            vocab=size("vocab_size"),
+            architecture=family.architecture,
+            layers=sizes["layers"],
+            hidden=sizes["hidden"],
+            heads=sizes["heads"],
+            kv_heads=sizes["groups"],
+            head_dim=sizes["head_dim"],
+            intermediate=sizes["ffn"],
+            vocab=sizes["vocab"],
             tied=bool(values.get("tie_word_embeddings", False)),
-            qkv_bias=kind == "qwen2" or bool(values.get("attention_bias", False)),
-            qk_norm=kind.startswith("qwen3"),
-            experts=size("num_experts", values.get("num_local_experts")) if moe else 0,  # transformers 5 renames it
-            experts_per_token=size("num_experts_per_tok") if moe else 0,
-            expert_intermediate=size("moe_intermediate_size") if moe else 0,
-            expert_layers=frozenset(i for i in range(layers) if moe and i not in plain and (i + 1) % step == 0),
+            experts=sizes.get("experts", 0),
+            experts_per_token=sizes.get("topk", 0),
+            expert_intermediate=sizes.get("moe_ffn", 0),
         )
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.architecture]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes by the names that the family's rules use."""
+        dense = {"hidden": self.hidden, "ffn": self.intermediate, "head_dim": self.head_dim, "vocab": self.vocab}
+        experts = {"experts": self.experts, "moe_ffn": self.expert_intermediate}
+        return {**dense, "q": self.query_width, "kv": self.kv_width, **experts}
 
     @property
     def query_width(self) -> int:
@@ -101,8 +103,17 @@ class ModelShape:
 
     @property
     def kv_width(self) -> int:
-        """Of keys, and of values."""
+        """Width of the keys, and of the values."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def qk_norm(self) -> bool:
+        return any("q_layernorm" in rule.megatron_name for rule in self.family.rules)
+
+    @property
+    def expert_layers(self) -> int:
+        """Number of layers that have experts: all or none."""
+        return self.layers if self.experts else 0
 
     @property
     def attention_weights(self) -> int:
@@ -110,51 +121,54 @@ class ModelShape:
         return self.hidden * (2 * self.query_width + 2 * self.kv_width)
 
     def hf_parameters(self) -> ParameterCounts:
-        """The model's own parameters, as a Hugging Face folder holds them."""
-        single = PlannedLayout()
-        found = self.embedding(self.vocab) + ParameterCounts(self.hidden)
-        if not self.tied:
-            found += self.embedding(self.vocab)
-        for layer in range(self.layers):
-            found += self.layer_parameters(layer, single)
-        return found
+        """Count the model's own parameters, as a Hugging Face folder holds them."""
+        outer = self._count(rule for rule in self._outer if not (self.tied and rule.megatron_name == OUTPUT))
+        return outer + self.layer_parameters(ParallelLayout()) * self.layers
 
     def active_parameters(self) -> int:
-        """Parameters that one token meets."""
-        whole = self.hf_parameters()
-        return whole.dense + (whole.expert * self.experts_per_token // self.experts if self.experts else 0)
+        """Count the parameters that take part in the computation of one token."""
+        counts = self.hf_parameters()
+        return counts.dense + (counts.expert * self.experts_per_token // self.experts if self.experts else 0)
 
-    def rank_parameters(self, layout: PlannedLayout, stage: int, output_vocab: int | None = None) -> ParameterCounts:
-        """What a rank of this pipeline stage holds: vocabulary padded, tied embeddings twice over several stages.
+    def rank_parameters(self, layout: ParallelLayout, stage: int, output_vocab: int | None = None) -> ParameterCounts:
+        """Count what a rank of this pipeline stage holds, with padded vocabulary.
 
-        output_vocab: the vocabulary size of which the output layer's rows are; none: the model's own.
+        Tied embeddings are held twice over several stages. output_vocab: the vocabulary size that the output layer is
+        made for; None: the model's own.
         """
-        found = ParameterCounts()
-        for layer in layout.layers_of(stage, self.layers):
-            found += self.layer_parameters(layer, layout)
-        rows = padded_vocab_size(self.vocab, layout.tensor_parallel) // layout.tensor_parallel
-        output = padded_vocab_size(output_vocab or self.vocab, layout.tensor_parallel) // layout.tensor_parallel
-        last = stage == layout.pipeline_parallel - 1
-        if stage == 0:
-            found += self.embedding(rows)
-        if last:
-            found += ParameterCounts(self.hidden)
-            if not self.tied or stage > 0 or output != rows:
-                found += self.embedding(output)
+        rows = padded_vocab_size(self.vocab, layout.tensor_parallel)
+        output_rows = padded_vocab_size(output_vocab or self.vocab, layout.tensor_parallel)
+        found = self.layer_parameters(layout) * len(layout.layers_of(stage, self.layers))
+        for rule in self._outer:
+            if rule.megatron_name == EMBEDDING:
+                if stage == 0:
+                    found += self._count([rule], layout, rows)
+            elif stage < layout.pipeline_parallel - 1:
+                continue
+            elif rule.megatron_name != OUTPUT or not self.tied or stage > 0 or output_rows != rows:
+                found += self._count([rule], layout, output_rows)
         return found
 
-    def embedding(self, rows: int) -> ParameterCounts:
-        """An embedding, or an output layer, of so many rows."""
-        return ParameterCounts(rows * self.hidden)
+    def layer_parameters(self, layout: ParallelLayout) -> ParameterCounts:
+        """Count a rank's part of one transformer layer."""
+        return self._count((rule for rule in self.family.rules if rule.has_index("layer")), layout)
 
-    def layer_parameters(self, number: int, layout: PlannedLayout) -> ParameterCounts:
-        """A rank's part of a transformer layer."""
-        tp = layout.tensor_parallel
-        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        bias = (self.query_width + 2 * self.kv_width) // tp if self.qkv_bias else 0
-        dense = self.attention_weights // tp + norms + bias
-        if number not in self.expert_layers:
-            return ParameterCounts(dense + 3 * self.hidden * self.intermediate // tp)
-        held = self.experts // layout.expert_parallel
-        each = 3 * self.hidden * self.expert_intermediate // layout.expert_tensor_parallel
-        return ParameterCounts(dense + self.hidden * self.experts, held * each)
+    @property
+    def _outer(self) -> list[MappingRule]:
+        return [rule for rule in self.family.rules if not rule.has_index("layer")]
+
+    def _count(
+        self, rules: Iterable[MappingRule], layout: ParallelLayout | None = None, vocab: int | None = None
+    ) -> ParameterCounts:
+        """Count a rank's part of the rules' parameters. vocab: rows of a vocabulary, padded; None: as they are."""
+        layout = layout or ParallelLayout()
+        sizes: Mapping[str, int] = {**self.sizes, "vocab": vocab or self.vocab}
+        dense = expert = 0
+        for rule in rules:
+            count = sum(math.prod(shape) for shape in rule.shapes(sizes))
+            if rule.has_index("expert"):
+                local_experts = self.experts // layout.expert_parallel
+                expert += local_experts * (count // layout.expert_tensor_parallel)
+            else:
+                dense += count // (layout.tensor_parallel if rule.mapping.sharded else 1)
+        return ParameterCounts(dense, expert)

@@ -41,7 +41,7 @@ class Activations:
 
     def of_stage(self, batch: PlannedMicroBatch, stage: int) -> float:
         """One micro-batch's, kept by a pipeline stage: its layers' and, at the ends, the ids and the final norm."""
-        kept = sum(self.kept(layer, batch) for layer in self.layout.layers_of(stage, self.shape.layers))
+        kept = len(self.layout.layers_of(stage, self.shape.layers)) * self.kept(batch)
         if self.recompute == "full":
             kept += self._tokens(batch) * self.shape.head_dim * FP32_BYTES  # the rotations' angles
         last = stage == self.layout.pipeline_parallel - 1
@@ -50,20 +50,18 @@ class Activations:
 
     def peak(self, batch: PlannedMicroBatch, stage: int, micro_batches: int) -> float:
         """Of a stage: the micro-batches that are in flight there, and what backward makes anew of one layer."""
-        again = 0.0
-        if self.recompute == "full":
-            again = max(self.layer(i, batch) for i in self.layout.layers_of(stage, self.shape.layers))
+        again = self.layer(batch) if self.recompute == "full" else 0.0
         return self.layout.in_flight(stage, micro_batches) * self.of_stage(batch, stage) + again
 
-    def kept(self, layer: int, batch: PlannedMicroBatch) -> float:
+    def kept(self, batch: PlannedMicroBatch) -> float:
         """Of a layer, under the chosen recompute: full keeps the layer's input alone."""
         if self.recompute == "full":
             return self._between(batch) * self.shape.hidden * self.element
-        return self.layer(layer, batch)
+        return self.layer(batch)
 
-    def layer(self, number: int, batch: PlannedMicroBatch) -> float:
+    def layer(self, batch: PlannedMicroBatch) -> float:
         """Of a whole layer."""
-        mlp = self.experts(batch) if number in self.shape.expert_layers else self.mlp(batch)
+        mlp = self.experts(batch) if self.shape.experts else self.mlp(batch)
         return 2 * (self.norm(batch) + self._normed(batch)) + self.attention(batch) + mlp
 
     def norm(self, batch: PlannedMicroBatch) -> float:

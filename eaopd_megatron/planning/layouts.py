@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from eaopd_megatron.config.parallel import ParallelLayout as ModelLayout
+from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.models.supported import layout_reasons
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import StudentConfig
@@ -16,7 +17,7 @@ GPUS_PER_HOST = 8
 
 
 @dataclass(frozen=True)
-class PlannedLayout(ModelLayout):
+class PlannedLayout(ParallelLayout):
     """The trainer's, and the number of copies."""
 
     data_parallel: int = 1
@@ -50,13 +51,6 @@ class PlannedLayout(ModelLayout):
         """Over how many ranks the tokens between the matrices are spread."""
         return self.tensor_parallel if self.sequence_parallel else 1
 
-    def layers_of(self, stage: int, layers: int) -> list[int]:
-        """Numbers of the layers that a pipeline stage holds, in all its chunks."""
-        chunks = self.pipeline_parallel * self.virtual_pipeline
-        each = layers // chunks
-        firsts = [(part * self.pipeline_parallel + stage) * each for part in range(self.virtual_pipeline)]
-        return [first + i for first in firsts for i in range(each)]
-
     def in_flight(self, stage: int, micro_batches: int) -> float:
         """Micro-batches whose activations a stage holds at once, each counted with all of the stage's layers."""
         pp, vp = self.pipeline_parallel, self.virtual_pipeline
@@ -69,48 +63,15 @@ class PlannedLayout(ModelLayout):
         return (self.pipeline_parallel - 1) / (micro_batches * self.virtual_pipeline)
 
 
-def layout_refusals(
-    shape: ModelShape, layout: PlannedLayout, role: str = "student", section: str = "student"
-) -> list[str]:
-    """Why a model cannot be cut so, each with the number that must divide another; empty where it can.
-
-    section: of the recipe, which has the layout's keys.
-    """
-    tp, pp = layout.tensor_parallel, layout.pipeline_parallel
-    found = []
-
-    def must_divide(divisor: int, divisor_name: str, number: int, name: str) -> None:
-        if number % divisor:
-            found.append(f"{section}.{divisor_name}={divisor} does not divide the {role}'s {name}={number}")
-
-    must_divide(tp, "tensor_parallel", shape.heads, "num_attention_heads")
-    must_divide(tp, "tensor_parallel", shape.kv_heads, "num_key_value_heads")
-    if len(shape.expert_layers) < shape.layers:
-        must_divide(tp, "tensor_parallel", shape.intermediate, "intermediate_size")
-    must_divide(pp, "pipeline_parallel", shape.layers, "num_hidden_layers")
-    if layout.virtual_pipeline > 1:
-        if pp == 1:
-            found.append(
-                f"{section}.virtual_pipeline={layout.virtual_pipeline} needs {section}.pipeline_parallel of 2 up"
-            )
-        must_divide(
-            pp * layout.virtual_pipeline, "pipeline_parallel x virtual_pipeline", shape.layers, "num_hidden_layers"
-        )
-    if shape.experts:
-        must_divide(layout.expert_parallel, "expert_parallel", shape.experts, "num_experts")
-        width = shape.expert_intermediate
-        must_divide(layout.expert_tensor_parallel, "expert_tensor_parallel", width, "moe_intermediate_size")
-        if tp > 1 and not layout.sequence_parallel:
-            found.append(f"experts at {section}.tensor_parallel above 1 need {section}.sequence_parallel=true")
-    for name in ("expert_parallel", "expert_tensor_parallel"):
-        if getattr(layout, name) > 1 and not shape.experts:
-            found.append(f"{section}.{name}={getattr(layout, name)} needs experts, which the {role} does not have")
+def layout_refusals(shape: ModelShape, layout: PlannedLayout, label: str = "student.model") -> list[str]:
+    """Return why a layout cannot hold a model, each starting with `label`; empty where it can."""
+    found = [f"{label}: {reason}" for reason in layout_reasons(shape, layout)]
     if layout.gpus % layout.expert_model_parallel_size:
         found.append(
-            f"{section}.expert_parallel x expert_tensor_parallel x pipeline_parallel="
+            f"{label}: expert_parallel x expert_tensor_parallel x pipeline_parallel="
             f"{layout.expert_model_parallel_size} does not divide the {layout.gpus} GPUs"
         )
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _divisors(number: int, most: int) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.models.known_models import find_model
+from eaopd_megatron.models.supported import find_model
 from eaopd_megatron.planning.hardware import find_gpu
 from eaopd_megatron.planning.layouts import PlannedLayout
 from eaopd_megatron.planning.memory import PlannedServers

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 
-from eaopd_megatron.models.known_models import ModelInfo
-from eaopd_megatron.models.shapes import ModelShape
+from eaopd_megatron.models.supported import ModelInfo
 from eaopd_megatron.planning import traffic
 from eaopd_megatron.planning.hardware import GiB, GpuSpec, TimeAssumptions
 from eaopd_megatron.planning.layouts import PlannedLayout, enumerate_layouts, layout_refusals
@@ -141,22 +140,23 @@ class Planner:
             seconds += times * clock.fetched(scorer.weights(layout, 0, self.student.shape.vocab))
         return seconds
 
-    def refusals(self, layout: PlannedLayout, *, apart: bool = False) -> list[str]:
+    def refusals(self, layout: PlannedLayout, *, apart: bool = False, names: bool = False) -> list[str]:
         """Why the student, or a teacher beside it, cannot be cut so. Expert parallelism is that of whoever has
         experts."""
         found = []
-        for shape, role in self._roles(apart):
-            idle = not shape.experts and self._experts(apart)
-            found += layout_refusals(shape, layout.without_experts() if idle else layout, role)
+        for model, key in self._roles(apart):
+            idle = not model.shape.experts and self._experts(apart)
+            label = f"{key}.model: {model.name}" if names else f"{key}.model"
+            found += layout_refusals(model.shape, layout.without_experts() if idle else layout, label)
         return found
 
-    def _roles(self, apart: bool) -> list[tuple[ModelShape, str]]:
-        here = [(scorer.shape, scorer.role) for scorer in self.scorers(apart) if scorer.colocated]
-        return [(self.student.shape, "student"), *here]
+    def _roles(self, apart: bool) -> list[tuple[ModelInfo, str]]:
+        here = [(scorer.model, scorer.key) for scorer in self.scorers(apart) if scorer.colocated]
+        return [(self.student, "student"), *here]
 
     def _experts(self, apart: bool) -> bool:
         """Whether any model on these GPUs has experts."""
-        return any(shape.experts for shape, _ in self._roles(apart))
+        return any(model.shape.experts for model, _ in self._roles(apart))
 
     def search(self, gpus: int, *, apart: bool = False) -> LayoutSearch:
         """Every layout of so many GPUs."""
@@ -194,9 +194,7 @@ class Planner:
         shape = scorer.shape
         for gpus in TEACHER_GPUS:
             cuts = (
-                cut
-                for cut in enumerate_layouts(gpus, experts=bool(shape.experts))
-                if not layout_refusals(shape, cut, scorer.role)
+                cut for cut in enumerate_layouts(gpus, experts=bool(shape.experts)) if not layout_refusals(shape, cut)
             )
             tried = [self.elsewhere(replace(scorer.on_own_gpus(), layout=layout)) for layout in cuts]
             if found := [one for one in tried if self.fits(one.memory)]:
@@ -253,8 +251,8 @@ class Plan:
             )
         for scorer in self.planner.teachers:
             if not scorer.colocated:
-                found += layout_refusals(scorer.shape, scorer.layout, scorer.role, scorer.key)
-        return found + self.planner.refusals(self.layout)
+                found += layout_refusals(scorer.shape, scorer.layout, f"{scorer.key}.model: {scorer.model.name}")
+        return found + self.planner.refusals(self.layout, names=True)
 
     @cached_property
     def unserved(self) -> list[str]:
@@ -263,7 +261,7 @@ class Plan:
         if servers is None:
             return []
         student, work, limit = self.planner.student.shape, self.planner.work, self.planner.limit
-        if found := layout_refusals(student, servers.layout, section="servers"):
+        if found := layout_refusals(student, servers.layout, f"servers: {self.planner.student.name}"):
             return found
         room = servers.cached_tokens(student, work.student_element, limit * GiB)
         if room >= work.longest:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eaopd_megatron.models.known_models import ModelInfo
+from eaopd_megatron.models.supported import ModelInfo
 from eaopd_megatron.planning import traffic
 from eaopd_megatron.planning.hardware import GiB
 from eaopd_megatron.planning.layouts import PlannedLayout

@@ -30,10 +30,10 @@ class ForwardFlops:
 
 def forward_flops(shape: ModelShape, context_length: float) -> ForwardFlops:
     """Of a token of a causal sequence of context_length tokens, on average: it attends to half of them."""
-    expert_layers = len(shape.expert_layers)
     mlp = 3 * shape.hidden * shape.intermediate
-    experts = shape.hidden * (shape.experts + 3 * shape.expert_intermediate * shape.experts_per_token)
-    weights = shape.layers * shape.attention_weights + (shape.layers - expert_layers) * mlp + expert_layers * experts
+    if shape.experts:
+        mlp = shape.hidden * (shape.experts + 3 * shape.expert_intermediate * shape.experts_per_token)
+    weights = shape.layers * (shape.attention_weights + mlp)
     keys = (context_length + 1) / 2
     return ForwardFlops(2 * weights, 4 * shape.layers * shape.query_width * keys, 2 * shape.hidden * shape.vocab)
 

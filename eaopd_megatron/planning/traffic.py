@@ -85,7 +85,7 @@ def _layers(
     )
     states = tokens / cp * shape.hidden * element  # of one rank's tokens before the sequence-parallel cut
     layers = shape.layers / pp
-    experts = len(shape.expert_layers) / pp
+    experts = shape.expert_layers / pp
     halves = 2 * layers - experts  # attentions and dense MLPs, each between two collectives
     both = 2 if backward else 1
     if layout.sequence_parallel:

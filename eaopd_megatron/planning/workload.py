@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from eaopd_megatron.models.known_models import ModelInfo, find_model
 from eaopd_megatron.models.shapes import ModelShape
+from eaopd_megatron.models.supported import ModelInfo, find_model
 from eaopd_megatron.planning.activations import PlannedMicroBatch, Recompute
 from eaopd_megatron.planning.layouts import PlannedLayout
 from eaopd_megatron.teacher.payload import hidden_state_bytes, top_k_bytes
@@ -110,7 +110,7 @@ class PlannedTeacher:
         for name, options in recipe.named_teachers().items():
             key = f"teachers.{name}" if name else "teacher"
             scorer = cls(
-                model=find_model(options.model, f"{key}.model"),
+                model=find_model(options.model, f"{key}.model", served=options.placement == "served"),
                 key=key,
                 placement=options.placement,
                 signal=recipe.resolve_signal(options),
@@ -158,5 +158,5 @@ class PlannedTeacher:
         held = shape.rank_parameters(layout, stage, output_vocab).total
         if not self.fp8:
             return held * self.element
-        layers = sum(shape.layer_parameters(number, layout).total for number in layout.layers_of(stage, shape.layers))
+        layers = (shape.layer_parameters(layout) * len(layout.layers_of(stage, shape.layers))).total
         return layers * FP8 + (held - layers) * self.element

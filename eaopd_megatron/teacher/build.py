@@ -15,7 +15,7 @@ from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelSt
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.layers import require_fp8_support
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
-from eaopd_megatron.models.architecture import check_supported
+from eaopd_megatron.models.supported import check_supported, colocated_layouts
 from eaopd_megatron.teacher.base import TeacherModel
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.eos_map import TerminalMap
@@ -41,10 +41,7 @@ def open_teacher_folders(recipe: Recipe, student: HfFolder) -> dict[str, HfFolde
 
 def model_layouts(layout: ParallelLayout, models: Sequence[HfFolder]) -> list[ParallelLayout]:
     """The layout of each model on the same ranks: expert parallelism is that of those that have experts."""
-    dense = ["experts" not in folder.family.sizes(folder.config) for folder in models]
-    if all(dense):  # what cannot be used is refused, not ignored
-        return [layout] * len(models)
-    return [layout.without_experts() if without else layout for without in dense]
+    return colocated_layouts(layout, [folder.family.has_experts for folder in models])
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.offload import TrainerMemory
-from eaopd_megatron.models.architecture import check_supported
+from eaopd_megatron.models.supported import check_supported
 from eaopd_megatron.rollout.interface import RolloutEngine
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.rollout.sglang.engine import ServedRollout

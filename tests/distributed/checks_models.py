@@ -29,7 +29,7 @@ from eaopd_megatron.megatron.generation import Decoder, decode_mode
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finalize_gradients, optimizer_step, wrap_ddp
 from eaopd_megatron.megatron.pipeline import gather_logits, run_forward_backward, single_batch
-from eaopd_megatron.models.architecture import check_supported
+from eaopd_megatron.models.supported import check_supported
 from tests.distributed.arranged import arranged
 
 LIMIT = 1e-5

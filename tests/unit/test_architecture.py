@@ -22,9 +22,9 @@ from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import layers
 from eaopd_megatron.megatron.model import global_param_name
-from eaopd_megatron.models.architecture import check_supported, transformer_config
-from eaopd_megatron.models.registry import FAMILIES, family_of
-from eaopd_megatron.models.rotary import rotary_base, set_attention_factor
+from eaopd_megatron.models import FAMILIES, family_of
+from eaopd_megatron.models.supported import check_supported
+from eaopd_megatron.models.transformer_config import rotary_base, set_attention_factor, transformer_config
 from tests import tiny_models
 
 CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -109,7 +109,9 @@ def test_a_layout_that_cannot_work_says_what_must_divide_what(kind: str, layout:
 def test_a_cut_of_experts_that_gloo_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would fail in the middle of the first forward pass."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "needs CUDA" in refusal(config("qwen3_moe"), expert_parallel=2, expert_tensor_parallel=2)
+    layout = ParallelLayout(expert_parallel=2, expert_tensor_parallel=2)
+    with pytest.raises(UserError, match="needs CUDA"):
+        transformer_config(config("qwen3_moe"), layout, torch.float32)
 
 
 def test_a_feed_forward_size_is_refused_by_its_number() -> None:
@@ -124,7 +126,7 @@ def test_a_feed_forward_size_is_refused_by_its_number() -> None:
 def test_a_family_sets_what_its_layers_have(kind: str) -> None:
     """A norm or bias that the mapping fills must be there, and no other."""
     found = transformer_config(config(kind), ParallelLayout(), torch.float32)
-    rules = {rule.megatron.rpartition("}.")[2] for rule in FAMILIES[CLASSES[kind]].rules}
+    rules = {rule.megatron_name.rpartition("}.")[2] for rule in FAMILIES[CLASSES[kind]].rules}
     assert found.qk_layernorm == ("self_attention.q_layernorm.weight" in rules)
     assert found.add_qkv_bias == ("self_attention.linear_qkv.bias" in rules)
     assert bool(found.num_moe_experts) == ("mlp.router.weight" in rules)

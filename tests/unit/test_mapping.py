@@ -87,14 +87,14 @@ def test_swapped_rows_are_swapped_in_every_slice() -> None:
     assert torch.equal(shards(VOCAB, [swapped], 4)[2], torch.cat([expected[8:], torch.zeros(2, 5)]))
 
 
-class Config:
-    def __init__(self, tied: bool) -> None:
-        self.tie_word_embeddings = tied
+class Toy(Family):
+    def sizes(self, config: Any) -> dict[str, int]:
+        return {**SIZES, "layers": 2}
 
 
 def test_an_output_layer_of_its_own_is_filled_from_the_tied_embedding() -> None:
     """A tied teacher with mapped output rows has no lm_head to read."""
-    family = Family(
+    family = Toy(
         "Toy",
         (
             MappingRule(VOCAB, "embedding.word_embeddings.weight", ("embed", "vocab")),
@@ -102,14 +102,15 @@ def test_an_output_layer_of_its_own_is_filled_from_the_tied_embedding() -> None:
             MappingRule(REPLICATED, "b.{layer}", ("hf.{layer}.b", "head_dim")),
             MappingRule(VOCAB, OUTPUT, ("head", "vocab")),
         ),
-        lambda config: {**SIZES, "layers": 2},
     )
 
     def sources(tied: bool, own_output: bool) -> dict[str, str]:
-        return {e.megatron_name: e.hf_tensors[0][0] for e in family.params(Config(tied), own_output=own_output)}
+        params = family.params({"tie_word_embeddings": tied}, own_output=own_output)
+        return {param.megatron_name: param.hf_tensors[0][0] for param in params}
 
     assert OUTPUT not in sources(tied=True, own_output=False)
     assert sources(tied=True, own_output=True)[OUTPUT] == "embed"
     assert sources(tied=False, own_output=True)[OUTPUT] == "head"
-    assert list(family.hf_shapes(Config(False))) == ["embed", "hf.0.a", "hf.0.b", "hf.1.a", "hf.1.b", "head"]
-    assert "head" not in family.hf_shapes(Config(True))
+    names = list(family.hf_shapes({"tie_word_embeddings": False}))
+    assert names == ["embed", "hf.0.a", "hf.0.b", "hf.1.a", "hf.1.b", "head"]
+    assert "head" not in family.hf_shapes({"tie_word_embeddings": True})

@@ -12,7 +12,8 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe, load_recipe
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.models.architecture import transformer_config
+from eaopd_megatron.megatron.layers import FP8_SETTINGS
+from eaopd_megatron.models.transformer_config import transformer_config
 from eaopd_megatron.teacher.build import TeacherContext, build_teachers, open_teacher_folders
 
 COUNTDOWN = Path(__file__).parents[2] / "recipes/countdown"
@@ -80,7 +81,7 @@ def test_ranks_of_another_host_wait_for_replicas_at_their_own_loopback(
 
 def test_megatron_knows_the_settings_of_fp8() -> None:
     config = transformer_config(
-        Qwen3Config(architectures=["Qwen3ForCausalLM"]), ParallelLayout(), torch.bfloat16, fp8=True
+        Qwen3Config(architectures=["Qwen3ForCausalLM"]), ParallelLayout(), torch.bfloat16, layer_settings=FP8_SETTINGS
     )
     assert config.fp8 and config.fp8_param
     assert config.first_last_layers_bf16 is False  # a plan counts one byte a weight

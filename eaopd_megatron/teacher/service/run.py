@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -23,7 +22,7 @@ from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelSt
 from eaopd_megatron.errors import StopRequested, UserError
 from eaopd_megatron.megatron.layers import require_fp8_support
 from eaopd_megatron.megatron.model import DTYPES, build_model
-from eaopd_megatron.models.architecture import check_supported
+from eaopd_megatron.models.supported import check_supported, separate_layout
 from eaopd_megatron.serving.client import read_api_key
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.protocol import ScoreRequest, TeacherInfo, build_teacher_info
@@ -43,8 +42,7 @@ def serve_teacher(recipe: Recipe, name: str) -> None:
     if options.precision == "fp8":
         require_fp8_support(f"{key}.precision")
     folder = HfFolder.open(options.model, f"{key}.model")
-    experts = "experts" in folder.family.sizes(folder.config)
-    layout = replace(options.parallel_layout, sequence_parallel=experts and options.parallel_layout.tensor_parallel > 1)
+    layout = separate_layout(options.parallel_layout, has_experts=folder.family.has_experts)
     check_supported(folder.config, layout, f"{key}.model: {options.model}")
     started, needed = int(os.environ["WORLD_SIZE"]), options.parallel_layout.min_world_size
     if started != needed:

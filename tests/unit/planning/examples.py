@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.config import load_recipe
-from eaopd_megatron.models.known_models import find_model
+from eaopd_megatron.models.supported import find_model
 from eaopd_megatron.planning.hardware import find_gpu
 from eaopd_megatron.planning.layouts import PlannedLayout
 from eaopd_megatron.planning.memory import GpuMemory, StudentGpus
@@ -26,7 +26,12 @@ SIZES = {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
 }
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "qwen2": {"tie_word_embeddings": True},
@@ -36,13 +41,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 6,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 40,
-        "mlp_only_layers": [1],
     },
 }
 
 
 def of_family(kind: str) -> dict[str, Any]:
-    return {"model_type": kind, **SIZES, **FAMILIES[kind]}
+    return {"model_type": kind, "architectures": [ARCHITECTURES[kind]], **SIZES, **FAMILIES[kind]}
 
 
 def planner(teacher: str = "8B", *, limit: float = 80, **changes: Any) -> Planner:

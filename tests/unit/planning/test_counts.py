@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.models.known_models import ModelInfo, built_in_shape, find_model
-from eaopd_megatron.models.registry import family_of
+from eaopd_megatron.models import family_of
 from eaopd_megatron.models.shapes import ModelShape, ParameterCounts
+from eaopd_megatron.models.supported import ModelInfo, built_in_shape, find_model
 from eaopd_megatron.planning import times as flops
 from eaopd_megatron.planning.layouts import PlannedLayout, enumerate_layouts, layout_refusals
 from eaopd_megatron.planning.workload import PlannedTeacher
@@ -79,7 +79,7 @@ def test_ranks_lose_or_repeat_parameters(kind: str) -> None:
         for _ in range(2):
             held += shape.rank_parameters(layout, stage)
     norms = 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
-    router = len(shape.expert_layers) * shape.hidden * shape.experts
+    router = shape.expert_layers * shape.hidden * shape.experts
     padding = (512 - shape.vocab) * shape.hidden * 2  # of embedding and output layer, both on ranks of their own
     copy_of_tied = shape.vocab * shape.hidden if shape.tied else 0
     repeated = shape.layers * norms + shape.hidden + router
@@ -90,8 +90,15 @@ def test_ranks_lose_or_repeat_parameters(kind: str) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' cannot be planned; supported: llama, qwen2, qwen3, qwen3_moe"),
-        ({"model_type": "llama"}, "config.json has num_hidden_layers=None; it must be a whole number from 1"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "architecture GPT2LMHeadModel is not supported; supported: Qwen3ForCausalLM, Qwen3MoeForCausalLM, "
+            "Qwen2ForCausalLM, LlamaForCausalLM (another one needs a mapping file in eaopd_megatron/models/)",
+        ),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "config.json has num_hidden_layers=None; it must be a whole number from 1",
+        ),
         (of_family("qwen3") | {"hidden_size": 0}, "config.json has hidden_size=0; it must be a whole number from 1"),
     ],
 )
@@ -185,26 +192,27 @@ def test_a_layout_that_cannot_work_is_not_explained() -> None:
     assert dense is not None and experts is not None
     assert layout_refusals(dense, PlannedLayout(4, True, 2, 3, data_parallel=2)) == []
     assert layout_refusals(dense, PlannedLayout(3)) == [
-        "student.tensor_parallel=3 does not divide the student's num_attention_heads=32",
-        "student.tensor_parallel=3 does not divide the student's num_key_value_heads=8",
-        "student.tensor_parallel=3 does not divide the student's intermediate_size=9728",
+        "student.model: tensor_parallel=3 does not divide num_attention_heads=32",
+        "student.model: tensor_parallel=3 does not divide num_key_value_heads=8",
+        "student.model: tensor_parallel=3 does not divide intermediate_size=9728",
     ]
     assert layout_refusals(dense, PlannedLayout(pipeline_parallel=8)) == [
-        "student.pipeline_parallel=8 does not divide the student's num_hidden_layers=36"
+        "student.model: pipeline_parallel=8 does not divide num_hidden_layers=36"
     ]
     assert layout_refusals(dense, PlannedLayout(pipeline_parallel=2, virtual_pipeline=4)) == [
-        "student.pipeline_parallel x virtual_pipeline=8 does not divide the student's num_hidden_layers=36"
+        "student.model: pipeline_parallel=2 x virtual_pipeline=4 does not divide num_hidden_layers=36"
     ]
     assert layout_refusals(dense, PlannedLayout(virtual_pipeline=2)) == [
-        "student.virtual_pipeline=2 needs student.pipeline_parallel of 2 up"
+        "student.model: virtual_pipeline=2 needs pipeline_parallel of 2 or more"
     ]
-    assert layout_refusals(experts, PlannedLayout(8, True, data_parallel=1), "teacher") == [
-        "student.tensor_parallel=8 does not divide the teacher's num_key_value_heads=4"
+    assert layout_refusals(experts, PlannedLayout(8, True, data_parallel=1), "teacher.model") == [
+        "teacher.model: tensor_parallel=8 does not divide num_key_value_heads=4"
     ]
     assert layout_refusals(experts, PlannedLayout(4, pipeline_parallel=2, expert_parallel=3)) == [
-        "student.expert_parallel=3 does not divide the student's num_experts=128",
-        "experts at student.tensor_parallel above 1 need student.sequence_parallel=true",
-        "student.expert_parallel x expert_tensor_parallel x pipeline_parallel=6 does not divide the 8 GPUs",
+        "student.model: expert_parallel=3 does not divide num_experts=128",
+        "student.model: experts under tensor_parallel=4 need sequence_parallel=true, or every rank would send the same "
+        "tokens to them",
+        "student.model: expert_parallel x expert_tensor_parallel x pipeline_parallel=6 does not divide the 8 GPUs",
     ]
 
 
@@ -217,7 +225,7 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
     from transformers import AutoConfig
 
     from eaopd_megatron.distributed.parallel_state import ParallelLayout as TrainerLayout
-    from eaopd_megatron.models.architecture import check_supported
+    from eaopd_megatron.models.supported import check_supported
     from eaopd_megatron.teacher.build import model_layouts
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # gloo's own limit is no limit of a plan

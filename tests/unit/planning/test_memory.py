@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from eaopd_megatron.models.known_models import built_in_shape, find_model
 from eaopd_megatron.models.shapes import ParameterCounts
+from eaopd_megatron.models.supported import built_in_shape, find_model
 from eaopd_megatron.planning import memory, traffic
 from eaopd_megatron.planning.activations import Activations, PlannedMicroBatch
 from eaopd_megatron.planning.hardware import GiB

@@ -96,14 +96,16 @@ def test_a_teacher_too_large_for_its_own_gpus_fits(planned: Callable[..., Any]) 
     assert said.startswith("error: teachers.code: a GPU of its own needs ") and said.count("\n") == 1
     assert "change teachers.code.tensor_parallel; the fewest GPUs that hold it: 2" in said
     code, _, said = planned(recipe, *two, "teachers.code.tensor_parallel=3", "--gpus", "8")
-    assert said.startswith("error: teachers.code.tensor_parallel=3 does not divide the teacher code's num_attention")
+    assert said.startswith(
+        "error: teachers.code.model: Qwen/Qwen3-32B: tensor_parallel=3 does not divide num_attention"
+    )
     assert planned(recipe, *two, "teachers.code.tensor_parallel=4", "--gpus", "8", "--gpu-memory", "64")[0] == 0
 
 
 def test_a_layout_that_is_left_out_is_not_explained(planned: Callable[..., Any]) -> None:
     shown = planned(str(ROOT / "recipes/qwen3/4b_from_30b_a3b.yaml"), "--gpus", "8")[1]
-    assert " cannot be cut: student.tensor_parallel=8 does not divide the teacher's num_key_value_heads=4" in shown
-    assert " cannot be cut: student.pipeline_parallel=8 does not divide the student's num_hidden_layers=36" in shown
+    assert " cannot be cut: teacher.model: tensor_parallel=8 does not divide num_key_value_heads=4" in shown
+    assert " cannot be cut: student.model: pipeline_parallel=8 does not divide num_hidden_layers=36" in shown
     assert " need more memory; of them " in shown
 
 
@@ -118,7 +120,7 @@ def test_a_layout_that_is_left_out_is_not_explained(planned: Callable[..., Any])
         (("--teacher", "nowhere"), "teacher.model: nowhere is no folder with a config.json and no hub id owner/name"),
         (
             ("student.tensor_parallel=3", "--gpus", "3"),
-            "student.tensor_parallel=3 does not divide the student's num_attention_heads=4",
+            f"student.model: {ROOT}/recipes/countdown/student: tensor_parallel=3 does not divide num_attention_heads=",
         ),
         (
             ("--gpus", "3"),
@@ -126,7 +128,7 @@ def test_a_layout_that_is_left_out_is_not_explained(planned: Callable[..., Any])
         ),
         (
             ("student.expert_parallel=2",),
-            "student.expert_parallel=2 needs experts, which the student does not have",
+            f"student.model: {ROOT}/recipes/countdown/student: Qwen3ForCausalLM has no experts; set expert_parallel",
         ),
     ],
 )

@@ -71,7 +71,7 @@ def test_a_server_without_room_starts(planned: Callable[..., Any]) -> None:
     assert "and 0 tokens" in plan(PlannedServers(memory_fraction=0.05)).remedy()
     assert plan(PlannedServers(tensor_parallel=2, memory_fraction=0.1)).fits
     code, shown, said = planned(str(USUAL), "rollout.engine=sglang", "servers.tensor_parallel=3", "--gpus", "8")
-    refusal = "servers.tensor_parallel=3 does not divide the student's num_attention_heads=32"
+    refusal = "servers: Qwen/Qwen3-4B-Base: tensor_parallel=3 does not divide num_attention_heads=32"
     assert (code, said) == (1, f"error: {refusal}\n")
     assert f"the recipe's servers cannot work: {refusal}" in shown
 
