@@ -134,7 +134,7 @@ def test_train_under_srun_starts_ranks_of_its_own(eaopd: Callable[..., Any], mon
         called.append((list(arguments), os.environ["RANK"], os.environ["MASTER_ADDR"]))
         return 3
 
-    worker.main = work  # type: ignore[attr-defined]
+    worker.run_rank = work  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "eaopd_megatron.worker", worker)
     monkeypatch.setattr("eaopd_megatron.worker", worker, raising=False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
