@@ -1,7 +1,7 @@
-"""Model and optimiser in Megatron-Core's torch_dist format: each rank writes its shard, any layout reads them.
+"""Distributed checkpoints of model and optimizer in Megatron-Core's torch_dist format, readable at any layout.
 
-Written by torch.distributed.checkpoint from this very process. Megatron-Core's own writer starts a manager process and
-one more a file: that costs seconds a save, outlives a killed run, and waits for ever where psutil is missing.
+torch.distributed.checkpoint writes them from the training process. Megatron-Core's own writer starts a manager process
+and one process per file: that costs seconds per save, survives a killed run, and hangs where psutil is missing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, 
 from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from eaopd_megatron.distributed.collective_errors import describe_error, find_os_error, first_error, run_on_all_or_raise
 from eaopd_megatron.distributed.cpu_compat import cuda_as_cpu
@@ -37,26 +38,29 @@ from eaopd_megatron.megatron.model import ModelChunks, wait_all_param_gathers
 from eaopd_megatron.megatron.optimizer_state import load_optimizer_state, sharded_optimizer_state
 
 MODEL_PREFIX = "model."
-"""What the names of a model's tensors start with in a checkpoint."""
+"""Prefix of the model's tensor names in a checkpoint."""
 _EXTRA_STATE_SUFFIX = "_extra_state"
-"""What the names of Transformer Engine's state end with that is no tensor of the model."""
+"""Suffix of Transformer Engine's entries, which are not tensors of the model."""
 _FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1)
 
 
 def sharded_training_state(
     model: ModelChunks, optimizer: ChainedOptimizer | None = None, *, loading: bool = False
 ) -> dict[str, Any]:
-    """The sharded state dict of a model and its optimiser, to be saved or (loading) to be filled. Collective."""
+    """Return the sharded state dict of a model and its optimizer, for saving or (loading=True) for loading into.
+
+    Collective.
+    """
     wait_all_param_gathers(model)
     chunks = {str(stage): gpt.sharded_state_dict(prefix=MODEL_PREFIX) for stage, gpt in enumerate(model.gpts)}
-    state: dict[str, Any] = {"model": chunks}  # a chunk's own names are local; the checkpoint's are global
+    state: dict[str, Any] = {"model": chunks}  # layer names inside a chunk are local, those in the checkpoint global
     if optimizer is not None:
         state["optimizer"] = sharded_optimizer_state(optimizer, state["model"], loading=loading)
     return state
 
 
 def load_training_state(model: ModelChunks, optimizer: ChainedOptimizer | None, loaded: dict[str, Any]) -> None:
-    """Put what `load_sharded` returned for `training_state(..., loading=True)` into the model and its optimiser."""
+    """Copy the result of `load_sharded(sharded_training_state(..., loading=True))` into the model and its optimizer."""
     wait_all_param_gathers(model)
     for stage, gpt in enumerate(model.gpts):
         _fill(gpt, {name.removeprefix(MODEL_PREFIX): value for name, value in loaded["model"][str(stage)].items()})
@@ -65,63 +69,77 @@ def load_training_state(model: ModelChunks, optimizer: ChainedOptimizer | None, 
 
 
 def _fill(gpt: torch.nn.Module, values: dict[str, Any]) -> None:
-    """Load a chunk's tensors. Transformer Engine's extra state may be missing, or be more than the chunk takes."""
-    odd = [name for names in gpt.load_state_dict(values, strict=False) for name in names]
-    wrong = [name for name in odd if not name.endswith(_EXTRA_STATE_SUFFIX)]
-    if wrong:
-        raise ValueError(f"the checkpoint's and the model's tensors differ: {', '.join(wrong[:3])}")
+    """Load one chunk's tensors. Transformer Engine's extra state may be missing or unexpected."""
+    mismatched = [name for names in gpt.load_state_dict(values, strict=False) for name in names]
+    tensors = [name for name in mismatched if not name.endswith(_EXTRA_STATE_SUFFIX)]
+    if tensors:
+        raise ValueError(f"the checkpoint's and the model's tensors differ: {', '.join(tensors[:3])}")
 
 
 @dataclass(frozen=True)
 class StagedState:
-    """What this rank will write: its shards, and (equal on all ranks) the rest."""
+    """The data this rank is going to write."""
 
-    shards: dict[str, Any]  # in the form of torch.distributed.checkpoint
+    shards: dict[str, Any]
+    """This rank's shards as a state dict of torch.distributed.checkpoint."""
     common: dict[str, Any]
+    """Everything that is not sharded; equal on all ranks."""
+
+
+def create_host_stager() -> BlockingAsyncStager:
+    """Return a stager that copies tensors into host buffers and reuses these buffers at every later save."""
+    return BlockingAsyncStager(cache_staged_state_dict=True)
 
 
 def save_sharded(folder: Path, state: dict[str, Any], parallel: ParallelState) -> None:
-    """Write a Megatron sharded state dict into `folder`, an empty folder that all ranks see; every file is synced.
+    """Write a Megatron sharded state dict into `folder`, an empty folder on a shared filesystem, and fsync every file.
 
-    Collective. Sharded tensors and objects go to `__<rank>_0.distcp`, the rest (equal on all ranks) to `common.pt`.
-    When a rank fails, all ranks raise the first rank's error: an OSError with its errno, else a RuntimeError.
+    Collective. Sharded tensors and objects go to `__<rank>_0.distcp`, everything else (equal on all ranks) to
+    `common.pt`. If a rank fails, all ranks raise the first failing rank's error: an OSError with its errno, or a
+    RuntimeError.
     """
     write_staged(folder, stage_sharded(state, parallel), parallel)
 
 
-def stage_sharded(state: dict[str, Any], parallel: ParallelState, *, copy: bool = False) -> StagedState:
-    """The first half of `save_sharded`: all that needs the training's process groups.
+def stage_sharded(
+    state: dict[str, Any], parallel: ParallelState, stager: BlockingAsyncStager | None = None
+) -> StagedState:
+    """Run the part of `save_sharded` that uses the training's process groups. Collective.
 
-    copy: the shards are copied to host memory, so that training may go on. Where they come from CUDA it is pinned; that
-    has not been run.
+    stager: copy the shards to its host buffers, so that training may change the weights before `write_staged` ends.
+    The result is valid until the stager's next use. Without one the shards alias the training's tensors.
     """
     sharded, common = run_on_all_or_raise(parallel, lambda: save_preprocess(state))
     with cuda_as_cpu():
-        return StagedState(_shards(sharded, copy), common)
+        return StagedState(_shards(sharded, stager), common)
 
 
 def write_staged(
-    folder: Path, prepared: StagedState, parallel: ParallelState, group: dist.ProcessGroup | None = None
+    folder: Path, staged: StagedState, parallel: ParallelState, group: dist.ProcessGroup | None = None
 ) -> None:
-    """The second half: planning and writing, over a group of all ranks; a thread gives one of its own."""
-    run_on_all_or_raise(parallel, lambda: _write_common(folder, prepared.common) if parallel.is_main else None, group)
+    """Run the second half of `save_sharded`: plan and write.
+
+    group: a group of all ranks that no other thread uses; the default group if None.
+    """
+    run_on_all_or_raise(parallel, lambda: _write_common(folder, staged.common) if parallel.is_main else None, group)
     try:
         with cuda_as_cpu():
-            _write_shards(folder, prepared.shards, group)
-    except checkpoint.CheckpointException as errors:  # no subclass of Exception; each rank gets the errors of all
+            _write_shards(folder, staged.shards, group)
+    except checkpoint.CheckpointException as errors:  # not an Exception; every rank gets the errors of all ranks
         raise first_error({rank: describe_error(error) for rank, (error, _) in errors.failures.items()}) from errors
 
 
 def load_sharded(folder: Path, state: dict[str, Any], parallel: ParallelState) -> dict[str, Any]:
-    """Read what `state` (a sharded state dict built for loading) asks for; returns tensors in the place of its shards.
+    """Read the shards that `state` (a sharded state dict built for loading) names. Collective.
 
-    Collective. Raises UserError where the folder is no such checkpoint, or lacks a tensor or its shape.
+    Returns `state` with tensors in place of the shards. Raises UserError if the folder is not a distributed checkpoint,
+    or if it lacks a tensor or has it in another shape.
     """
     if not (folder / CONFIG_FNAME).is_file():
         raise UserError(f"{folder}: not a distributed checkpoint ({CONFIG_FNAME} is missing)")
     try:
         with cuda_as_cpu():
-            return dist_checkpointing.load(_without_absent_extras(folder, state), str(folder))
+            return dist_checkpointing.load(_without_missing_extra_state(folder, state), str(folder))
     except checkpoint.CheckpointException as errors:
         error = errors.failures[min(errors.failures)][0]
         raise UserError(f"{folder}: {_one_line(error)}") from errors
@@ -129,15 +147,15 @@ def load_sharded(folder: Path, state: dict[str, Any], parallel: ParallelState) -
         raise UserError(f"{folder}: {_one_line(error)}") from error
 
 
-def _without_absent_extras(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """The state without Transformer Engine's extras that the checkpoint does not have: it was made without Engine."""
+def _without_missing_extra_state(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Drop Transformer Engine's extra state where the checkpoint has none because it was written without it."""
     stored = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
 
-    def asked(value: Any) -> bool:
+    def is_loadable(value: Any) -> bool:
         extra = isinstance(value, ShardedObject) and value.key.endswith(_EXTRA_STATE_SUFFIX)
         return not extra or value.unique_key in stored
 
-    return extract_matching_values(state, asked)[0]
+    return extract_matching_values(state, is_loadable)[0]
 
 
 def _write_common(folder: Path, common: dict[str, Any]) -> None:
@@ -151,8 +169,8 @@ def _write_common(folder: Path, common: dict[str, Any]) -> None:
         os.fsync(text.fileno())
 
 
-class _Files(FileSystem):
-    """torch's zip writer answers a failed write with an error of its own: give the system's back, with its errno."""
+class _ErrnoFileSystem(FileSystem):
+    """Re-raise the OSError (with its errno) that torch's zip writer replaces by an error of its own."""
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
@@ -160,35 +178,42 @@ class _Files(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
         except Exception as error:
-            found = find_os_error(error)
-            if found is None:
+            os_error = find_os_error(error)
+            if os_error is None:
                 raise
-            raise OSError(found.errno, found.strerror, str(path)) from error
+            raise OSError(os_error.errno, os_error.strerror, str(path)) from error
 
 
-def _shards(sharded: dict[str, Any], copy: bool) -> dict[str, Any]:
-    """The shards that this rank writes, those of which it is the first holder."""
+def _shards(sharded: dict[str, Any], stager: BlockingAsyncStager | None) -> dict[str, Any]:
+    """Return the shards whose first replica is on this rank, in torch.distributed.checkpoint's form."""
     shards: dict[str, list[Any]] = defaultdict(list)
+    tensors: list[Any] = []
     for shard in nested_values(sharded):
         if is_main_replica(shard.replica_id):
             is_object = isinstance(shard, ShardedObject)
             shards[shard.unique_key if is_object else shard.key].append(shard)
-            if copy and not is_object:
-                shard.data = _on_host(shard.data)
-    if copy and torch.cuda.is_available():
-        torch.cuda.synchronize()
+            if not is_object:
+                tensors.append(shard)
+    if stager is not None:
+        staged = _copy_to_host(stager, {str(i): shard.data.detach() for i, shard in enumerate(tensors)})
+        for i, shard in enumerate(tensors):
+            shard.data = staged[str(i)]
     return mcore_to_pyt_state_dict(shards)
 
 
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
-    return host.copy_(tensor.detach(), non_blocking=True)
+def _copy_to_host(stager: BlockingAsyncStager, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy tensors into the stager's buffers, which are allocated at the first call: pinned with CUDA, else pageable."""
+    if (
+        stager.state_dict_cache is None and not torch.cuda.is_available()
+    ):  # the stager itself only allocates pinned ones
+        stager.state_dict_cache = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    return stager.stage(tensors)
 
 
 def _write_shards(folder: Path, shards: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """The one place that joins Megatron-Core's planner with torch's writer."""
+    """Write shards with Megatron-Core's save planner and torch's file writer."""
     writer = checkpoint.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-    writer.fs = _Files()
+    writer.fs = _ErrnoFileSystem()
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     checkpoint.save(shards, storage_writer=writer, planner=planner, process_group=group)
 

@@ -1,11 +1,11 @@
-"""A run's checkpoints: each is whole or not there, the newest few are kept, and a damaged one is refused.
+"""The checkpoints of a run: written atomically, verified before use, the newest few retained.
 
-    checkpoints/step_000050/sharded/        weights and optimiser (`distributed`)
-                            hf/             config.json, tokenizer: what an export needs
-                            state.json      where the run stood
-                            manifest.json   bytes and SHA-256 of every other file
+    checkpoints/step_000050/sharded/        weights and optimizer (see dist_checkpoint.py)
+                            hf/             config.json and tokenizer, needed for an export
+                            state.json      iteration, updates and the like
+                            manifest.json   size and SHA-256 of every other file
 
-A checkpoint is written as `step_000050.incomplete` and renamed when all its files are on the disk.
+A checkpoint is written as `step_000050.incomplete` and renamed once all its files are synced.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from eaopd_megatron.checkpoint.dist_checkpoint import StagedState, load_sharded, stage_sharded, write_staged
+from eaopd_megatron.checkpoint.dist_checkpoint import (
+    StagedState,
+    create_host_stager,
+    load_sharded,
+    stage_sharded,
+    write_staged,
+)
 from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
@@ -34,23 +40,20 @@ from eaopd_megatron.utils.files import fsync_path
 
 
 class AsyncSaver:
-    """One piece of work at a time. Its error is raised where it is waited for, and nowhere else.
-
-    The thread does not keep a process alive that ends for another reason.
-    """
+    """Runs one task at a time on a daemon thread. `start` and `wait` raise the error of the task before."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Begin the work, once the work before it has ended (whose error it raises)."""
+        """Wait for the previous task, then start `work`."""
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the work, if there is any, and raise its error."""
+        """Wait for the running task, if any, and raise its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -72,31 +75,32 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointStore:
-    """The folder of a run's checkpoints. The newest `keep` are kept (at least one).
+    """The checkpoint folder of a run, which retains the newest `keep` checkpoints (at least one).
 
-    background: `save` returns when it has a copy in host memory, and a thread writes; its collectives go over a gloo
-    group of their own. Then `wait` must be called before the process ends.
+    background: `save` returns as soon as the shards are copied to host memory; a thread writes them and runs its
+    collectives over a gloo group of its own. Call `wait` before the process ends.
     """
 
     def __init__(self, folder: Path, keep: int, *, background: bool = False) -> None:
         self.folder, self.keep = Path(folder), max(1, keep)
-        self._background = AsyncSaver() if background else None
+        self._saver = AsyncSaver() if background else None
+        self._stager = create_host_stager() if background else None
         self._group: dist.ProcessGroup | None = None
 
     def completed(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
+        """Return the complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
         found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
         return [path for _, path in sorted(found)]
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """Return the newest complete checkpoint, or None."""
         return next(reversed(self.completed()), None)
 
     def clean(self, parallel: ParallelState) -> None:
-        """At the start of a run: remove what a killed run left unfinished. Collective."""
-        _on_main(parallel, self._clean)
+        """Remove what a killed run left unfinished. Called at the start of a run. Collective."""
+        _run_on_main(parallel, self._clean)
 
     def save(
         self,
@@ -108,80 +112,80 @@ class CheckpointStore:
     ) -> Path:
         """Write the checkpoint of `step` and return its folder, which appears when it is complete. Collective.
 
-        state: JSON values. extra_files: called on the main rank with the folder that becomes `step_XXXXXX`, to write
-        `hf/` into it. Raises UserError on every rank when any rank cannot write; the checkpoints that were there stay.
-        In the background that is raised by the next `save` or `wait`; a save waits for the one before it.
+        state: JSON values. extra_files: called on the main rank with the folder that becomes `step_XXXXXX`, to add
+        `hf/`. Raises UserError on every rank if any rank cannot write; earlier checkpoints stay intact. A background
+        save raises it from the next `save` or `wait`, and waits for the save before it.
         """
-        self.wait()
+        self.wait()  # the stager's buffers are free again
         final = self.folder / f"step_{step:06d}"
-        prepared = stage_sharded(sharded_state, parallel, copy=self._background is not None)
-        if self._background is None:
-            self._write(final, prepared, state, extra_files, parallel)
+        staged = stage_sharded(sharded_state, parallel, self._stager)
+        if self._saver is None:
+            self._write(final, staged, state, extra_files, parallel)
         else:
             if self._group is None and parallel.world_size > 1:
                 self._group = dist.new_group(backend="gloo")
-            self._background.start(lambda: self._write(final, prepared, state, extra_files, parallel))
+            self._saver.start(lambda: self._write(final, staged, state, extra_files, parallel))
         return final
 
     def wait(self) -> None:
-        """Wait until what `save` began is on the disk; raises what `save` would have raised."""
-        if self._background is not None:
-            self._background.wait()
+        """Wait until the last `save` is on disk. Raises UserError if it failed."""
+        if self._saver is not None:
+            self._saver.wait()
 
     def _write(
         self,
         final: Path,
-        prepared: StagedState,
+        staged: StagedState,
         state: Mapping[str, Any],
         extra_files: Callable[[Path], None] | None,
         parallel: ParallelState,
     ) -> None:
-        on_main = partial(_on_main, parallel, group=self._group)
+        on_main = partial(_run_on_main, parallel, group=self._group)
         work = final.with_name(final.name + _INCOMPLETE)
         before = self.latest()
         try:
             on_main(partial(_make_empty, work))
-            write_staged(work / _SHARDED, prepared, parallel, self._group)
+            write_staged(work / _SHARDED, staged, parallel, self._group)
             on_main(partial(_complete, work, final, state, extra_files))
         except BaseException as error:
             if parallel.is_main:
                 shutil.rmtree(work, ignore_errors=True)
             if not isinstance(error, OSError):
                 raise
-            kept = f"the last good checkpoint is {before}" if before else "there is no earlier checkpoint"
+            earlier = f"the last good checkpoint is {before}" if before else "there is no earlier checkpoint"
             why = f"disk full while saving {final}" if error.errno in _DISK_FULL else f"cannot save {final}: {error}"
-            raise UserError(f"{why}; {kept}") from error
+            raise UserError(f"{why}; {earlier}") from error
         on_main(self._remove_old)
 
     def latest_valid(
         self, parallel: ParallelState, *, fall_back: bool = False, log: Callable[[str], None] = print
     ) -> Path | None:
-        """The newest checkpoint, verified; None where there is none. Collective.
+        """Return the newest checkpoint after verifying it, or None if there is no checkpoint. Collective.
 
-        Raises UserError on every rank where it is damaged. fall_back: it is set aside as `step_XXXXXX.damaged`, `say`
-        is told, and the one before it is tried, as long as there is one.
+        Raises UserError on every rank if it is damaged. fall_back: rename a damaged checkpoint to
+        `step_XXXXXX.damaged`, log a line, and try the one before it, if there is one.
         """
-        newest_first = self.completed()[::-1]  # read once: the main rank renames while others would read again
+        newest_first = self.completed()[::-1]  # list once: the main rank renames folders below
         for path, older in pairwise([*newest_first, None]):
             assert path is not None
             try:
-                _on_main(parallel, partial(self.verify, path))
+                _run_on_main(parallel, partial(self.verify, path))
                 return path
             except UserError as error:
                 if not fall_back or older is None:
                     raise
                 aside = path.with_name(path.name + _DAMAGED)
-                _on_main(parallel, partial(_replace, path, aside))
+                _run_on_main(parallel, partial(_replace, path, aside))
                 log(f"{str(error).partition(';')[0]}; it is now {aside.name}: falling back to {older}")
         return None
 
     def load_sharded(self, path: Path, sharded_state: dict[str, Any], parallel: ParallelState) -> dict[str, Any]:
-        """Read what `sharded_state` asks for. Collective; UserError on every rank."""
+        """Read the shards that `sharded_state` names. Collective. Raises UserError on every rank."""
         return load_sharded(path / _SHARDED, sharded_state, parallel)
 
     @staticmethod
     def load_state(path: Path) -> dict[str, Any]:
-        """The `state` that a checkpoint was saved with."""
+        """Return the `state` that was passed to `save`."""
         try:
             return dict(json.loads((path / _STATE).read_text()))
         except (OSError, ValueError) as error:
@@ -189,7 +193,7 @@ class CheckpointStore:
 
     @staticmethod
     def verify(path: Path) -> None:
-        """Compare a checkpoint's files with its manifest. Raises UserError with the name of the first damaged file."""
+        """Compare a checkpoint's files with its manifest. Raises UserError naming the first damaged file."""
         try:
             files = json.loads((path / _MANIFEST).read_text())["files"]
             expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
@@ -200,9 +204,9 @@ class CheckpointStore:
         for name, (size, _) in expected.items():
             if not (path / name).is_file():
                 raise UserError(_damaged(path, name, "is missing"))
-            found = (path / name).stat().st_size
-            if found != size:
-                raise UserError(_damaged(path, name, f"has {found} bytes, {size} were written"))
+            actual = (path / name).stat().st_size
+            if actual != size:
+                raise UserError(_damaged(path, name, f"has {actual} bytes, {size} were written"))
         try:
             digests = _digests(path, list(expected))
         except OSError as error:
@@ -225,7 +229,7 @@ class CheckpointStore:
 
     def _remove_old(self) -> None:
         for path in self.completed()[: -self.keep]:
-            removed = path.with_name(path.name + _REMOVED)  # first: a half-removed checkpoint must not look complete
+            removed = path.with_name(path.name + _REMOVED)  # a half-removed checkpoint must not look complete
             try:
                 path.rename(removed)
                 shutil.rmtree(removed)
@@ -248,13 +252,16 @@ _FINGERPRINT = (
 
 
 def config_fingerprint(hf_config: Any) -> dict[str, Any]:
-    """What of a Hugging Face configuration decides which weights fit it."""
+    """Return the parts of a Hugging Face configuration that determine which weights fit it."""
     architecture = (hf_config.architectures or ["none"])[0]
     return {"architecture": architecture, **{name: getattr(hf_config, name, None) for name in _FINGERPRINT}}
 
 
 def check_config_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
-    """Refuse a checkpoint (its fingerprint: found) of another model than the recipe's (UserError, first difference)."""
+    """Raise UserError with the first difference if the checkpoint at `path` belongs to another model.
+
+    expected: fingerprint of the recipe's student. found: fingerprint in the checkpoint.
+    """
     for name, value in expected.items():
         if found.get(name) != value:
             raise UserError(
@@ -263,8 +270,8 @@ def check_config_fingerprint(expected: Mapping[str, Any], found: Mapping[str, An
             )
 
 
-def _on_main(parallel: ParallelState, work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
-    """Work of the main rank, which the others wait for. Collective."""
+def _run_on_main(parallel: ParallelState, work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
+    """Run `work` on the main rank while the others wait. Collective; an error is raised on all ranks."""
     run_on_all_or_raise(parallel, lambda: work() if parallel.is_main else None, group)
 
 
@@ -281,7 +288,7 @@ def _replace(path: Path, target: Path) -> None:
 
 
 def _complete(work: Path, final: Path, state: Mapping[str, Any], extra_files: Callable[[Path], None] | None) -> None:
-    """Write what the main rank adds, bring everything to the disk, and let the checkpoint appear."""
+    """Write the main rank's files, sync everything, and rename the checkpoint to its final name."""
     (work / _STATE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n")
     if extra_files is not None:
         extra_files(work)

@@ -144,13 +144,13 @@ def _failing_disk(here: bool, file: str, limit: int | None) -> Iterator[None]:
     """On one rank: `file` is a full device, or no file may grow beyond `limit` bytes (a write that fails half way)."""
     write, soft = store.write_staged, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_full_disk(folder: Path, prepared: StagedState, parallel: ParallelState, group: Any = None) -> None:
+    def on_a_full_disk(folder: Path, staged: StagedState, parallel: ParallelState, group: Any = None) -> None:
         if here and limit is None:
             (folder / file).symlink_to("/dev/full")
         elif here and limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, soft[1]))
         dist.barrier()
-        write(folder, prepared, parallel, group)
+        write(folder, staged, parallel, group)
 
     store.write_staged = on_a_full_disk
     try:
@@ -191,6 +191,33 @@ def check_background_save(group: Any, folder: str, hf: str) -> None:
         _equal(saved, second.whole())
         assert second.train(LEARNING_RATES[1:]) == figures
         _equal(trainer.whole(), second.whole())
+
+
+def check_reused_host_buffers(group: Any, folder: str, hf: str, options: dict[str, Any]) -> None:
+    """The second background save writes the current state from the buffers that the first one allocated."""
+    with world(folder, 4, ParallelLayout(2)) as parallel:
+        assert parallel is not None
+        trainer = Trainer(hf, parallel, **options)
+        checkpoints = CheckpointStore(Path(folder) / "checkpoints", 2, background=True)
+        trainer.train(LEARNING_RATES[:1])
+        checkpoints.save(1, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+        buffers = _host_buffers(checkpoints)
+        trainer.train(LEARNING_RATES[1:2])
+        saved = trainer.whole()
+        path = checkpoints.save(2, sharded_training_state(trainer.model, trainer.optimizer), {}, None, parallel)
+        assert _host_buffers(checkpoints) == buffers and (buffers or parallel.dp_rank)
+        trainer.train(LEARNING_RATES[2:])  # changes the weights while the thread writes
+        checkpoints.wait()
+        second = Trainer(hf, parallel, **options)
+        wanted = sharded_training_state(second.model, second.optimizer, loading=True)
+        load_training_state(second.model, second.optimizer, checkpoints.load_sharded(path, wanted, parallel))
+        _equal(saved, second.whole())
+
+
+def _host_buffers(checkpoints: CheckpointStore) -> list[int]:
+    """Addresses of the staged tensors that are about to be written."""
+    assert checkpoints._stager is not None and checkpoints._stager.state_dict_cache is not None
+    return [tensor.data_ptr() for tensor in checkpoints._stager.state_dict_cache.values()]
 
 
 def check_background_save_on_a_full_disk(group: Any, folder: str, hf: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +126,15 @@ def test_full_disk_on_one_rank_reaches_all_and_keeps_the_last_checkpoint(
 )
 def test_on_four_ranks(ranks: Ranks, hf: str, tmp_path: Path, check: str) -> None:
     ranks.run(CHECKS, check, folder=str(tmp_path), hf=hf)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"distributed": True, "overlap": True, "bucket_size": 3000}], ids=["plain", "distributed"]
+)
+def test_a_background_save_reuses_the_host_buffers_of_the_one_before(
+    ranks: Ranks, hf: str, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    ranks.run(CHECKS, "check_reused_host_buffers", folder=str(tmp_path), hf=hf, options=options)
 
 
 def test_killed_save_leaves_the_last_checkpoint(ranks: Ranks, hf: str, tmp_path: Path) -> None:

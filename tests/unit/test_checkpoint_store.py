@@ -42,7 +42,7 @@ def one_file_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def write(folder: Path, state: dict[str, Any], parallel: ParallelState, group: Any) -> None:
         (folder / "__0_0.distcp").write_bytes(state["weights"])
 
-    monkeypatch.setattr(store, "stage_sharded", lambda state, parallel, copy: state)
+    monkeypatch.setattr(store, "stage_sharded", lambda state, parallel, stager: state)
     monkeypatch.setattr(store, "write_staged", write)
 
 
@@ -159,7 +159,7 @@ def test_next_save_waits_for_the_one_in_the_background(tmp_path: Path, monkeypat
         go.set()
         wait()
 
-    def prepare(state: dict[str, Any], parallel: ParallelState, copy: bool) -> dict[str, Any]:
+    def prepare(state: dict[str, Any], parallel: ParallelState, stager: Any) -> dict[str, Any]:
         order.append("second begins")
         return state
 
