@@ -202,10 +202,8 @@ def _shards(sharded: dict[str, Any], stager: BlockingAsyncStager | None) -> dict
 
 
 def _copy_to_host(stager: BlockingAsyncStager, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy tensors into the stager's buffers, which are allocated at the first call: pinned with CUDA, else pageable."""
-    if (
-        stager.state_dict_cache is None and not torch.cuda.is_available()
-    ):  # the stager itself only allocates pinned ones
+    """Copy tensors into the stager's buffers; the first call allocates them, pinned if there is CUDA."""
+    if not torch.cuda.is_available() and stager.state_dict_cache is None:  # the stager would try to pin them
         stager.state_dict_cache = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
     return stager.stage(tensors)
 
