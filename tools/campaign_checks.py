@@ -13,7 +13,7 @@ from typing import Any
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.prompts import PromptBuilder, PromptCursor
 from eaopd_megatron.data.sources import load_problems
-from eaopd_megatron.reporting.metrics_log import FILE_NAME, read_metrics
+from eaopd_megatron.reporting.metrics_log import METRICS_FILE, read_metrics
 from eaopd_megatron.reporting.run_data import RunData
 
 COMPARED = (
@@ -64,7 +64,7 @@ def check_prompts(recipe: Recipe, names: Sequence[str]) -> tuple[int, list[str]]
 
 def check_metrics(recipe: Recipe) -> list[str]:
     """Iterations that are missing, or that were written by other weights than the trainer's."""
-    records = read_metrics(Path(recipe.run.folder) / FILE_NAME)
+    records = read_metrics(Path(recipe.run.folder) / METRICS_FILE)
     problems = []
     if (found := [r["iteration"] for r in records]) != list(range(recipe.train.iterations + 1)):
         problems.append(f"the metrics have {len(found)} records, {found[:1]} to {found[-1:]}, with gaps or doubles")

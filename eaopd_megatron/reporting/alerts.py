@@ -1,27 +1,28 @@
-"""Signs of a run that goes wrong: which metric shows it, from what value on, what it means and what to look at.
-
-`training/warnings.py` says them while the run goes on, `findings.py` in the report.
-"""
+"""Warnings about a run: `AlertMonitor` during training, `find_warnings` in the report, from the same rules."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from eaopd_megatron.config.schema import RolloutConfig
+from eaopd_megatron.config.schema import RolloutConfig, TrainConfig
 from eaopd_megatron.evaluation.estimators import FloatArray
 
-TERMINAL_LOGPROB_FLOOR = -10.0  # nats; below it the teacher takes the student's stop for a mistake
-AMBIGUOUS_CEILING = 0.05  # share of tokens; each may lose its forward KL
-KL_FLOOR = -1e-3  # nats; rounding alone gives about -1e-5
+if TYPE_CHECKING:
+    from eaopd_megatron.reporting.run_data import RunData
+
+TERMINAL_LOGPROB_FLOOR = -10.0  # nats; below it the teacher takes the student's stopping for a mistake
+_AMBIGUOUS_CEILING = 0.05  # share of tokens; each may lose its forward KL
+_KL_FLOOR = -1e-3  # nats; rounding alone gives about -1e-5
+_TRUNCATED_ANSWERS_CEILING = 0.5  # share of an evaluation's answers
 
 Values = TypeVar("Values", float, FloatArray)
 
 
 @dataclass(frozen=True)
 class Alert:
-    """An iteration's mean of `metric` beyond `limit` (below a floor, above a ceiling)."""
+    """A rule: warn when `metric` is above `limit` (floor: below it). remedy: what to look at."""
 
     metric: str
     limit: float
@@ -30,14 +31,14 @@ class Alert:
     floor: bool = False
 
     def excess(self, values: Values) -> Values:
-        """How far beyond the limit the values are; positive: a sign."""
+        """Return how far the values are beyond the limit; positive values call for a warning."""
         return self.limit - values if self.floor else values - self.limit
 
 
 def alert_rules(rollout: RolloutConfig, updates: int, teachers: Collection[str] = ()) -> list[Alert]:
-    """Those that the recipe's limits leave on. updates: of one iteration. teachers: names, where they are several."""
+    """Return the rules that the recipe leaves on. updates: per iteration. teachers: names, if there are several."""
     gap, truncated, lag = rollout.warn_logprob_gap, rollout.warn_truncated, rollout.max_staleness * updates
-    terminal = [
+    rules = [
         Alert(
             f"{f'teachers/{name}' if name else 'teacher'}/terminal_logprob",
             TERMINAL_LOGPROB_FLOOR,
@@ -49,49 +50,48 @@ def alert_rules(rollout: RolloutConfig, updates: int, teachers: Collection[str] 
         )
         for name in teachers or [""]
     ]
-    found = [
-        *terminal,
+    rules += [
         Alert(
             "objective/kl_min",
-            KL_FLOOR,
-            f"the smallest KL of a token is below {KL_FLOOR:g} nats, more than rounding explains",
+            _KL_FLOOR,
+            f"the smallest KL of a token is below {_KL_FLOOR:g} nats, more than rounding explains",
             "teacher and student may be normalised over different vocabularies",
             floor=True,
         ),
         Alert(
             "objective/gate_ambiguous",
-            AMBIGUOUS_CEILING,
-            f"more than {AMBIGUOUS_CEILING:.0%} of the tokens have a teacher entropy that its top-k leaves on either "
+            _AMBIGUOUS_CEILING,
+            f"more than {_AMBIGUOUS_CEILING:.0%} of the tokens have a teacher entropy that its top-k leaves on either "
             "side of the threshold; their gate stays shut",
             "raise objective.top_k, or use a teacher.placement that knows the entropy (colocated, separate)",
         ),
         Alert(
             "rollout/version_lag",
             float(lag),
-            f"responses were written by weights more than {lag} updates old, more than rollout.max_staleness allows",
-            "a server missed an update of its weights: see log.txt; training on stale samples collapses",
+            f"responses were sampled from weights more than {lag} updates old, more than rollout.max_staleness allows",
+            "a server missed a weight update: see log.txt; training on stale samples collapses",
         ),
     ]
     if gap is not None:
         text = f"the rollout's log-probabilities lie more than {gap:g} nats from the trainer's"
         remedy = "the rollout may have other weights or another precision: see weight_sync.verify, student.precision"
-        found.append(Alert("rollout/logprob_gap", gap, text, remedy))
+        rules.append(Alert("rollout/logprob_gap", gap, text, remedy))
     if truncated is not None:
         text = f"more than {truncated:.0%} of the rollouts are cut off at the length limit"
         remedy = "see rollout.max_response_tokens and rollout.stop_token_ids"
-        found.append(Alert("rollout/truncated", truncated, text, remedy))
-    return found
+        rules.append(Alert("rollout/truncated", truncated, text, remedy))
+    return rules
 
 
 class AlertMonitor:
-    """Warn about an iteration's metrics, once per metric until its value is within the limit again."""
+    """Warns about an iteration's metrics, once per metric until its value is within the limit again."""
 
     def __init__(self, rules: Sequence[Alert]) -> None:
         self._rules = rules
         self._raised: set[str] = set()
 
     def check(self, record: Mapping[str, float]) -> list[str]:
-        """Return the new warnings of an iteration's metrics, a line each. A metric that is absent changes nothing."""
+        """Return the new warnings about an iteration's metrics, a line each. An absent metric changes nothing."""
         lines = []
         for rule in self._rules:
             if rule.metric not in record:
@@ -103,3 +103,69 @@ class AlertMonitor:
                 self._raised.add(rule.metric)
                 lines.append(f"warning: {rule.text} ({value:.3g}): {rule.remedy}")
         return lines
+
+
+def find_warnings(run: RunData) -> list[str]:
+    """Return the warnings about a run, a line each: unreadable files, metrics beyond limits, gate, evaluations."""
+    lines = list(run.problems)
+    for rule in alert_rules(_rollout_config(run), _updates_per_iteration(run), run.setting("teachers") or ()):
+        iterations, values = run.series(rule.metric)
+        amount = rule.excess(values)
+        if values.size and (amount > 0).any():
+            worst = int(amount.argmax())
+            lines.append(
+                f"{rule.text}: {int((amount > 0).sum())} of {values.size} iterations, worst {values[worst]:.3g} "
+                f"at iteration {iterations[worst]:.0f}, last {values[-1]:.3g}; {rule.remedy}"
+            )
+    return lines + _gate_warnings(run) + _evaluation_warnings(run)
+
+
+def _rollout_config(run: RunData) -> RolloutConfig:
+    """Return the recipe's rollout section, or the defaults if it has none or one of another version."""
+    section = run.setting("rollout")
+    try:
+        return RolloutConfig.model_validate({k: v for k, v in section.items() if k in RolloutConfig.model_fields})
+    except (AttributeError, ValueError):
+        return RolloutConfig()
+
+
+def _updates_per_iteration(run: RunData) -> int:
+    try:
+        return TrainConfig.model_validate(run.setting("train")).updates_per_iteration
+    except ValueError:
+        return 1
+
+
+def _gate_warnings(run: RunData) -> list[str]:
+    gate = run.gate()
+    if gate is None or not gate.in_use or not run.names("objective/"):
+        return []
+    fractions = run.series("objective/gate_fraction")[1]
+    if not fractions.size:
+        return ["the objective has a gate, but objective/gate_fraction was never recorded: the gate may be off"]
+    if not (fractions > 0).any():
+        return [
+            f"the gate never opened: no token of {fractions.size} iterations has a teacher entropy above "
+            f"{gate.threshold:g} nats, so the run trained without its forward KL; see objective.threshold and whether "
+            "the teacher's signal holds entropies"
+        ]
+    return []
+
+
+def _evaluation_warnings(run: RunData) -> list[str]:
+    lines = []
+    for evaluation in run.evaluations:
+        for name, benchmark in evaluation.benchmarks.items():
+            errors, truncated = benchmark.figures["grader_errors"], benchmark.figures["truncated"]
+            if errors:
+                lines.append(
+                    f"grader errors: {errors:.0f} of {benchmark.samples * benchmark.problems} answers of {name} at "
+                    f"iteration {evaluation.iteration} could not be graded (the grader raised or ran out of time) and "
+                    "count as wrong"
+                )
+            if truncated > _TRUNCATED_ANSWERS_CEILING:
+                lines.append(
+                    f"{truncated:.0%} of the answers of {name} at iteration {evaluation.iteration} "
+                    "are cut off at the length limit; see evaluation.max_response_tokens"
+                )
+    return lines

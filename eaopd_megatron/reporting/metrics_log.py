@@ -1,4 +1,4 @@
-"""A run's figures: metrics.jsonl (one JSON object an iteration), TensorBoard events and Weights & Biases."""
+"""A run's metrics: metrics.jsonl (one JSON object per iteration), TensorBoard events and Weights & Biases."""
 
 import importlib
 import json
@@ -16,15 +16,16 @@ from eaopd_megatron.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "metrics.jsonl"
-_COUNTERS = ("iteration", "update")  # whole numbers that place a record; everything else is a figure
+METRICS_FILE = "metrics.jsonl"
+_COUNTERS = ("iteration", "update")  # integers that identify a record; every other entry is a figure
 _TENSORBOARD_FLUSH_SECONDS = 5
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order, without a last line that a crash cut off or that is being written.
+    """Return the records of a metrics.jsonl in order; [] without a file.
 
-    An absent file has no records. UserError, with the line's number, for any other line that is no record.
+    An incomplete last line, which is being written or was left by a crash, is skipped. Raise UserError, with the line's
+    number, for any other line that is no record.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -39,7 +40,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
                 raise ValueError("no object with an iteration")
         except ValueError as error:
-            if number == len(lines):  # no line end after it
+            if number == len(lines):  # the line has no end
                 break
             raise UserError(f"{path} line {number} is not a metrics record ({error}): remove that line") from error
         records.append(record)
@@ -52,14 +53,14 @@ class _Sink(Protocol):
 
 
 class MetricsWriter:
-    """Appends records to folder/metrics.jsonl and sends them on. One process of a run (rank 0) owns it.
+    """Appends records to folder/metrics.jsonl and passes them to TensorBoard and Weights & Biases. Rank 0 owns it.
 
-    resume_iteration: the iteration of the checkpoint from which the run goes on; later records, which the run makes
-    again, are removed first. None: a run from the start; what an earlier one left in the file is removed.
-    wandb: None, or {"project", "name" (or None), "config" (the resolved recipe)}.
-    `dropped`: how often each figure was NaN or infinite and so was left out of its record.
+    resume_iteration: iteration of the checkpoint that the run resumes from; later records are removed first, because
+    the run repeats them. None: a new run; all records are removed. wandb: None, or {"project", "name" (or None),
+    "config" (the resolved recipe)}. `dropped` counts per figure how often it was NaN or infinite and hence not
+    recorded.
 
-    UserError if tensorboard or wandb is asked for and missing.
+    Raise UserError if tensorboard or wandb is enabled and missing.
     """
 
     def __init__(
@@ -68,18 +69,18 @@ class MetricsWriter:
         self.dropped: Counter[str] = Counter()
         self._sinks: list[_Sink] = []
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / FILE_NAME
+        path = folder / METRICS_FILE
         if tensorboard:
             self._sinks.append(_TensorBoard(folder / "tensorboard", resume_iteration))
         if wandb is not None:
             self._sinks.append(_Wandb(folder, wandb, resume_iteration))
-        _keep_until(path, resume_iteration)
+        _truncate_after(path, resume_iteration)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends {"iteration": int, "update": int, "<name>": number, ...}; on return the line is in the file.
+        """Append {"iteration": int, "update": int, "<name>": number, ...}; on return the line is in the file.
 
-        Numbers may be Python's, numpy's or tensors of one element. Figures that are NaN or infinite are left out.
+        Numbers may be Python's, numpy's or one-element tensors. NaN and infinite figures are left out.
         """
         clean: dict[str, float] = {name: int(record[name]) for name in _COUNTERS if name in record}
         for name, value in record.items():
@@ -96,7 +97,7 @@ class MetricsWriter:
             sink.write(clean)
 
     def close(self) -> None:
-        """Closes the file and the other receivers."""
+        """Close the file and the other sinks."""
         self._file.close()
         for sink in self._sinks:
             sink.close()
@@ -112,12 +113,12 @@ class MetricsWriter:
     def _drop(self, name: str, number: float, iteration: int) -> None:
         self.dropped[name] += 1
         count = self.dropped[name]
-        if count & (count - 1) == 0:  # the first, second, fourth, ... time: a run that always does it stays readable
+        if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time, so that the log stays readable
             logger.warning("%s is %s at iteration %d and is left out (time %d)", name, number, iteration, count)
 
 
-def _keep_until(path: Path, iteration: int | None) -> None:
-    """Keeps the records up to `iteration` (None: none at all) in whole lines, by an atomic rewrite."""
+def _truncate_after(path: Path, iteration: int | None) -> None:
+    """Atomically rewrite the file with the complete records up to `iteration` (None: with none)."""
     if not path.exists():
         return
     records = [] if iteration is None else [r for r in read_metrics(path) if r["iteration"] <= iteration]
@@ -149,7 +150,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """The run's id lies in the run's folder, so that a resumed run continues the same curves."""
+    """Stores its id in the run's folder, so that a resumed run continues the same curves."""
 
     def __init__(self, folder: Path, options: dict[str, Any], resume_iteration: int | None) -> None:
         try:
@@ -169,7 +170,7 @@ class _Wandb:
             resume="allow",
             dir=str(folder),
         )
-        # wandb's own step cannot go back, and a resumed run repeats iterations: the x axis is the iteration instead
+        # wandb's own step cannot decrease, but a resumed run repeats iterations: the x axis is the iteration instead
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 

@@ -1,7 +1,7 @@
-"""The report's pictures. Each function draws one from a run's data, or raises `Missing` with the metrics that it lacks.
+"""The report's figures. Each function draws one from a run's data or raises `MissingMetrics`.
 
-Colours (Okabe and Ito's, told apart by colour-blind readers) mean the same everywhere: blue is the teacher, red-orange
-the student, green the forward KL, purple the reverse KL. Solid lines are gated tokens, dashed ones the other tokens.
+Colours (Okabe and Ito's palette for colour-blind readers) have one meaning: blue is the teacher, red-orange the
+student, green the forward KL, purple the reverse KL. Solid lines are gated tokens, dashed lines the other tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from eaopd_megatron.evaluation.estimators import Estimate, FloatArray, estimate_mean
+from eaopd_megatron.evaluation.estimators import FloatArray, estimate_mean
 from eaopd_megatron.evaluation.results import BenchmarkResult
 from eaopd_megatron.plotting.curves import draw_pass_curves, make_panels, style_axes
 from eaopd_megatron.reporting.run_data import RunData
@@ -23,13 +23,13 @@ _PHASES = {"rollout": "#E69F00", "teacher": _TEACHER, "student": _STUDENT, "sync
           "evaluation": "#56B4E9"}  # fmt: skip
 _BY_K = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#004166", "#000000")
 _GATED, _OTHER = "-", (0, (4, 2))
-_SMOOTH_FROM = 60  # points; with fewer every point is drawn as it is
+_SMOOTH_FROM = 60  # points; fewer are drawn without smoothing
 
-LineStyle = str | tuple[int, tuple[int, int]]
+_LineStyle = str | tuple[int, tuple[int, int]]
 
 
 class MissingMetrics(Exception):
-    """The metrics without which a picture cannot be drawn."""
+    """Raised with the names of the metrics that a figure needs."""
 
     def __init__(self, *names: str) -> None:
         super().__init__(", ".join(names))
@@ -37,7 +37,7 @@ class MissingMetrics(Exception):
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture of the report: its file's name, heading, how to read it, and the function that draws it."""
+    """A figure of the report. name: of its file. caption: how to read it."""
 
     name: str
     title: str
@@ -46,7 +46,7 @@ class Plot:
 
 
 def smooth(values: FloatArray) -> FloatArray:
-    """Centred running mean over a thirtieth of the points; windows are cut at the ends, so that nothing is invented."""
+    """Return the centred running mean over a thirtieth of the points, with shorter windows at both ends."""
     half = max(1, len(values) // 60)
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -54,7 +54,7 @@ def smooth(values: FloatArray) -> FloatArray:
     return (total[high] - total[low]) / (high - low)
 
 
-def draw_objective(run: RunData) -> Figure:
+def _draw_objective(run: RunData) -> Figure:
     figure, (left, right) = make_panels(2)
     _require(run, "objective/loss", "objective/reverse_kl")
     _line(left, run, "objective/loss", "loss", _NEUTRAL)
@@ -66,8 +66,8 @@ def draw_objective(run: RunData) -> Figure:
     return figure
 
 
-def draw_entropy(run: RunData) -> Figure:
-    gated = [name for name in ("teacher/entropy_gated", "student/entropy_gated") if run.series(name)[1].size]
+def _draw_entropy(run: RunData) -> Figure:
+    gated = run.has("teacher/entropy_gated") or run.has("student/entropy_gated")
     if not gated:
         _require(run, "teacher/entropy", "student/entropy")
         figure, (axes,) = make_panels(1)
@@ -88,9 +88,9 @@ def draw_entropy(run: RunData) -> Figure:
     return figure
 
 
-def draw_gate(run: RunData) -> Figure:
+def _draw_gate(run: RunData) -> Figure:
     _require(run, "objective/gate_fraction")
-    has_clip = bool(run.series("objective/clip_fraction")[1].size)
+    has_clip = run.has("objective/clip_fraction")
     figure, axes = make_panels(2 if has_clip else 1)
     _line(axes[0], run, "objective/gate_fraction", "gate open", _FORWARD)
     if run.series("objective/gate_ambiguous")[1].any():
@@ -102,23 +102,28 @@ def draw_gate(run: RunData) -> Figure:
     return figure
 
 
-def draw_evaluation(run: RunData) -> Figure:
-    names = _benchmarks(run)
-    # with one right answer a problem the number of distinct ones is pass@K again
-    several = [name for name in names if any(r.distinct_correct > 1 for _, b in _history(run, name) for r in b.results)]
-    figure, axes = make_panels(len(names) + bool(several))
-    for panel, name in zip(axes, names, strict=False):
-        history = _history(run, name)
-        figures = _pass_figures(history[0][1])
-        for figure_name, colour in zip(figures, _by_k(len(figures)), strict=True):
-            label = f"{figure_name} = avg@{history[0][1].samples}" if figure_name == "pass@1" else figure_name
-            _history_line(panel, history, figure_name, colour, bars=figure_name in (figures[0], figures[-1]), end=label)
+def _draw_evaluation(run: RunData) -> Figure:
+    benchmarks = _benchmarks(run)
+    # with a single right answer per problem, the number of distinct ones equals pass@K
+    several = [
+        name
+        for name, history in benchmarks.items()
+        if any(result.distinct_correct > 1 for _, benchmark in history for result in benchmark.results)
+    ]
+    figure, axes = make_panels(len(benchmarks) + bool(several))
+    for panel, (name, history) in zip(axes, benchmarks.items(), strict=False):
+        first = history[0][1]
+        passes = [figure for figure in first.figures if figure.startswith("pass@")]
+        colours = _BY_K[: len(passes)] if len(passes) <= len(_BY_K) else _cycle(len(passes))
+        for name_, colour in zip(passes, colours, strict=True):
+            label = f"{name_} = avg@{first.samples}" if name_ == "pass@1" else name_
+            _history_line(panel, history, name_, colour, bars=name_ in (passes[0], passes[-1]), end=label)
         style_axes(panel, name, "mean over problems", floor=True, percent=True)
     if several:
+        alone = len(several) == 1
         for name, colour in zip(several, _cycle(len(several)), strict=True):
-            alone = len(several) == 1
             label = "" if alone else name
-            _history_line(axes[-1], _history(run, name), "distinct_correct", colour, bars=alone, label=label)
+            _history_line(axes[-1], benchmarks[name], "distinct_correct", colour, bars=alone, label=label)
         style_axes(axes[-1], "Distinct right answers", "answers / problem", floor=True)
     for panel in axes:
         panel.set_xlim(-0.03 * max(run.last_iteration, 1), 1.03 * max(run.last_iteration, 1))
@@ -135,7 +140,7 @@ def _history_line(
     label: str = "",
     end: str = "",
 ) -> None:
-    """A figure over the evaluations; bars: with its interval; label: for the legend; end: written at its last point."""
+    """Draw a figure over the evaluations. bars: with intervals. label: in the legend; end: beside the last point."""
     iterations = [iteration for iteration, _ in history]
     points = [estimate_mean(benchmark.per_problem(figure)) for _, benchmark in history]
     values = [point.value for point in points]
@@ -146,26 +151,26 @@ def _history_line(
                   va="center", fontsize=8, annotation_clip=False)  # fmt: skip
 
 
-def draw_pass_at_k(run: RunData) -> Figure:
-    curves: dict[str, dict[str, list[Estimate]]] = {}
-    for name in _benchmarks(run):
-        history = _history(run, name)
-        curves[name] = {
+def _draw_pass_at_k(run: RunData) -> Figure:
+    curves = {
+        name: {
             "before training" if iteration == 0 else f"after iteration {iteration}": benchmark.pass_curve()
             for iteration, benchmark in history[:1] + history[1:][-1:]
         }
+        for name, history in _benchmarks(run).items()
+    }
     return draw_pass_curves(curves, ("#777777", _STUDENT))
 
 
-def draw_rollout(run: RunData) -> Figure:
+def _draw_rollout(run: RunData) -> Figure:
     _require(run, "rollout/length")
-    shares = [name for name in ("rollout/stopped", "rollout/truncated") if run.series(name)[1].size]
-    terminal = run.series("teacher/terminal_logprob")[1].size > 0
+    shares = [name for name in ("rollout/stopped", "rollout/truncated") if run.has(name)]
+    terminal = run.has("teacher/terminal_logprob")
     figure, axes = make_panels(1 + bool(shares) + terminal)
     _line(axes[0], run, "rollout/length", "response length", _STUDENT)
     style_axes(axes[0], "Response length", "tokens", floor=True)
     if shares:
-        _line(axes[1], run, "rollout/stopped", "stopped by itself", _FORWARD)
+        _line(axes[1], run, "rollout/stopped", "ended by itself", _FORWARD)
         _line(axes[1], run, "rollout/truncated", "cut at the limit", _NEUTRAL)
         style_axes(axes[1], "How responses end", "share of responses", percent=True)
         axes[1].set_ylim(-0.03, 1.03)
@@ -177,9 +182,9 @@ def draw_rollout(run: RunData) -> Figure:
     return figure
 
 
-def draw_optimizer(run: RunData) -> Figure:
+def _draw_optimizer(run: RunData) -> Figure:
     _require(run, "optimizer/lr")
-    has_norm = bool(run.series("optimizer/grad_norm")[1].size)
+    has_norm = run.has("optimizer/grad_norm")
     figure, axes = make_panels(2 if has_norm else 1)
     _line(axes[0], run, "optimizer/lr", "learning rate", _NEUTRAL)
     style_axes(axes[0], "Learning rate", "learning rate", floor=True)
@@ -193,7 +198,7 @@ def draw_optimizer(run: RunData) -> Figure:
     return figure
 
 
-def draw_time(run: RunData) -> Figure:
+def _draw_time(run: RunData) -> Figure:
     names = run.names("time/")
     if not names:
         raise MissingMetrics("time/*")
@@ -202,10 +207,10 @@ def draw_time(run: RunData) -> Figure:
     records = [record for record in run.records if any(name in record for name in regular)]
     iterations = np.array([record["iteration"] for record in records], dtype=np.float64)
     table = np.array([[record.get(name, 0.0) for record in records] for name in regular], dtype=np.float64)
-    shown = np.array([smooth(row) for row in table]) if len(records) >= _SMOOTH_FROM else table
+    heights = np.array([smooth(row) for row in table]) if len(records) >= _SMOOTH_FROM else table
     colours = dict(zip(names, _phase_colours(names), strict=True))
     figure, (left, right) = make_panels(2)
-    left.stackplot(iterations, shown, colors=[colours[name] for name in regular], linewidth=0)
+    left.stackplot(iterations, heights, colors=[colours[name] for name in regular], linewidth=0)
     left.set_xlim(min(iterations[0], iterations[-1] - 1), iterations[-1])
     rare = [name.removeprefix("time/") for name in names if name not in regular]
     style_axes(
@@ -218,27 +223,27 @@ def draw_time(run: RunData) -> Figure:
         share = total / totals.sum() if totals.sum() else 0.0
         right.text(total, position, f"  {total:,.1f} s ({share:.0%})", va="center", fontsize=8)
     right.set_yticks(positions, [name.removeprefix("time/") for name in names])
-    style_axes(right, "Whole run", "", xlabel="s", legend=False)
+    style_axes(right, "Complete run", "", xlabel="s", legend=False)
     right.grid(False, axis="y")
     right.set_xlim(0, max(float(totals.max()) * 1.35, 1e-9))
     right.xaxis.set_major_locator(MaxNLocator(5))
     return figure
 
 
-def draw_throughput(run: RunData) -> Figure:
+def _draw_throughput(run: RunData) -> Figure:
     names = run.names("throughput/") + run.names("rollout/tokens_per_second")
     if not names:
         raise MissingMetrics("rollout/tokens_per_second", "throughput/*")
     tokens = [name for name in names if name.endswith("tokens_per_second")]
-    rest = [name for name in names if name not in tokens]
-    figure, axes = make_panels(bool(tokens) + len(rest))
+    others = [name for name in names if name not in tokens]
+    figure, axes = make_panels(bool(tokens) + len(others))
     for name, colour in zip(tokens, _phase_colours(tokens), strict=True):
         phase = name.removesuffix("tokens_per_second").removeprefix("throughput/").strip("/_").replace("_", " ")
-        _line(axes[0], run, name, phase or "whole iteration", colour)
+        _line(axes[0], run, name, phase or "complete iteration", colour)
     if tokens:
         style_axes(axes[0], "Tokens per second", "tokens / s", floor=True)
         axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    for panel, name in zip(axes[bool(tokens) :], rest, strict=False):
+    for panel, name in zip(axes[bool(tokens) :], others, strict=False):
         _line(panel, run, name, name, _NEUTRAL)
         style_axes(panel, name, name.rsplit("/", 1)[-1].replace("_", " "), floor=True, legend=False)
     return figure
@@ -249,47 +254,47 @@ PLOTS: tuple[Plot, ...] = (
         "evaluation",
         "Evaluation over training",
         "Bars and bands: 95 % bootstrap intervals over problems. Pass@k is the unbiased estimate.",
-        draw_evaluation,
+        _draw_evaluation,
     ),
     Plot(
         "pass_at_k",
         "Pass@k before and after",
-        "A curve that rises at k = 1 but not at large k has become surer, not more able.",
-        draw_pass_at_k,
+        "A model whose pass@k rises at k = 1 but not at large k has become more certain, not more able.",
+        _draw_pass_at_k,
     ),
     Plot(
         "objective",
         "Loss terms",
-        "Means over response tokens. The loss holds the sampled policy-gradient term, which is no distance: "
-        "read progress off the divergences.",
-        draw_objective,
+        "Means over response tokens. The loss includes the sampled policy-gradient term, which is no distance: "
+        "judge progress by the divergences.",
+        _draw_objective,
     ),
     Plot(
         "entropy",
         "Entropies of teacher and student",
-        "On gated tokens the student should keep close to the teacher; far below it, answers become alike.",
-        draw_entropy,
+        "On gated tokens the student should stay close to the teacher; far below it, answers become alike.",
+        _draw_entropy,
     ),
     Plot(
         "gate",
         "Gate and clipping",
         "Gate: share of response tokens whose teacher entropy is above the threshold.",
-        draw_gate,
+        _draw_gate,
     ),
-    Plot("rollout", "Rollouts", "Responses that are cut off teach the student nothing about stopping.", draw_rollout),
-    Plot("optimizer", "Optimiser", "Learning rate and norm of the gradient before it is clipped.", draw_optimizer),
+    Plot("rollout", "Rollouts", "Truncated responses teach the student nothing about stopping.", _draw_rollout),
+    Plot("optimizer", "Optimiser", "Learning rate, and gradient norm before clipping.", _draw_optimizer),
     Plot(
         "time",
         "Where the time goes",
         "Left: seconds of each phase of an iteration, stacked. Right: their sums (same colours).",
-        draw_time,
+        _draw_time,
     ),
-    Plot("throughput", "Throughput", "Tokens per second over all ranks.", draw_throughput),
+    Plot("throughput", "Throughput", "Tokens per second over all ranks.", _draw_throughput),
 )
 
 
-def _line(axes: Axes, run: RunData, name: str, label: str, colour: str, style: LineStyle = "-") -> None:
-    """Draws a metric if it was recorded: few points as they are, many as a smooth line over the faint values."""
+def _line(axes: Axes, run: RunData, name: str, label: str, colour: str, style: _LineStyle = "-") -> None:
+    """Draw a metric if it was recorded: few points as they are, many as a smoothed line over the faint values."""
     iterations, values = run.series(name)
     if len(values) >= _SMOOTH_FROM:
         axes.plot(iterations, values, color=colour, alpha=0.25, linewidth=0.7)
@@ -302,39 +307,27 @@ def _line(axes: Axes, run: RunData, name: str, label: str, colour: str, style: L
 
 
 def _require(run: RunData, *names: str) -> None:
-    """At least one of the metrics must be there."""
-    if not any(run.series(name)[1].size for name in names):
+    """Raise MissingMetrics unless one of the metrics was recorded."""
+    if not any(map(run.has, names)):
         raise MissingMetrics(*names)
 
 
-def _benchmarks(run: RunData) -> list[str]:
-    names = list(dict.fromkeys(name for evaluation in run.evaluations for name in evaluation.benchmarks))
-    if not names:
+def _benchmarks(run: RunData) -> dict[str, list[tuple[int, BenchmarkResult]]]:
+    benchmarks = run.benchmarks()
+    if not benchmarks:
         raise MissingMetrics("evaluation/*.json")
-    return names
-
-
-def _history(run: RunData, name: str) -> list[tuple[int, BenchmarkResult]]:
-    return [(e.iteration, e.benchmarks[name]) for e in run.evaluations if name in e.benchmarks]
+    return benchmarks
 
 
 def _cycle(count: int) -> list[str]:
     return [_SERIES[index % len(_SERIES)] for index in range(count)]
 
 
-def _pass_figures(benchmark: BenchmarkResult) -> list[str]:
-    return [figure for figure in benchmark.figures if figure.startswith("pass@")]
-
-
 def _phase_colours(names: Sequence[str]) -> list[str]:
-    """The colour of the first phase that each name mentions; what is no known phase gets one of the others."""
+    """Return the colour of the phase that each name mentions, and spare colours for other names."""
     spare = iter(_cycle(len(names) + 2)[2:])
     known = [next((colour for phase, colour in _PHASES.items() if phase in name), None) for name in names]
     return [
         colour or (_NEUTRAL if name.startswith("throughput/") else next(spare))
         for colour, name in zip(known, names, strict=True)
     ]
-
-
-def _by_k(count: int) -> Sequence[str]:
-    return _BY_K[:count] if count <= len(_BY_K) else _cycle(count)

@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: a live display on a terminal, plain lines elsewhere, log.txt in any case."""
+"""Progress of a run: a live display on a terminal, plain lines elsewhere, and log.txt in both cases."""
 
 import time
 from collections import deque
@@ -11,15 +11,14 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
+from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_SECONDS = 5.0  # at most one plain line in so many seconds
-_RATE_WINDOW = 20  # iterations over which the remaining time is estimated
+_LINE_INTERVAL = 5.0  # seconds between plain lines, at least
+_RATE_WINDOW = 20  # iterations from which the remaining time is estimated
 
-# label, metric, format; a figure is shown where the record has it
-_FIGURES = (
+_FIGURES = (  # label, metric, format
     ("loss", "objective/loss", "{:.3f}"),
     ("reverse KL", "objective/reverse_kl", "{:.3f}"),
     ("gated forward KL", "objective/forward_kl_gated", "{:.3f}"),
@@ -33,10 +32,10 @@ _FIGURES = (
 
 
 class Progress:
-    """A run's display; used as a context manager by the one process that reports.
+    """A run's display, a context manager of the one process that reports.
 
     total: iterations of the run; start: iterations already done (a resumed run). Log lines are appended to `log_path`.
-    console: where to show it; the standard output unless said. `clock`: seconds, for tests.
+    console: standard output by default. clock: returns seconds.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Progress:
         self._figures: list[tuple[str, str]] = []
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log = log_path.open("a", encoding="utf-8")
-        self._bar = Bar(
+        self._bar = ProgressBar(
             TextColumn("distilling"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
         )
         self._task = self._bar.add_task("distilling", total=total, completed=start, left="")
@@ -71,7 +70,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self._live:
             self._live.start()
-            self._console.show_cursor(True)  # rich hides it, and a run that is killed could not bring it back
+            self._console.show_cursor(True)  # rich hides it, and a killed run could not restore it
         return self
 
     def __exit__(
@@ -82,11 +81,11 @@ class Progress:
         self._log.close()
 
     def message(self, text: str) -> None:
-        """Shows a line with its time: a phase of the start-up, a checkpoint, a warning."""
+        """Print and log a line with its time, such as a checkpoint or a warning."""
         self._write(text, show=True)
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """Shows a metrics record (an iteration that ended; iteration 0: the evaluation before training)."""
+        """Show the metrics of a finished iteration (0: the evaluation before training)."""
         iteration = int(record["iteration"])
         evaluated = _evaluation_text(record)
         if evaluated:
@@ -107,26 +106,26 @@ class Progress:
         if not any(name.startswith("objective/") for name in record):
             return
         if now >= self._next_line or iteration >= self._total:
-            self._next_line = now + PLAIN_SECONDS
+            self._next_line = now + _LINE_INTERVAL
             figures = "  ".join(f"{label} {value}" for label, value in self._figures)
             self._write(
                 f"iteration {iteration}/{self._total}  {figures}  {self._left()}".rstrip(), show=self._live is None
             )
 
     def _left(self) -> str:
-        """Estimated time to the end, from the last iterations; empty before there are two."""
+        """Estimate the remaining time from the last iterations; "" before there are two."""
         if len(self._ends) < 2 or self._done >= self._total:
             return ""
-        seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._total - self._done)
-        minutes, rest = divmod(round(seconds), 60)
+        remaining = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._total - self._done)
+        minutes, seconds = divmod(round(remaining), 60)
         hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{rest:02d} left"
+        return f"{hours}:{minutes:02d}:{seconds:02d} left"
 
     def _write(self, text: str, *, show: bool) -> None:
         stamp = datetime.now()
         self._log.write(f"{stamp:%Y-%m-%d %H:%M:%S} {text}\n")
         self._log.flush()
-        if show:  # soft_wrap: a log file's lines are not folded at 80 columns
+        if show:  # soft_wrap: do not fold a log file's lines at 80 columns
             self._console.print(Text(f"{stamp:%H:%M:%S} {text}"), soft_wrap=self._live is None)
 
     def _render(self) -> Group:
@@ -141,14 +140,14 @@ class Progress:
 
 
 def _evaluation_text(record: Mapping[str, Any]) -> str:
-    """`countdown pass@1 0.081 pass@8 0.432`, benchmark by benchmark; empty if the record holds no evaluation."""
-    found: dict[str, dict[int, float]] = {}
+    """Return "countdown pass@1 0.081 pass@8 0.432" for each benchmark; "" if the record holds no evaluation."""
+    passes: dict[str, dict[int, float]] = {}
     for name, value in record.items():
         parts = name.rsplit("/", 1)
         if name.startswith("evaluation/") and parts[1].startswith("pass@"):
-            found.setdefault(parts[0].removeprefix("evaluation/"), {})[int(parts[1].removeprefix("pass@"))] = value
+            passes.setdefault(parts[0].removeprefix("evaluation/"), {})[int(parts[1].removeprefix("pass@"))] = value
     texts = []
-    for benchmark, by_k in found.items():
+    for benchmark, by_k in passes.items():
         ends = dict.fromkeys((min(by_k), max(by_k)))
         texts.append(f"{benchmark} " + " ".join(f"pass@{k} {by_k[k]:.3f}" for k in ends))
     return ", ".join(texts)

@@ -1,91 +1,27 @@
-"""A run's records survive crashes and resumes, and its report tells the truth about runs in any state."""
+"""A run's report and its warnings are right for runs in any state."""
 
 import json
-import math
 import re
 import subprocess
 import sys
-import types
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from rich.console import Console
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.results import EvaluationResult, ProblemResult, summarise
-from eaopd_megatron.reporting import MetricsWriter, Progress, read_metrics
-from eaopd_megatron.reporting.findings import compare_evaluations, find_warnings
+from eaopd_megatron.reporting.alerts import find_warnings
+from eaopd_megatron.reporting.metrics_log import MetricsWriter
 from eaopd_megatron.reporting.plots import PLOTS, smooth
 from eaopd_megatron.reporting.run_data import RunData
-from eaopd_megatron.reporting.run_report import summary_line, write_run_report
+from eaopd_megatron.reporting.run_report import compare_evaluations, summary_line, write_run_report
+from tests.unit.example_runs import make_evaluation, make_record
 
 OBJECTIVE = {"preset": "eopd", "gate": "hard", "forward_kl": "topk", "threshold": 0.8}
-
-
-def make_evaluation(
-    iteration: int, rate: float, *, names: tuple[str, ...] = ("countdown",), problems: int = 120
-) -> EvaluationResult:
-    """Problems of uneven difficulty, 8 samples each, several right answers a problem."""
-    benchmarks = {}
-    for name in names:
-        rng = np.random.default_rng(sum(name.encode()))
-        results = []
-        for index, ease in enumerate(rng.beta(0.4, 0.4 * (1 - rate) / rate, problems)):
-            correct = tuple(bool(x) for x in rng.random(8) < ease)
-            keys = tuple(f"k{rng.integers(3)}" if right else None for right in correct)
-            results.append(
-                ProblemResult(
-                    f"{name}-{index}", correct, correct, keys, tuple(bool(x) for x in rng.random(8) < 0.01), (9,) * 8
-                )
-            )
-        benchmarks[name] = summarise(name, 8, results)
-    return EvaluationResult(iteration, benchmarks)
-
-
-def make_record(iteration: int, total: int, rng: np.random.Generator) -> dict[str, Any]:
-    """One iteration of a run that goes well, with the noise of a small batch."""
-    x = iteration / total
-    fade, noise = math.exp(-4 * x), rng.normal(0, 1, 12)
-    phases = {"rollout": 0.16, "teacher": 0.03, "student": 0.12, "sync": 0.002}
-    record = {
-        "iteration": iteration,
-        "update": 4 * iteration,
-        "objective/loss": 0.05 + 0.5 * fade + 0.03 * noise[0],
-        "objective/reverse_kl": 0.06 + 0.32 * fade + 0.015 * noise[1],
-        "objective/forward_kl_gated": 0.09 + 0.55 * fade + 0.03 * noise[2],
-        "objective/forward_kl_ungated": 0.03 + 0.3 * fade + 0.01 * noise[3],
-        "objective/gate_fraction": 0.08 + 0.05 * fade + 0.006 * noise[4],
-        "objective/clip_fraction": abs(0.004 + 0.002 * noise[5]),
-        "objective/gate_ambiguous": 0.0,
-        "objective/kl_min": -1e-6 * (1 + abs(noise[6])),
-        "teacher/entropy": 0.16 + 0.01 * noise[6],
-        "teacher/entropy_gated": 1.03 + 0.02 * noise[7],
-        "teacher/entropy_ungated": 0.08 + 0.004 * noise[8],
-        "student/entropy": 0.3 + 0.5 * fade,
-        "student/entropy_gated": 0.89 + 0.6 * fade + 0.03 * noise[9],
-        "student/entropy_ungated": 0.12 + 0.4 * fade + 0.01 * noise[10],
-        "teacher/terminal_logprob": -0.1 - 2 * fade - 0.02 * abs(noise[1]),
-        "rollout/length": 12 + 2 * fade + 0.2 * noise[11],
-        "rollout/stopped": 0.99 - 0.1 * fade,
-        "rollout/truncated": 0.01 + 0.1 * fade,
-        "rollout/distinct": 0.97,
-        "rollout/logprob_gap": 1e-5,
-        "rollout/version_lag": 0.0,
-        "rollout/tokens_per_second": 9000 + 400 * noise[0],
-        "throughput/tokens_per_second": 4500 + 150 * noise[1],
-        "optimizer/lr": 5e-4 * 0.5 * (1 + math.cos(math.pi * x)),
-        "optimizer/grad_norm": 0.4 + 6 * fade * abs(1 + 0.3 * noise[2]),
-        "memory/peak": 7.5e8,
-        **{f"time/{name}": seconds * (1 + 0.1 * abs(noise[3])) for name, seconds in phases.items()},
-    }
-    if iteration % 50 == 0:
-        record["time/checkpoint"] = 0.4
-    return record
 
 
 @pytest.fixture
@@ -121,161 +57,6 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-# Metrics
-
-
-def write_records(folder: Path, iterations: range, resume: int | None, **figures: Any) -> MetricsWriter:
-    with MetricsWriter(folder, tensorboard=False, wandb=None, resume_iteration=resume) as writer:
-        for iteration in iterations:
-            writer.write({"iteration": iteration, "update": 4 * iteration, "objective/loss": 1.0, **figures})
-    return writer
-
-
-def iterations_of(folder: Path) -> list[int]:
-    return [record["iteration"] for record in read_metrics(folder / "metrics.jsonl")]
-
-
-def test_a_record_is_in_the_file_when_write_returns(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=False, wandb=None, resume_iteration=None)
-    writer.write({"iteration": 1, "update": 4, "objective/loss": np.float32(0.5)})
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 1, "update": 4, "objective/loss": 0.5}]
-    writer.close()
-
-
-def test_a_line_torn_by_a_crash_is_left_out_and_does_not_spoil_the_next_one(tmp_path: Path) -> None:
-    write_records(tmp_path, range(1, 4), None)
-    path = tmp_path / "metrics.jsonl"
-    with path.open("a") as file:
-        file.write('{"iteration": 4, "upd')
-    assert iterations_of(tmp_path) == [1, 2, 3]
-    write_records(tmp_path, range(4, 6), 3)
-    assert iterations_of(tmp_path) == [1, 2, 3, 4, 5]
-
-
-def test_a_resumed_run_does_not_repeat_iterations(tmp_path: Path) -> None:
-    write_records(tmp_path, range(1, 8), None)
-    write_records(tmp_path, range(6, 9), 5)
-    assert iterations_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
-
-
-def test_a_run_from_the_start_does_not_keep_an_earlier_ones_records(tmp_path: Path) -> None:
-    write_records(tmp_path, range(1, 8), None)
-    write_records(tmp_path, range(1, 3), None)
-    assert iterations_of(tmp_path) == [1, 2]
-
-
-def test_a_damaged_line_in_the_middle_is_named_by_its_number(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\nrubbish\n{"iteration": 3}\n')
-    with pytest.raises(UserError, match="line 2"):
-        read_metrics(tmp_path / "metrics.jsonl")
-
-
-def test_nan_and_infinity_never_reach_the_file_and_are_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    writer = write_records(tmp_path, range(1, 6), None, bad=float("nan"), worse=float("-inf"))
-    text = (tmp_path / "metrics.jsonl").read_text()
-    assert "NaN" not in text and "Infinity" not in text and len(text.splitlines()) == 5
-    assert writer.dropped == {"bad": 5, "worse": 5}
-    assert "bad is nan at iteration 1 and is left out (time 1)" in caplog.messages
-    assert len(caplog.records) == 6  # each at times 1, 2 and 4
-
-
-def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for start, end, resume in ((1, 7, None), (5, 9, 4)):
-        with MetricsWriter(tmp_path, tensorboard=True, wandb=None, resume_iteration=resume) as writer:
-            for iteration in range(start, end):
-                writer.write({"iteration": iteration, "update": iteration, "objective/loss": float(start)})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # type: ignore[no-untyped-call]
-    assert [(event.step, event.value) for event in events.Scalars("objective/loss")] == [
-        *((step, 1.0) for step in range(1, 5)),
-        *((step, 5.0) for step in range(5, 9)),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("package", "options"), [("wandb", (False, {"project": "p"})), ("torch.utils.tensorboard", (True, None))]
-)
-def test_a_missing_receiver_is_one_clear_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, options: tuple[bool, dict[str, Any] | None]
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=r"reporting\.\w+: the package \w+ is missing; pip install"):
-        MetricsWriter(tmp_path, *options, resume_iteration=None)
-
-
-def test_wandb_continues_the_same_run_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    starts: list[dict[str, Any]] = []
-    logged: list[dict[str, Any]] = []
-    run = types.SimpleNamespace(log=logged.append, finish=lambda: None, define_metric=lambda *args, **kwargs: None)
-
-    def init(**options: Any) -> types.SimpleNamespace:
-        starts.append(options)
-        return run
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    for resume in (None, 1, None):
-        options = {"project": "eaopd", "name": "n", "config": {"seed": 0}}
-        with MetricsWriter(tmp_path, tensorboard=False, wandb=options, resume_iteration=resume) as writer:
-            writer.write({"iteration": 2, "update": 8, "objective/loss": 1.0})
-    assert starts[0]["id"] == starts[1]["id"] != starts[2]["id"]
-    assert starts[0]["project"] == "eaopd" and starts[0]["resume"] == "allow"
-    assert logged[0] == {"iteration": 2, "update": 8, "objective/loss": 1.0}
-
-
-# Progress
-
-
-def show_progress(tmp_path: Path, *, terminal: bool, seconds: float, count: int = 6) -> tuple[str, str]:
-    """Output and log.txt of `count` iterations of so many seconds each."""
-    now = [100.0]
-    console = Console(file=StringIO(), force_terminal=terminal, width=140)
-    log = tmp_path / "log.txt"
-    with Progress(count, 0, log, console, clock=lambda: now[0]) as progress:
-        progress.message("loading [teacher] from t/[x]")
-        progress.update(
-            {"iteration": 0, "update": 0, "evaluation/countdown/pass@1": 0.081, "evaluation/countdown/pass@8": 0.4}
-        )
-        for iteration in range(1, count + 1):
-            now[0] += seconds
-            progress.update(make_record(iteration, count, np.random.default_rng(0)))
-    output = console.file
-    assert isinstance(output, StringIO)
-    return output.getvalue(), log.read_text()
-
-
-def test_without_a_terminal_there_are_plain_lines_and_not_one_for_every_fast_iteration(tmp_path: Path) -> None:
-    output, log = show_progress(tmp_path, terminal=False, seconds=1.0, count=12)
-    assert "\x1b" not in output
-    shown = re.findall(r"iteration (\d+)/12", output)
-    assert shown == ["1", "6", "11", "12"]
-    assert re.findall(r"iteration (\d+)/12", log) == shown
-    assert "loading [teacher] from t/[x]" in output and "loading [teacher] from t/[x]" in log
-    assert re.search(r"before training: countdown pass@1 0\.081 pass@8 0\.400", output)
-    assert re.search(
-        r"iteration 6/12  loss [\d.]+  reverse KL [\d.]+  gated forward KL .* tokens/s [\d,]+  0:00:06 left", output
-    )
-    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in output.splitlines())
-
-
-def test_slow_iterations_are_shown_one_by_one(tmp_path: Path) -> None:
-    output, _ = show_progress(tmp_path, terminal=False, seconds=60.0)
-    assert len(re.findall(r"iteration \d+/6", output)) == 6
-    assert "0:04:00 left" in output
-
-
-def test_a_terminal_gets_a_bar_with_the_chief_figures_and_the_log_still_has_lines(tmp_path: Path) -> None:
-    output, log = show_progress(tmp_path, terminal=True, seconds=10.0)
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output)
-    assert "6/6" in plain and "reverse KL" in plain and "last evaluation  countdown pass@1 0.081" in plain
-    assert len(re.findall(r"iteration \d+/6", log)) == 6
-
-
-# The report
-
-
 def test_the_report_is_one_file_with_every_picture(make_run: Callable[..., Path]) -> None:
     run = make_run(done=100, total=100)
     text = write_run_report(run).read_text()
@@ -308,7 +89,7 @@ def test_a_run_that_goes_on_has_a_report(make_run: Callable[..., Path]) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 8, "objec')
     text = write_run_report(run).read_text()
-    assert "not finished (going on, or stopped): iteration 7 of 300" in text
+    assert "not finished (running, or stopped): iteration 7 of 300" in text
     assert "not yet" in text and "Not drawn" not in text
     assert "->" not in summary_line(run).split("student entropy")[0]
 
@@ -482,7 +263,7 @@ def test_smoothing_keeps_a_constant_and_invents_no_trend_at_the_ends() -> None:
 
 def test_reporting_leaves_matplotlib_alone_until_a_report_is_written_and_its_global_state_always() -> None:
     code = (
-        "import sys, eaopd_megatron.reporting\n"
+        "import sys, eaopd_megatron.reporting.metrics_log, eaopd_megatron.reporting.progress\n"
         "assert 'matplotlib' not in sys.modules\n"
         "import eaopd_megatron.reporting.run_report\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
