@@ -189,11 +189,15 @@ def foreign_answer(key: str) -> str | None:
     return f"{meaning} is {' or '.join(own or choices)}"
 
 
+def teacher_schema_key(key: str) -> str:
+    """Return `teacher.x` for `teachers.NAME.x`, and any other dotted key as it is."""
+    return re.sub(r"^teachers\.[^.]+\.", "teacher.", key)
+
+
 def current_key(key: str) -> str:
     """Return the current name of a dotted key: the same one unless it was renamed."""
-    if several := re.fullmatch(r"(teachers\.[^.]+)\.(\w+)", key):
-        return f"{several[1]}.{current_key(f'teacher.{several[2]}').partition('.')[2]}"
-    return RENAMED.get(key, key)
+    new = RENAMED.get(teacher_schema_key(key))
+    return f"{key.rpartition('.')[0]}.{new.rpartition('.')[2]}" if new else key
 
 
 def old_key(key: str) -> str | None:

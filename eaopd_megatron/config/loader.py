@@ -65,8 +65,7 @@ def load_with_origins(
     origins = {key: layer for layer in layers for key, _ in aliases.flatten_keys(layer.tree)}
 
     def origin(key: str) -> str:
-        shared = re.sub(r"^teachers\.[^.]*\.", "teacher.", key)  # teachers inherit from `teacher`
-        layer = next((origins[name] for name in (key, shared) if name in origins), None)
+        layer = origins.get(key) or origins.get(aliases.teacher_schema_key(key))
         return str(path) if layer is None else layer.origin
 
     merged = _merge(layers, str(path))

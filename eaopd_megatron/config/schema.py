@@ -1,234 +1,103 @@
-"""Every key of a recipe, its type, its default and the values that it takes.
-
-The models are strict (no silent conversion of "8" or true into a number), frozen, and refuse unknown keys. What
-depends on one key stands at that key; what depends on several stands in the section's, or the recipe's, own check.
-"""
+"""The recipe: every section but those of the models, and the rules that hold between sections."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from eaopd_megatron.config.parallel import ParallelLayout, Recompute
+from eaopd_megatron.config.model_schema import (
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    ObjectiveConfig,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    StudentConfig,
+    TeacherConfig,
+    UnitFraction,
+)
 from eaopd_megatron.errors import RecipeError
 
-if TYPE_CHECKING:
-    from eaopd_megatron.objective import Objective
-
-PositiveInt = Annotated[int, Field(ge=1)]
-"""A whole number from 1."""
-NonNegativeInt = Annotated[int, Field(ge=0)]
-"""A whole number from 0."""
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-FloatOrInfinity = Annotated[float, Field(allow_inf_nan=True)]
-UnitFraction = Annotated[float, Field(gt=0, le=1)]
-"""A share in (0, 1]."""
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
-"""A share in [0, 1)."""
-NonEmptyStr = Annotated[str, Field(min_length=1)]
-Precision = Literal["fp32", "bf16"]
-
-
-class Section(BaseModel):
-    """What all sections share: strict types, no unknown keys, no change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
-    """The folder of a run and what is kept in it."""
+    """The run's folder and its checkpoints."""
 
     folder: NonEmptyStr
-    save_interval: NonNegativeInt = 50  # iterations between checkpoints; 0: only at the end
-    keep_checkpoints: PositiveInt = 2  # the newest ones that stay on the disk
-    async_save: bool = True  # checkpoints are written while training goes on, from a copy in host memory
-    on_corrupt_checkpoint: Literal["refuse", "fall_back"] = (
-        "refuse"  # fall_back: continue from the newest checkpoint that is whole
-    )
-    log_rollouts: NonNegativeInt = 4  # samples recorded an iteration
-
-
-class StudentConfig(Section):
-    """The model that is trained, and how it is laid out over the ranks."""
-
-    model: NonEmptyStr  # a Hugging Face folder, or a hub id
-    tensor_parallel: PositiveInt = 1
-    pipeline_parallel: PositiveInt = 1
-    virtual_pipeline: PositiveInt = 1  # model chunks a rank holds; more than 1: the interleaved schedule
-    context_parallel: PositiveInt = 1
-    expert_parallel: PositiveInt = 1
-    expert_tensor_parallel: PositiveInt = 1  # ranks that share one expert's matrices
-    data_parallel: PositiveInt | None = None  # none: what the ranks, or the devices of this host, allow
-    sequence_parallel: bool = False
-    precision: Precision = "bf16"
-    recompute: Recompute = "none"  # activations made again in backward; selective: attention
-
-    @model_validator(mode="after")
-    def _sequence_parallel_needs_tensor_parallel(self) -> Self:
-        if self.sequence_parallel and self.tensor_parallel == 1:
-            raise ValueError("student.sequence_parallel is true, which needs student.tensor_parallel of 2 or more")
-        return self
-
-    @model_validator(mode="after")
-    def _virtual_stages_need_a_pipeline(self) -> Self:
-        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
-            chunks = self.virtual_pipeline
-            raise ValueError(
-                f"student.virtual_pipeline is {chunks}, which needs student.pipeline_parallel of 2 or more"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _experts_divide_the_ranks(self) -> Self:
-        layout = self.parallel_layout
-        ranks = layout.model_parallel_size * (self.data_parallel or 0)
-        if ranks % layout.expert_model_parallel_size:
-            raise ValueError(
-                "student.expert_parallel x expert_tensor_parallel x pipeline_parallel is "
-                f"{layout.expert_model_parallel_size}, which does not divide the {ranks} ranks that "
-                f"student.data_parallel={self.data_parallel} makes"
-            )
-        return self
-
-    @property
-    def parallel_layout(self) -> ParallelLayout:
-        """How one copy is cut over ranks."""
-        return ParallelLayout(**{field.name: getattr(self, field.name) for field in fields(ParallelLayout)})
-
-
-class TeacherConfig(Section):
-    """The model whose distribution the student learns, and what is handed over of it."""
-
-    model: NonEmptyStr  # a Hugging Face folder, or a hub id
-    placement: Literal["colocated", "separate", "served"] = (
-        "colocated"  # on the student's ranks; separate: on ranks of its own (eaopd teach); served: by SGLang
-    )
-    signal: Literal["auto", "topk", "hidden", "logits"] = "auto"  # what is kept of a token: topk where it serves
-    precision: Literal["fp32", "bf16", "fp8"] = "bf16"  # fp8: weights, on GPUs with Transformer Engine
-    terminal_map: Literal["swap", "label", "none"] = "swap"  # how the teacher's and the student's end tokens meet
-    offload: Literal["none", "weights"] = "none"  # colocated: weights are in host memory while it does not score
-    tensor_parallel: PositiveInt | None = None  # none: colocated, the student's; elsewhere 1
-    pipeline_parallel: PositiveInt | None = None  # none: colocated, the student's; elsewhere 1
-    expert_parallel: PositiveInt | None = None  # none: colocated, the student's; elsewhere 1
-    replicas: PositiveInt = 1  # separate, served: that the trainer starts on its own host
-    urls: list[NonEmptyStr] = []  # of replicas that run already; none are started then
-    listen: NonEmptyStr = "127.0.0.1:0"  # HOST:PORT of eaopd teach; port 0: a free one
-    api_key_file: NonEmptyStr | None = None  # the replicas' key, mode 0600; none: those started here get one
-    max_concurrent_requests: PositiveInt = 8  # requests that a replica has at the same time
-    mem_fraction_static: UnitFraction = 0.8  # served: of a GPU's memory, for weights and cache
-    startup_timeout_minutes: PositiveFloat = 30.0  # for the replicas to be there
-    unavailable_timeout_minutes: PositiveFloat = 10.0  # without any replica before the run saves its state and stops
-
-    @property
-    def launched_by_trainer(self) -> bool:
-        """Whether the trainer starts and ends the replicas."""
-        return self.placement != "colocated" and not self.urls
-
-    @property
-    def parallel_layout(self) -> ParallelLayout:
-        """Of a separate teacher's ranks, or of a served one's GPUs."""
-        tp, pp, ep = self.tensor_parallel or 1, self.pipeline_parallel or 1, self.expert_parallel or 1
-        return ParallelLayout(
-            tensor_parallel=tp, pipeline_parallel=pp, expert_parallel=ep, sequence_parallel=tp > 1 < ep
-        )
-
-    @model_validator(mode="after")
-    def _placement_has_its_own_keys(self) -> Self:
-        colocated = self.placement == "colocated"
-        layout = (self.tensor_parallel, self.pipeline_parallel, self.expert_parallel)
-        for wrong, why in (
-            (colocated and any(layout), "has the student's layout: no teacher.tensor_parallel, pipeline_, expert_"),
-            (colocated and (self.urls or self.replicas > 1), "is on the student's ranks: no teacher.urls, replicas"),
-            (not colocated and self.offload != "none", "is not on the student's GPUs: no teacher.offload"),
-            (not colocated and self.signal == "logits", "hands over topk or hidden: no teacher.signal=logits"),
-            (self.placement == "served" and self.signal == "hidden", "hands over topk: no teacher.signal=hidden"),
-            (self.placement == "served" and any(layout[1:]), "has tensor_parallel alone: no pipeline_, expert_"),
-            (self.placement == "served" and self.precision == "fp8", "is started in bf16 or fp32: no precision=fp8"),
-        ):
-            if wrong:
-                raise ValueError(f"a teacher with teacher.placement={self.placement} {why}")
-        return self
-
-    @model_validator(mode="after")
-    def _weights_in_fp8_stay(self) -> Self:
-        if self.precision == "fp8" and self.offload == "weights":
-            raise ValueError(
-                "teacher.offload=weights moves weights in fp32 or bf16, not those of teacher.precision=fp8"
-            )
-        return self
-
-
-class ObjectiveConfig(Section):
-    """A preset of the objective and what differs from it (none: as the preset says)."""
-
-    preset: NonEmptyStr = "eopd"
-    reverse_kl: str | None = None
-    forward_kl: str | None = None
-    gate: str | None = None
-    threshold: FloatOrInfinity | None = None  # nats
-    gate_width: float | None = None  # nats
-    forward_weight: float | None = None
-    reverse_weight: float | None = None
-    top_k: int | None = None
-    clip: FloatOrInfinity | None = None
-    threshold_end: float | None = None  # nats; threshold moves there over ramp_updates
-    forward_weight_end: NonNegativeFloat | None = None  # forward_weight moves there over ramp_updates
-    ramp: Literal["linear", "cosine"] = "linear"
-    ramp_updates: PositiveInt | None = None  # completed updates; none: all of the run's
-
-    def build_objective(self) -> Objective:
-        """The objective itself. Raises ValueError, naming the field, for a value that it does not take."""
-        from eaopd_megatron.objective import Objective
-
-        names = {field.name for field in fields(Objective)}
-        changes = {name: value for name, value in self if name in names and value is not None}
-        objective = replace(Objective.preset(self.preset), **changes)
-        if self.threshold_end is not None and math.isinf(objective.threshold):
-            raise ValueError("threshold_end needs a finite threshold to start from")
-        return objective
+    """Folder of the run; an unfinished run in it is resumed."""
+    save_interval: NonNegativeInt = 50
+    """Iterations between checkpoints. 0: only at the end. [iterations]"""
+    keep_checkpoints: PositiveInt = 2
+    """Number of latest checkpoints that are kept."""
+    async_save: bool = True
+    """Write checkpoints in the background from a copy in host memory, while training goes on."""
+    on_corrupt_checkpoint: Literal["refuse", "fall_back"] = "refuse"
+    """What to do if the latest checkpoint is corrupt. fall_back: resume from the latest valid one."""
+    log_rollouts: NonNegativeInt = 4
+    """Responses recorded per iteration."""
 
 
 class DataConfig(Section):
     """The prompts."""
 
-    source: NonEmptyStr = "countdown"  # or a .jsonl or .parquet file, or hub:owner/name[:config][@revision]
+    source: NonEmptyStr = "countdown"
+    """`countdown`, a .jsonl or .parquet file, or `hub:owner/name[:config][@revision]`."""
     split: NonEmptyStr = "train"
+    """Split of a hub data set."""
     prompt_field: NonEmptyStr = "problem"
-    teacher_field: NonEmptyStr = "teacher"  # of a problem: which of several teachers it is for
-    decontaminate: list[NonEmptyStr] = []  # benchmarks whose problems are left out
-    decontaminate_ngram: PositiveInt = 13  # so are problems that share as many words in a row with one
-    template: Literal["chat", "base", "raw"] = "chat"  # chat: thinking off; base: question and answer as plain text
-    suffix: str = ""  # appended to each problem
+    """Field that holds the prompt."""
+    teacher_field: NonEmptyStr = "teacher"
+    """Field that names the prompt's teacher, if there are several."""
+    decontaminate: list[NonEmptyStr] = []
+    """Benchmarks whose problems are removed from the training data."""
+    decontaminate_ngram: PositiveInt = 13
+    """Problems that share this many consecutive words with a benchmark's problem are removed too. [words]"""
+    template: Literal["chat", "base", "raw"] = "chat"
+    """chat: the tokenizer's chat template, thinking off; base: question and answer as plain text; raw: the prompt."""
+    suffix: str = ""
+    """Line appended to each problem."""
     max_prompt_tokens: PositiveInt = 1024
+    """Longest prompt; longer ones are left out. [tokens]"""
     shuffle: bool = True
-    last_batch: Literal["drop", "keep"] = "drop"  # a batch smaller than the others
+    """Shuffle the prompts in every epoch."""
+    last_batch: Literal["drop", "keep"] = "drop"
+    """What to do with the incomplete last batch of an epoch."""
 
 
 class ServersConfig(Section):
-    """The SGLang servers of rollout.engine=sglang: started and ended by the trainer, or named by their URLs."""
+    """The SGLang servers of `rollout.engine=sglang`: started and stopped by the trainer, or given by their URLs."""
 
-    count: PositiveInt = 1  # that the trainer starts on its own host
-    urls: list[NonEmptyStr] = []  # of servers that run already; none are started then
-    router: NonEmptyStr | None = None  # the URL of an sglang-router whose servers run already; none are started then
-    tensor_parallel: PositiveInt = 1  # GPUs a server
-    placement: Literal["separate", "colocated"] = "separate"  # colocated: on the trainer's own GPUs, taking turns
-    mem_fraction_static: UnitFraction = 0.8  # of a GPU's memory, for weights and cache
-    max_concurrent_requests: PositiveInt = 64  # responses that a server writes at the same time
-    api_key_file: NonEmptyStr | None = None  # of servers that run already, mode 0600; those started here get one
-    startup_timeout_minutes: PositiveFloat = 15.0  # for the servers to be there
-    unavailable_timeout_minutes: PositiveFloat = 10.0  # without any server before the run saves its state and stops
+    count: PositiveInt = 1
+    """Servers that the trainer starts on its own host."""
+    urls: list[NonEmptyStr] = []
+    """URLs of servers that run already; none are started then."""
+    router: NonEmptyStr | None = None
+    """URL of an sglang-router whose servers run already; none are started then."""
+    tensor_parallel: PositiveInt = 1
+    """Tensor-parallel size of a server. [GPUs]"""
+    placement: Literal["separate", "colocated"] = "separate"
+    """colocated: on the trainer's own GPUs, taking turns with it."""
+    mem_fraction_static: UnitFraction = 0.8
+    """Share of a GPU's memory for weights and KV cache (SGLang's option of the same name)."""
+    max_concurrent_requests: PositiveInt = 64
+    """Responses that a server generates at the same time."""
+    api_key_file: NonEmptyStr | None = None
+    """File with the API key of servers that run already (mode 0600); servers started here get a generated one."""
+    startup_timeout_minutes: PositiveFloat = 15.0
+    """Longest wait until the servers are ready. [minutes]"""
+    unavailable_timeout_minutes: PositiveFloat = 10.0
+    """Time without any server after which the run saves its state and stops. [minutes]"""
 
     @property
     def launched_by_trainer(self) -> bool:
-        """Whether the trainer starts and ends them."""
+        """Whether the trainer starts and stops the servers."""
         return not self.urls and self.router is None
 
     @model_validator(mode="after")
-    def _servers_are_found_in_one_way(self) -> Self:
+    def _check_one_way_to_find_servers(self) -> Self:
         if self.urls and self.router is not None:
             raise ValueError("servers.urls and servers.router are both given; a router knows its servers")
         if not self.launched_by_trainer and self.placement == "colocated":
@@ -241,30 +110,45 @@ class ServersConfig(Section):
 class WeightSyncConfig(Section):
     """How the servers get the student's weights."""
 
-    transport: Literal["distributed", "disk", "tensor"] = "distributed"  # tensor: same host; disk: a shared folder
-    bucket_mib: PositiveInt = 512  # MiB that are sent at once; two such buckets are held
-    timeout_seconds: PositiveFloat = 300.0  # for one bucket to arrive; a server that takes longer is lost
-    address: NonEmptyStr | None = None  # of this trainer, as the servers reach it; none: found out
-    verify: Literal["version", "probe", "checksum"] = "version"  # what is compared on every server afterwards
+    transport: Literal["distributed", "disk", "tensor"] = "distributed"
+    """distributed: broadcast; tensor: in requests, on the same host; disk: through a shared folder."""
+    bucket_mib: PositiveInt = 512
+    """Bytes sent at once; two such buckets are allocated. [MiB]"""
+    timeout_seconds: PositiveFloat = 300.0
+    """Longest transfer of one bucket; a server that takes longer counts as lost. [seconds]"""
+    address: NonEmptyStr | None = None
+    """The trainer's address as the servers reach it. null: detected."""
+    verify: Literal["version", "probe", "checksum"] = "version"
+    """What is compared on every server after an update. probe: log-probs of a prompt; checksum: of every tensor."""
 
 
 class RolloutConfig(Section):
-    """How the student writes the responses that it is trained on."""
+    """How the student generates the responses it is trained on."""
 
-    engine: Literal["local", "sglang"] = "local"  # local: on the student's own ranks
-    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0  # 1: write the next responses while this iteration trains
-    importance_clip: PositiveFloat = 2.0  # largest weight π_old/π_rollout of a token that older weights wrote
-    warn_logprob_gap: PositiveFloat | None = 0.1  # nats between rollout and trainer, mean over tokens; none: no warning
-    warn_truncated: Annotated[float, Field(gt=0, lt=1)] | None = 0.5  # share of responses; none: no warning
+    engine: Literal["local", "sglang"] = "local"
+    """local: on the student's own ranks; sglang: by the servers of `servers`."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: generate the next iteration's responses while this one trains, with weights one iteration old. [iterations]"""
+    importance_clip: PositiveFloat = 2.0
+    """Largest importance weight π_old/π_rollout of a token that older weights generated."""
+    warn_logprob_gap: PositiveFloat | None = 0.1
+    """Mean difference of the rollout's and the trainer's log-probs that raises a warning. null: no warning. [nats]"""
+    warn_truncated: Annotated[float, Field(gt=0, lt=1)] | None = 0.5
+    """Share of truncated responses that raises a warning. null: no warning."""
     temperature: float = 1.0
+    """Sampling temperature. It must be 1: the objective is an expectation over the student's own distribution."""
     top_p: float = 1.0
+    """Nucleus sampling. It must be 1, for the same reason."""
     max_response_tokens: PositiveInt = 4096
-    batch_size: PositiveInt = 128  # sequences generated together on a rank
-    stop_token_ids: list[NonNegativeInt] = []  # beside the model's own end ids
+    """Longest response; longer ones are truncated. [tokens]"""
+    batch_size: PositiveInt = 128
+    """Sequences that a rank generates together (local engine)."""
+    stop_token_ids: list[NonNegativeInt] = []
+    """End tokens beside the model's own."""
 
     @field_validator("temperature", "top_p")
     @classmethod
-    def _sample_from_the_student_itself(cls, value: float) -> float:
+    def _check_unmodified_sampling(cls, value: float) -> float:
         if value != 1.0:
             raise ValueError(
                 "it must be 1.0: the objective is an expectation over the student's own distribution, and with "
@@ -274,37 +158,53 @@ class RolloutConfig(Section):
 
 
 class TrainConfig(Section):
-    """Algorithm 1's sizes."""
+    """Batch sizes and number of iterations (Algorithm 1). Each prompt gets one response."""
 
     iterations: PositiveInt
+    """Length of the run. [iterations]"""
     prompts_per_iteration: PositiveInt = 128
-    mini_batch: PositiveInt = 32  # samples an update, over all data-parallel ranks
-    micro_batch_tokens: PositiveInt = 16384  # packed tokens of a micro-batch, which context-parallel ranks share
+    """Prompts, and so responses, per iteration. [responses]"""
+    mini_batch: PositiveInt = 32
+    """Responses per update, over all data-parallel ranks. [responses]"""
+    micro_batch_tokens: PositiveInt = 16384
+    """Size of a packed micro-batch, which context-parallel ranks share. [tokens]"""
 
     @property
     def updates_per_iteration(self) -> int:
-        """Updates of a whole iteration."""
+        """Updates of a full iteration."""
         return -(-self.prompts_per_iteration // self.mini_batch)
 
 
 class OptimizerConfig(Section):
-    """AdamW and its schedule, whose steps are completed updates."""
+    """AdamW and its learning-rate schedule, whose steps are completed updates."""
 
     lr: PositiveFloat = 3.0e-6
+    """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay."""
     beta1: DecayRate = 0.9
+    """Decay rate of the first moment."""
     beta2: DecayRate = 0.999
+    """Decay rate of the second moment."""
     eps: PositiveFloat = 1.0e-8
-    clip_grad: NonNegativeFloat = 1.0  # largest gradient norm; 0: not clipped
+    """Adam's epsilon."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest gradient norm. 0: not clipped."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warmup."""
     warmup_updates: NonNegativeInt = 0
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # the floor, as a share of lr
-    distributed: bool = False  # each data-parallel rank holds and updates its part of the states
-    overlap: bool = False  # gradients are reduced during backward, weights gathered during forward
-    offload: Literal["none", "moments"] = "none"  # moments: Adam's, in host memory between updates
+    """Length of the linear warmup. [updates]"""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Final learning rate as a share of `lr`."""
+    distributed: bool = False
+    """Megatron's distributed optimizer: each data-parallel rank stores and updates its shard of the states."""
+    overlap: bool = False
+    """Reduce gradients during backward and gather weights during forward; needs `distributed`."""
+    offload: Literal["none", "moments"] = "none"
+    """moments: Adam's moments are in host memory between updates."""
 
     @model_validator(mode="after")
-    def _overlap_needs_distributed(self) -> Self:
+    def _check_overlap(self) -> Self:
         if self.overlap and not self.distributed:
             raise ValueError("optimizer.overlap is true, which needs optimizer.distributed to be true")
         return self
@@ -313,67 +213,99 @@ class OptimizerConfig(Section):
 class EvaluationConfig(Section):
     """Benchmarks before, during and after training."""
 
-    interval: NonNegativeInt = 0  # iterations; 0: before and after training only
-    benchmarks: list[NonEmptyStr] = []  # names, .jsonl or .parquet files
-    samples: PositiveInt = 8  # responses a problem
-    problems: PositiveInt | None = None  # the first so many; none: all
-    temperature: NonNegativeFloat = 1.0  # 0: the most probable token
+    interval: NonNegativeInt = 0
+    """Iterations between evaluations. 0: before and after training only. [iterations]"""
+    benchmarks: list[NonEmptyStr] = []
+    """Names of benchmarks, .jsonl or .parquet files."""
+    samples: PositiveInt = 8
+    """Responses per problem."""
+    problems: PositiveInt | None = None
+    """Only the first N problems. null: all."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature. 0: greedy."""
     top_p: UnitFraction = 0.8
+    """Nucleus sampling."""
     max_response_tokens: PositiveInt = 8192
+    """Longest response; longer ones are truncated. [tokens]"""
     suffix: str = ""
+    """Line appended to each problem."""
     seed: NonNegativeInt = 1234
+    """Seed of the sampling; the same before and after training."""
 
 
 class ReportingConfig(Section):
     """Where metrics go beside the run's own folder."""
 
     tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
     wandb: bool = False
+    """Log to Weights & Biases."""
     wandb_project: NonEmptyStr = "eaopd"
+    """Project in Weights & Biases."""
     wandb_name: str | None = None
-    profile_from: PositiveInt | None = None  # first iteration under torch's profiler; none: off
+    """Name of the run in Weights & Biases. null: a generated one."""
+    profile_from: PositiveInt | None = None
+    """First iteration under torch's profiler, whose traces go to `profile/`. null: off. [iteration]"""
     profile_iterations: PositiveInt = 1
+    """Iterations under the profiler. [iterations]"""
 
 
 class DistributedConfig(Section):
-    """Limits on waiting for other ranks."""
+    """Timeouts and diagnosis of collectives."""
 
     timeout_minutes: PositiveFloat = 10.0
-    flight_recorder: NonNegativeInt = 2000  # collectives a rank remembers, written to failures/ when the run fails
+    """Longest wait of a collective for other ranks. [minutes]"""
+    flight_recorder: NonNegativeInt = 2000
+    """Collectives that a rank remembers and writes to `failures/` if the run fails. 0: off."""
 
 
 class Recipe(Section):
-    """A whole recipe. Made by `load_recipe`; the docstrings and comments of the sections say what each key means."""
+    """A whole recipe. Made by `load_recipe`."""
 
     seed: NonNegativeInt = 0
+    """Seed of the prompts' order and of the sampling."""
     run: RunConfig
+    """The run's folder and its checkpoints."""
     student: StudentConfig
+    """The model that is trained."""
     teacher: TeacherConfig
-    teachers: dict[NonEmptyStr, TeacherConfig] = {}  # several, each with the keys of `teacher` as defaults
+    """The model whose distribution the student learns."""
+    teachers: dict[NonEmptyStr, TeacherConfig] = {}
+    """Several teachers by name; each inherits the keys of `teacher` that it does not give."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """The loss."""
     data: DataConfig = DataConfig()
+    """The prompts."""
     rollout: RolloutConfig = RolloutConfig()
+    """Generation of the responses."""
     servers: ServersConfig = ServersConfig()
+    """The rollout's SGLang servers."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
+    """Transfer of weights to the servers."""
     train: TrainConfig
+    """Batch sizes and number of iterations."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Benchmarks."""
     reporting: ReportingConfig = ReportingConfig()
+    """Metrics outside the run's folder."""
     distributed: DistributedConfig = DistributedConfig()
+    """Timeouts and diagnosis of collectives."""
 
     def named_teachers(self) -> dict[str, TeacherConfig]:
-        """Every teacher under the name by which prompts ask for it (`data.teacher_field`); a lone one is ''."""
+        """Return every teacher under the name in the prompts' `data.teacher_field`; a single one under ''."""
         return self.teachers or {"": self.teacher}
 
     def resolve_signal(self, teacher: TeacherConfig) -> Literal["topk", "hidden", "logits"]:
-        """teacher.signal, with auto resolved: top-k where it serves the objective, else hidden states."""
+        """Return teacher.signal with auto resolved: top-k if it serves the objective, else hidden states."""
         if teacher.signal != "auto":
             return teacher.signal
-        served = teacher.placement == "served"  # which can give nothing else
+        served = teacher.placement == "served"  # SGLang returns nothing else
         return "topk" if served or self.objective.build_objective().refusal("topk") is None else "hidden"
 
     @model_validator(mode="after")
-    def _an_update_fits_into_an_iteration(self) -> Self:
+    def _check_mini_batch(self) -> Self:
         if self.train.mini_batch > self.train.prompts_per_iteration:
             raise ValueError(
                 f"train.mini_batch is {self.train.mini_batch}, more than train.prompts_per_iteration "
@@ -382,20 +314,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _servers_fit_the_engine(self) -> Self:
+    def _check_servers(self) -> Self:
         if self.rollout.engine == "local":
-            for name, given in (
+            for name, changed in (
                 ("servers", self.servers != ServersConfig()),
                 ("weight_sync", self.weight_sync != WeightSyncConfig()),
                 ("rollout.max_staleness", self.rollout.max_staleness > 0),
             ):
-                if given:
+                if changed:
                     raise ValueError(f"{name} differs from its default, which needs rollout.engine=sglang")
         if self.servers.placement == "colocated":
             if self.rollout.max_staleness:
-                raise ValueError(
-                    "rollout.max_staleness is 1: servers.placement=colocated writes while the trainer waits"
-                )
+                raise ValueError("rollout.max_staleness is 1: colocated servers generate while the trainer waits")
             if self.weight_sync.transport != "tensor":
                 raise ValueError("servers.placement=colocated needs weight_sync.transport=tensor")
         return self

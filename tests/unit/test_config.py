@@ -171,7 +171,7 @@ def test_keys_that_contradict_each_other_start_a_run(recipe: Path) -> None:
         ([SGLANG, "servers.api_key_file=key"], "for servers that run already; those started here get a key"),
         ([SGLANG, "servers.placement=colocated"], "servers.placement=colocated needs weight_sync.transport=tensor"),
         ([SGLANG, *COLOCATED, "servers.urls=[http://a:1]"], "for servers that the trainer starts: no URLs"),
-        ([SGLANG, *COLOCATED, "rollout.max_staleness=1"], "servers.placement=colocated writes while the trainer waits"),
+        ([SGLANG, *COLOCATED, "rollout.max_staleness=1"], "colocated servers generate while the trainer waits"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

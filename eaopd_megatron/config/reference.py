@@ -1,0 +1,150 @@
+"""What each key means: recipes/README.md, made from the schema, and the text of `eaopd show RECIPE --explain KEY`.
+
+python -m eaopd_megatron.config.reference > recipes/README.md
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+from eaopd_megatron.config import aliases
+from eaopd_megatron.config.loader import recipe_value
+from eaopd_megatron.config.schema import Recipe
+from eaopd_megatron.errors import RecipeError
+
+_HEAD = """\
+# Recipes
+
+<!-- Made from the schema; do not edit: python -m eaopd_megatron.config.reference > recipes/README.md -->
+
+A recipe is a YAML file of sections. It gives what differs from the defaults; `eaopd show RECIPE` prints all of it,
+`eaopd show RECIPE --explain KEY` where a value comes from and what it means. Required are `run.folder`,
+`student.model`, `teacher.model` and `train.iterations`. Keys and values are checked before anything starts.
+
+- **Inheritance.** `base: FILE`, or a list of files, names recipes to build on, relative to the file. Sections are merged
+  key by key, later files win, lists are replaced.
+- **Overrides.** `eaopd train RECIPE optimizer.lr=1e-5 student.tensor_parallel=4` replaces values; an override is YAML.
+- **References.** `${section.key}` stands for the value of that key.
+- **Paths** of models and data are looked up in the folder of the file that gives them, in the recipe's, and in the
+  working directory. Anything else is a hub id.
+- **Several teachers.** `teachers: {math: {model: A}, code: {model: B}}` names them; each has the keys of `teacher` and
+  inherits those it does not give. The prompt's field `data.teacher_field` chooses one.
+
+`countdown/` runs on two CPU cores (its README has results), `qwen3/` are the paper's pairs, `_base/` what they share.
+"""
+
+
+class KeyInfo(NamedTuple):
+    """The documentation of one key."""
+
+    key: str
+    type: str
+    default: str
+    unit: str
+    meaning: str
+    old_name: str
+
+
+def recipe_reference() -> str:
+    """Return the text of recipes/README.md."""
+    parts = [_HEAD]
+    top = [name for name in aliases.section_keys()[""] if name not in aliases.section_models()]
+    for section, names in (("", top), *((name, keys) for name, keys in aliases.section_keys().items() if name)):
+        title, text = (
+            (f"`{section}`", _section_text(section)) if section else ("Top level", "Keys outside of sections.")
+        )
+        header = "| key | type | default | unit | meaning |\n| --- | --- | --- | --- | --- |"
+        rows = "\n".join(_row(describe_key(f"{section}.{name}" if section else name)) for name in names)
+        parts.append(f"\n## {title}\n\n{text}\n\n{header}\n{rows}\n")
+    return "".join(parts)
+
+
+def explain(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
+    """Return value, origin, type, default, unit and meaning of a key, or of all keys of a section.
+
+    origins: as `load_with_origins` returns them. Raises RecipeError for a key that does not exist.
+    """
+    key = aliases.current_key(key)
+    kind = "teacher" if key.startswith("teachers.") and key.partition(".")[2] in recipe.teachers else key
+    if kind in aliases.section_models():
+        keys = [f"{key}.{name}" for name in aliases.section_keys()[kind]]
+        return "\n".join([f"{key}: {_section_text(kind)}\n", *(_explain_key(recipe, origins, one) for one in keys)])
+    return _explain_key(recipe, origins, key)
+
+
+def _explain_key(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
+    schema_key = aliases.teacher_schema_key(key)
+    value = recipe.model_dump()["teachers"] if key == "teachers" else recipe_value(recipe, key)
+    if schema_key not in aliases.value_keys():
+        raise RecipeError(aliases.unknown_key_message(key))
+    info = describe_key(schema_key)
+    source = origins.get(key) or origins.get(schema_key) or "the default"
+    lines = [("from", source), *((name, getattr(info, name)) for name in ("type", "default", "unit", "meaning"))]
+    lines.append(("old name", info.old_name))
+    body = "\n".join(_indented(name, text) for name, text in lines if text)
+    return f"{key} = {_shown(value)}\n{body}"
+
+
+def describe_key(key: str) -> KeyInfo:
+    """Return the documentation of a dotted key of the schema (`teacher.x` for that of `teachers.NAME.x`)."""
+    section, _, name = key.rpartition(".")
+    model = aliases.section_models()[section] if section else Recipe
+    field = model.model_fields[name]
+    meaning, _, unit = " ".join((field.description or "").split()).partition(" [")
+    default = "required" if field.is_required() else _shown(field.get_default())
+    old = aliases.old_key(key)
+    if old:
+        old = f"{old} (renamed in {aliases.RENAMED_SINCE}, works until {aliases.RENAMED_UNTIL})"
+    return KeyInfo(key, _type_text(_properties(section)[name]), default, unit.rstrip("]"), meaning, old or "")
+
+
+@cache
+def _properties(section: str) -> dict[str, Any]:
+    """The JSON schema of a section's keys."""
+    model = aliases.section_models()[section] if section else Recipe
+    return dict(model.model_json_schema()["properties"])
+
+
+def _section_text(section: str) -> str:
+    return " ".join((aliases.section_models()[section].__doc__ or "").split())
+
+
+_TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true, false", "null": "null"}
+_BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
+
+
+def _type_text(schema: Mapping[str, Any]) -> str:
+    """Return a JSON schema in words: 'integer ≥ 1 or null'."""
+    if "anyOf" in schema:
+        return " or ".join(_type_text(choice) for choice in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(schema["enum"])
+    if schema["type"] == "array":
+        return f"list of {_type_text(schema['items'])}"
+    if schema["type"] == "object":
+        return "teachers by name"
+    bounds = [f"{sign} {schema[name]:g}" for name, sign in _BOUNDS if name in schema]
+    return " ".join([_TYPES[schema["type"]], ", ".join(bounds)]).strip()
+
+
+def _row(info: KeyInfo) -> str:
+    meaning = f"{info.meaning} Old name: {info.old_name}." if info.old_name else info.meaning
+    default = info.default if info.default == "required" else f"`{info.default}`"
+    cells = (f"`{info.key}`", info.type, default, info.unit, meaning)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _indented(name: str, text: str) -> str:
+    return textwrap.fill(text, 100, initial_indent=f"  {name:<9} ", subsequent_indent=" " * 12)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+if __name__ == "__main__":
+    print(recipe_reference(), end="")
