@@ -43,7 +43,7 @@ class StudentConfig(Section):
     pipeline_parallel: PositiveInt = 1
     """Pipeline-parallel size. [ranks]"""
     virtual_pipeline: PositiveInt = 1
-    """Model chunks per rank; more than 1 selects the interleaved schedule and needs `pipeline_parallel` of 2 or more."""
+    """Model chunks per rank. 2 or more: the interleaved schedule; needs `pipeline_parallel` of 2 or more."""
     context_parallel: PositiveInt = 1
     """Context-parallel size: ranks that share the tokens of a micro-batch. [ranks]"""
     expert_parallel: PositiveInt = 1

@@ -25,8 +25,8 @@ A recipe is a YAML file of sections. It gives what differs from the defaults; `e
 `eaopd show RECIPE --explain KEY` where a value comes from and what it means. Required are `run.folder`,
 `student.model`, `teacher.model` and `train.iterations`. Keys and values are checked before anything starts.
 
-- **Inheritance.** `base: FILE`, or a list of files, names recipes to build on, relative to the file. Sections are merged
-  key by key, later files win, lists are replaced.
+- **Inheritance.** `base: FILE`, or a list of files, names recipes to build on, relative to the file. Sections are
+  merged key by key, later files win, lists are replaced.
 - **Overrides.** `eaopd train RECIPE optimizer.lr=1e-5 student.tensor_parallel=4` replaces values; an override is YAML.
 - **References.** `${section.key}` stands for the value of that key.
 - **Paths** of models and data are looked up in the folder of the file that gives them, in the recipe's, and in the

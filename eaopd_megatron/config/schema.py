@@ -1,5 +1,7 @@
 """The recipe: every section but those of the models, and the rules that hold between sections."""
 
+# ruff: noqa: RUF012  (pydantic copies mutable defaults)
+
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self

@@ -63,7 +63,7 @@ def test_help_waits_for_torch() -> None:
         (["--teacher", "math"], "the recipe has no teacher math; leave --teacher out"),
         (
             ["teachers.a.model=m", "teachers.b.model=m"],
-            "the recipe has teachers a, b: say which with --teacher",
+            "the recipe has teachers a, b: name one with --teacher",
         ),
         (["teachers.a.model=m", "--teacher", "c"], "the recipe has no teacher c; it has a"),
         (
