@@ -70,11 +70,11 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     elif is_rank:
         os.environ |= launch.rank_environment()
         parallel, _ = groups.init_distributed(layout)
-        conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=log_rank0)
+        conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, log=log_rank0)
         groups.shutdown_distributed()
     else:
         with conversion.single_process_group() as parallel:
-            conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, say=log_rank0)
+            conversion.import_folder(options.hf, options.out, parallel, verify=options.verify, log=log_rank0)
     return 0
 
 

@@ -37,7 +37,7 @@ def convert(options: argparse.Namespace) -> int:
     atomic.require_absent_or_empty(options.out, "--out")
     from eaopd_megatron.checkpoint import convert as conversion
 
-    conversion.export_checkpoint(options.checkpoint, options.out, verify=options.verify, say=log_rank0)
+    conversion.export_checkpoint(options.checkpoint, options.out, verify=options.verify, log=log_rank0)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Imports and exports as folders: what tools/hf_to_mcore.py and tools/mcore_to_hf.py do.
+"""Import and export of checkpoints as folders, the work of tools/hf_to_mcore.py and tools/mcore_to_hf.py.
 
-An import holds `sharded/` (the weights in torch_dist format), `hf/` (configuration and tokenizer) and
-`import.json`. A run's step folder holds the first two and `state.json`.
+An import holds `sharded/` (the weights in torch_dist format), `hf/` (configuration and tokenizer) and `import.json`.
+A run's step folder holds the first two and `state.json`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LogFunction = Callable[[str], None]
 
 
 def check_import(hf: str, layout: ParallelLayout) -> HfFolder:
-    """The folder, when it can be imported at this layout (UserError otherwise). Reads headers only."""
+    """Open the folder and raise UserError if it cannot be imported at this layout. Reads headers only."""
     folder = HfFolder.open(hf, "--hf")
     check_supported(folder.config, layout, folder.label)
     folder.check_tensors()
@@ -50,7 +50,7 @@ def check_import(hf: str, layout: ParallelLayout) -> HfFolder:
 
 
 def describe_conversion(folder: HfFolder, layout: ParallelLayout) -> Iterator[str]:
-    """One line a parameter: its stage, its Megatron name, cut and shape on a rank, the tensors that it is made of."""
+    """Yield a line per parameter: stage, Megatron name, shape of a shard, mapping, and Hugging Face tensors."""
     tied = folder.config.tie_word_embeddings
     placement = shard_placement(folder, layout)
     dtype = HF_DTYPE_NAMES[folder.dtype]
@@ -59,25 +59,25 @@ def describe_conversion(folder: HfFolder, layout: ParallelLayout) -> Iterator[st
     embeddings = "embeddings tied" if tied else "embeddings not tied"
     yield f"{folder.path}: {folder.family.architecture}, {dtype}, {vocabulary}, {embeddings}"
     yield "pipeline stage, expert-parallel rank: parameter [its shape on a rank] x ranks that share it = cut(tensors)"
-    for entry in folder.family.params(folder.config, own_output=not tied or layout.pipeline_parallel > 1):
-        expert_rank = placement.expert_rank(entry)
-        where = f"stage {placement.stage(entry)}" + ("" if expert_rank is None else f", expert rank {expert_rank}")
-        shape = f"{list(shard_shape(entry, placement))} x {placement.shards(entry)}"
-        made_of = ", ".join(f"{name} {list(shape)}" for name, shape in entry.hf_tensors)
-        yield f"{where}: {entry.megatron_name} {shape} = {entry.mapping.name}({made_of})"
+    for param in folder.family.params(folder.config, own_output=not tied or layout.pipeline_parallel > 1):
+        expert_rank = placement.expert_rank(param)
+        where = f"stage {placement.stage(param)}" + ("" if expert_rank is None else f", expert rank {expert_rank}")
+        shape = f"{list(shard_shape(param, placement))} x {placement.num_shards(param)}"
+        made_of = ", ".join(f"{name} {list(shape)}" for name, shape in param.hf_tensors)
+        yield f"{where}: {param.megatron_name} {shape} = {param.mapping.name}({made_of})"
 
 
-def import_folder(hf: str, out: Path, parallel: ParallelState, *, verify: bool, say: LogFunction) -> None:
+def import_folder(hf: str, out: Path, parallel: ParallelState, *, verify: bool, log: LogFunction) -> None:
     """Write the Hugging Face folder's weights as a distributed checkpoint, in their own dtype. Collective.
 
-    `out` appears when it is complete (and, with verify, when what was written gives transformers' logits).
+    `out` appears when it is complete and, with verify, its logits equal transformers'.
     """
     run_on_all_or_raise(parallel, lambda: require_absent_or_empty(out, "--out"))
     folder = check_import(hf, parallel.layout)
     model = build_model(folder.config, parallel.layout, folder.dtype)
     load_hf(model, folder, parallel)
     count = sum(parameter.numel() for parameter in model.parameters())
-    say(f"loaded {folder.path}: {count:,} parameters on the first rank, {HF_DTYPE_NAMES[folder.dtype]}")
+    log(f"loaded {folder.path}: {count:,} parameters on the first rank, {HF_DTYPE_NAMES[folder.dtype]}")
     with contextlib.ExitStack() as stack:
         begin = (
             (lambda: stack.enter_context(atomic_directory(out))) if parallel.is_main else (lambda: partial_path(out))
@@ -85,7 +85,7 @@ def import_folder(hf: str, out: Path, parallel: ParallelState, *, verify: bool, 
         partial = run_on_all_or_raise(parallel, begin)
         try:
             run_on_all_or_raise(
-                parallel, lambda: _write_companions(partial, folder, parallel) if parallel.is_main else None
+                parallel, lambda: _write_metadata(partial, folder, parallel) if parallel.is_main else None
             )
             save_sharded(partial / "sharded", sharded_training_state(model), parallel)
         except OSError as error:  # on every rank
@@ -96,15 +96,15 @@ def import_folder(hf: str, out: Path, parallel: ParallelState, *, verify: bool, 
             load_training_state(
                 written, None, load_sharded(partial / "sharded", sharded_training_state(written), parallel)
             )
-            verify_logits(written, folder, parallel, say)
-    run_on_all_or_raise(parallel, lambda: None)  # none leaves before the folder has its name
-    say(f"wrote {out}")
+            verify_logits(written, folder, parallel, log)
+    run_on_all_or_raise(parallel, lambda: None)  # wait until the folder is renamed
+    log(f"wrote {out}")
 
 
-def export_checkpoint(checkpoint: Path, out: Path, *, verify: bool, say: LogFunction) -> None:
-    """Write an import or a run's step folder, of any layout, as a Hugging Face folder of the same dtype.
+def export_checkpoint(checkpoint: Path, out: Path, *, verify: bool, log: LogFunction) -> None:
+    """Write an import or a run's step folder, saved at any layout, as a Hugging Face folder of the same dtype.
 
-    Needs a single process. A folder that fails `verify` (UserError) stays, for a look at it.
+    Needs a single process. A folder that fails `verify` (UserError) is left for inspection.
     """
     require_absent_or_empty(out, "--out")
     source = open_checkpoint(checkpoint)
@@ -112,15 +112,15 @@ def export_checkpoint(checkpoint: Path, out: Path, *, verify: bool, say: LogFunc
         check_supported(source.config, parallel.layout, source.label)
         model = build_model(source.config, parallel.layout, stored_dtype(checkpoint))
         load_training_state(model, None, load_sharded(checkpoint / "sharded", sharded_training_state(model), parallel))
-        say(f"loaded {checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters")
+        log(f"loaded {checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters")
         export_hf(model, parallel, source, out)
-        say(f"wrote {out}")
+        log(f"wrote {out}")
         if verify:
-            verify_logits(model, HfFolder.open(str(out), "--out"), parallel, say)
+            verify_logits(model, HfFolder.open(str(out), "--out"), parallel, log)
 
 
 def open_checkpoint(checkpoint: Path) -> HfFolder:
-    """Configuration and tokenizer of an import or a step folder. UserError where the folder is neither."""
+    """Open configuration and tokenizer of an import or a step folder. Raises UserError for other folders."""
     if not checkpoint.is_dir():
         raise UserError(f"--checkpoint: there is no folder {checkpoint}")
     imported, saved = ((checkpoint / file).is_file() for file in ("import.json", "state.json"))
@@ -135,7 +135,7 @@ def open_checkpoint(checkpoint: Path) -> HfFolder:
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:
-    """The dtype of a checkpoint's weights. UserError where the checkpoint holds no model or cannot be read."""
+    """Return the dtype of a checkpoint's weights. Raises UserError if it has no model or cannot be read."""
     try:
         stored = dist_checkpointing.load_tensors_metadata(str(checkpoint / "sharded"))
     except Exception as error:  # what a damaged pickle or JSON raises
@@ -148,8 +148,8 @@ def stored_dtype(checkpoint: Path) -> torch.dtype:
 
 @contextlib.contextmanager
 def single_process_group() -> Iterator[ParallelState]:
-    """Megatron's groups in this process alone."""
-    # The store is bound to a free port here, and held: no other process can take the port in between.
+    """Initialize Megatron's process groups for this process alone."""
+    # Port 0 binds a free port at once, so no other process can take it in between.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     before = dict(os.environ)
     os.environ |= {
@@ -168,42 +168,42 @@ def single_process_group() -> Iterator[ParallelState]:
         os.environ |= before
 
 
-def verify_logits(model: ModelChunks, reference: HfFolder, parallel: ParallelState, say: LogFunction) -> None:
+def verify_logits(model: ModelChunks, reference: HfFolder, parallel: ParallelState, log: LogFunction) -> None:
     """Compare the model's logits with transformers' on the same random tokens, both in fp32. Collective.
 
-    Turns the model into fp32. UserError where the logits differ by more than TOLERANCE · max(1, the largest logit).
+    Converts the model to fp32. Raises UserError if the logits differ by more than TOLERANCE · max(1, largest logit).
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(reference.vocab_size, (2, 32), generator=generator).to(parallel.device)
     logits = gather_logits(_as_fp32(model).eval(), tokens, parallel)
-    run_on_all_or_raise(parallel, lambda: _compare(logits, tokens, reference, say) if parallel.is_main else None)
+    run_on_all_or_raise(parallel, lambda: _compare(logits, tokens, reference, log) if parallel.is_main else None)
 
 
 def _as_fp32(model: ModelChunks) -> ModelChunks:
-    """The weights in fp32, and what pipeline stages exchange too."""
+    """Convert the weights, and the activations exchanged by pipeline stages, to fp32."""
     config = model.config
     config.params_dtype = config.pipeline_dtype = torch.float32
     config.bf16 = False
     return model.float()
 
 
-def _compare(logits: torch.Tensor, tokens: torch.Tensor, reference: HfFolder, say: LogFunction) -> None:
+def _compare(logits: torch.Tensor, tokens: torch.Tensor, reference: HfFolder, log: LogFunction) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    theirs: torch.nn.Module = AutoModelForCausalLM.from_pretrained(reference.path, dtype=torch.float32)
+    reference_model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(reference.path, dtype=torch.float32)
     with torch.no_grad():
-        expected = theirs.to(tokens.device).eval()(tokens).logits
+        expected = reference_model.to(tokens.device).eval()(tokens).logits
     difference = (logits[..., : reference.vocab_size] - expected).abs().max().item()
     limit = TOLERANCE * max(1.0, expected.abs().max().item())
     found = f"largest difference to transformers over {tokens.numel()} tokens' logits: {difference:.1e}"
-    say(f"verify: {found} (limit {limit:.1e})")
+    log(f"verify: {found} (limit {limit:.1e})")
     if not difference <= limit:  # also for NaN
         raise UserError(f"{reference.label}: verify failed: {found}, more than {limit:.1e}")
 
 
-def _write_companions(out: Path, folder: HfFolder, parallel: ParallelState) -> None:
+def _write_metadata(out: Path, folder: HfFolder, parallel: ParallelState) -> None:
     (out / "hf").mkdir()
     (out / "sharded").mkdir()
     folder.copy_config_and_tokenizer(out / "hf")

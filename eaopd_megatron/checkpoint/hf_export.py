@@ -1,4 +1,4 @@
-"""The parameters of all shards → a Hugging Face folder."""
+"""Gather the parameters of all ranks and write them as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from eaopd_megatron.utils.files import atomic_directory
 
 T = TypeVar("T")
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
-"""A model's Hugging Face tensors by name, one at a time."""
+"""Hugging Face tensors of a model, one at a time, as (name, tensor)."""
 
 HF_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 MAX_SHARD_BYTES = 5 * 10**9
-"""Of a safetensors file, at the most."""
+"""Maximum size of a safetensors file."""
 
 
 def gather_hf_tensors(
@@ -41,26 +41,26 @@ def gather_hf_tensors(
     on_device: keep the tensors on the shards' device (GPU) and send them from there; otherwise they go to host memory.
     A tensor that no layout shards may be the parameter itself.
     """
-    seats = RankMap(parallel)
+    rank_map = RankMap(parallel)
     placement = shard_placement(folder, parallel.layout)
     dtype = next(iter(shards.values())).dtype
     device = parallel.device if on_device else torch.device("cpu")
-    for entry in _entries(folder):
-        holders = seats.holders(placement, entry)
+    for param in _entries(folder):
+        holders = rank_map.holders(placement, param)
         if not parallel.is_main:
             if parallel.rank in holders:
-                _send(shards[entry.megatron_name], device)
+                _send(shards[param.megatron_name], device)
             continue
-        shape = shard_shape(entry, placement)
+        shape = shard_shape(param, placement)
         parts = [
-            shards[entry.megatron_name].detach().to(device)
+            shards[param.megatron_name].detach().to(device)
             if rank == parallel.rank
             else _receive(torch.empty(shape, dtype=dtype, device=device), rank)
             for rank in holders
         ]
-        merged = entry.mapping.merge(parts, placement.shard(entry))
-        del parts  # the tensors may be copied once more before the next ones come
-        yield from zip((name for name, _ in entry.hf_tensors), merged, strict=True)
+        merged = param.mapping.merge(parts, placement.shard_spec(param))
+        del parts  # the consumer may copy the tensors once more
+        yield from zip((name for name, _ in param.hf_tensors), merged, strict=True)
 
 
 def run_on_main(tensors: NamedTensors, parallel: ParallelState, work: Callable[[NamedTensors], T]) -> T | None:
@@ -73,7 +73,7 @@ def run_on_main(tensors: NamedTensors, parallel: ParallelState, work: Callable[[
     if parallel.is_main:
         try:
             result = work(tensors)
-        except Exception as raised:  # the other ranks still wait to send, and then for the outcome
+        except Exception as raised:  # raised below: the other ranks still have to send
             error = raised
     for _ in tensors:
         pass
@@ -92,9 +92,9 @@ def export_hf(
 ) -> None:
     """Write the model as the Hugging Face folder `out`: safetensors, configuration, tokenizer.
 
-    Collective over all ranks; global rank 0 writes. hf_source gives configuration and tokenizer, not weights.
-    dtype None: the model's own. Tensors are gathered and written one at a time. `out` appears when it is complete and
-    replaces an earlier one then; on a full disk all ranks raise UserError and `out` stays as it was.
+    Collective; global rank 0 writes. hf_source provides configuration and tokenizer. dtype None means the model's own.
+    Tensors are gathered and written one at a time. `out` appears, or is replaced, when it is complete; on a full disk
+    all ranks raise UserError and `out` stays as it was.
     """
     parameters: dict[str, torch.Tensor] = dict(model.global_parameters())
     if not model.gpts[-1].share_embeddings_and_output_weights and hf_source.config.tie_word_embeddings:
@@ -117,7 +117,7 @@ def write_hf(
     tensors: NamedTensors, source: HfFolder, out: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write gathered tensors, with `source`'s configuration and tokenizer, as the folder `out` (see `export_hf`)."""
-    plan = [PlannedTensor(name, shape, dtype) for entry in _entries(source) for name, shape in entry.hf_tensors]
+    plan = [PlannedTensor(name, shape, dtype) for param in _entries(source) for name, shape in param.hf_tensors]
     with atomic_directory(out) as folder:
         needed, free = sum(tensor.nbytes for tensor in plan), shutil.disk_usage(folder).free
         if needed > free:
@@ -132,7 +132,7 @@ def write_hf(
 
 
 def _write_config(source: HfFolder, folder: Path, dtype: torch.dtype) -> None:
-    """The source's config.json, with the dtype that was written under the key that its readers know."""
+    """Write the source's config.json with the written dtype under the key that the source uses."""
     config = read_json(source.path / "config.json", source.label)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = HF_DTYPE_NAMES[dtype]
@@ -140,7 +140,7 @@ def _write_config(source: HfFolder, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _send(shard: torch.Tensor, device: torch.device) -> None:
-    """To the main rank, over the backend of the device; any dtype passes as bytes."""
+    """Send a shard to the main rank as bytes, so that the backend need not support its dtype."""
     dist.send(shard.detach().to(device).contiguous().reshape(-1).view(torch.uint8), dst=0)
 
 

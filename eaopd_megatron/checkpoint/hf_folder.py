@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: configuration, end-of-sequence ids, tokenizer, and its tensors read slice by slice."""
+"""A Hugging Face model folder: configuration, end-of-sequence ids, tokenizer, and lazily read tensors."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ CONFIG_AND_TOKENIZER_FILES = (
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
-"""Keys of config.json that say nothing of the model."""
+"""Keys of config.json that do not describe the model."""
 _HUB_FILES = ["*.json", "*.safetensors", *(name for name in CONFIG_AND_TOKENIZER_FILES if not name.endswith(".json"))]
 
 
 class HfFolder:
-    """An opened folder. `open` has read config.json; weights and tokenizer are touched when they are asked for."""
+    """A model folder whose config.json has been read. Weights and tokenizer are read on first use."""
 
     def __init__(self, path: Path, name: str, config: Any, family: Family) -> None:
         self.path = path
@@ -48,20 +48,20 @@ class HfFolder:
 
     @classmethod
     def open(cls, path: str, name: str = "model") -> HfFolder:
-        """Open a folder, or download a hub id `owner/name` that is no folder here.
+        """Open a local folder, or download the hub id `owner/name`.
 
-        name: what the folder is to the user (`student.model`), the start of every error line.
-        Raises UserError: folder or config.json missing or broken, an architecture without a mapping.
+        name: the folder's role for the user (`student.model`), which starts every error line.
+        Raises UserError if the folder or config.json is missing or broken, or the architecture has no mapping.
         """
         folder = _find(path, name)
         label = f"{name}: {folder}"
         raw = read_json(folder / "config.json", label)
         family = family_of(raw.get("architectures"), label)
-        from transformers import AutoConfig  # two seconds that a wrong path should not cost
+        from transformers import AutoConfig  # takes two seconds to import: check the path first
 
         try:
             config = AutoConfig.from_pretrained(folder)
-        except Exception as error:  # transformers raises whatever the broken value raises
+        except Exception as error:  # any type, depending on the broken value
             raise UserError(f"{label}: config.json is broken: {_first_line(error)}") from None
         return cls(folder, name, config, family)
 
@@ -72,14 +72,17 @@ class HfFolder:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding without Megatron's padding."""
+        """Rows of the embedding, without Megatron's padding."""
         return int(self.config.vocab_size)
 
     @functools.cached_property
     def eos_ids(self) -> list[int]:
-        """Every id that ends a sequence, those of generation_config.json first; of several the tokenizer's own is the
-        first: an instructed Llama 3 lists the end of a text before that of a turn, with which it ends."""
-        found: list[int] = []
+        """End-of-sequence ids, those of generation_config.json first.
+
+        If there are several, the tokenizer's own comes first: Llama 3 Instruct lists the end-of-text id before the
+        end-of-turn id, but ends its answers with the latter.
+        """
+        eos_ids: list[int] = []
         sources = [getattr(self.config, "eos_token_id", None)]
         if (self.path / "generation_config.json").exists():
             sources.insert(0, read_json(self.path / "generation_config.json", self.label).get("eos_token_id"))
@@ -88,8 +91,8 @@ class HfFolder:
             if len(ids) > 1 and self._has_tokenizer:
                 own = self.tokenizer().eos_token_id
                 ids = sorted(ids, key=lambda token: token != own)
-            found += [int(token) for token in ids if token is not None and token not in found]
-        return found
+            eos_ids += [int(token) for token in ids if token is not None and token not in eos_ids]
+        return eos_ids
 
     @property
     def _has_tokenizer(self) -> bool:
@@ -97,46 +100,46 @@ class HfFolder:
 
     @functools.cached_property
     def files(self) -> TensorFiles:
-        """The safetensors files; opening them reads every header (UserError where one is missing or damaged)."""
+        """The folder's safetensors files. Reads all headers; raises UserError if one is missing or damaged."""
         return TensorFiles(self.path, self.label)
 
     def names(self) -> list[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return list(self.files.locations)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape from its file's header."""
+        """Return a tensor's shape, from the header of its file."""
         return self.files.locations[name].shape
 
     def slice(self, name: str) -> LazyTensor:
-        """A lazy tensor that reads only the rows and columns asked for."""
+        """Return a lazy tensor, of which indexing reads only the requested rows and columns."""
         return self.files.slice(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor in the dtype of its file. UserError where the folder has none of this name."""
+        """Return a tensor in the dtype of its file. Raises UserError if there is no such tensor."""
         return self.slice(name)[:]
 
     @property
     def dtype(self) -> torch.dtype:
-        """bfloat16 where every tensor is stored in it, else float32, which holds the others without loss."""
-        stored = {place.dtype for place in self.files.locations.values()}
+        """bfloat16 if every tensor is stored in bfloat16, else float32, which represents the others exactly."""
+        stored = {location.dtype for location in self.files.locations.values()}
         return torch.bfloat16 if stored == {"BF16"} else torch.float32
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A digest of config.json and the weights, the same for a copy in another folder or in other files.
+        """Digest of config.json and the weights, equal for copies in other folders or differently split files.
 
-        Of each tensor it takes name, dtype, shape and three rows (of a vector three pieces), so it costs next to
-        nothing for a model of any size: other weights of the same shape have another one, an edit of a few elements may
-        not. UserError as `check_tensors`.
+        Covers name, dtype and shape of each tensor and three of its rows (three pieces of a vector), so it is cheap at
+        any model size: it tells different weights apart, but may miss an edit of a few elements.
+        Raises UserError as `check_tensors` does.
         """
         self.check_tensors()
         raw = read_json(self.path / "config.json", self.label)
-        meaning = {key: value for key, value in raw.items() if key not in _IGNORED_CONFIG_KEYS}
-        digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
+        settings = {key: value for key, value in raw.items() if key not in _IGNORED_CONFIG_KEYS}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name in sorted(self.family.hf_shapes(self.config)):
-            shape, place, tensor = self.shape(name), self.files.locations[name], self.slice(name)
-            digest.update(f"{name} {place.dtype} {shape}".encode())
+            shape, location, tensor = self.shape(name), self.files.locations[name], self.slice(name)
+            digest.update(f"{name} {location.dtype} {shape}".encode())
             rows = shape[0] if shape else 1
             count = 1 if len(shape) > 1 else min(rows, 64)
             for start in (0, (rows - count) // 2, rows - count):
@@ -151,41 +154,43 @@ class HfFolder:
             raise UserError(f"{self.label}: no tokenizer: tokenizer.json is missing")
         try:
             return AutoTokenizer.from_pretrained(self.path)
-        except Exception as error:  # as above
+        except Exception as error:  # any type
             raise UserError(f"{self.label}: the tokenizer cannot be loaded: {_first_line(error)}") from None
 
     def tokenizer(self) -> Any:
-        """The folder's tokenizer, loaded once. UserError where there is none."""
+        """Return the folder's tokenizer, loaded once. Raises UserError if there is none."""
         return self._tokenizer
 
     def copy_config_and_tokenizer(self, out: Path) -> None:
-        """Copy config.json, generation_config.json and the tokenizer's files into out: all but the weights."""
+        """Copy config.json, generation_config.json and the tokenizer's files, that is, all but the weights."""
         for file in CONFIG_AND_TOKENIZER_FILES:
             if (self.path / file).exists():
                 shutil.copyfile(self.path / file, out / file)
 
     def check_tensors(self) -> None:
-        """Refuse (UserError) a folder where a tensor is missing, unknown, or of a shape or dtype that does not fit."""
-        places = self.files.locations
+        """Raise UserError if a tensor is missing, unknown, or of the wrong shape or dtype."""
+        locations = self.files.locations
         expected = self.family.hf_shapes(self.config)
-        missing = [name for name in expected if name not in places]
+        missing = [name for name in expected if name not in locations]
         if missing:
             raise UserError(f"{self.label}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
-        unused = [name for name in places if name not in expected and name not in self.family.tied_copies(self.config)]
+        unused = [
+            name for name in locations if name not in expected and name not in self.family.tied_copies(self.config)
+        ]
         if unused:
             architecture = self.family.architecture
             raise UserError(f"{self.label}: tensor {unused[0]} has no place in {architecture} ({len(unused)} such)")
         for name, shape in expected.items():
-            place = places[name]
-            if place.shape != shape:
+            location = locations[name]
+            if location.shape != shape:
                 raise UserError(
-                    f"{self.label}: tensor {name} has shape {list(place.shape)}, config.json asks for {list(shape)}"
+                    f"{self.label}: tensor {name} has shape {list(location.shape)}, config.json asks for {list(shape)}"
                 )
-            if place.dtype not in SAFETENSORS_DTYPES:
+            if location.dtype not in SAFETENSORS_DTYPES:
                 supported = ", ".join(sorted(SAFETENSORS_DTYPES))
-                raise UserError(f"{self.label}: tensor {name} is stored as {place.dtype}; supported: {supported}")
+                raise UserError(f"{self.label}: tensor {name} is stored as {location.dtype}; supported: {supported}")
         for copy, original in self.family.tied_copies(self.config).items():
-            if copy in places and not self._same(copy, original):
+            if copy in locations and not self._same(copy, original):
                 raise UserError(
                     f"{self.label}: {copy} differs from {original} although config.json ties them; "
                     "set tie_word_embeddings to false, or remove one"
@@ -200,7 +205,7 @@ class HfFolder:
 
 
 def check_same_tokenizer(teacher: HfFolder, student: HfFolder) -> None:
-    """Refuse (UserError) a teacher whose ids mean other texts than the student's."""
+    """Raise UserError if the teacher's token ids stand for other texts than the student's."""
     texts = [
         {token_id: text for text, token_id in folder.tokenizer().get_vocab().items()} for folder in (teacher, student)
     ]
@@ -214,9 +219,9 @@ def check_same_tokenizer(teacher: HfFolder, student: HfFolder) -> None:
 
 
 def common_vocab_size(folders: Sequence[HfFolder]) -> int:
-    """The vocabulary size that models of one tokenizer all have: the smallest.
+    """Return the vocabulary size shared by models with the same tokenizer: the smallest one.
 
-    Raises UserError where it has no row for a token of the tokenizer or for an end-of-sequence id.
+    Raises UserError if it is too small for a token of the tokenizer or for an end-of-sequence id.
     """
     smallest = min(folders, key=lambda folder: folder.vocab_size)
     highest = max([*smallest.tokenizer().get_vocab().values(), *(i for folder in folders for i in folder.eos_ids)])

@@ -1,4 +1,9 @@
-"""A folder's safetensors files: what their headers say, slices read on demand, and tensors written one by one."""
+"""Read and write safetensors files one tensor at a time.
+
+The safetensors package maps files: mapped pages count as the process's memory, and a file that shrinks meanwhile ends
+the process with SIGBUS. Reading only the requested bytes keeps an import's transient memory within twice the largest
+tensor and turns an I/O error into a message. The package's writer needs all tensors of a file at once.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ SAFETENSORS_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.ite
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor lies: its file and first byte there, its dtype as safetensors spells it, its shape."""
+    """Position of a tensor: file, first byte, dtype as safetensors spells it, shape."""
 
     file: Path
     start: int
@@ -32,29 +37,26 @@ class TensorLocation:
 
 
 class LazyTensor:
-    """A tensor in its file: `[a:b]`, `[:, a:b]` and `[:]` read what they name into memory of their own.
-
-    Nothing is mapped: a mapped file's pages count as the process's memory until the file is closed.
-    """
+    """A tensor in its file. Indexing by `[a:b]`, `[:, a:b]` or `[:]` reads these elements into new memory."""
 
     BLOCK = 2**24
-    """Bytes of whole rows that are read at a time where some columns of them are wanted."""
+    """Bytes of complete rows read at a time when only some columns are requested."""
 
-    def __init__(self, place: TensorLocation, label: str) -> None:
-        self.place = place
+    def __init__(self, location: TensorLocation, label: str) -> None:
+        self.location = location
         self.label = label
-        self.dtype = SAFETENSORS_DTYPES[place.dtype]
+        self.dtype = SAFETENSORS_DTYPES[location.dtype]
 
     def get_shape(self) -> Sequence[int]:
-        """As safetensors' slices have it."""
-        return self.place.shape
+        """Return the shape (the method of safetensors' own slices)."""
+        return self.location.shape
 
-    def __getitem__(self, wanted: slice | tuple[slice, slice]) -> torch.Tensor:
-        rows, columns = wanted if isinstance(wanted, tuple) else (wanted, None)
-        shape = self.place.shape or (1,)
+    def __getitem__(self, index: slice | tuple[slice, slice]) -> torch.Tensor:
+        rows, columns = index if isinstance(index, tuple) else (index, None)
+        shape = self.location.shape or (1,)
         start, end, _ = rows.indices(shape[0])
         if columns is None:
-            return self._rows(start, max(start, end)).reshape(-1, *self.place.shape[1:])
+            return self._rows(start, max(start, end)).reshape(-1, *self.location.shape[1:])
         first, last, _ = columns.indices(shape[1])
         out = torch.empty(end - start, last - first, dtype=self.dtype)
         step = max(1, self.BLOCK // (shape[1] * self.dtype.itemsize))
@@ -64,24 +66,26 @@ class LazyTensor:
         return out
 
     def _rows(self, start: int, end: int) -> torch.Tensor:
-        width = math.prod(self.place.shape[1:])
+        width = math.prod(self.location.shape[1:])
         out = torch.empty((end - start) * width, dtype=self.dtype)
-        left = out.view(torch.uint8).numpy().data
+        unread = out.view(torch.uint8).numpy().data
         try:
-            with self.place.file.open("rb", buffering=0) as stream:
-                stream.seek(self.place.start + start * width * self.dtype.itemsize)
-                while left:
-                    count = stream.readinto(left)
+            with self.location.file.open("rb", buffering=0) as stream:
+                stream.seek(self.location.start + start * width * self.dtype.itemsize)
+                while unread:
+                    count = stream.readinto(unread)
                     if not count:
-                        raise UserError(f"{self.label}: {self.place.file.name} ends inside a tensor")
-                    left = left[count:]
+                        raise UserError(f"{self.label}: {self.location.file.name} ends inside a tensor")
+                    unread = unread[count:]
         except OSError as error:
-            raise UserError(f"{self.label}: {self.place.file.name} cannot be read: {error.strerror or error}") from None
+            raise UserError(
+                f"{self.label}: {self.location.file.name} cannot be read: {error.strerror or error}"
+            ) from None
         return out
 
 
 def read_json(path: Path, label: str) -> dict[str, Any]:
-    """The object in a JSON file. UserError names the file and the place of the fault."""
+    """Return the object in a JSON file. Raises UserError naming the file and the error's position."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -96,7 +100,7 @@ def read_json(path: Path, label: str) -> dict[str, Any]:
 
 
 def read_header(file: Path, label: str) -> dict[str, TensorLocation]:
-    """The tensors that a safetensors file promises. UserError where the file is not as long as its header says."""
+    """Return the tensors in a safetensors file. Raises UserError if its length contradicts its header."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -110,7 +114,7 @@ def read_header(file: Path, label: str) -> dict[str, TensorLocation]:
                 )
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            places = {
+            locations = {
                 name: TensorLocation(file, 8 + length + item["data_offsets"][0], item["dtype"], tuple(item["shape"]))
                 for name, item in header.items()
             }
@@ -124,11 +128,11 @@ def read_header(file: Path, label: str) -> dict[str, TensorLocation]:
     if promised != size:
         what = "truncated" if size < promised else "damaged"
         raise UserError(f"{label}: {file.name} is {what}: its header promises {promised} bytes, the file has {size}")
-    return places
+    return locations
 
 
 class TensorFiles:
-    """The tensors of a Hugging Face folder, in one file or several with an index; only headers and slices are read."""
+    """The tensors of a Hugging Face folder, in one file or in several with an index. Reads headers and slices only."""
 
     def __init__(self, folder: Path, label: str) -> None:
         self.label = label
@@ -153,7 +157,7 @@ class TensorFiles:
             self.locations[name] = headers[file][name]
 
     def slice(self, name: str) -> LazyTensor:
-        """A lazy tensor: `[a:b]`, `[:, a:b]` and `[:]` read what they name. UserError where there is none."""
+        """Return a lazy tensor. Raises UserError if there is no such tensor."""
         if name not in self.locations:
             raise UserError(f"{self.label}: tensor {name} is missing")
         return LazyTensor(self.locations[name], self.label)
@@ -161,7 +165,7 @@ class TensorFiles:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written: its name, shape and dtype."""
+    """Name, shape and dtype of a tensor that is going to be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -173,9 +177,9 @@ class PlannedTensor:
 
 
 class TensorWriter:
-    """Writes planned tensors one after another into safetensors files, so that no more than one is ever held.
+    """Writes planned tensors one after another into safetensors files, holding one tensor at a time.
 
-    A file takes tensors up to max_shard_bytes (one tensor at least). More than one file gets an index.
+    A file takes tensors up to max_shard_bytes (at least one tensor). Several files get an index.
     """
 
     def __init__(self, folder: Path, plan: Sequence[PlannedTensor], max_shard_bytes: int) -> None:
@@ -200,7 +204,7 @@ class TensorWriter:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next planned tensor. ValueError where it is not the one that was planned."""
+        """Append the next planned tensor. Raises ValueError if another one was planned."""
         group, planned = self._order[self._next]
         if (name, tuple(tensor.shape)) != (planned.name, planned.shape):
             raise ValueError(f"planned {planned.name} {planned.shape}, got {name} {tuple(tensor.shape)}")

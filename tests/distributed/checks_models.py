@@ -118,7 +118,7 @@ def check_import(group: dist.ProcessGroup, folder: str, out: str, layout: dict[s
     """What was written has transformers' logits."""
     said: list[str] = []
     with arranged(ParallelLayout(**layout)) as parallel:
-        import_folder(folder, Path(out), parallel, verify=True, say=said.append)
+        import_folder(folder, Path(out), parallel, verify=True, log=said.append)
         assert any(line.startswith("verify: largest difference") for line in said) == parallel.is_main
 
 
@@ -160,7 +160,7 @@ def check_swapped_rows(group: dist.ProcessGroup, folder: str, tp: int) -> None:
                 logits = gather_logits(loaded(source, parallel, swaps=swaps), expected["tokens"], parallel)
                 close(logits[..., : source.vocab_size], theirs, "swapped logits")
         for wrong in ({one: source.vocab_size}, {1: 2, 3: 2}):
-            with raises(ValueError, "is no exchange of ids"):
+            with raises(ValueError, "is not a swap of ids"):
                 loaded(source, parallel, swaps=wrong)
         if source.config.tie_word_embeddings:
             with raises(ValueError, "untie=True"):
@@ -246,7 +246,7 @@ def check_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
 def check_import_on_a_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
     with arranged(ParallelLayout(2)) as parallel:
         with small_files(), raises(UserError, f"{out}: writing failed"):
-            import_folder(folder, Path(out), parallel, verify=False, say=print)
+            import_folder(folder, Path(out), parallel, verify=False, log=print)
         dist.barrier()
         assert not list(Path(out).parent.iterdir())
 

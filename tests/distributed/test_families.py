@@ -105,7 +105,7 @@ def test_one_process_exports_what_was_imported_at_any_layout(
 ) -> None:
     imported, out = tmp_path / "mcore", tmp_path / "hf"
     ranks.run(CHECKS, "check_import", folder=str(folders[name]), out=str(imported), layout=layout)
-    export_checkpoint(imported, out, verify=False, say=print)
+    export_checkpoint(imported, out, verify=False, log=print)
     one, other = (load_file(folder / "model.safetensors") for folder in (folders[name], out))
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())

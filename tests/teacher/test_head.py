@@ -53,7 +53,7 @@ def test_the_whole_model_is_read(teacher: tuple[HfFolder, torch.Tensor], monkeyp
     rows = LazyTensor._rows
 
     def counted(self: LazyTensor, start: int, end: int) -> torch.Tensor:
-        read.append((next(n for n, place in folder.files.locations.items() if place is self.place), end - start))
+        read.append((next(n for n, at in folder.files.locations.items() if at is self.location), end - start))
         return rows(self, start, end)
 
     monkeypatch.setattr(LazyTensor, "_rows", counted)

@@ -131,7 +131,7 @@ def test_parts_of_a_tensor_are_those_of_the_whole(folder: Path, monkeypatch: pyt
 def test_a_file_cut_short_while_it_is_read_is_named(folder: Path) -> None:
     lazy = HfFolder.open(str(folder), "student.model").slice("model.norm.weight")
     file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[: lazy.place.start + 1])
+    file.write_bytes(file.read_bytes()[: lazy.location.start + 1])
     assert refusal(lambda: lazy[:]) == f"student.model: {folder}: model.safetensors ends inside a tensor"
 
 
