@@ -159,7 +159,7 @@ def _hf_folder(model: str, folder: EvaluationFolder) -> tuple[Path, bool]:
         from eaopd_megatron.checkpoint.convert import export_checkpoint
 
         folder.path.mkdir(parents=True, exist_ok=True)
-        export_checkpoint(path, exported, verify=False, say=log_rank0)
+        export_checkpoint(path, exported, verify=False, log=log_rank0)
     return exported, True
 
 
