@@ -39,13 +39,13 @@ source "$root/slurm/lib/preflight.sh"
 source "$root/slurm/lib/services.sh"
 
 distil() {
+    begin
     local recipe="${EAOPD_RECIPE:-$1}" roles=() overrides allocation
     shift
     while (($#)) && [[ $1 != -- ]]; do
         roles+=("--${1%%=*}=${1#*=}")
         shift
     done
-    begin
     read -ra overrides <<<"${EAOPD_OVERRIDES:-}"
     allocation="$(allocate "$recipe" "${overrides[@]}" "${@:2}")" || finish $?
     # shellcheck disable=SC1090  # rendered
