@@ -96,7 +96,7 @@ def compare(url: str, key: str | None, requests: Sequence[GenerateRequest], roun
 
 def processor_time(requests: Sequence[GenerateRequest]) -> None:
     """Prints milliseconds of this process a request, with the double as another process."""
-    command = [sys.executable, "-u", "-m", "tests.sglang.double"]
+    command = [sys.executable, "-u", "-m", "tools.sglang_double.server"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as double:
         assert double.stdout is not None
         url = double.stdout.readline().split()[0]

@@ -41,9 +41,9 @@ from eaopd_megatron.rollout.weight_sync.distributed_transport import UpdateGroup
 from eaopd_megatron.rollout.weight_sync.session import UpdateSession  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.updater import WeightUpdater  # noqa: E402
 from eaopd_megatron.serving.client import SGLangClient  # noqa: E402
-from tests.distributed.memory_of_conversion import growth  # noqa: E402
-from tests.sglang.double import Double  # noqa: E402
-from tests.sglang.processes import in_a_loop  # noqa: E402
+from tools.lib.host_memory import growth  # noqa: E402
+from tools.sglang_double.processes import in_a_loop  # noqa: E402
+from tools.sglang_double.server import Double  # noqa: E402
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -34,11 +34,11 @@ sys.path.insert(0, str(ROOT))
 
 from eaopd_megatron.config import Recipe, load_recipe  # noqa: E402
 from eaopd_megatron.rollout.sglang.server import SGLANG_VENV_VARIABLE  # noqa: E402
-from tests.sglang.student_double import stand_in  # noqa: E402
 from tools.campaign_checks import check_metrics, check_prompts, compare, final_metrics, prompts_of  # noqa: E402
+from tools.sglang_double.student import stand_in  # noqa: E402
 
 RECIPE = ROOT / "recipes/countdown/eopd.yaml"
-PROGRAMS = ("sglang.launch_server", "tests.sglang.student_double")
+PROGRAMS = ("sglang.launch_server", "tools.sglang_double.student")
 SERVES = re.compile(r"^http://|Uvicorn running on")
 """A line of a server's log, double or real, that says that it serves."""
 AIMED = 0.3

@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eaopd_megatron.config import load_recipe  # noqa: E402
-from tests.end_to_end.runs import records  # noqa: E402
 from tools.campaign_kills import RECIPE, STALLED_SECONDS, Run  # noqa: E402
+from tools.lib.run_records import records  # noqa: E402
 
 OPTIONS = (
     *("teacher.placement=separate", "train.prompts_per_iteration=24", "train.mini_batch=12"),

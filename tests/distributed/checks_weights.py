@@ -25,7 +25,7 @@ from eaopd_megatron.rollout.weight_sync.transport import RunCoroutine
 from eaopd_megatron.rollout.weight_sync.updater import WeightUpdater
 from eaopd_megatron.serving.client import SGLangClient, Timeouts
 from tests.distributed.arranged import arranged
-from tests.sglang.processes import DoubleProcess, in_a_loop
+from tools.sglang_double.processes import DoubleProcess, in_a_loop
 
 BUCKET = 20_000
 """Bytes: some buckets for a tiny model, and tensors that are greater than one."""

@@ -8,11 +8,9 @@ model: the weights; largest: the largest tensor; import and export: how far the 
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +19,7 @@ from eaopd_megatron.checkpoint.hf_export import export_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.megatron.model import build_model
-
-
-def status(key: str) -> int:
-    """A line of /proc/self/status in bytes: VmRSS, VmHWM (its peak)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
-
-
-def growth(work: Callable[[], None]) -> int:
-    """How far the process's memory rises above what it is now while work runs."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what there is now
-    before = status("VmRSS")
-    work()
-    return max(0, status("VmHWM") - before)  # the kernel's counters lag by some pages
+from tools.lib.host_memory import growth
 
 
 class WholeFolder(HfFolder):

@@ -9,7 +9,7 @@ import pytest
 
 from eaopd_megatron.serving.readiness import EventLoopThread
 from tests.ranks import Ranks
-from tests.sglang.student_double import StudentDouble
+from tools.sglang_double.student import StudentDouble
 
 CHECKS = Path(__file__).with_name("checks_served.py")
 PAIR = Path(__file__).resolve().parents[2] / "recipes/countdown"

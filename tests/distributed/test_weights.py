@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny_models
 from tests.ranks import Ranks
-from tests.sglang.processes import DoubleProcess
+from tools.sglang_double.processes import DoubleProcess
 
 CHECKS = Path(__file__).with_name("checks_weights.py")
 MODELS: dict[str, dict[str, Any]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -23,7 +21,6 @@ SMALL = (
     "evaluation.interval=3",
     "run.save_interval=2",
 )
-TIMED = ("time/", "throughput/", "memory/", "rollout/tokens_per_second")
 
 
 class Command:
@@ -49,12 +46,6 @@ class Command:
             self.process.send_signal(signal.SIGTERM)
             raise
         return self.process.returncode, out, err
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """The run's metrics without what a clock measured."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMED)} for line in lines]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], limit: float = 180) -> None:

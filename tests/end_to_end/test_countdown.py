@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.end_to_end.runs import ROOT, SMALL, Command, alive, records, wait_for, workers_of
+from tests.end_to_end.runs import ROOT, SMALL, Command, alive, wait_for, workers_of
+from tools.lib.run_records import records
 
 Start = Callable[..., Command]
 RECIPE = "recipes/countdown/eopd.yaml"

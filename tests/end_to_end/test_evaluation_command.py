@@ -16,7 +16,7 @@ from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex
 from eaopd_megatron.evaluation.grading import DecodedResponse
 from eaopd_megatron.rollout.sglang.server import SGLANG_VENV_VARIABLE
 from tests.end_to_end.runs import ROOT, Command
-from tests.sglang.student_double import stand_in
+from tools.sglang_double.student import stand_in
 
 Start = Callable[..., Command]
 STUDENT = str(ROOT / "recipes/countdown/student")

@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from eaopd_megatron.rollout.sglang.server import SGLANG_VENV_VARIABLE, SGLangServers, SGLangSettings
-from tests.end_to_end.runs import ROOT, SMALL, Command, records, wait_for
-from tests.sglang.student_double import stand_in
+from tests.end_to_end.runs import ROOT, SMALL, Command, wait_for
+from tools.lib.run_records import records
+from tools.sglang_double.student import stand_in
 
 Start = Callable[..., Command]
 STUDENT = ROOT / "recipes/countdown/student"
@@ -34,7 +35,7 @@ def servers_of(command: Command) -> list[psutil.Process]:
     """The doubles that the command's ranks started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         ranks = psutil.Process(command.process.pid).children(recursive=True)
-        return [process for process in ranks if "tests.sglang.student_double" in process.cmdline()]
+        return [process for process in ranks if "tools.sglang_double.student" in process.cmdline()]
     return []
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.end_to_end.runs import Command, alive, records, wait_for, workers_of
+from tests.end_to_end.runs import Command, alive, wait_for, workers_of
+from tools.lib.run_records import records
 
 Start = Callable[..., Command]
 SHORT = (

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.end_to_end.runs import ROOT, SMALL, Command, records
+from tests.end_to_end.runs import ROOT, SMALL, Command
+from tools.lib.run_records import records
 
 RECIPE = "recipes/countdown/eopd.yaml"
 # One rank whose evaluation at an iteration ends as a signal ends one that servers write.

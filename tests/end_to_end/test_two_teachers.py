@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from eaopd_megatron.data import countdown
-from tests.end_to_end.runs import ROOT, Command, records
+from tests.end_to_end.runs import ROOT, Command
+from tools.lib.run_records import records
 
 Start = Callable[..., Command]
 COUNTDOWN = ROOT / "recipes/countdown"

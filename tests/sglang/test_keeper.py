@@ -18,9 +18,9 @@ from eaopd_megatron.rollout.sglang.server_manager import MAX_RESTARTS, ServerMan
 from eaopd_megatron.rollout.weight_sync.session import UpdateSession
 from eaopd_megatron.serving.client import Busy, ServerGone, SGLangClient
 from eaopd_megatron.serving.pool import NotYet
-from tests.sglang.double import Double
 from tests.sglang.test_pool import EXPECTED, QUICK
 from tests.sglang.test_router import RouterDouble
+from tools.sglang_double.server import Double
 
 COUNTDOWN = Path(__file__).resolve().parents[2] / "recipes/countdown"
 

@@ -14,7 +14,7 @@ import pytest
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.colocation import ColocatedServers, release_memory_occupation
 from eaopd_megatron.serving.client import ServerGone, SGLangClient, Timeouts
-from tests.sglang.double import Double
+from tools.sglang_double.server import Double
 
 PATIENCE = Timeouts(attempts=1)
 BODY = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4}}

@@ -17,7 +17,7 @@ from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
 from eaopd_megatron.rollout.sglang.wire import GenerateRequest, GenerationOutput, LengthLimits
 from eaopd_megatron.serving.client import SGLangClient, Timeouts
 from eaopd_megatron.serving.pool import NotYet, ServerPool
-from tests.sglang.double import Double
+from tools.sglang_double.server import Double
 
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=8, stop_token_ids=(109,))
 EXPECTED = ExpectedModel("Qwen3ForCausalLM", vocab_size=112, total_tokens=64)

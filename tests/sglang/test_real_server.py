@@ -33,10 +33,10 @@ from eaopd_megatron.serving.pool import ServerPool
 from eaopd_megatron.serving.process import _REDACTED
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.served import ServedBackend
-from tests.sglang.double import Double
 from tests.sglang.exchanges import CONTEXT, EXCHANGES, STUDENT, same
 from tests.sglang.pooled import pooled
-from tests.sglang.student_double import StudentDouble
+from tools.sglang_double.server import Double
+from tools.sglang_double.student import StudentDouble
 
 KEY = "a-key-for-this-test"
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=16, stop_token_ids=(109,))

@@ -18,8 +18,8 @@ from eaopd_megatron.rollout.sglang import identity
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, LogprobProbe, verify_server
 from eaopd_megatron.rollout.sglang.wire import GenerateRequest, LengthLimits, RequestAborted, WeightSpan, parse_output
 from eaopd_megatron.serving.client import Busy, SGLangClient, Timeouts, read_api_key
-from tests.sglang.double import Double
 from tests.sglang.pooled import pooled
+from tools.sglang_double.server import Double
 
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=4, stop_token_ids=(109,))
 REQUEST = GenerateRequest("r", [1, 2, 3], SAMPLING)

@@ -12,9 +12,9 @@ from eaopd_megatron.rollout.sglang.identity import ROUTER_READY_PATH, verify_wor
 from eaopd_megatron.rollout.sglang.wire import LengthLimits
 from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.serving.pool import ServerPool
-from tests.sglang.double import Double
-from tests.sglang.plain_http import PlainServer, Refused
 from tests.sglang.test_pool import QUICK, admit, collect, each_once, requests, run
+from tools.sglang_double.plain_http import PlainServer, Refused
+from tools.sglang_double.server import Double
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -19,7 +19,7 @@ from eaopd_megatron.rollout.sglang.wire import RequestAborted
 from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.served import ServedBackend
-from tests.sglang.double import Double, toy_policy
+from tools.sglang_double.server import Double, toy_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = Sample(Prompt("p", (5, 6, 7), {}), [20, 9, 111, 3], "stop", [], 0)

@@ -37,7 +37,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(module, "server_command", lambda cuda: [sys.executable, *arguments])
 
     monkeypatch.chdir(ROOT)
-    replace("-m", "tests.sglang.double")
+    replace("-m", "tools.sglang_double.server")
     yield replace
 
 
@@ -91,7 +91,7 @@ def test_a_port_that_was_taken_meanwhile_ends_the_run(
             if not marker.exists():
                 marker.touch()
                 sys.exit("[Errno 98] error while attempting to bind: address already in use")
-            runpy.run_module("tests.sglang.double", run_name="__main__")
+            runpy.run_module("tools.sglang_double.server", run_name="__main__")
             """
         ),
     )
@@ -153,7 +153,7 @@ def test_a_killed_trainer_leaves_its_servers(tmp_path: Path) -> None:
         import sys, time
         from pathlib import Path
         from eaopd_megatron.rollout.sglang import server as module
-        module.server_command = lambda cuda: [sys.executable, "-m", "tests.sglang.double"]
+        module.server_command = lambda cuda: [sys.executable, "-m", "tools.sglang_double.server"]
         settings = module.ServerSettings(Path("x"), context_length=64)
         with module.Servers(settings, 1, Path({str(tmp_path)!r})) as servers:
             print(servers.all[0].pid, flush=True)
@@ -177,7 +177,7 @@ def test_one_server_of_two_outlives_a_failed_start(program: Callable[..., None],
     program(
         "-c",
         "import runpy, sys; '31' in sys.argv and sys.exit('Error: no')\n"
-        "runpy.run_module('tests.sglang.double', run_name='__main__')",
+        "runpy.run_module('tools.sglang_double.server', run_name='__main__')",
     )
     servers = SGLangServers(SETTINGS, 2, tmp_path)
     servers.all[1].port = 31

@@ -21,7 +21,7 @@ from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangServers, SG
 from eaopd_megatron.rollout.sglang.wire import GenerateRequest, GenerationOutput, LengthLimits
 from eaopd_megatron.serving.client import SGLangClient
 from eaopd_megatron.serving.pool import ServerPool
-from tests.sglang.student_double import stand_in
+from tools.sglang_double.student import stand_in
 
 STUDENT = Path(__file__).resolve().parents[2] / "recipes/countdown/student"
 KEY = "a-key-for-this-test"

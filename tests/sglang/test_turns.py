@@ -38,7 +38,7 @@ def test_a_run_that_is_stopped_while_servers_write_cannot_be_saved(
 ) -> None:
     """The servers are ended with their event loop; the trainer has its memory all the same."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(server, "server_command", lambda cuda: [sys.executable, "-m", "tests.sglang.double"])
+    monkeypatch.setattr(server, "server_command", lambda cuda: [sys.executable, "-m", "tools.sglang_double.server"])
     recipe = load_recipe(ROOT / "recipes/countdown/eopd.yaml", COLOCATED)
     keeper = ServerManager(recipe, HfFolder.open(recipe.student.model), tmp_path, first_gpu=0, report=lambda _: None)
     memory, parallel = Memory(), SimpleNamespace(world_size=1)

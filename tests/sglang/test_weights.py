@@ -28,8 +28,8 @@ from eaopd_megatron.rollout.weight_sync.transport import (
     pack_buckets,
 )
 from eaopd_megatron.serving.client import Busy, SGLangClient
-from tests.sglang.double import Double
-from tests.sglang.processes import in_a_loop
+from tools.sglang_double.processes import in_a_loop
+from tools.sglang_double.server import Double
 
 SESSION = UpdateSession(seconds=5.0)
 

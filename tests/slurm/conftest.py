@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang.student_double import stand_in
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Site
+from tools.sglang_double.student import stand_in
 
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged", "shellcheck")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.runs import records
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, Site
+from tools.lib.run_records import records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 ONE_NODE = "qwen3_0.6b.sh"
@@ -50,7 +50,7 @@ def test_student_teacher_and_servers_do_not_find_each_other(site: Site, doubles:
     job.wait_for_iteration(2)
     key = (job.own_folder / "key").read_text().strip()
     assert oct((job.own_folder / "key").stat().st_mode & 0o777) == "0o600" and len(key) > 20
-    servers = running("tests.sglang.student_double")
+    servers = running("tools.sglang_double.student")
     (server,) = [one for one in servers if variable(one, "EAOPD_SHARED") == str(site.folder)]
     commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if key in command]

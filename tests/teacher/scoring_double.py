@@ -15,7 +15,7 @@ from eaopd_megatron.objective import summarise_teacher
 from eaopd_megatron.serving.readiness import EventLoopThread
 from eaopd_megatron.teacher.payload import HiddenStatePayload
 from eaopd_megatron.teacher.protocol import ScoreRequest, TeacherInfo
-from tests.sglang.plain_http import Died, PlainServer, Refused
+from tools.sglang_double.plain_http import Died, PlainServer, Refused
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 A process of its own, started with the command line of the real server, of which it ignores what it does not know::
 
-    python -m tests.sglang.student_double --model-path DIR [--port N] [--context-length N] [--config FILE] [...]
+    python -m tools.sglang_double.student --model-path DIR [--port N] [--context-length N] [--config FILE] [...]
 
 `stand_in` makes a folder of it that `$EAOPD_SGLANG_VENV` may name instead of SGLang's environment. All running
 requests are stepped as one batch, in fp32 and without a cache: it is for small models and short texts.
@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from tests.sglang.double import Double, command_line, serve
-from tests.sglang.qwen3 import Qwen3
+from tools.sglang_double.qwen3 import Qwen3
+from tools.sglang_double.server import Double, command_line, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,7 +95,7 @@ def stand_in(folder: Path) -> Path:
     python = folder / "bin" / "python"
     python.parent.mkdir(parents=True, exist_ok=True)
     # the first two arguments are those with which SGLang is named
-    command = shlex.join([sys.executable, "-m", "tests.sglang.student_double"])
+    command = shlex.join([sys.executable, "-m", "tools.sglang_double.student"])
     python.write_text(f'#!/bin/bash\nexport PYTHONPATH={shlex.quote(str(ROOT))}\nexec {command} "${{@:3}}"\n')
     python.chmod(0o755)
     return folder

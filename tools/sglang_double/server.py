@@ -5,7 +5,7 @@
     async with Double() as double:
         ... Client(double.url) ...
 
-and as a process of its own, which can be killed: `python -m tests.sglang.double [--port N] [--config FILE]`. It
+and as a process of its own, which can be killed: `python -m tools.sglang_double.server [--port N] [--config FILE]`. It
 prints its URL when it serves, takes faults (POST /faults, fields of `Faults`) and gives the weights that it got away
 (POST /weights, {"path": FILE} for torch.save).
 
@@ -34,9 +34,9 @@ from typing import Any
 
 import yaml
 
-from tests.sglang.controls import Controlled
-from tests.sglang.plain_http import Died, Refused
-from tests.sglang.prefill import logprob_fields
+from tools.sglang_double.controls import Controlled
+from tools.sglang_double.plain_http import Died, Refused
+from tools.sglang_double.prefill import logprob_fields
 
 SAMPLING_KEYS = {"max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos"}
 

@@ -9,10 +9,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.rollout.weight_sync.transport import RunCoroutine
-from tests.ranks import ROOT
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
@@ -46,7 +48,7 @@ class DoubleProcess:
         self.wait()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "tests.sglang.double", "--port", str(self._port)]
+        command = [sys.executable, "-m", "tools.sglang_double.server", "--port", str(self._port)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
         self._process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.sglang.plain_http import NULL, Died, PlainServer, Refused
+from tools.sglang_double.plain_http import NULL, Died, PlainServer, Refused
 
 if TYPE_CHECKING:
     import torch
 
-    from tests.sglang.weights import Receiver
+    from tools.sglang_double.weights import Receiver
 
 
 def _invalid(field: str) -> Refused:
@@ -73,7 +73,7 @@ class Controlled(PlainServer):
 
     @cached_property
     def _receiver(self) -> Receiver:
-        from tests.sglang.weights import Receiver  # torch, which a double that is given no weights does without
+        from tools.sglang_double.weights import Receiver  # torch, which a double that is given no weights does without
 
         return Receiver(self.load_weights)
 
