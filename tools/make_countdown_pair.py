@@ -13,10 +13,7 @@ mid-course, before its learning rate falls, so that it is a student with somethi
 import argparse
 import json
 import math
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eaopd_megatron.data import countdown
+from eaopd_megatron.utils.files import atomic_directory
 
 GATE_NATS = 0.8
 
@@ -198,10 +196,8 @@ def evaluate(
 
 
 def save(model: Qwen3ForCausalLM, folder: Path) -> None:
-    """Write a Hugging Face folder whole or not at all: beside its place first, then renamed into it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    """Write a Hugging Face folder atomically."""
+    with atomic_directory(folder) as partial:
         model.generation_config = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -210,14 +206,9 @@ def save(model: Qwen3ForCausalLM, folder: Path) -> None:
             eos_token_id=countdown.EOS_ID,
             pad_token_id=countdown.TOKEN_IDS[countdown.PAD_TOKEN],
         )
-        model.save_pretrained(partial / "new")
-        countdown.countdown_tokenizer().save_pretrained(partial / "new")
-        (partial / "new" / "model.safetensors").chmod(0o644)  # written readable by its owner alone
-        if folder.exists():
-            os.rename(folder, partial / "old")
-        os.rename(partial / "new", folder)
-    finally:
-        shutil.rmtree(partial)
+        model.save_pretrained(partial)
+        countdown.countdown_tokenizer().save_pretrained(partial)
+        (partial / "model.safetensors").chmod(0o644)  # it is written readable for its owner only
 
 
 def arguments() -> argparse.Namespace:

@@ -36,7 +36,7 @@ from eaopd_megatron.checkpoint.dist_checkpoint import (
 from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.utils.files import fsync_path
+from eaopd_megatron.utils.files import publish_directory
 
 
 class AsyncSaver:
@@ -223,7 +223,7 @@ class CheckpointStore:
             if not _COMPLETE.fullmatch(name) or dot + kind not in (_INCOMPLETE, _REPLACED, _REMOVED):
                 continue
             if dot + kind == _REPLACED and not path.with_name(name).exists():
-                path.rename(path.with_name(name))  # killed between the two renames of `_complete`
+                path.rename(path.with_name(name))  # killed between the two renames of `publish_directory`
             else:
                 shutil.rmtree(path)
 
@@ -296,16 +296,7 @@ def _complete(work: Path, final: Path, state: Mapping[str, Any], extra_files: Ca
     digests = _digests(work, names)
     files = {name: {"bytes": (work / name).stat().st_size, "sha256": digests[name]} for name in names}
     (work / _MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
-    for path in [*work.rglob("*"), work]:
-        fsync_path(path)
-    replaced = final.with_name(final.name + _REPLACED)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    work.rename(final)
-    fsync_path(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    publish_directory(work, final, final.with_name(final.name + _REPLACED))
 
 
 def _digests(folder: Path, names: list[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.utils.files import atomic_write
 from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE
 
 
@@ -52,7 +53,4 @@ def _report(message: str, code: int, *, user: bool) -> None:
         print(f"error: {message}" if user else f"error: rank {rank}: {message}", file=sys.stderr, flush=True)
         return
     record = {"message": message, "exit_code": code, "rank": rank, "user": user, "time": time.time()}
-    path = Path(f"{base}.{rank}")
-    temporary = path.with_suffix(f".{rank}.tmp")
-    temporary.write_text(json.dumps(record))
-    temporary.replace(path)
+    atomic_write(Path(f"{base}.{rank}"), json.dumps(record))

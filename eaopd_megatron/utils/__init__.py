@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models or ranks: files, the environment, log lines, process lifetime."""
+"""Helpers without knowledge of models and ranks: files, environment, log lines, process lifetime."""

@@ -1,4 +1,4 @@
-"""What a run ran on: versions of every package, the commit, the machine."""
+"""The environment of a run: package versions, commit and machine."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def git_commit() -> str | None:
-    """With "-dirty" where the checkout has changes that are not in it; None outside of a checkout."""
+    """Return the checkout's commit, with "-dirty" if it has uncommitted changes; None outside a checkout."""
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -24,7 +22,9 @@ def git_commit() -> str | None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """JSON values; a commit with changes that are not in it ends in "-dirty", and is null outside a checkout."""
+    """Return JSON values: Python, platform, `git_commit`, command line, CPUs, GPUs, CUDA and package versions."""
+    import torch
+
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -34,9 +34,9 @@ def describe_environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda if cuda else None,
-        "packages": {d.metadata["Name"]: d.version for d in sorted(metadata.distributions(), key=_name)},
+        "packages": {d.metadata["Name"]: d.version for d in sorted(metadata.distributions(), key=_lower_name)},
     }
 
 
-def _name(distribution: metadata.Distribution) -> str:
+def _lower_name(distribution: metadata.Distribution) -> str:
     return str(distribution.metadata["Name"]).lower()

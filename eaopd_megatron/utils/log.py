@@ -1,4 +1,4 @@
-"""Progress lines from the first rank."""
+"""Log lines of the first rank."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import os
 
 
 def log_rank0(text: str) -> None:
-    """A progress line, from the first rank alone."""
+    """Print a line on rank 0, or in a process without ranks; other ranks print nothing."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
