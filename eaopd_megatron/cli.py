@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from eaopd_megatron import __version__
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.launch.entrypoint import as_user_error
+
+if TYPE_CHECKING:
+    from eaopd_megatron.evaluation.evaluate import EvaluationRequest
 
 app = typer.Typer(
     help="On-policy distillation for Megatron-Core with the entropy-aware objective.",
@@ -23,16 +29,42 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.", show_default=False)]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="a.b.c=value", help="Settings that replace the recipe's.", show_default=False),
+    typer.Argument(metavar="a.b.c=value", help="Values that replace the recipe's.", show_default=False),
 ]
 
 
-@app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Train a student. Run again, it goes on from the last checkpoint.
+def expand_options(command: Callable[[Any], None]) -> Callable[..., None]:
+    """Give a verb that takes one dataclass of options a signature with the dataclass's fields, for typer.
+
+    The fields are annotated as typer's parameters are: `Annotated[int, typer.Option(...)] = 8`.
+    """
+    (options,) = (kind for name, kind in get_type_hints(command).items() if name != "return")
+    hints = get_type_hints(options, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            annotation=hints[field.name],
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+        )
+        for field in dataclasses.fields(options)
+    ]
+
+    def expanded(**values: Any) -> None:
+        command(options(**values))
+
+    expanded.__doc__ = command.__doc__
+    expanded.__annotations__ = hints
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return expanded
+
+
+@app.command("train", epilog="Example: eaopd train recipes/countdown/eopd.yaml run.folder=runs/mine seed=1")
+def train_command(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train the student. The same command resumes an interrupted run from its last checkpoint.
 
     Starts its own ranks on this host; under torchrun or srun it joins theirs.
     """
@@ -40,7 +72,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     arguments = ["train", recipe, *(overrides or [])]
     if is_started_rank():
-        _join(arguments)
+        _run_as_rank(arguments)
         return
 
     from eaopd_megatron.config import load_recipe
@@ -54,15 +86,13 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     raise typer.Exit(launch_ranks(arguments, student_world_size(loaded.student), log_folder=logs))
 
 
-@app.command()
-def teach(
+@app.command("teach", epilog="Example: eaopd teach my.yaml teacher.listen=0.0.0.0:8001 --teacher math")
+def teach_command(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    teacher: Annotated[
-        str, typer.Option(metavar="NAME", help="Which of the recipe's teachers, where it has several.")
-    ] = "",
+    teacher: Annotated[str, typer.Option(metavar="NAME", help="The teacher to serve, if the recipe has several.")] = "",
 ) -> None:
-    """Serve the recipe's separate teacher over HTTP, until SIGTERM.
+    """Serve the recipe's separate teacher over HTTP until SIGTERM.
 
     Starts its own ranks on this host; under torchrun or srun it joins theirs.
     """
@@ -70,7 +100,7 @@ def teach(
 
     arguments = ["teach", recipe, teacher, *(overrides or [])]
     if is_started_rank():
-        _join(arguments)
+        _run_as_rank(arguments)
         return
 
     from eaopd_megatron.config import load_recipe
@@ -80,8 +110,10 @@ def teach(
     raise typer.Exit(launch_ranks(arguments, teacher_world_size(layout)))
 
 
-@app.command()
-def evaluate(
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """Parameters of `eaopd evaluate`."""
+
     model: Annotated[
         str,
         typer.Argument(
@@ -89,11 +121,11 @@ def evaluate(
             help="A Hugging Face folder or hub id, a run's folder or one of its checkpoints.",
             show_default=False,
         ),
-    ],
+    ]
     more: Annotated[
         list[str] | None,
-        typer.Argument(metavar="BENCHMARK", help="Further benchmarks after --benchmarks.", show_default=False),
-    ] = None,
+        typer.Argument(metavar="BENCHMARK", help="More benchmarks, as with --benchmarks.", show_default=False),
+    ] = None
     benchmarks: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,153 +134,200 @@ def evaluate(
             "hub:owner/name[:config][@revision].",
             show_default=False,
         ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Responses a problem.")] = 8,
-    problems: Annotated[int | None, typer.Option(min=1, help="The first so many.", show_default="all")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the most probable token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.8,
-    max_response_tokens: Annotated[int, typer.Option(min=1)] = 8192,
-    seed: Annotated[int, typer.Option(min=0, help="Of the local engine's random numbers.")] = 1234,
+    ] = None
+    samples: Annotated[int, typer.Option(min=1, help="Responses per problem.")] = 8
+    problems: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.", show_default="all")] = None
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 1.0
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 0.8
+    max_response_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 8192
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the local engine's sampling.")] = 1234
     template: Annotated[
         str | None,
-        typer.Option(metavar="chat|base|raw", show_default="chat where the tokenizer has one, else raw"),
-    ] = None,
+        typer.Option(
+            metavar="chat|base|raw",
+            help="Template of the prompts.",
+            show_default="chat if the tokenizer has a chat template, else raw",
+        ),
+    ] = None
     suffix: Annotated[
-        str | None, typer.Option(help="A line after each problem.", show_default="asks for a box; Countdown: none")
-    ] = None,
+        str | None,
+        typer.Option(
+            help="Line appended to each problem.", show_default="asks for a boxed answer; Countdown: no suffix"
+        ),
+    ] = None
     fields: Annotated[
         str | None,
-        typer.Option(metavar="NAME=FIELD,...", help="A file's fields for problem, answer, id.", show_default=False),
-    ] = None,
+        typer.Option(metavar="NAME=FIELD,...", help="A file's fields for problem, answer and id.", show_default=False),
+    ] = None
     engine: Annotated[
-        str, typer.Option(metavar="local|sglang", help="local: ranks started for it; sglang: servers.")
-    ] = "local",
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks, or GPUs a server, that share the model.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that local ranks generate together.")] = 256,
-    servers: Annotated[int, typer.Option(min=1, help="Servers to start.")] = 1,
+        str, typer.Option(metavar="local|sglang", help="Generate on ranks of this host, or with SGLang servers.")
+    ] = "local"
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks, or GPUs of a server, per model.")] = 1
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that a local rank generates together.")] = 256
+    servers: Annotated[int, typer.Option(min=1, help="SGLang servers to start.")] = 1
     server_url: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="A server that runs already.", show_default=False)
-    ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="Such servers' key, mode 0600.", show_default=False)] = None,
-    max_running: Annotated[int, typer.Option(min=1, help="Responses that a server writes at the same time.")] = 64,
+    ] = None
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the servers' API key (mode 0600).", show_default=False)
+    ] = None
+    max_concurrent_requests: Annotated[
+        int, typer.Option(min=1, help="Responses that a server generates at the same time.")
+    ] = 64
+    max_running: Annotated[int | None, typer.Option(min=1, hidden=True)] = None  # old name, until 0.3
     out: Annotated[
         Path | None,
-        typer.Option(help="The folder; an unfinished evaluation in it goes on.", show_default="evaluations/MODEL"),
-    ] = None,
-    regrade: Annotated[bool, typer.Option("--regrade", help="Grade the folder's responses again.")] = False,
+        typer.Option(
+            help="Output folder; an unfinished evaluation in it is resumed.", show_default="evaluations/MODEL"
+        ),
+    ] = None
+    regrade: Annotated[
+        bool, typer.Option("--regrade", help="Grade the folder's responses again; generate nothing.")
+    ] = False
     compare: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Another evaluation to compare with.", show_default=False)
-    ] = None,
-) -> None:
-    """Score a model on benchmarks: avg@k, pass@k, majority vote, with intervals."""
-    from eaopd_megatron.data.sources import FieldNames
-    from eaopd_megatron.evaluation.evaluate import EvaluationRequest
-    from eaopd_megatron.evaluation.evaluate import run_evaluation as run
-    from eaopd_megatron.evaluation.generate import ServerChoice
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Also print the change from another evaluation.", show_default=False),
+    ] = None
 
-    names = [name.strip() for part in [*(benchmarks or []), *(more or [])] for name in part.split(",") if name.strip()]
-    request = EvaluationRequest(
-        model=model,
-        benchmarks=list(dict.fromkeys(names)),
-        samples=samples,
-        problems=problems,
-        temperature=temperature,
-        top_p=top_p,
-        max_response_tokens=max_response_tokens,
-        seed=seed,
-        template=_one_of("--template", template, "chat", "base", "raw") if template else None,
-        suffix=suffix,
-        fields=None if fields is None else FieldNames.parse(fields),
-        engine=_one_of("--engine", engine, "local", "sglang"),
-        tensor_parallel=tensor_parallel,
-        batch_size=batch_size,
-        servers=ServerChoice(tuple(server_url or ()), servers, tensor_parallel, max_running, api_key_file=api_key_file),
-        out=out,
-    )
-    raise typer.Exit(run(request, regrade=regrade, compare=compare))
+    def request(self) -> EvaluationRequest:
+        """Return the evaluation's request. Raises UserError for a value that no option takes."""
+        from eaopd_megatron.data.sources import FieldNames
+        from eaopd_megatron.evaluation.evaluate import EvaluationRequest
+        from eaopd_megatron.evaluation.generate import ServerChoice
+
+        if self.template:
+            _check_choice("--template", self.template, "chat", "base", "raw")
+        _check_choice("--engine", self.engine, "local", "sglang")
+        lists = [*(self.benchmarks or []), *(self.more or [])]
+        names = [name.strip() for part in lists for name in part.split(",") if name.strip()]
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(EvaluationRequest)}
+        servers = ServerChoice(
+            tuple(self.server_url or ()),
+            self.servers,
+            self.tensor_parallel,
+            self.max_running or self.max_concurrent_requests,
+            api_key_file=self.api_key_file,
+        )
+        return EvaluationRequest(
+            **{
+                **options,
+                "benchmarks": list(dict.fromkeys(names)),
+                "fields": None if self.fields is None else FieldNames.parse(self.fields),
+                "servers": servers,
+            }
+        )
 
 
-def _one_of(option: str, value: str, *allowed: str) -> Any:
+@app.command("evaluate", epilog="Example: eaopd evaluate runs/mine/student --benchmarks math500,aime24 --samples 8")
+@expand_options
+def evaluate_command(options: EvaluateOptions) -> None:
+    """Score a model on benchmarks: avg@k, pass@k and majority vote, with confidence intervals."""
+    from eaopd_megatron.evaluation.evaluate import run_evaluation
+
+    if options.max_running is not None:
+        print("warning: --max-running is now --max-concurrent-requests; the old name works until 0.3", file=sys.stderr)
+    raise typer.Exit(run_evaluation(options.request(), regrade=options.regrade, compare=options.compare))
+
+
+def _check_choice(option: str, value: str, *allowed: str) -> None:
     if value not in allowed:
         raise UserError(f"{option} {value}: expected {', '.join(allowed)}")
-    return value
 
 
-@app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]) -> None:
-    """Write report.html, with its plots, into a run's folder."""
+@app.command("report", epilog="Example: eaopd report runs/mine")
+def report_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)],
+) -> None:
+    """Write report.html, with its plots, into a run's folder, also while the run goes on."""
     from eaopd_megatron.reporting.run_report import write_run_report
 
     print(write_run_report(run))
 
 
-@app.command()
-def show(
+@app.command("show", epilog="Example: eaopd show recipes/countdown/eopd.yaml seed=1 --explain optimizer.lr")
+def show_command(
     recipe: RecipeFile,
     overrides: Overrides = None,
     key: Annotated[
-        str | None, typer.Option(metavar="a.b.c", help="Only this setting's value.", show_default=False)
+        str | None, typer.Option(metavar="KEY", help="Print only the value of this key.", show_default=False)
+    ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Print what a key, or each key of a section, means, and where its value comes from.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Print a recipe as it would be run: its bases, its overrides and every default."""
-    from eaopd_megatron.config import dump_recipe, load_recipe, recipe_value
+    """Print the recipe as it would run, with its bases, overrides and defaults. recipes/README.md lists all keys."""
+    from eaopd_megatron.config import dump_recipe, recipe_value
+    from eaopd_megatron.config.loader import load_with_origins
 
-    loaded = load_recipe(recipe, overrides or [])
-    if key is None:
+    loaded, origins = load_with_origins(recipe, overrides or [])
+    if explain is not None:
+        from eaopd_megatron.config.reference import explain_key
+
+        print(explain_key(loaded, origins, explain))
+    elif key is None:
         print(dump_recipe(loaded), end="")
     else:
         value = recipe_value(loaded, key)
         print(value if isinstance(value, str) else json.dumps(value))
 
 
-@app.command()
-def plan(
+@app.command("plan", epilog="Example: eaopd plan recipes/qwen3/4b_from_32b.yaml --gpus 8 --gpu h200")
+def plan_command(
     recipe: RecipeFile,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="GPUs to lay out.", show_default="the recipe's, or one host of 8")
+        int | None, typer.Option(min=1, help="Number of GPUs.", show_default="the recipe's, or one host of 8")
     ] = None,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="a100, h100, h200 or b200.")] = "h100",
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="Kind of GPU: a100, h100, h200 or b200.")] = "h100",
     gpu_memory: Annotated[
-        float | None, typer.Option(min=1.0, metavar="GIB", help="Memory of a GPU.", show_default="as its maker says")
+        float | None, typer.Option(min=1.0, metavar="GIB", help="Memory of a GPU, in GiB.", show_default="the GPU's")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Another teacher than the recipe's.", show_default=False)
+        str | None, typer.Option(metavar="MODEL", help="Plan with another teacher.", show_default=False)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the plan's numbers.", show_default=False)
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.", show_default=False)
     ] = None,
 ) -> None:
-    """Estimate memory, traffic and time before a run, and the layouts that fit. Exit code 1: the recipe's does not."""
-    from eaopd_megatron.planning.plan_recipe import plan_recipe as run
+    """Estimate memory, traffic and time before a run, and list the layouts that fit.
 
-    run(recipe, overrides or [], gpus=gpus, gpu=gpu, gpu_memory=gpu_memory, teacher=teacher, out=out)
+    The exit code is 1 if the recipe's own layout does not fit.
+    """
+    from eaopd_megatron.planning.plan_recipe import plan_recipe
+
+    plan_recipe(recipe, overrides or [], gpus=gpus, gpu=gpu, gpu_memory=gpu_memory, teacher=teacher, out=out)
 
 
-@app.command()
-def doctor(
+@app.command("doctor", epilog="Example: eaopd doctor recipes/countdown/eopd.yaml")
+def doctor_command(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="Also try its student and teachers.", show_default=False)
+        str | None,
+        typer.Argument(metavar="RECIPE", help="Also check its student and teachers.", show_default=False),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Check this machine: versions, devices, backends, and what is missing or harmful. Exit code 1: something is.
+    """Check versions, devices and backends of this machine. The exit code is 1 if something is missing or harmful.
 
-    With a recipe its student writes a few responses, on ranks of their own, and its teachers score how they stop: exit
-    code 1 as well where the two do not agree.
+    With a recipe, its student also generates a few responses, on ranks started for it, and its teachers score how they
+    end; the exit code is 1 as well if student and teacher do not agree.
     """
-    from eaopd_megatron.diagnostics.machine import check_machine as examine
+    from eaopd_megatron.diagnostics.machine import check_machine
 
-    harmful = examine()
+    code = check_machine()
     if recipe is None:
-        raise typer.Exit(harmful)
+        raise typer.Exit(code)
     from eaopd_megatron.diagnostics.eos_check import check_eos
 
-    raise typer.Exit(check_eos(recipe, overrides or []) or harmful)
+    raise typer.Exit(check_eos(recipe, overrides or []) or code)
 
 
-def _join(arguments: list[str]) -> None:
-    """This process is the rank that torchrun or srun started."""
+def _run_as_rank(arguments: list[str]) -> None:
+    """Run this process as the rank that torchrun or srun started."""
     from eaopd_megatron import worker
     from eaopd_megatron.launch.local_ranks import rank_environment
 
@@ -259,8 +338,8 @@ def _join(arguments: list[str]) -> None:
         os._exit(code)  # a failed rank must not wait for the others in the destructors of its process groups
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"eaopd-megatron {__version__}")
         raise typer.Exit
 
@@ -268,14 +347,14 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _eaopd(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The console script. The user's errors become one line on stderr and their exit code."""
+    """Run the command line. A user's error becomes one line on stderr and its exit code."""
     try:
         app(arguments, prog_name="eaopd")
     except Exception as raised:

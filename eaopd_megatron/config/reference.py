@@ -63,7 +63,7 @@ def recipe_reference() -> str:
     return "".join(parts)
 
 
-def explain(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
+def explain_key(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
     """Return value, origin, type, default, unit and meaning of a key, or of all keys of a section.
 
     origins: as `load_with_origins` returns them. Raises RecipeError for a key that does not exist.
@@ -72,11 +72,11 @@ def explain(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
     kind = "teacher" if key.startswith("teachers.") and key.partition(".")[2] in recipe.teachers else key
     if kind in aliases.section_models():
         keys = [f"{key}.{name}" for name in aliases.section_keys()[kind]]
-        return "\n".join([f"{key}: {_section_text(kind)}\n", *(_explain_key(recipe, origins, one) for one in keys)])
-    return _explain_key(recipe, origins, key)
+        return "\n".join([f"{key}: {_section_text(kind)}\n", *(_explain_one(recipe, origins, one) for one in keys)])
+    return _explain_one(recipe, origins, key)
 
 
-def _explain_key(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
+def _explain_one(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
     schema_key = aliases.teacher_schema_key(key)
     value = recipe.model_dump()["teachers"] if key == "teachers" else recipe_value(recipe, key)
     if schema_key not in aliases.value_keys():
