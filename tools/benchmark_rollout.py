@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eaopd_megatron.data.types import SamplingParams  # noqa: E402
-from eaopd_megatron.rollout.sglang.generation import GenerateCall  # noqa: E402
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server  # noqa: E402
-from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings  # noqa: E402
-from eaopd_megatron.rollout.sglang.wire import GenerateRequest, LengthLimits  # noqa: E402
-from eaopd_megatron.serving.client import SGLangClient, read_api_key  # noqa: E402
+from eaopd_megatron.rollout.sglang.requests import GenerateRequest, LengthLimits  # noqa: E402
+from eaopd_megatron.rollout.sglang.server import SGLangSettings, sglang_servers  # noqa: E402
+from eaopd_megatron.serving.http import SGLangClient, read_api_key  # noqa: E402
 from eaopd_megatron.serving.pool import ServerPool  # noqa: E402
+from eaopd_megatron.serving.supervisor import Supervisor  # noqa: E402
 
 STUDENT = ROOT / "recipes/countdown/student"
 CONCURRENT = 64
@@ -72,7 +72,7 @@ async def pooled(url: str, key: str | None, requests: Sequence[GenerateRequest])
     pool = ServerPool([SGLangClient(url, api_key=key, connections=CONCURRENT)], admit, report=lambda _: None)
     await pool.open()
     started = time.perf_counter()
-    answered = {completion.id async for completion in pool.run([GenerateCall(request) for request in requests])}
+    answered = {completion.id async for completion in pool.run(requests)}
     seconds = time.perf_counter() - started
     await pool.close()
     assert len(answered) == len(requests)
@@ -125,8 +125,8 @@ def main() -> None:
         settings = SGLangSettings(
             STUDENT, 128, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=CONCURRENT, api_key=key
         )
-        with tempfile.TemporaryDirectory() as logs, SGLangServers(settings, 1, Path(logs)) as servers:
-            compare(servers.all[0].url, key, requests, arguments.rounds)
+        with tempfile.TemporaryDirectory() as logs, Supervisor(sglang_servers(settings, 1, Path(logs))) as supervisor:
+            compare(supervisor.servers[0].url, key, requests, arguments.rounds)
     processor_time(requests)
 
 

@@ -37,12 +37,15 @@ warnings.simplefilter("ignore")  # about optional packages
 from eaopd_megatron.config.schema import TeacherConfig as Options  # noqa: E402
 from eaopd_megatron.data.types import Prompt, Sample  # noqa: E402
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState  # noqa: E402
-from eaopd_megatron.teacher.client import TeacherClient  # noqa: E402
 from eaopd_megatron.teacher.eos_map import TerminalMap  # noqa: E402
 from eaopd_megatron.teacher.protocol import TeacherInfo  # noqa: E402
 from eaopd_megatron.teacher.remote import RemoteTeacher  # noqa: E402
 from eaopd_megatron.teacher.router import TeacherRouter  # noqa: E402
-from eaopd_megatron.teacher.separate import SeparateBackend, SeparateScoreCall  # noqa: E402
+from eaopd_megatron.teacher.separate import (  # noqa: E402
+    SeparateBackend,
+    SeparateScoreCall,
+    TeacherClient,
+)
 from eaopd_megatron.teacher.service.listener import RequestQueue, TeacherHttpServer  # noqa: E402
 from eaopd_megatron.training.loop import train  # noqa: E402
 

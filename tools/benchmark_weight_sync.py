@@ -40,7 +40,7 @@ from eaopd_megatron.megatron.model import build_model  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.distributed_transport import UpdateGroup  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.session import UpdateSession  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.updater import WeightUpdater  # noqa: E402
-from eaopd_megatron.serving.client import SGLangClient  # noqa: E402
+from eaopd_megatron.serving.http import SGLangClient  # noqa: E402
 from tools.lib.host_memory import growth  # noqa: E402
 from tools.sglang_double.processes import in_a_loop  # noqa: E402
 from tools.sglang_double.server import Double  # noqa: E402

@@ -29,12 +29,12 @@ from eaopd_megatron.data.types import Prompt, Sample, SamplingParams  # noqa: E4
 from eaopd_megatron.launch.entrypoint import run_entrypoint  # noqa: E402
 from eaopd_megatron.objective import Objective, TeacherTopK, entropy_bounds  # noqa: E402
 from eaopd_megatron.objective.token_losses import gate_of  # noqa: E402
-from eaopd_megatron.rollout.sglang.generation import GenerateCall  # noqa: E402
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server  # noqa: E402
-from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings  # noqa: E402
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS, GenerateRequest  # noqa: E402
-from eaopd_megatron.serving.client import SGLangClient  # noqa: E402
+from eaopd_megatron.rollout.sglang.requests import GenerateRequest, required_context_length  # noqa: E402
+from eaopd_megatron.rollout.sglang.server import SGLangSettings, sglang_servers  # noqa: E402
+from eaopd_megatron.serving.http import SGLangClient  # noqa: E402
 from eaopd_megatron.serving.pool import ServerPool  # noqa: E402
+from eaopd_megatron.serving.supervisor import Supervisor  # noqa: E402
 from eaopd_megatron.teacher.eos_map import TerminalMap  # noqa: E402
 from eaopd_megatron.teacher.served import ServedBackend, ServedScoreCall  # noqa: E402
 
@@ -67,12 +67,12 @@ def main() -> None:
 @contextmanager
 def served(folder: HfFolder) -> Iterator[str]:
     """URL of a server that holds the model."""
-    context = LONGEST + RESERVED_TOKENS + SLACK_TOKENS
+    context = required_context_length(LONGEST)
     settings = SGLangSettings(
         folder.path, context, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=RUNNING
     )
-    with tempfile.TemporaryDirectory() as logs, SGLangServers(settings, 1, Path(logs)) as servers:
-        yield servers.all[0].url
+    with tempfile.TemporaryDirectory() as logs, Supervisor(sglang_servers(settings, 1, Path(logs))) as supervisor:
+        yield supervisor.servers[0].url
 
 
 def source(student: HfFolder, teacher: HfFolder, k: int) -> ServedBackend:
@@ -84,7 +84,7 @@ def source(student: HfFolder, teacher: HfFolder, k: int) -> ServedBackend:
 async def write(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
     """A response to each prompt."""
     expected = ExpectedModel(student.family.architecture, student.vocab_size, LONGEST)
-    calls = [GenerateCall(GenerateRequest(str(i), prompt.token_ids, sampling)) for i, prompt in enumerate(prompts)]
+    calls = [GenerateRequest(str(i), prompt.token_ids, sampling) for i, prompt in enumerate(prompts)]
     pool = ServerPool([SGLangClient(url, connections=RUNNING)], partial(verify_server, expected=expected))
     await pool.open()
     samples = [done.to_sample(prompts[int(done.id)], int(done.id)) async for done in pool.run(calls)]

@@ -10,7 +10,6 @@ import contextlib
 import json
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +20,12 @@ from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex, read_prompts
 from eaopd_megatron.evaluation.grading import DecodedResponse
-from eaopd_megatron.rollout.sglang import generation as writing
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
-from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings
-from eaopd_megatron.rollout.sglang.server_manager import MAX_RESTARTS, SLACK_TOKENS
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, GenerateRequest, LengthLimits
-from eaopd_megatron.serving.client import SGLangClient, read_api_key
+from eaopd_megatron.rollout.sglang.requests import GenerateRequest, LengthLimits, required_context_length
+from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings, sglang_servers
+from eaopd_megatron.serving.http import EventLoopThread, SGLangClient, read_api_key
 from eaopd_megatron.serving.pool import ServerPool
-from eaopd_megatron.serving.readiness import EventLoopThread
+from eaopd_megatron.serving.supervisor import RestartPolicy, Supervisor
 
 
 def generate_on_ranks(
@@ -135,13 +132,12 @@ def generate_on_servers(
     sampling = SamplingParams.from_json(settings["sampling"])
     prompts = {name: read_prompts(folder.prompts(name)) for name in missing}
     longest = max(len(prompt.token_ids) for some in prompts.values() for prompt in some) + sampling.max_new_tokens
-    config = model.config.to_dict()
-    expected = ExpectedModel(model.family.architecture, model.vocab_size, longest, config=config)
+    expected = ExpectedModel.of(model, longest)
     tokenizer = model.tokenizer()
     with _pool(choice, model, longest, folder.path / "servers", expected, report) as (loop, pool):
         for name, places in missing.items():
             calls = [
-                writing.GenerateCall(GenerateRequest(f"{problem}-{sample}", prompts[name][problem].token_ids, sampling))
+                GenerateRequest(f"{problem}-{sample}", prompts[name][problem].token_ids, sampling)
                 for problem, sample in places
             ]
             loop.run(_write(pool.run(calls), folder, name, len(places), tokenizer, report))
@@ -177,49 +173,28 @@ def _pool(
     """The servers as one, and the loop in which it lives."""
     with contextlib.ExitStack() as stack:
         key = None if choice.api_key_file is None else read_api_key(choice.api_key_file)
-        servers: SGLangServers | None = None
-        # the kernel ends the servers with the thread that started them: one thread starts them all, and lives on
-        starter = stack.enter_context(ThreadPoolExecutor(1))
+        servers: list[SGLangServer] = []
         urls = choice.urls
         if not urls:
             key = secrets.token_urlsafe(24)
             settings = SGLangSettings(
                 model.path,
-                longest + RESERVED_TOKENS + SLACK_TOKENS,
+                required_context_length(longest),
                 tensor_parallel=choice.tensor_parallel,
                 precision="bf16" if model.dtype.itemsize == 2 else "fp32",
                 mem_fraction_static=choice.memory_fraction,
                 max_concurrent_requests=choice.max_running,
                 api_key=key,
             )
-            servers = SGLangServers(settings, choice.count, logs)
-            starter.submit(servers.__enter__).result()
-            stack.callback(servers.__exit__)
-            urls = [server.url for server in servers.all]
+            servers = sglang_servers(settings, choice.count, logs)
+            stack.enter_context(Supervisor(servers, policy=RestartPolicy(4), report=report))
+            urls = [server.url for server in servers]
         loop = stack.enter_context(EventLoopThread())
         clients = [SGLangClient(url, api_key=key, connections=choice.max_running) for url in urls]
         pool = ServerPool(clients, partial(verify_server, expected=expected), report=report)
         loop.run(pool.open())
         stack.callback(lambda: loop.run(pool.close()))
-        for server, client in zip(servers.all if servers else (), clients, strict=False):
-            server.on_exit = _restart(server.start, starter, partial(loop.call_soon, pool.mark_lost, client), report)
+        for server, client in zip(servers, clients, strict=False):
+            server.on_exit = partial(loop.call_soon, pool.mark_lost, client)
             stack.callback(setattr, server, "on_exit", None)
         yield loop, pool
-
-
-def _restart(
-    start: Callable[[], None], starter: ThreadPoolExecutor, lost: Callable[[str], None], report: Callable[[str], None]
-) -> Callable[[str], None]:
-    """What is called when a server has died: it is started again, unless it dies again and again."""
-    deaths = 0
-
-    def died(why: str) -> None:
-        nonlocal deaths
-        deaths += 1
-        lost(why)
-        if deaths < MAX_RESTARTS:
-            starter.submit(start)
-        else:
-            report(f"a server died {MAX_RESTARTS} times and is not started again: it {why}")
-
-    return died

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.client import Busy, ServerGone
+from eaopd_megatron.serving.http import Busy, ServerGone
 from eaopd_megatron.utils.log import log_rank0
 
 _MAX_ATTEMPTS = 8

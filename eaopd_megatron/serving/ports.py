@@ -1,4 +1,4 @@
-"""Addresses and ports of a job's processes: the node's own address, and ports that no other job on the node gets."""
+"""Addresses and ports: the address of this node, and ports that no other process or job gets."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ import psutil
 from eaopd_megatron.errors import UserError
 
 PORT_RANGE_VARIABLE, INTERFACE_VARIABLE = "EAOPD_PORTS", "EAOPD_INTERFACE"
-_DEFAULT_PORT_RANGE = "15000-29999"
-"""Below the range from which the kernel gives ports to outgoing connections."""
-_JOB_STRIDE = 101
-"""Between the first choices of neighbouring jobs, so that their ports lie apart."""
+_DEFAULT_PORT_RANGE = "15000-29999"  # below the kernel's range for outgoing connections
+_JOB_STRIDE = 101  # between the first choices of neighbouring jobs, so that their ports lie apart
 
 
 def node_address(environment: Mapping[str, str] = os.environ) -> str:
-    """The address at which other nodes reach this one: that of $EAOPD_INTERFACE, else the node's name's."""
+    """Return the address at which other nodes reach this one: that of $EAOPD_INTERFACE or of the node's name."""
     if interface := environment.get(INTERFACE_VARIABLE):
-        found = psutil.net_if_addrs().get(interface)
-        if found is None:
-            there = ", ".join(sorted(psutil.net_if_addrs()))
-            raise UserError(f"{INTERFACE_VARIABLE} is {interface}, which this node has not (it has {there})")
-        for one in found:
+        addresses = psutil.net_if_addrs().get(interface)
+        if addresses is None:
+            available = ", ".join(sorted(psutil.net_if_addrs()))
+            raise UserError(f"{INTERFACE_VARIABLE} is {interface}, which this node has not (it has {available})")
+        for one in addresses:
             if one.family == socket.AF_INET:
                 return str(one.address)
         raise UserError(f"{INTERFACE_VARIABLE} is {interface}, which has no IPv4 address")
@@ -40,40 +38,51 @@ def node_address(environment: Mapping[str, str] = os.environ) -> str:
         ) from None
 
 
+def reserve_port() -> tuple[socket.socket, int]:
+    """Reserve a free port of 127.0.0.1 for as long as the returned socket is open.
+
+    Only a process that binds with SO_REUSEADDR, as servers do, can use it. Without the reservation, a server that is
+    restarted may find an outgoing connection on its port.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved, int(reserved.getsockname()[1])
+
+
 class PortClaim:
-    """A port that is this process's, and that of the program which it becomes, until that ends."""
+    """A port that belongs to this process, and to the program that it becomes by exec, until that ends."""
 
     def __init__(self, port: int, claim: socket.socket) -> None:
         self.port, self._claim = port, claim
 
     def keep_across_exec(self) -> None:
-        """Past exec, too."""
         self._claim.set_inheritable(True)
         self._claim.detach()
 
 
 def claim_port(address: str, *, first: int | None = None, seed: int = 0, wait_seconds: float = 20.0) -> PortClaim:
-    """A port of this node that nothing listens on and that no other job's process holds.
+    """Claim a port of this node that nothing listens on and no other job's process has claimed.
 
-    first: the one to have, and no other; it may take `patience` seconds for its last owner to be gone. seed: where the
-    search through $EAOPD_PORTS begins. Raises UserError where there is none.
+    first: claim this port and no other, waiting up to `wait_seconds` for its previous owner to end. seed: where the
+    search through $EAOPD_PORTS begins. Raises UserError if there is none.
     """
     if first is not None:
         deadline = time.monotonic() + wait_seconds
-        while (held := _try_port(address, first)) is None:
+        while (claim := _try_port(address, first)) is None:
             if time.monotonic() > deadline:
                 raise UserError(f"port {first} of {address} is taken by another process")
             time.sleep(0.2)
-        return held
+        return claim
     low, high = port_range()
-    for port in _in_turn(low, high, seed):
-        if held := _try_port(address, port):
-            return held
+    for port in _search_order(low, high, seed):
+        if claim := _try_port(address, port):
+            return claim
     raise UserError(f"every port of {PORT_RANGE_VARIABLE}={low}-{high} is taken on {address}: name others")
 
 
 def port_range(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """The first and the last port of $EAOPD_PORTS. Raises UserError."""
+    """Return the first and last port of $EAOPD_PORTS. Raises UserError."""
     text = environment.get(PORT_RANGE_VARIABLE) or _DEFAULT_PORT_RANGE
     with suppress(ValueError):
         low, high = (int(part) for part in text.split("-"))
@@ -84,21 +93,21 @@ def port_range(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     )
 
 
-def _in_turn(low: int, high: int, seed: int) -> Iterator[int]:
+def _search_order(low: int, high: int, seed: int) -> Iterator[int]:
     count = high - low + 1
     return (low + (seed * _JOB_STRIDE + i) % count for i in range(count))
 
 
 def _try_port(address: str, port: int) -> PortClaim | None:
     # A name in Linux' abstract namespace belongs to one process of the host, whatever its user or container, and is
-    # free again when that has ended.
+    # free again when that process ends.
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that were closed a minute ago are gone
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores connections closed a minute ago
     try:
         claim.bind(f"\0eaopd-port-{port}")
         probe.bind((address, port))
-        probe.listen(1)  # with SO_REUSEADDR only this finds one that listens on all addresses
+        probe.listen(1)  # with SO_REUSEADDR, only this detects a listener on all addresses
     except OSError as error:
         claim.close()
         if error.errno == errno.EADDRNOTAVAIL:

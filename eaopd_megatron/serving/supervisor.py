@@ -1,79 +1,318 @@
-"""Servers that are started, and started again when they die, until they are no longer wanted."""
+"""Start servers, wait until they serve, and restart those that die, under one restart policy."""
 
 from __future__ import annotations
 
+import asyncio
+import signal
+import subprocess
 import threading
-from collections import Counter
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol, Self, TypeVar
 
-from eaopd_megatron.serving.process import ServerProcess, stop_servers, wait_until_serving
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from eaopd_megatron.errors import UserError
+from eaopd_megatron.serving.http import Busy, ServerGone
+from eaopd_megatron.serving.process import BIND_ATTEMPTS, ServerProcess, stop_servers
 from eaopd_megatron.utils.log import log_rank0
 
-DEATHS = 3
-"""A server that dies so often in a row, without having served, is not started again."""
 _POLL_SECONDS = 0.2
+_READY_REPORT_ATTEMPTS = 15  # one a second
+T = TypeVar("T")
+
+
+@dataclass
+class RestartPolicy:
+    """Whether one process that died is restarted: up to `max_restarts` times in a row.
+
+    reset_after_ready: the count starts anew once the server answers that it is ready; otherwise only `reset` does that.
+    """
+
+    max_restarts: int
+    reset_after_ready: bool = True
+    deaths: int = 0  # in a row
+
+    def allows_restart(self) -> bool:
+        """Count a death; return whether to restart the process."""
+        self.deaths += 1
+        return self.deaths <= self.max_restarts
+
+    @property
+    def exhausted(self) -> bool:
+        return self.deaths > self.max_restarts
+
+    def reset(self) -> None:
+        self.deaths = 0
 
 
 class Supervisor:
-    """One thread starts all of them, because the kernel ends a server with the thread that started it."""
+    """Runs servers in the background. As a context manager it waits until all serve, and stops them at the end.
+
+    One thread starts all servers, because the kernel kills a server when the thread that started it ends.
+    """
 
     def __init__(
-        self, servers: Sequence[ServerProcess], *, minutes: float, report: Callable[[str], None] = log_rank0
+        self,
+        servers: Sequence[ServerProcess],
+        *,
+        minutes: float = 15.0,
+        policy: RestartPolicy | None = None,
+        report: Callable[[str], None] = log_rank0,
     ) -> None:
-        """minutes: for all to serve, at first."""
+        """minutes: limit on the first start of all servers. policy: of each server, by default 2 restarts in a row."""
+        self.servers = servers
         self.ready: Future[None] = Future()
-        """Done once all have served; a UserError where one did not come to."""
-        self._servers, self._minutes, self._report = servers, minutes, report
+        """Done once all servers have served; holds a UserError if one failed to start."""
+        policy = policy or RestartPolicy(2)
+        self._policies = {server: RestartPolicy(policy.max_restarts, policy.reset_after_ready) for server in servers}
+        self._minutes, self._report = minutes, report
+        self._starting: set[ServerProcess] = set()
+        self._stopped: set[ServerProcess] = set()  # on purpose, until `resume`
+        self._paused = False
+        self._lock = threading.Lock()  # held while servers are started or stopped
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
+    def __enter__(self) -> Self:
+        self.start()
+        try:
+            self.ready.result()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def start(self) -> None:
-        """They are started in the background."""
+        """Start all servers in the background."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends them all. A second call does nothing."""
+        """Stop all servers. A second call does nothing."""
         self._ending.set()
         while self._thread.is_alive():
-            if not self.ready.done():  # it waits for them, and may be about to start one
-                stop_servers(self._servers)
+            if not self.ready.done():  # the thread may be about to start one
+                stop_servers(self.servers)
             self._thread.join(_POLL_SECONDS)
+
+    def reset(self, server: ServerProcess) -> None:
+        """The server works: its deaths so far no longer count."""
+        self._policies[server].reset()
+
+    def pause(self, servers: Iterable[ServerProcess]) -> None:
+        """Stop these servers, and restart none until `resume`."""
+        with self._lock:
+            self._paused = True
+            self._stopped.update(servers)
+            stop_servers(list(self._stopped))
+
+    def resume(self) -> None:
+        """Start the servers that `pause` stopped or that died since."""
+        with self._lock:
+            self._paused = False
 
     def _run(self) -> None:
         try:
-            self._supervise()
-        finally:
-            stop_servers(self._servers)  # before this thread ends, and they with it
-
-    def _supervise(self) -> None:
-        try:
-            for server in self._servers:
+            for server in self.servers:
                 server.start()
-            wait_until_serving(self._servers, limit=60 * self._minutes, report=self._report)
-        except Exception as error:
+            wait_until_serving(self.servers, limit=60 * self._minutes, report=self._report)
+        except BaseException as error:
+            stop_servers(self.servers)
             self.ready.set_exception(error)
             return
         self.ready.set_result(None)
-        deaths: Counter[ServerProcess] = Counter()
-        starting: set[ServerProcess] = set()
-        while not self._ending.wait(_POLL_SECONDS):
-            for server in self._servers:
-                if server.alive():
-                    if server in starting and server.ready():
-                        starting.remove(server)
-                        deaths[server] = 0
-                elif deaths[server] < DEATHS:
-                    deaths[server] += 1
-                    starting.add(server)
-                    self._restart(server, deaths[server])
+        try:
+            while not self._ending.wait(_POLL_SECONDS):
+                for server in self.servers:
+                    self._look_at(server)
+        finally:
+            stop_servers(self.servers)  # before this thread ends, and they with it
 
-    def _restart(self, server: ServerProcess, deaths: int) -> None:
-        if deaths == DEATHS:
-            self._report(
-                f"{server.kind} {server.url} died {DEATHS} times in a row and is not started again: "
-                f"it {server.exit_reason()}"
-            )
-        elif not self._ending.is_set():
-            self._report(f"{server.kind} {server.url} is started again: it {server.exit_reason()}")
+    def _look_at(self, server: ServerProcess) -> None:
+        policy = self._policies[server]
+        if server.alive():
+            if server in self._starting and policy.reset_after_ready and server.ready():
+                self._starting.remove(server)
+                policy.reset()
+            return
+        with self._lock:
+            if self._paused or policy.exhausted or self._ending.is_set():
+                return
+            if server in self._stopped:
+                self._stopped.remove(server)
+            elif not policy.allows_restart():
+                self._report(
+                    f"{server.kind} {server.url} died {policy.deaths} times in a row and is not started again: "
+                    f"it {server.exit_reason()}"
+                )
+                return
+            else:
+                self._report(f"{server.kind} {server.url} is started again: it {server.exit_reason()}")
+            self._starting.add(server)
             server.start()
+
+
+def wait_until_serving(
+    servers: Sequence[ServerProcess],
+    *,
+    limit: float = 900.0,
+    interval: float = 15.0,
+    report: Callable[[str], None] = log_rank0,
+) -> None:
+    """Return when all servers serve. Raises UserError when one dies, or does not serve within `limit` seconds.
+
+    report: gets a line every `interval` seconds and at the end.
+    """
+    kind, plural = servers[0].kind, "s" * (len(servers) > 1)
+    started = reported = time.monotonic()
+    waiting = dict.fromkeys(range(len(servers)), 1)  # index: starts
+    report(f"starting {len(servers)} {kind}{plural}")
+    while waiting:
+        now = time.monotonic()
+        for i in list(waiting):
+            server = servers[i]
+            if not server.alive():
+                reason = server.exit_reason()
+                if not server.port_was_taken() or waiting[i] == BIND_ATTEMPTS:
+                    raise UserError(f"{kind} {i} did not start; it {reason}")
+                waiting[i] += 1
+                server.port = 0
+                server.start()
+            elif server.ready():
+                del waiting[i]
+            elif now - started > limit:
+                raise UserError(f"{kind} {i} does not serve after {limit:g} s; it {server.exit_reason()}")
+        if waiting and now - reported > interval:
+            reported = now
+            first = min(waiting)
+            report(f"{kind} {first} is starting since {now - started:.0f} s: {servers[first].last_line()[:120]}")
+        if waiting:
+            time.sleep(_POLL_SECONDS)
+    report(f"{len(servers)} {kind}{plural} ready after {time.monotonic() - started:.0f} s")
+
+
+class _HasUrl(Protocol):
+    @property
+    def url(self) -> str: ...
+
+
+C = TypeVar("C", bound=_HasUrl)
+
+
+async def wait_until_ready(
+    client: C, check: Callable[[C], Awaitable[T]], *, kind: str, minutes: float, report: Callable[[str], None]
+) -> T:
+    """Return what `check` returns once the server answers. Raises ServerGone or Busy after `minutes`, and UserError."""
+
+    def waiting(state: RetryCallState) -> None:
+        if state.attempt_number % _READY_REPORT_ATTEMPTS == 1 and state.outcome is not None:
+            report(f"waiting for {kind} {client.url}: {state.outcome.exception()}")
+
+    retrying = AsyncRetrying(
+        retry=retry_if_exception_type((ServerGone, Busy)),
+        stop=stop_after_delay(60 * minutes),
+        wait=wait_fixed(1.0),
+        before_sleep=waiting,
+        reraise=True,
+    )
+    return await retrying(check, client)
+
+
+async def wait_until_any_ready(
+    clients: Sequence[C],
+    check: Callable[[C], Awaitable[object]],
+    *,
+    kind: str,
+    minutes: float,
+    report: Callable[[str], None],
+) -> None:
+    """Wait for all servers; after `minutes` go on without those that are not ready.
+
+    Raises UserError if none is ready, and whatever else `check` raises.
+    """
+    ready = (wait_until_ready(client, check, kind=kind, minutes=minutes, report=report) for client in clients)
+    results = await asyncio.gather(*ready, return_exceptions=True)
+    missing = []
+    for client, result in zip(clients, results, strict=True):
+        if isinstance(result, ServerGone | Busy):
+            missing.append(f"{client.url}: {result}")
+        elif isinstance(result, BaseException):
+            raise result
+    if not missing:
+        return
+    reasons = "; ".join(missing)
+    if len(missing) == len(clients):
+        raise UserError(
+            f"no {kind} is there after {minutes:g} minutes ({reasons}): start one, or raise its startup_timeout_minutes"
+        )
+    report(f"going on without {kind}s that are not there after {minutes:g} minutes: {reasons}")
+
+
+def supervise_command(
+    command: Sequence[str],
+    *,
+    name: str,
+    log: Path,
+    stderr: Path,
+    lost_file: Path,
+    ending_file: Path,
+    policy: RestartPolicy,
+    healthy_seconds: float = 300.0,
+    environment: Mapping[str, str] | None = None,
+    report: Callable[[str], None] = log_rank0,
+) -> None:
+    """Run a command, again whenever it ends, until SIGTERM (passed on to it), `ending_file`, or the policy's limit.
+
+    A command that ran for `healthy_seconds` counts as having been ready. log: the command's own log. stderr: file that
+    gets its standard error, used for the reason when the log is empty. lost_file: written, with the reason, when the
+    command is given up. SIGUSR1 is ignored. Call it from the main thread.
+    """
+    process: subprocess.Popen[bytes] | None = None
+    stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+        if process is not None:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    while not stopping:
+        started = time.monotonic()
+        with stderr.open("wb") as errors:
+            process = subprocess.Popen(command, stderr=errors, env=environment)
+            if stopping:  # the signal came before the process existed
+                process.terminate()
+            process.wait()
+        if stopping or ending_file.exists():
+            return
+        if policy.reset_after_ready and time.monotonic() - started >= healthy_seconds:
+            policy.reset()
+        reason = f"{_last_line(log, stderr)} (log: {log})"
+        if not policy.allows_restart():
+            message = f"{name} died {policy.deaths} times in a row and is not started again: {reason}"
+            lost_file.write_text(f"{message}\n")
+            report(message)
+            return
+        report(f"{name} died and is started again: {reason}")
+        time.sleep(1.0)
+
+
+def _last_line(*files: Path) -> str:
+    """Return the last line that is not blank of the first file that has one."""
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        except OSError:
+            continue
+        if text := [line for line in lines if line.strip()]:
+            return text[-1][:200]
+    return "it wrote nothing"

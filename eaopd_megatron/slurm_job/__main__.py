@@ -43,7 +43,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _wait(options: argparse.Namespace) -> None:
-    from eaopd_megatron.serving.client import read_api_key
+    from eaopd_megatron.serving.http import read_api_key
     from eaopd_megatron.slurm_job.services import wait_for_services
 
     urls = wait_for_services(

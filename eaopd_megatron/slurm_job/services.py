@@ -13,14 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-import httpx
-
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.server import SGLangServer
 from eaopd_megatron.rollout.sglang.server_manager import rollout_server_settings
-from eaopd_megatron.serving.client import read_api_key
+from eaopd_megatron.serving.http import read_api_key, server_is_ready
 from eaopd_megatron.slurm_job.allocate import staged_path
 from eaopd_megatron.utils.files import atomic_directory
 from eaopd_megatron.utils.log import log_rank0
@@ -64,7 +62,9 @@ def serve_rollouts(recipe: Recipe, listen: str, key_file: Path, log: Path) -> No
     longest = recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
     if recipe.evaluation.benchmarks:  # the lengths of their problems are unknown here
         longest = positions
-    settings = rollout_server_settings(recipe, student, longest, read_api_key(key_file))
+    settings = rollout_server_settings(
+        recipe.servers, student, recipe.student.precision, longest, read_api_key(key_file)
+    )
     # max_prompt_tokens may exceed the real prompts, and SGLang refuses more than the model has positions for
     context = min(settings.context_length, positions)
     server = SGLangServer(replace(settings, context_length=context, host=host), log)
@@ -125,10 +125,9 @@ def wait_for_services(
 
 
 def _ready_url(url_file: Path, key: str) -> str | None:
-    with suppress(FileNotFoundError, httpx.TransportError):
+    with suppress(FileNotFoundError):
         url = url_file.read_text().strip()
-        headers = {"Authorization": f"Bearer {key}"}
-        if url and httpx.get(f"{url}/ready", headers=headers, timeout=5.0, trust_env=False).status_code == 200:
+        if url and server_is_ready(url, key):
             return url
     return None
 

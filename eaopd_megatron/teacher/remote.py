@@ -28,9 +28,9 @@ from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.model import DTYPES
 from eaopd_megatron.objective import TeacherHidden
-from eaopd_megatron.serving.client import read_api_key
+from eaopd_megatron.serving.http import FUTURE_POLL_SECONDS, EventLoopThread, poll_until_done, read_api_key
 from eaopd_megatron.serving.pool import C, L, PoolCall, ServerPool
-from eaopd_megatron.serving.readiness import FUTURE_POLL_SECONDS, Arrival, EventLoopThread, poll_until_done
+from eaopd_megatron.serving.supervisor import wait_until_any_ready
 from eaopd_megatron.teacher.base import TeacherSignal, require_row_count
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import PayloadFormat, TopKPayload, load_top_k, store_top_k
@@ -263,7 +263,9 @@ class RemoteTeacher(Generic[C, L]):
 
     async def _wait_until_ready(self, clients: Sequence[C], admit: Callable[[C], Awaitable[L]]) -> None:
         try:
-            await Arrival(_KIND, self._options.startup_timeout_minutes, self._report).of_all(clients, admit)
+            await wait_until_any_ready(
+                clients, admit, kind=_KIND, minutes=self._options.startup_timeout_minutes, report=self._report
+            )
         finally:
             for client in clients:
                 await client.close()

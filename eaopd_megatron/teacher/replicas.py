@@ -15,11 +15,10 @@ from eaopd_megatron.config import Recipe, dump_recipe
 from eaopd_megatron.config.schema import TeacherConfig as Options
 from eaopd_megatron.config.schema import teacher_key
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.rollout.sglang.requests import required_context_length
 from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, SLACK_TOKENS
-from eaopd_megatron.serving.client import read_api_key
+from eaopd_megatron.serving.http import poll_until_done, read_api_key
 from eaopd_megatron.serving.process import ServerProcess
-from eaopd_megatron.serving.readiness import poll_until_done
 from eaopd_megatron.serving.supervisor import Supervisor
 from eaopd_megatron.utils.files import atomic_write
 
@@ -92,7 +91,7 @@ class TeacherReplicas:
         options = self._options
         settings = SGLangSettings(
             HfFolder.open(options.model, f"{teacher_key(self._name)}.model").path,
-            longest + RESERVED_TOKENS + SLACK_TOKENS,
+            required_context_length(longest),
             tensor_parallel=len(gpus),
             precision=options.precision,
             mem_fraction_static=options.mem_fraction_static,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,20 +11,47 @@ import torch
 from eaopd_megatron.data.packing import split_into_micro_batches
 from eaopd_megatron.data.types import Sample
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.client import Busy
-from eaopd_megatron.teacher.client import TeacherClient
+from eaopd_megatron.serving.http import Busy, HttpClient, HttpResponse
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest, TeacherInfo
 
 
+class TeacherClient(HttpClient):
+    """Client of one `eaopd teach`."""
+
+    key_setting = "teacher.api_key_file"
+
+    async def score(self, body: bytes, size: int) -> torch.Tensor:
+        """POST /score; return the answer's `size` bytes [size] uint8.
+
+        Raises ServerGone at once, Busy after `timeouts.attempts`, and UserError for a request that it refuses or an
+        answer of another size.
+        """
+        answer = await self.fetch("POST", "/score", body, seconds=self.timeouts.generate, size=size)
+        content = answer.content
+        if len(content) != size:
+            raise UserError(f"{self.url}/score answered {len(content)} bytes, and not {size}: it is another teacher")
+        return torch.frombuffer(content if isinstance(content, bytearray) else bytearray(content), dtype=torch.uint8)
+
+    async def info(self) -> TeacherInfo:
+        """Return what this teacher is. Raises as `score`, and UserError for a server that is no such teacher."""
+        answer: HttpResponse = await self.fetch("GET", "/info", b"", attempts=1)
+        try:
+            return TeacherInfo.from_json(json.loads(answer.content))
+        except ValueError as error:
+            raise UserError(
+                f"{self.url} cannot be used: {error}; start it with `eaopd teach` of this version"
+            ) from None
+
+
 @dataclass(frozen=True)
 class TokenLimit:
-    """What a replica can take: tokens of a request."""
+    """Maximum number of tokens that a replica accepts in a request."""
 
     max_tokens: int
 
     def intersect(self, other: TokenLimit) -> TokenLimit:
-        return min(self, other, key=lambda limit: limit.max_tokens)
+        return TokenLimit(min(self.max_tokens, other.max_tokens))
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.objective import TeacherTopK
 from eaopd_megatron.objective.top_k import first_k
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
-from eaopd_megatron.rollout.sglang.wire import LengthLimits, checked_meta_info, checking_answer
-from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.rollout.sglang.requests import LengthLimits, checked_meta_info, checking_answer
+from eaopd_megatron.serving.http import SGLangClient
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import TopKPayload
 
@@ -60,9 +60,7 @@ class ServedBackend:
 
     async def validate(self, client: SGLangClient, longest: int) -> LengthLimits:
         """As `remote.Source.admit`."""
-        family, size, config = self.folder.family, self.folder.vocab_size, self.folder.config.to_dict()
-        expected = ExpectedModel(family.architecture, size, longest, config=config, role="teacher", scores_only=True)
-        return await verify_server(client, expected)
+        return await verify_server(client, ExpectedModel.of(self.folder, longest, role="teacher", scores_only=True))
 
 
 @dataclass(frozen=True, eq=False)

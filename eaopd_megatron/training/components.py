@@ -26,7 +26,7 @@ from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.models.supported import check_supported
 from eaopd_megatron.rollout.interface import RolloutEngine
 from eaopd_megatron.rollout.local import LocalRollout
-from eaopd_megatron.rollout.sglang.engine import ServedRollout
+from eaopd_megatron.rollout.sglang.served_rollout import ServedRollout, ServedRolloutContext
 from eaopd_megatron.teacher.build import TeacherContext, build_teachers, model_layouts, open_teacher_folders
 from eaopd_megatron.teacher.router import TeacherRouter
 from eaopd_megatron.training.run_folder import RunFolder
@@ -128,19 +128,18 @@ def build_components(
     if recipe.rollout.engine == "local":
         rollout = LocalRollout(model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size)
     else:
-        rollout = ServedRollout(
-            recipe,
-            parallel,
-            model,
-            student_folder,
+        context = ServedRolloutContext(
             vocab_size=vocab_size,
+            batch_tokens=recipe.train.micro_batch_tokens,
+            precision=recipe.student.precision,
             logs=folder.servers,
             scratch=folder.weights,
-            logprobs=student.logprobs,
-            memory=TrainerMemory(ddp, optimizer),
-            asked=stop_signal,
+            compute_logprobs=student.logprobs,
+            stop_signal=stop_signal,
             report=log,
         )
+        memory = TrainerMemory(ddp, optimizer)
+        rollout = ServedRollout(recipe.servers, recipe.weight_sync, context, parallel, model, student_folder, memory)
     ends = [folder.eos_ids for folder in (student_folder, *teacher_folders.values())]
     stop_ids = tuple(sorted({*itertools.chain(*ends), *recipe.rollout.stop_token_ids}))
     tokenizer = student_folder.tokenizer()

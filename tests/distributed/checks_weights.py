@@ -23,7 +23,7 @@ from eaopd_megatron.rollout.weight_sync import distributed_transport as distribu
 from eaopd_megatron.rollout.weight_sync import updater as module
 from eaopd_megatron.rollout.weight_sync.transport import RunCoroutine
 from eaopd_megatron.rollout.weight_sync.updater import WeightUpdater
-from eaopd_megatron.serving.client import SGLangClient, Timeouts
+from eaopd_megatron.serving.http import SGLangClient, Timeouts
 from tests.distributed.arranged import arranged
 from tools.sglang_double.processes import DoubleProcess, in_a_loop
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eaopd_megatron.serving.readiness import EventLoopThread
+from eaopd_megatron.serving.http import EventLoopThread
 from tests.ranks import Ranks
 from tools.sglang_double.student import StudentDouble
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.server import SGLangServers, SGLangSettings, sglang_command
+from eaopd_megatron.rollout.sglang.server import SGLangSettings, sglang_command, sglang_servers
+from eaopd_megatron.serving.supervisor import Supervisor
 from tests import tiny_models
 from tests.ranks import Ranks
 
@@ -34,8 +35,8 @@ def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     settings = SGLangSettings(
         folder, 32, tensor_parallel=2, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=4, api_key=KEY
     )
-    with SGLangServers(settings, 1, tmp_path_factory.mktemp("logs")) as servers:
-        yield servers.all[0].url
+    with Supervisor(sglang_servers(settings, 1, tmp_path_factory.mktemp("logs"))) as supervisor:
+        yield supervisor.servers[0].url
 
 
 @pytest.mark.parametrize(

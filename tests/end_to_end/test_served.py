@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from eaopd_megatron.rollout.sglang.server import SGLANG_VENV_VARIABLE, SGLangServers, SGLangSettings
+from eaopd_megatron.rollout.sglang.server import SGLANG_VENV_VARIABLE, SGLangSettings, sglang_servers
+from eaopd_megatron.serving.supervisor import Supervisor
 from tests.end_to_end.runs import ROOT, SMALL, Command, wait_for
 from tools.lib.run_records import records
 from tools.sglang_double.student import stand_in
@@ -151,8 +152,8 @@ def elsewhere(doubles: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     key = tmp_path / "key"
     key.write_text("right\n")
     key.chmod(0o600)
-    with SGLangServers(settings, 1, tmp_path / "logs") as servers:
-        yield servers.all[0].url, key
+    with Supervisor(sglang_servers(settings, 1, tmp_path / "logs")) as supervisor:
+        yield supervisor.servers[0].url, key
 
 
 def test_servers_that_run_already_are_not_used_or_misused(

@@ -6,12 +6,10 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from eaopd_megatron.data.types import Prompt, SamplingParams
-from eaopd_megatron.rollout.sglang.generation import BackgroundGeneration
-from eaopd_megatron.rollout.sglang.wire import LengthLimits
-from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
+from eaopd_megatron.rollout.sglang.requests import BackgroundGeneration, LengthLimits
+from eaopd_megatron.serving.http import EventLoopThread, SGLangClient
 from eaopd_megatron.serving.pool import ServerPool
-from eaopd_megatron.serving.readiness import EventLoopThread
 
 
 @contextmanager
@@ -26,3 +24,9 @@ def pooled(
             yield partial(BackgroundGeneration, loop, pool)
         finally:
             loop.run(pool.close())
+
+
+def all_samples(generation: BackgroundGeneration) -> list[Sample]:
+    """Wait for all responses; one sample per prompt, in order."""
+    samples = iter(generation.next_sample, None)
+    return sorted((sample for sample in samples if sample is not None), key=lambda sample: sample.index)

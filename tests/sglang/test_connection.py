@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving import connection
-from eaopd_megatron.serving.client import SGLangClient, Timeouts
-from eaopd_megatron.serving.connection import Address, ServerGone
+from eaopd_megatron.serving import http
+from eaopd_megatron.serving.http import ServerGone, SGLangClient, Timeouts
 
 pytestmark = pytest.mark.timeout(60)
 JSON = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -28,6 +27,7 @@ class Script:
 
     def __init__(self, *answers: str, closes: bool = False, resets: bool = False) -> None:
         self.answers, self.closes, self.connections = list(answers), closes or resets, 0
+        self.heads: list[str] = []
         self.resets = resets
 
     async def serve(
@@ -50,7 +50,10 @@ class Script:
         self.connections += 1
         while not reader.at_eof():
             try:
-                await reader.readuntil(b"\r\n\r\n")
+                head = await reader.readuntil(b"\r\n\r\n")
+                if b"Content-Length: 2" in head:
+                    await reader.readexactly(2)
+                self.heads.append(head.decode())
             except (asyncio.IncompleteReadError, ConnectionError):
                 break
             writer.write(self.answers.pop(0).encode())
@@ -85,6 +88,7 @@ def test_the_end_of_an_answer_is_missed(answer: str) -> None:
     assert script.connections == 1
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize(
     ("answer", "resets"),
     [
@@ -95,12 +99,11 @@ def test_the_end_of_an_answer_is_missed(answer: str) -> None:
     ],
     ids=["unannounced", "reset", "announced", "end"],
 )
-def test_a_connection_that_the_server_closed_is_used_again(answer: str, resets: bool) -> None:
+def test_a_connection_that_the_server_closed_is_used_again(answer: str, resets: bool, method: str) -> None:
     async def work(client: SGLangClient) -> None:
         for _ in range(3):
-            assert await client.model_info() == {"a": 1}
-            while client._idle and client._idle[-1].usable:  # until its end arrives
-                await asyncio.sleep(0)
+            assert await client.request(method, "/model_info") == {"a": 1}
+            await asyncio.sleep(0.05)  # until the end of the connection arrives
 
     script = Script(*[answer] * 3, closes=True, resets=resets)
     served(script, work)
@@ -110,8 +113,10 @@ def test_a_connection_that_the_server_closed_is_used_again(answer: str, resets: 
 def test_a_connection_that_the_server_is_about_to_close_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(client: SGLangClient) -> None:
         await client.model_info()
-        monkeypatch.setattr(connection, "KEEP_ALIVE", 0.0)
+        await asyncio.sleep(0.02)
         await client.model_info()
+
+    monkeypatch.setattr(http, "_KEEP_ALIVE_SECONDS", 0.01)
 
     script = Script(WHOLE, WHOLE)
     served(script, work)
@@ -137,7 +142,7 @@ def test_the_answer_to_a_request_that_was_given_up_answers_the_next_one() -> Non
     [
         ("SSH-2.0-OpenSSH\r\n\r\n", "the answer to /model_info is no HTTP"),
         (f"{JSON}Content-Length: many\r\n\r\n", "the answer to /model_info is no HTTP"),
-        (f"{JSON}Content-Length: 99\r\n\r\n{{", r"the connection was dropped \(IncompleteReadError\)"),
+        (f"{JSON}Content-Length: 99\r\n\r\n{{", r"the connection was dropped \(ClientPayloadError\)"),
     ],
 )
 def test_half_an_answer_is_taken_for_a_whole_one(answer: str, message: str) -> None:
@@ -154,15 +159,28 @@ def test_what_is_no_url_counts_as_a_dead_server(url: str) -> None:
         SGLangClient(url)
 
 
-def test_a_certificate_is_not_looked_at() -> None:
-    address = Address("https://host/behind/a/path/", {"Authorization": "Bearer key"})
-    assert address.port == 443 and address.tls is not None
-    assert address.tls.verify_mode == ssl.CERT_REQUIRED and address.tls.check_hostname
-    head = address.request("POST", "/generate", b"{}")
-    expected = (
-        "POST /behind/a/path/generate HTTP/1.1\r\nHost: host\r\nAuthorization: Bearer key\r\nContent-Length: 2\r\n"
-    )
-    assert head.decode() == f"{expected}\r\n{{}}"
+def test_a_path_or_a_header_is_lost_on_the_way() -> None:
+    script = Script(WHOLE)
+
+    async def work(client: SGLangClient) -> None:
+        behind = SGLangClient(f"{client.url}/behind/a/path/", api_key="key")
+        assert await behind.generate({}) == {"a": 1}
+        await behind.close()
+
+    served(script, work)
+    request, *headers = script.heads[0].split("\r\n")
+    assert request == "POST /behind/a/path/generate HTTP/1.1"
+    assert {"Authorization: Bearer key", "Content-Type: application/json", "Content-Length: 2"} <= set(headers)
+    assert not any(header.startswith(("Accept-Encoding", "Cookie")) for header in headers)
+
+
+def test_a_site_s_proxy_gets_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(client: SGLangClient) -> None:
+        assert await client.model_info() == {"a": 1}
+
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    served(Script(WHOLE), work)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")

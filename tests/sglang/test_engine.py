@@ -1,8 +1,10 @@
 """What the ranks do with the responses that servers wrote."""
 
+from types import SimpleNamespace
+
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.rollout.interface import GenerationRequest
-from eaopd_megatron.rollout.sglang.engine import ServedRollout, _PendingRollout
+from eaopd_megatron.rollout.sglang.served_rollout import ServedRollout, _PendingRollout
 
 
 def test_an_id_that_a_teacher_lacks_reaches_the_trainer() -> None:
@@ -10,8 +12,10 @@ def test_an_id_that_a_teacher_lacks_reaches_the_trainer() -> None:
     prompts = [Prompt(str(i), (1,), {}) for i in range(2)]
     written = [Sample(prompt, [3, 250 - i, 4], "stop", [0.0] * 3, 0, i) for i, prompt in enumerate(prompts)]
     rollout = object.__new__(ServedRollout)  # of its parts none but these is asked
-    rollout._vocab_size, rollout._part_tokens, rollout._ahead = 250, 1, None
-    rollout._hear = lambda news: iter([written])  # type: ignore[method-assign]
+    rollout._context = SimpleNamespace(vocab_size=250, batch_tokens=1)  # type: ignore[assignment]
+    rollout._parallel = SimpleNamespace(dp_size=1)  # type: ignore[assignment]
+    rollout._pending = None
+    rollout._receive = lambda events: iter([written])  # type: ignore[method-assign]
     (found,) = rollout.collect(
         _PendingRollout(GenerationRequest(prompts, [(0,), (1,)], [0, 1], SamplingParams(1.0, 1.0, 3, ())))
     )

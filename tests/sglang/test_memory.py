@@ -13,7 +13,7 @@ import pytest
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.colocation import ColocatedServers, release_memory_occupation
-from eaopd_megatron.serving.client import ServerGone, SGLangClient, Timeouts
+from eaopd_megatron.serving.http import ServerGone, SGLangClient, Timeouts
 from tools.sglang_double.server import Double
 
 PATIENCE = Timeouts(attempts=1)
@@ -97,7 +97,7 @@ def test_the_cache_comes_back_before_the_weights() -> None:
         async with two_servers() as (_, clients):
             colocated = ColocatedServers()
             await colocated.release_memory(clients)
-            with pytest.raises(ValueError, match="has no weights: before_weights and a push come first"):
+            with pytest.raises(ValueError, match="has no weights: resume_weights and an update come first"):
                 await colocated.resume_kv_cache(clients)
 
     asyncio.run(run())

@@ -6,16 +6,16 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.generation import GenerateCall
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
-from eaopd_megatron.rollout.sglang.wire import GenerateRequest, GenerationOutput, LengthLimits
-from eaopd_megatron.serving.client import SGLangClient, Timeouts
+from eaopd_megatron.rollout.sglang.requests import GenerateRequest, GenerationOutput, LengthLimits
+from eaopd_megatron.serving.http import SGLangClient, Timeouts
 from eaopd_megatron.serving.pool import NotYet, ServerPool
 from tools.sglang_double.server import Double
 
@@ -68,7 +68,7 @@ async def collect(
     wanted: Sequence[GenerateRequest],
     versions: Collection[str] | None = None,
 ) -> list[GenerationOutput]:
-    calls = [GenerateCall(request, lambda: versions) for request in wanted]
+    calls = [replace(request, allowed_versions=lambda: versions) for request in wanted]
     return [completion async for completion in pool.run(calls)]
 
 
@@ -100,7 +100,7 @@ def test_a_response_waits_for_the_slowest_one() -> None:
     async def work() -> None:
         async with Double() as slow, Double() as quick, pool_of(slow, quick, connections=1) as pool:
             slow.hold()
-            answers = pool.run([GenerateCall(request) for request in requests(4)])
+            answers = pool.run(requests(4))
             first = [await anext(answers) for _ in range(3)]
             assert len({c.id for c in first}) == 3
             slow.released.set()
@@ -296,7 +296,7 @@ def test_a_request_that_every_server_fails_on_is_sent_for_ever() -> None:
 def test_leaving_early_leaves_requests_on_the_servers() -> None:
     async def work() -> None:
         async with Double() as one, pool_of(one, connections=1) as pool:
-            answers = pool.run([GenerateCall(request) for request in requests(8)])
+            answers = pool.run(requests(8))
             await anext(answers)
             await answers.aclose()
             each_once(await collect(pool, requests(2)), requests(2))  # the places are free again

@@ -24,18 +24,17 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity
-from eaopd_megatron.rollout.sglang.generation import GenerateCall
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, LogprobProbe, verify_server
-from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangServers, SGLangSettings, sglang_command
-from eaopd_megatron.rollout.sglang.wire import GenerateRequest, GenerationOutput, LengthLimits
-from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.rollout.sglang.requests import GenerateRequest, GenerationOutput, LengthLimits
+from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings, sglang_command, sglang_servers
+from eaopd_megatron.serving.http import SGLangClient
 from eaopd_megatron.serving.pool import ServerPool
 from eaopd_megatron.serving.process import _REDACTED
+from eaopd_megatron.serving.supervisor import Supervisor
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.served import ServedBackend
 from tests.sglang.exchanges import CONTEXT, EXCHANGES, STUDENT, same
-from tests.sglang.pooled import pooled
-from tools.sglang_double.server import Double
+from tests.sglang.pooled import all_samples, pooled
 from tools.sglang_double.student import StudentDouble
 
 KEY = "a-key-for-this-test"
@@ -63,8 +62,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     settings = InPieces(
         STUDENT, CONTEXT, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=16, api_key=KEY
     )
-    with SGLangServers(settings, 1, tmp_path_factory.mktemp("logs")) as servers:
-        yield servers.all[0]
+    servers = sglang_servers(settings, 1, tmp_path_factory.mktemp("logs"))
+    with Supervisor(servers):
+        yield servers[0]
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +144,7 @@ def test_the_double_of_a_student_holds_another_one(real: SGLangServer) -> None:
     async def respond(url: str) -> dict[str, GenerationOutput]:
         pool = ServerPool([SGLangClient(url, api_key=KEY)], admit)
         await pool.open()
-        found = {
-            completion.id: completion async for completion in pool.run([GenerateCall(request) for request in requests])
-        }
+        found = {completion.id: completion async for completion in pool.run(requests)}
         await pool.close()
         return found
 
@@ -171,7 +169,7 @@ def test_log_probs_are_of_another_distribution(
     """In fp32 they are the student's own, at the sampling temperature (greedy: at temperature 1)."""
     sampling = replace(SAMPLING, temperature=temperature)
     with pooled(SGLangClient(real.url, api_key=KEY, connections=16), admit) as write:
-        samples = write(PROMPTS, sampling).all_samples()
+        samples = all_samples(write(PROMPTS, sampling))
     assert [sample.prompt for sample in samples] == PROMPTS
     gap = 0.0
     for sample in samples:
@@ -307,7 +305,7 @@ def test_a_paused_server_counts_as_dead(real: SGLangServer) -> None:
         await pool.open()
         await client.request("POST", "/pause_generation", {"mode": "retract"})
         assert not await client.ready()
-        answers = asyncio.create_task(anext(pool.run([GenerateCall(GenerateRequest("r", [1, 2, 3], SAMPLING))])))
+        answers = asyncio.create_task(anext(pool.run([GenerateRequest("r", [1, 2, 3], SAMPLING)])))
         await asyncio.sleep(0.3)  # some heartbeats
         assert not answers.done() and said == []
         await client.request("POST", "/continue_generation", {})
@@ -329,7 +327,7 @@ def test_the_end_of_a_killed_server_goes_unnoticed(real: SGLangServer) -> None:
         pool = ServerPool([client], admit, unavailable_timeout=0.2, report=said.append)
         await pool.open()
         long = replace(SAMPLING, max_new_tokens=100, stop_token_ids=())
-        answers = pool.run([GenerateCall(GenerateRequest(f"r{i}", [1, 2, i], long)) for i in range(32)])
+        answers = pool.run([GenerateRequest(f"r{i}", [1, 2, i], long) for i in range(32)])
         await anext(answers)
         assert real.pid is not None
         os.kill(real.pid, signal.SIGKILL)

@@ -16,9 +16,9 @@ from eaopd_megatron.data.types import Prompt, SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import identity
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, LogprobProbe, verify_server
-from eaopd_megatron.rollout.sglang.wire import GenerateRequest, LengthLimits, RequestAborted, WeightSpan, parse_output
-from eaopd_megatron.serving.client import Busy, SGLangClient, Timeouts, read_api_key
-from tests.sglang.pooled import pooled
+from eaopd_megatron.rollout.sglang.requests import GenerateRequest, LengthLimits, RequestAborted, WeightSpan
+from eaopd_megatron.serving.http import Busy, SGLangClient, Timeouts, read_api_key
+from tests.sglang.pooled import all_samples, pooled
 from tools.sglang_double.server import Double
 
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=4, stop_token_ids=(109,))
@@ -80,7 +80,7 @@ def answer(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_sample_loses_what_the_server_said() -> None:
-    done = parse_output(REQUEST, "r.0", answer(), "http://server")
+    done = REQUEST.parse("r.0", answer(), "http://server")
     sample = done.to_sample(Prompt("p", (1, 2, 3), {}), index=5)
     assert (sample.response_ids, sample.rollout_logprobs, sample.finish_reason) == ([7, 109], [-1.0, -0.5], "stop")
     assert (sample.weight_version, sample.weight_versions, sample.index) == (3, [(3, 0, 1), (4, 1, 2)], 5)
@@ -88,7 +88,7 @@ def test_a_sample_loses_what_the_server_said() -> None:
 
 
 def test_weights_that_no_trainer_sent_are_trained_on() -> None:
-    done = replace(parse_output(REQUEST, "r.0", answer(), "http://server"), weight_spans=(WeightSpan("default", 0, 2),))
+    done = replace(REQUEST.parse("r.0", answer(), "http://server"), weight_spans=(WeightSpan("default", 0, 2),))
     with pytest.raises(UserError, match="http://server answered with weights 'default', which no trainer sent"):
         done.to_sample(Prompt("p", (1, 2, 3), {}))
 
@@ -115,14 +115,14 @@ def test_weights_that_no_trainer_sent_are_trained_on() -> None:
 )
 def test_a_wrong_answer_is_trained_on(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as raised:
-        parse_output(REQUEST, "r.0", answer(**changes), "http://server")
+        REQUEST.parse("r.0", answer(**changes), "http://server")
     assert message in str(raised.value) and "http://server" in str(raised.value)
 
 
 def test_an_aborted_response_is_taken_for_a_whole_one() -> None:
     reason = {"type": "abort", "message": "Abort in waiting queue"}
     with pytest.raises(RequestAborted, match="Abort in waiting queue"):
-        parse_output(REQUEST, "r.0", {"meta_info": {"id": "r.0", "finish_reason": reason}}, "http://server")
+        REQUEST.parse("r.0", {"meta_info": {"id": "r.0", "finish_reason": reason}}, "http://server")
 
 
 def with_client(double: Double, work: Callable[[SGLangClient], Any], **settings: Any) -> Any:
@@ -239,15 +239,15 @@ def test_a_trainer_gets_samples_of_other_prompts() -> None:
         return await verify_server(client, EXPECTED)
 
     with pooled(SGLangClient(double.url, timeouts=QUICK), admit) as write:
-        samples = write(prompts, SAMPLING).all_samples()
+        samples = all_samples(write(prompts, SAMPLING))
         assert [sample.prompt for sample in samples] == prompts
         assert all(sample.response_ids == [sample.prompt.token_ids[-1]] * 4 for sample in samples)
         writing = write(prompts, SAMPLING)
         first = writing.next_sample()
         assert first is not None and first.prompt == prompts[first.index]
-        writing.cancel()  # gives the rest up
+        assert len(all_samples(writing)) == len(prompts) - 1
         with pytest.raises(UserError, match="no token id"):
-            write([Prompt("p", (500,), {})], SAMPLING).all_samples()
+            all_samples(write([Prompt("p", (500,), {})], SAMPLING))
     asyncio.run_coroutine_threadsafe(double.die(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
 

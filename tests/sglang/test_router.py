@@ -9,8 +9,8 @@ import pytest
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.identity import ROUTER_READY_PATH, verify_workers
-from eaopd_megatron.rollout.sglang.wire import LengthLimits
-from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.rollout.sglang.requests import LengthLimits
+from eaopd_megatron.serving.http import SGLangClient
 from eaopd_megatron.serving.pool import ServerPool
 from tests.sglang.test_pool import QUICK, admit, collect, each_once, requests, run
 from tools.sglang_double.plain_http import PlainServer, Refused

@@ -15,8 +15,8 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.objective import TeacherTopK
-from eaopd_megatron.rollout.sglang.wire import RequestAborted
-from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.rollout.sglang.requests import RequestAborted
+from eaopd_megatron.serving.http import SGLangClient
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.served import ServedBackend
 from tools.sglang_double.server import Double, toy_policy

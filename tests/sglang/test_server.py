@@ -21,8 +21,9 @@ import torch
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang import server as module
-from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangServers, SGLangSettings
-from eaopd_megatron.serving.process import _REDACTED, wait_until_serving
+from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings, sglang_servers
+from eaopd_megatron.serving.process import _REDACTED
+from eaopd_megatron.serving.supervisor import Supervisor, wait_until_serving
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = SGLangSettings(ROOT / "recipes/countdown/student", context_length=64, precision="fp32", api_key="a'secret")
@@ -34,7 +35,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Replaces SGLang by another Python program; at first by the double."""
 
     def replace(*arguments: str) -> None:
-        monkeypatch.setattr(module, "server_command", lambda cuda: [sys.executable, *arguments])
+        monkeypatch.setattr(module, "sglang_command", lambda cuda: [sys.executable, *arguments])
 
     monkeypatch.chdir(ROOT)
     replace("-m", "tools.sglang_double.server")
@@ -153,10 +154,12 @@ def test_a_killed_trainer_leaves_its_servers(tmp_path: Path) -> None:
         import sys, time
         from pathlib import Path
         from eaopd_megatron.rollout.sglang import server as module
-        module.server_command = lambda cuda: [sys.executable, "-m", "tools.sglang_double.server"]
-        settings = module.ServerSettings(Path("x"), context_length=64)
-        with module.Servers(settings, 1, Path({str(tmp_path)!r})) as servers:
-            print(servers.all[0].pid, flush=True)
+        from eaopd_megatron.serving.supervisor import Supervisor
+        module.sglang_command = lambda cuda: [sys.executable, "-m", "tools.sglang_double.server"]
+        settings = module.SGLangSettings(Path("x"), context_length=64)
+        servers = module.sglang_servers(settings, 1, Path({str(tmp_path)!r}))
+        with Supervisor(servers):
+            print(servers[0].pid, flush=True)
             time.sleep(1000)
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -179,11 +182,11 @@ def test_one_server_of_two_outlives_a_failed_start(program: Callable[..., None],
         "import runpy, sys; '31' in sys.argv and sys.exit('Error: no')\n"
         "runpy.run_module('tools.sglang_double.server', run_name='__main__')",
     )
-    servers = SGLangServers(SETTINGS, 2, tmp_path)
-    servers.all[1].port = 31
-    with pytest.raises(UserError, match=r"rollout server 1 did not start.*Error: no"), servers:
+    servers = sglang_servers(SETTINGS, 2, tmp_path)
+    servers[1].port = 31
+    with pytest.raises(UserError, match=r"rollout server 1 did not start.*Error: no"), Supervisor(servers):
         raise AssertionError("it did not start")
-    assert not any(one.alive() for one in servers.all)
+    assert not any(one.alive() for one in servers)
 
 
 def test_sglang_is_missing_without_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

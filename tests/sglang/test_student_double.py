@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.rollout.sglang import server as module
-from eaopd_megatron.rollout.sglang.generation import GenerateCall
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
-from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangServers, SGLangSettings
-from eaopd_megatron.rollout.sglang.wire import GenerateRequest, GenerationOutput, LengthLimits
-from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.rollout.sglang.requests import GenerateRequest, GenerationOutput, LengthLimits
+from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings, sglang_servers
+from eaopd_megatron.serving.http import SGLangClient
 from eaopd_megatron.serving.pool import ServerPool
+from eaopd_megatron.serving.supervisor import Supervisor
 from tools.sglang_double.student import stand_in
 
 STUDENT = Path(__file__).resolve().parents[2] / "recipes/countdown/student"
@@ -33,8 +33,9 @@ pytestmark = pytest.mark.timeout(120)
 def student(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SGLangServer]:
     monkeypatch.setenv(module.SGLANG_VENV_VARIABLE, str(stand_in(tmp_path)))
     settings = SGLangSettings(STUDENT, 64, precision="fp32", max_concurrent_requests=16, api_key=KEY)
-    with SGLangServers(settings, 1, tmp_path / "logs") as servers:
-        yield servers.all[0]
+    servers = sglang_servers(settings, 1, tmp_path / "logs")
+    with Supervisor(servers):
+        yield servers[0]
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def test_a_double_of_a_student_goes_on_with_its_old_weights(student: SGLangServe
             await client.request(
                 "POST", "/update_weights_from_disk", {"model_path": str(folder), "weight_version": version}
             )
-            completions = [completion async for completion in pool.run([GenerateCall(request) for request in requests])]
+            completions = [completion async for completion in pool.run(requests)]
             assert len(completions) == len(requests)
             for completion in completions:
                 assert_greedy(model, prompts[int(completion.id[1:])], completion)

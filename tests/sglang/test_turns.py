@@ -38,18 +38,19 @@ def test_a_run_that_is_stopped_while_servers_write_cannot_be_saved(
 ) -> None:
     """The servers are ended with their event loop; the trainer has its memory all the same."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(server, "server_command", lambda cuda: [sys.executable, "-m", "tools.sglang_double.server"])
+    monkeypatch.setattr(server, "sglang_command", lambda cuda: [sys.executable, "-m", "tools.sglang_double.server"])
     recipe = load_recipe(ROOT / "recipes/countdown/eopd.yaml", COLOCATED)
-    keeper = ServerManager(recipe, HfFolder.open(recipe.student.model), tmp_path, first_gpu=0, report=lambda _: None)
+    student = HfFolder.open(recipe.student.model)
+    manager = ServerManager(recipe.servers, student, "fp32", tmp_path, first_gpu=0, report=lambda _: None)
     memory, parallel = Memory(), SimpleNamespace(world_size=1)
     stand_ins: tuple[Any, Any] = parallel, memory
-    turns = ColocationScheduler(*stand_ins, keeper)
+    turns = ColocationScheduler(*stand_ins, manager)
     try:
         turns.offload_trainer()
-        keeper.start(32)
-        for _ in keeper.wait_until_ready():
+        manager.start(32)
+        for _ in manager.wait_until_ready():
             pass
-        keeper.set_allowed_versions([0])
+        manager.set_allowed_versions([0])
         for _ in range(2):
             turns.offload_trainer()
             assert not memory.there
@@ -59,6 +60,6 @@ def test_a_run_that_is_stopped_while_servers_write_cannot_be_saved(
             assert memory.there
         turns.offload_trainer()
     finally:
-        keeper.close()
+        manager.close()
     turns.onload_trainer()
     assert memory.there

@@ -27,7 +27,7 @@ from eaopd_megatron.rollout.weight_sync.transport import (
     bucket_capacity,
     pack_buckets,
 )
-from eaopd_megatron.serving.client import Busy, SGLangClient
+from eaopd_megatron.serving.http import Busy, SGLangClient
 from tools.sglang_double.processes import in_a_loop
 from tools.sglang_double.server import Double
 

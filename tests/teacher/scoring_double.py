@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from eaopd_megatron.objective import summarise_teacher
-from eaopd_megatron.serving.readiness import EventLoopThread
+from eaopd_megatron.serving.http import EventLoopThread
 from eaopd_megatron.teacher.payload import HiddenStatePayload
 from eaopd_megatron.teacher.protocol import ScoreRequest, TeacherInfo
 from tools.sglang_double.plain_http import Died, PlainServer, Refused

@@ -1,4 +1,4 @@
-"""Servers that are waited for before the first work."""
+"""Waiting for servers before the first request."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.client import Busy, ServerGone
-from eaopd_megatron.serving.readiness import Arrival
+from eaopd_megatron.serving.http import Busy, ServerGone
+from eaopd_megatron.serving.supervisor import wait_until_any_ready
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,28 @@ async def ask(server: Server) -> str:
     return server.url
 
 
-def arrived(*servers: Server) -> list[str]:
-    """What the user is told."""
-    said: list[str] = []
-    asyncio.run(Arrival("replica", 0.0, said.append).of_all(servers, ask))
-    return said
+def wait_for(*servers: Server) -> list[str]:
+    """Return what is reported."""
+    reported: list[str] = []
+    asyncio.run(wait_until_any_ready(servers, ask, kind="replica", minutes=0.0, report=reported.append))
+    return reported
 
 
 ABSENT = Server("http://b", ServerGone("refused"))
 
 
 def test_one_absent_server_keeps_the_others_from_work() -> None:
-    assert arrived(Server("http://a")) == []
-    (line,) = arrived(Server("http://a"), ABSENT)
+    assert wait_for(Server("http://a")) == []
+    (line,) = wait_for(Server("http://a"), ABSENT)
     assert line == "going on without replicas that are not there after 0 minutes: http://b: refused"
 
 
 def test_no_server_is_waited_for_for_ever() -> None:
     message = r"no replica is there after 0 minutes \(http://b: refused; http://c: loading\): start one, or raise its"
     with pytest.raises(UserError, match=message):
-        arrived(ABSENT, Server("http://c", Busy("loading")))
+        wait_for(ABSENT, Server("http://c", Busy("loading")))
 
 
 def test_a_server_that_is_another_one_is_gone_on_without() -> None:
     with pytest.raises(UserError, match="another model"):
-        arrived(Server("http://a"), Server("http://d", UserError("another model")))
+        wait_for(Server("http://a"), Server("http://d", UserError("another model")))

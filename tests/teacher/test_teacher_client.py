@@ -12,13 +12,11 @@ import torch
 
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.client import Busy, Timeouts
-from eaopd_megatron.serving.connection import ServerGone
+from eaopd_megatron.serving.http import Busy, ServerGone, Timeouts
 from eaopd_megatron.serving.pool import ServerPool
-from eaopd_megatron.teacher.client import TeacherClient
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.protocol import TeacherInfo
-from eaopd_megatron.teacher.separate import SeparateBackend, TokenLimit, check_same_teacher
+from eaopd_megatron.teacher.separate import SeparateBackend, TeacherClient, TokenLimit, check_same_teacher
 from tests.teacher.scoring_double import INFO, ScoringDouble
 
 pytestmark = pytest.mark.timeout(60)

@@ -1,4 +1,4 @@
-"""Is this the server that we mean? A URL may answer and be another model, another version, or another context."""
+"""Verify that a URL is the expected server: version of SGLang, model, shape, vocabulary and context length."""
 
 from __future__ import annotations
 
@@ -9,37 +9,41 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.wire import RESERVED_TOKENS, LengthLimits
-from eaopd_megatron.serving.client import Busy, ServerGone, SGLangClient
+from eaopd_megatron.rollout.sglang.requests import RESERVED_TOKENS, LengthLimits
+from eaopd_megatron.serving.http import Busy, ServerGone, SGLangClient
 
 SGLANG_VERSION = "0.5.21"
-"""The release whose interface this package speaks."""
+"""The release whose HTTP interface this package uses."""
 PAUSE_DETECTION_SECONDS = 5.0
-"""A server that calls itself not ready and says nothing for so long is paused; one that warms up, or was once found
-unhealthy, is not ready either, but refuses at once what it has to."""
+"""Seconds of silence after which a server that is not ready counts as paused rather than warming up: one that warms up
+or was found unhealthy is not ready either, but refuses invalid requests at once."""
 
 
 class ServerPaused(Busy):
-    """The server takes requests and answers none, be it one that it has to refuse."""
+    """The server accepts requests but answers none, not even invalid ones."""
 
 
 @dataclass(frozen=True)
 class LogprobProbe:
-    """Log-probs (nats) that the student gives to token_ids[1:], and how far a server's may lie from them on average."""
+    """The student's log-probs (nats) of token_ids[1:], and how far a server's may lie from them on average."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     tolerance: float = 0.2
-    versions: Collection[str] | None = None  # of the weights that it holds for; none: of any
+    versions: Collection[str] | None = None  # weights that the log-probs are of; None: any
 
 
 @dataclass(frozen=True)
 class ExpectedModel:
-    """The model that a server must hold. total_tokens: prompt and response together, at the most. config: its
-    config.json. role: what messages call it. prefill: the server is given all of total_tokens, and writes nothing."""
+    """The model that a server must serve.
+
+    total_tokens: maximum of a prompt and its response. config: the model's config.json. role: its name in messages.
+    scores_only: all of total_tokens are prompt; nothing is generated.
+    """
 
     architecture: str  # such as Qwen3ForCausalLM
     vocab_size: int
@@ -49,19 +53,25 @@ class ExpectedModel:
     role: str = "student"
     scores_only: bool = False
 
+    @classmethod
+    def of(cls, folder: HfFolder, total_tokens: int, *, role: str = "student", scores_only: bool = False) -> Self:
+        """Return what a server of the model in `folder` must be."""
+        architecture, config = folder.family.architecture, folder.config.to_dict()
+        return cls(architecture, folder.vocab_size, total_tokens, None, config, role, scores_only)
+
 
 _SHAPE_KEYS = (
     *("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "moe_intermediate_size", "num_experts", "num_experts_per_tok"),
 )
-"""Keys of a configuration that must be alike, or weights of one model cannot be given to the other."""
+"""Keys of config.json that must be equal for the weights of one model to fit the other."""
 
 
 async def verify_server(client: SGLangClient, expected: ExpectedModel) -> LengthLimits:
-    """What the server can take, once it is known to be the expected one.
+    """Return the server's limits, once it is known to be the expected one.
 
-    Raises UserError with the first difference, Paused, Busy and ServerGone. Harmless to a server of any model: nothing
-    is sent that it might not have in its vocabulary before its vocabulary is known.
+    Raises UserError with the first difference, ServerPaused, Busy and ServerGone. Harmless to a server of any model: no
+    token id is sent that may be outside its vocabulary.
     """
     settings = await client.server_info()
     version = settings.get("version")
@@ -104,25 +114,25 @@ async def verify_server(client: SGLangClient, expected: ExpectedModel) -> Length
 
 
 def _check_shape(serves: str, folder: str, expected: ExpectedModel) -> None:
-    """Raises UserError for another shape, where the server's model lies in a folder that can be read here."""
-    found: dict[str, Any] = {}
+    """Raise UserError for another shape, if the folder of the server's model can be read here."""
+    actual: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        actual = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     config = expected.config
     for key in _SHAPE_KEYS:
-        if key in found and key in config and found[key] != config[key]:
-            raise UserError(f"{serves}, whose {key} is {found[key]}; the {expected.role}'s is {config[key]}")
+        if key in actual and key in config and actual[key] != config[key]:
+            raise UserError(f"{serves}, whose {key} is {actual[key]}; the {expected.role}'s is {config[key]}")
 
 
 async def _vocab_size(client: SGLangClient) -> int:
-    """The server names its vocabulary only in the refusal of a token id, here -1, whose log-prob is asked for."""
+    """Return the vocabulary size, which the server names only when it refuses an id in `token_ids_logprob`, here -1."""
     body = {
         "input_ids": [0],
         "sampling_params": {"max_new_tokens": 1},
         "return_logprob": True,
         "token_ids_logprob": [-1],
     }
-    # nothing is generated, so this is not waited for as long as a response is
+    # nothing is generated, so this takes no longer than a control request
     seconds = client.timeouts.control
     if not await client.ready():
         seconds = min(seconds, PAUSE_DETECTION_SECONDS)
@@ -133,14 +143,14 @@ async def _vocab_size(client: SGLangClient) -> int:
             raise
         raise ServerPaused(f"{client.url} is paused") from None
     except UserError as refusal:
-        if found := re.search(r"valid range is \[0, (\d+)\)", str(refusal)):
-            return int(found[1])
+        if match := re.search(r"valid range is \[0, (\d+)\)", str(refusal)):
+            return int(match[1])
         raise
     raise UserError(f"{client.url} takes -1 for a token id: it is not SGLang {SGLANG_VERSION}")
 
 
 async def _gap(client: SGLangClient, probe: LogprobProbe, limits: LengthLimits) -> float:
-    """Mean absolute difference of the log-probs of the probe's tokens, nats."""
+    """Return the mean absolute difference (nats) between the server's and the probe's log-probs."""
     body = {
         "input_ids": list(probe.token_ids),
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0, "top_p": 1.0},
@@ -149,12 +159,12 @@ async def _gap(client: SGLangClient, probe: LogprobProbe, limits: LengthLimits) 
     }
     limits.validate(body)
     answer = await client.generate(body)
-    found = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
-    return sum(abs(a - b) for a, b in zip(found, probe.logprobs, strict=True)) / len(found)
+    logprobs = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+    return sum(abs(a - b) for a, b in zip(logprobs, probe.logprobs, strict=True)) / len(logprobs)
 
 
 ROUTER_READY_PATH = "/readiness"
-"""The `ready_path` of a router's client."""
+"""`SGLangClient.ready_path` of a router."""
 
 
 async def verify_workers(
@@ -162,30 +172,30 @@ async def verify_workers(
     admit: Callable[[SGLangClient], Awaitable[LengthLimits]],
     worker: Callable[[str], SGLangClient],
 ) -> LengthLimits:
-    """What `pool.Pool` asks of a router: each of its servers that is there is admitted; what all of them can take.
+    """Admit every reachable server behind a router; return what all of them accept.
 
-    worker: a client for a server's URL, closed after use. Raises ServerGone where none is there, and UserError.
+    worker: makes the client of a server's URL; closed after use. Raises ServerGone if none is reachable, and UserError.
     """
     clients = [worker(url) for url in await worker_urls(router)]
     try:
-        found = await asyncio.gather(*(admit(client) for client in clients), return_exceptions=True)
+        results = await asyncio.gather(*(admit(client) for client in clients), return_exceptions=True)
     finally:
         for client in clients:
             await client.close()
     limits: LengthLimits | None = None
-    for one in found:
-        if isinstance(one, LengthLimits):
-            limits = one if limits is None else limits.intersect(one)
-        elif not isinstance(one, ServerGone | Busy):
-            raise one
+    for result in results:
+        if isinstance(result, LengthLimits):
+            limits = result if limits is None else limits.intersect(result)
+        elif not isinstance(result, ServerGone | Busy):
+            raise result
     if limits is None:
         raise ServerGone(f"none of the router's {len(clients)} servers is there")
     return limits
 
 
 async def worker_urls(router: SGLangClient) -> list[str]:
-    """The URLs of the servers behind a router. Raises UserError where it is none."""
-    found = await router.request("GET", "/workers")
-    if not isinstance(found, dict) or "workers" not in found:
+    """Return the URLs of the servers behind a router. Raises UserError if it is no router."""
+    answer = await router.request("GET", "/workers")
+    if not isinstance(answer, dict) or "workers" not in answer:
         raise UserError(f"{router.url} is no sglang-router: it lists no workers")
-    return [str(worker["url"]) for worker in found["workers"]]
+    return [str(worker["url"]) for worker in answer["workers"]]

@@ -1,7 +1,7 @@
-"""SGLang servers that the trainer starts itself, on this host, and ends.
+"""SGLang server processes on this host: settings, command line and environment.
 
-On a machine without CUDA a server is SGLang as `tools/install_sglang_cpu.sh` installs it; with CUDA it is the one of
-this environment (the `sglang` extra). The flags for CUDA have not been run.
+Without CUDA a server is SGLang as `tools/install_sglang_cpu.sh` installs it; with CUDA it is this environment's (the
+`sglang` extra).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.process import ROOT, ServerProcess, stop_servers, wait_until_serving
+from eaopd_megatron.serving.process import ROOT, ServerProcess
 
 SGLANG_VENV_VARIABLE = "EAOPD_SGLANG_VENV"
 
 CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
-    *("--disable-overlap-schedule", "--sleep-on-idle"),  # without the latter an idle server takes a whole core
+    *("--disable-overlap-schedule", "--sleep-on-idle"),  # without it an idle server burns a whole core
 )
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
@@ -35,20 +35,20 @@ CPU_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class SGLangSettings:
-    """What the servers of a run have in common."""
+    """Settings that the servers of a run share."""
 
     model: Path  # a Hugging Face folder
-    context_length: int  # `wire.RESERVED_TOKENS` more than a prompt and its response take
+    context_length: int  # see `requests.required_context_length`
     tensor_parallel: int = 1
     precision: str = "bf16"  # "bf16" | "fp32"
-    mem_fraction_static: float = 0.8  # of a GPU's memory, or of the host's, for weights and cache
-    max_concurrent_requests: int = 64  # requests that one server works on at the same time
-    colocated: bool = False  # on the trainer's GPUs, from `first_gpu` 0: their memory can be released (`memory.py`)
-    host: str = "127.0.0.1"  # the address to listen on
+    mem_fraction_static: float = 0.8  # fraction of the GPU's (or host's) memory for weights and KV cache
+    max_concurrent_requests: int = 64  # per server
+    colocated: bool = False  # on the trainer's GPUs: their memory can be released (`colocation.py`)
+    host: str = "127.0.0.1"  # address to listen on
     api_key: str | None = field(default=None, repr=False)
 
     def flags(self, port: int, *, cuda: bool) -> list[str]:
-        """The server's command line but for the API key, which is given in a file."""
+        """Return the server's command line without the API key, which is passed in a file."""
         return [
             *("--model-path", str(self.model), "--host", self.host, "--port", str(port)),
             *("--dtype", {"bf16": "bfloat16", "fp32": "float32"}[self.precision]),
@@ -69,44 +69,41 @@ class SGLangSettings:
         ]
 
     def gpu_flags(self, first_gpu: int) -> list[str]:
-        """Flags for a server on `tensor_parallel` GPUs from this one on, counted among the visible ones.
+        """Return the flags for a server on `tensor_parallel` GPUs starting at this one, among the visible GPUs.
 
-        It sees all of them: weights may come to it as handles of the trainer's memory. Raises UserError where there are
-        too few.
+        The server sees all of them, because weights may arrive as handles of the trainer's memory. Raises UserError if
+        there are too few.
         """
-        there = torch.cuda.device_count()
+        available = torch.cuda.device_count()
         last = first_gpu + self.tensor_parallel - 1
-        if last >= there:
+        if last >= available:
             raise UserError(
-                f"a rollout server needs GPUs {first_gpu} to {last} of this host, which shows {there} "
+                f"a rollout server needs GPUs {first_gpu} to {last} of this host, which shows {available} "
                 "(counted from 0): lower servers.count or servers.tensor_parallel"
             )
         return ["--base-gpu-id", str(first_gpu)]
 
     def environment(self, *, cuda: bool) -> dict[str, str]:
-        """Variables of a server."""
         if not cuda:
-            threads = {"SGLANG_CPU_OMP_THREADS_BIND": _one_core_a_rank(self.tensor_parallel)}
+            threads = {"SGLANG_CPU_OMP_THREADS_BIND": _one_core_per_rank(self.tensor_parallel)}
             return {**CPU_ENVIRONMENT, **(threads if self.tensor_parallel > 1 else {})}
         return {}
 
 
 class SGLangServer(ServerProcess):
-    """One server of a run."""
+    """One SGLang server."""
 
     kind = "rollout server"
     key_suffix = ".yaml"
 
     def __init__(self, settings: SGLangSettings, log: Path, *, first_gpu: int = 0) -> None:
-        super().__init__(
-            log, api_key=settings.api_key, host=settings.host
-        )  # SGLang prints its settings, the key among them
+        super().__init__(log, api_key=settings.api_key, host=settings.host)
         self.settings, self.first_gpu = settings, first_gpu
 
     def command(self) -> list[str]:
         cuda = torch.cuda.is_available()
-        placed = self.settings.gpu_flags(self.first_gpu) if cuda else []
-        return [*sglang_command(cuda), *self.settings.flags(self.port, cuda=cuda), *placed]
+        gpus = self.settings.gpu_flags(self.first_gpu) if cuda else []
+        return [*sglang_command(cuda), *self.settings.flags(self.port, cuda=cuda), *gpus]
 
     def key_arguments(self, file: Path) -> list[str]:
         return ["--config", str(file)]
@@ -116,36 +113,23 @@ class SGLangServer(ServerProcess):
 
     def environment(self) -> Mapping[str, str | None]:
         cuda = torch.cuda.is_available()
-        own: dict[str, str | None] = {**self.settings.environment(cuda=cuda)}
-        return own if cuda else {**own, "PYTHONPATH": None}  # another environment has its own path
+        overrides: dict[str, str | None] = {**self.settings.environment(cuda=cuda)}
+        return overrides if cuda else {**overrides, "PYTHONPATH": None}  # SGLang's environment is another one
 
 
-class SGLangServers:
-    """The servers of a run; a context manager that starts them all and leaves none behind."""
+def sglang_servers(settings: SGLangSettings, count: int, logs: Path, *, first_gpu: int = 0) -> list[SGLangServer]:
+    """Return the servers of a run, for a `Supervisor` to start.
 
-    def __init__(self, settings: SGLangSettings, count: int, logs: Path, *, first_gpu: int = 0) -> None:
-        """logs: folder of server_N.log. first_gpu: of the first server; the others follow."""
-        self.all = [
-            SGLangServer(settings, logs / f"server_{i}.log", first_gpu=first_gpu + i * settings.tensor_parallel)
-            for i in range(count)
-        ]
-
-    def __enter__(self) -> SGLangServers:
-        try:
-            for server in self.all:
-                server.start()
-            wait_until_serving(self.all)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        stop_servers(self.all)
+    logs: folder of server_N.log. first_gpu: index of the first server's first GPU; the others follow.
+    """
+    return [
+        SGLangServer(settings, logs / f"server_{i}.log", first_gpu=first_gpu + i * settings.tensor_parallel)
+        for i in range(count)
+    ]
 
 
 def sglang_command(cuda: bool) -> list[str]:
-    """The interpreter that has SGLang, and its module. Raises UserError where there is none."""
+    """Return the interpreter that has SGLang, and the module to run. Raises UserError if there is none."""
     if cuda and importlib.util.find_spec("sglang") is not None:
         return [sys.executable, "-m", "sglang.launch_server"]
     python = Path(os.environ.get(SGLANG_VENV_VARIABLE) or ROOT / ".venv-sglang") / "bin" / "python"
@@ -155,6 +139,6 @@ def sglang_command(cuda: bool) -> list[str]:
     raise UserError(f"SGLang is not installed ({'in this environment' if cuda else python}): {remedy}")
 
 
-def _one_core_a_rank(ranks: int) -> str:
+def _one_core_per_rank(ranks: int) -> str:
     cores = sorted(os.sched_getaffinity(0))
     return "|".join(str(cores[i % len(cores)]) for i in range(ranks))

@@ -30,7 +30,7 @@ from eaopd_megatron.rollout.weight_sync.transport import (
     RunCoroutine,
     WeightUpdate,
 )
-from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.serving.http import SGLangClient
 
 ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
@@ -229,7 +229,7 @@ class DistributedTransport(BucketTransport[PendingBroadcast]):
         names = {client: {"group_name": group.name} for client, group in self._groups.items()}
         path = "/destroy_weights_update_group"
         WeightUpdate(self._run, names).call_all(
-            lambda client: client.request("POST", path, names[client], seconds=FAREWELL_SECONDS, retries=1)
+            lambda client: client.request("POST", path, names[client], seconds=FAREWELL_SECONDS, attempts=1)
         )
         for client in names:
             self.forget(client)

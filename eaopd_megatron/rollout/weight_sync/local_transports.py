@@ -24,7 +24,7 @@ from eaopd_megatron.rollout.weight_sync.transport import (
     Transport,
     WeightUpdate,
 )
-from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.serving.http import SGLangClient
 
 
 class DiskTransport(Transport):

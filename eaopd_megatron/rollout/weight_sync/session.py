@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.serving.http import SGLangClient
 
 ABORTED_UPDATE = "broken off"
 """The version of weights of which an update may have changed a part."""
@@ -25,7 +25,7 @@ class UpdateSession:
 
     async def post(self, client: SGLangClient, path: str, body: Mapping[str, Any]) -> Any:
         """The server's answer to what takes long."""
-        return await client.request("POST", path, body, seconds=self.seconds, retries=1)
+        return await client.request("POST", path, body, seconds=self.seconds, attempts=1)
 
     async def tp_size(self, client: SGLangClient) -> int:
         """How many processes share its weights. Refuses (UserError) servers that take weights from a folder alone."""
@@ -99,4 +99,4 @@ async def _end_broken_off(client: SGLangClient) -> None:
 
 async def post_once(client: SGLangClient, path: str, body: Mapping[str, Any]) -> None:
     """What does not take long. Raises as `Session` does."""
-    await client.request("POST", path, body, retries=1)
+    await client.request("POST", path, body, attempts=1)

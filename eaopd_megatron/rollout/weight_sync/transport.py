@@ -14,7 +14,7 @@ import torch
 from eaopd_megatron.checkpoint.hf_export import NamedTensors
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.weight_sync.session import UpdateSession
-from eaopd_megatron.serving.client import Busy, ServerGone, SGLangClient
+from eaopd_megatron.serving.http import Busy, ServerGone, SGLangClient
 
 GATHERED_COPIES = 3
 """Of a parameter while its Hugging Face tensors are made: its shards, the shards joined, the tensors."""

@@ -21,7 +21,7 @@ from eaopd_megatron.rollout.weight_sync.distributed_transport import Distributed
 from eaopd_megatron.rollout.weight_sync.local_transports import DiskTransport, TensorTransport
 from eaopd_megatron.rollout.weight_sync.session import UpdateSession
 from eaopd_megatron.rollout.weight_sync.transport import RunCoroutine, Transport, WeightUpdate, bucket_capacity
-from eaopd_megatron.serving.client import SGLangClient
+from eaopd_megatron.serving.http import SGLangClient
 from eaopd_megatron.utils.log import log_rank0
 
 

@@ -23,7 +23,7 @@ from eaopd_megatron.errors import StopRequested, UserError
 from eaopd_megatron.megatron.layers import require_fp8_support
 from eaopd_megatron.megatron.model import DTYPES, build_model
 from eaopd_megatron.models.supported import check_supported, separate_layout
-from eaopd_megatron.serving.client import read_api_key
+from eaopd_megatron.serving.http import read_api_key
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.protocol import ScoreRequest, TeacherInfo, build_teacher_info
 from eaopd_megatron.teacher.service.listener import RequestQueue, TeacherHttpServer

@@ -1,0 +1,352 @@
+"""The HTTP client of one server, with one retry policy, and the event loop in a thread that clients run in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import ssl
+import stat
+import threading
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import yarl
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from eaopd_megatron.errors import UserError
+
+T = TypeVar("T")
+FUTURE_POLL_SECONDS = 0.2
+"""How long a rank waits for background work before it looks for signals and other events."""
+_KEEP_ALIVE_SECONDS = 2.0
+"""SGLang closes connections that were idle for 5 s; a request sent at that moment would look dropped."""
+_READ_BUFFER_BYTES = 2**20
+_MAX_ERROR_CHARACTERS = 500
+
+
+class ServerGone(Exception):
+    """The connection failed or was dropped, or no answer came in time. The message is one line without the URL."""
+
+
+class Busy(Exception):
+    """The server answers but cannot serve this request now (HTTP 429 or 5xx)."""
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Time limits (seconds) and retry policy for the requests to one server."""
+
+    connect: float = 5.0
+    health: float = 30.0  # GET /ready: any live server answers within this, whatever its load
+    control: float = 60.0  # any request but /generate and /score
+    generate: float = 1800.0  # one response, including the time in the server's queue
+    attempts: int = 5  # at a request that the server is too busy for
+    backoff: float = 0.5  # first retry after a random time of at most this; doubles each time, up to 10 s
+
+
+@dataclass(frozen=True)
+class HttpResponse:
+    """Status, content type and body of an answer."""
+
+    status: int
+    content_type: str
+    content: bytes | bytearray
+    router_error: str | None = None  # set by sglang-router when the servers behind it failed
+
+
+class HttpClient:
+    """Client of one server at http(s)://HOST:PORT. Use it from one event loop.
+
+    The API key is sent in the Authorization header and appears in no message. Proxy variables are ignored: servers are
+    addressed directly. Certificates are verified against the system's authorities or those in SSL_CERT_FILE.
+    """
+
+    key_setting = "servers.api_key_file"
+    """Recipe key that messages about a wrong API key name."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        connections: int = 64,
+        timeouts: Timeouts | None = None,
+        ready_path: str = "/ready",
+        key_setting: str | None = None,
+    ) -> None:
+        """connections: concurrent long requests that a pool sends; not enforced here. ready_path: path that answers 200
+        when the server is ready. key_setting: overrides the class's.
+
+        Raises UserError for an invalid URL.
+        """
+        self.url, self.connections, self.ready_path = url.rstrip("/"), connections, ready_path
+        self.timeouts = timeouts or Timeouts()
+        self._base, self._secure = _parse_url(self.url)
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self.key_setting = key_setting or self.key_setting
+        self._session: aiohttp.ClientSession | None = None
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        seconds: float | None = None,
+        attempts: int | None = None,
+    ) -> Any:
+        """Return the JSON answer, None where the answer is not JSON.
+
+        seconds: limit on one attempt, `timeouts.control` by default. attempts: `timeouts.attempts` by default; pass 1
+        for requests that must not be repeated. Raises ServerGone at once, Busy after the last attempt, and UserError
+        for a request that the server refuses.
+        """
+        content = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
+        response = await self.fetch(method, path, content, seconds=seconds, attempts=attempts)
+        return json.loads(response.content) if response.content_type.startswith("application/json") else None
+
+    async def ready(self) -> bool:
+        """Return whether the server works on requests now (False while it loads or is paused). Raises ServerGone."""
+        response = await self._send("GET", self.ready_path, b"", self.timeouts.health)
+        return response.status == 200
+
+    async def reachable(self) -> bool:
+        """Return whether the server answers at all, even busy or paused.
+
+        A dropped connection alone does not tell: servers also drop the connection of a request that failed.
+        """
+        with suppress(ServerGone):
+            await self.ready()
+            return True
+        return False
+
+    async def fetch(
+        self,
+        method: str,
+        path: str,
+        content: bytes,
+        *,
+        seconds: float | None = None,
+        attempts: int | None = None,
+        size: int | None = None,
+    ) -> HttpResponse:
+        """Return a successful answer. size: number of bytes of a large answer, read into a bytearray without another
+        copy. Other arguments and errors as in `request`."""
+        work = (method, path, content, seconds or self.timeouts.control, size)
+        attempts = attempts or self.timeouts.attempts
+        if attempts == 1:
+            return await self._attempt(*work)
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(Busy),
+            stop=stop_after_attempt(attempts),
+            wait=wait_random_exponential(multiplier=self.timeouts.backoff, max=10.0),
+            reraise=True,
+        )
+        return await retrying(self._attempt, *work)
+
+    async def close(self) -> None:
+        """Close all connections. No request may be running."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _attempt(self, method: str, path: str, content: bytes, seconds: float, size: int | None) -> HttpResponse:
+        response = await self._send(method, path, content, seconds, size)
+        if response.status >= 400:
+            raise self._error(path, response)
+        return response
+
+    async def _send(
+        self, method: str, path: str, content: bytes, seconds: float, size: int | None = None
+    ) -> HttpResponse:
+        if self._session is None:
+            self._session = _new_session(self._headers, self._secure)
+        connect = min(self.timeouts.connect, seconds)
+        try:
+            async with self._session.request(
+                method,
+                yarl.URL(self._base + path, encoded=True),
+                data=content or None,
+                timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=connect),
+                allow_redirects=False,
+            ) as response:
+                headers = response.headers
+                return HttpResponse(
+                    response.status,
+                    headers.get("Content-Type", ""),
+                    await _read(response, size),
+                    headers.get("x-smg-error-code"),
+                )
+        except aiohttp.ConnectionTimeoutError:
+            raise ServerGone(f"no answer to {path} within {connect:g} s") from None
+        except TimeoutError:
+            raise ServerGone(f"no answer to {path} within {seconds:g} s") from None
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise UserError(
+                f"https://{error.host}:{error.port} is not trusted: {error.certificate_error.verify_message}; "  # type: ignore[attr-defined]
+                "SSL_CERT_FILE names the file of the authority that signed its certificate"
+            ) from None
+        except aiohttp.ClientConnectorError as error:
+            if isinstance(error.os_error, ConnectionRefusedError):
+                raise ServerGone("the connection is refused") from None
+            raise ServerGone(f"it cannot be connected to ({error.os_error})") from None
+        except aiohttp.ClientResponseError:
+            raise ServerGone(f"the answer to {path} is no HTTP") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerGone(f"the connection was dropped ({type(error).__name__})") from None
+
+    def _error(self, path: str, response: HttpResponse) -> Exception:
+        if response.status in (401, 403):
+            what = "refuses the API key" if "Authorization" in self._headers else "asks for an API key"
+            return UserError(f"{self.url} {what}: put the key that it was started with into {self.key_setting}")
+        if response.router_error:
+            return ServerGone(f"the router says {response.router_error}")
+        message = f"{self.url}{path} answered {response.status}: {_error_text(response.content)}"
+        return Busy(message) if response.status == 429 or response.status >= 500 else UserError(message)
+
+
+class SGLangClient(HttpClient):
+    """Client of one SGLang server, or of a router in front of several (which has its own `ready_path`)."""
+
+    async def generate(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """POST /generate with a validated body (`LengthLimits.validate`). Raises ServerGone, Busy, UserError."""
+        answer: dict[str, Any] = await self.request("POST", "/generate", body, seconds=self.timeouts.generate)
+        return answer
+
+    async def model_info(self) -> dict[str, Any]:
+        """Return the model's path and architecture and the current version of its weights."""
+        answer: dict[str, Any] = await self.request("GET", "/model_info")
+        return answer
+
+    async def server_info(self) -> dict[str, Any]:
+        """Return the server's settings. They include its API key: never print them."""
+        answer: dict[str, Any] = await self.request("GET", "/server_info")
+        return answer
+
+
+def _parse_url(url: str) -> tuple[str, bool]:
+    """Return the URL without credentials, and whether it is https."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise UserError(f"{url} is no URL of a server: {error}") from None
+    if not valid:
+        raise UserError(f"{url} is no URL of a server: it must be http://HOST:PORT or https://HOST:PORT")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}", parts.scheme == "https"
+
+
+def _new_session(headers: Mapping[str, str], secure: bool) -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(
+        limit=0,  # pools limit the number of running requests
+        keepalive_timeout=_KEEP_ALIVE_SECONDS,
+        ssl=ssl.create_default_context() if secure else True,
+    )
+    return aiohttp.ClientSession(
+        connector=connector,
+        headers=headers,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        trust_env=False,
+        read_bufsize=_READ_BUFFER_BYTES,
+    )
+
+
+async def _read(response: aiohttp.ClientResponse, size: int | None) -> bytes | bytearray:
+    if size is None or response.content_length != size:
+        return await response.read()
+    content, used = bytearray(size), 0
+    async for chunk in response.content.iter_any():
+        content[used : used + len(chunk)] = chunk
+        used += len(chunk)
+    return content
+
+
+def _error_text(content: bytes | bytearray) -> str:
+    """Return the message of an error answer in one line."""
+    text = content.decode("utf-8", errors="replace")
+    with suppress(ValueError):
+        answer = json.loads(content)
+        if isinstance(answer, dict):
+            error = answer.get("error", answer.get("message", answer.get("detail", text)))
+            text = str(error.get("message", error) if isinstance(error, dict) else error)
+    return " ".join(text.split())[:_MAX_ERROR_CHARACTERS]
+
+
+def server_is_ready(url: str, api_key: str | None = None) -> bool:
+    """Return whether GET /ready answers 200 within 5 s. Blocks; call it from a thread without an event loop."""
+
+    async def check() -> bool:
+        client = HttpClient(url, api_key=api_key, timeouts=Timeouts(connect=5.0, health=5.0))
+        try:
+            return await client.ready()
+        except ServerGone:
+            return False
+        finally:
+            await client.close()
+
+    return asyncio.run(check())
+
+
+def read_api_key(path: Path) -> str:
+    """Return the API key in a file that only its owner can read (mode 0600). Raises UserError."""
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        key = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UserError(f"the API key cannot be read from {path}: {error.strerror}") from None
+    if mode & 0o077:
+        raise UserError(f"{path} holds an API key and others may read it (mode {mode:04o}): chmod 600 {path}")
+    if not key or not key.isprintable() or any(c.isspace() for c in key):
+        raise UserError(f"{path} holds no API key: it must be one line without spaces")
+    return key
+
+
+class EventLoopThread:
+    """An event loop in a thread of its own. A context manager."""
+
+    def __init__(self, name: str = "rollout") -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine and return its result."""
+        return self.submit(work).result()
+
+    def call_soon(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call a function in the loop without waiting for it."""
+        self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def poll_until_done(future: Future[T]) -> Generator[None, None, T]:
+    """Yield every FUTURE_POLL_SECONDS until the future is done; return its result."""
+    while not wait([future], FUTURE_POLL_SECONDS).done:
+        yield None
+    return future.result()
