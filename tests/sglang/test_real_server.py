@@ -35,6 +35,7 @@ from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.served import ServedBackend
 from tests.sglang.exchanges import CONTEXT, EXCHANGES, STUDENT, same
 from tests.sglang.pooled import all_samples, pooled
+from tools.sglang_double.server import Double
 from tools.sglang_double.student import StudentDouble
 
 KEY = "a-key-for-this-test"
