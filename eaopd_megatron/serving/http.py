@@ -190,12 +190,13 @@ class HttpClient:
             raise ServerGone(f"no answer to {path} within {connect:g} s") from None
         except TimeoutError:
             raise ServerGone(f"no answer to {path} within {seconds:g} s") from None
-        except aiohttp.ClientConnectorCertificateError as error:
-            raise UserError(
-                f"https://{error.host}:{error.port} is not trusted: {error.certificate_error.verify_message}; "  # type: ignore[attr-defined]
-                "SSL_CERT_FILE names the file of the authority that signed its certificate"
-            ) from None
         except aiohttp.ClientConnectorError as error:
+            untrusted = getattr(error, "certificate_error", None)
+            if isinstance(untrusted, ssl.SSLCertVerificationError):
+                raise UserError(
+                    f"https://{error.host}:{error.port} is not trusted: {untrusted.verify_message}; SSL_CERT_FILE "
+                    "names the file of the authority that signed its certificate"
+                ) from None
             if isinstance(error.os_error, ConnectionRefusedError):
                 raise ServerGone("the connection is refused") from None
             raise ServerGone(f"it cannot be connected to ({error.os_error})") from None
