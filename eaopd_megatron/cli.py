@@ -76,12 +76,14 @@ def train_command(recipe: RecipeFile, overrides: Overrides = None) -> None:
         return
 
     from eaopd_megatron.config import load_recipe
+    from eaopd_megatron.models.supported import check_recipe_models
     from eaopd_megatron.training.run_folder import finished_message
 
     loaded = load_recipe(recipe, overrides or [])
     if finished := finished_message(loaded):
         print(finished)
         return
+    check_recipe_models(loaded)
     logs = Path(loaded.run.folder) / "logs"
     raise typer.Exit(launch_ranks(arguments, student_world_size(loaded.student), log_folder=logs))
 
@@ -104,10 +106,12 @@ def teach_command(
         return
 
     from eaopd_megatron.config import load_recipe
-    from eaopd_megatron.config.schema import select_separate_teacher
+    from eaopd_megatron.config.schema import select_separate_teacher, teacher_key
+    from eaopd_megatron.models.supported import check_local_model
 
-    layout = select_separate_teacher(load_recipe(recipe, overrides or []), teacher).parallel_layout
-    raise typer.Exit(launch_ranks(arguments, teacher_world_size(layout)))
+    options = select_separate_teacher(load_recipe(recipe, overrides or []), teacher)
+    check_local_model(options.model, options.parallel_layout, f"{teacher_key(teacher)}.model")
+    raise typer.Exit(launch_ranks(arguments, teacher_world_size(options.parallel_layout)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.launch import local_ranks as launch
 from eaopd_megatron.launch.entrypoint import run_entrypoint
+from eaopd_megatron.models.supported import check_local_model
 from eaopd_megatron.utils import files as atomic
 from eaopd_megatron.utils.log import log_rank0
 
@@ -50,6 +52,14 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             raise UserError(f"--{kind}-parallel: {size} ranks cannot be; give 1 or more")
     ranks = sizes["pipeline"] * math.lcm(sizes["tensor"], sizes["expert"])  # experts are cut over a stage's ranks
     is_rank = launch.is_started_rank()
+    layout = ParallelLayout(
+        tensor_parallel=sizes["tensor"],
+        sequence_parallel=sizes["tensor"] > 1,  # weights are the same; experts ask for it
+        pipeline_parallel=sizes["pipeline"],
+        expert_parallel=sizes["expert"],
+    )
+    if not is_rank:
+        check_local_model(options.hf, layout, "--hf")
     if not is_rank and not options.dry_run:
         atomic.require_absent_or_empty(options.out, "--out")
         HfFolder.open(options.hf, "--hf").check_tensors()  # before any rank is started; also the one download
@@ -58,12 +68,6 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from eaopd_megatron.checkpoint import convert as conversion
     from eaopd_megatron.distributed import parallel_state as groups
 
-    layout = groups.ParallelLayout(
-        tensor_parallel=sizes["tensor"],
-        sequence_parallel=sizes["tensor"] > 1,  # weights are the same; experts ask for it
-        pipeline_parallel=sizes["pipeline"],
-        expert_parallel=sizes["expert"],
-    )
     if options.dry_run:
         for line in conversion.describe_conversion(conversion.check_import(options.hf, layout), layout):
             log_rank0(line)

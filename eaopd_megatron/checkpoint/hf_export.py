@@ -13,13 +13,13 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import RankMap, shard_placement, shard_shape
-from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor, TensorWriter, read_json
+from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor, TensorWriter
 from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.models.mapping import MappedParam
-from eaopd_megatron.utils.files import atomic_directory
+from eaopd_megatron.utils.files import atomic_directory, read_json
 
 T = TypeVar("T")
 NamedTensors = Iterator[tuple[str, torch.Tensor]]

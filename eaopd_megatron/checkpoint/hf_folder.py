@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from eaopd_megatron.checkpoint.safetensors_io import SAFETENSORS_DTYPES, LazyTensor, TensorFiles, read_json
+from eaopd_megatron.checkpoint.safetensors_io import SAFETENSORS_DTYPES, LazyTensor, TensorFiles
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models import family_of
 from eaopd_megatron.models.mapping import Family
+from eaopd_megatron.utils.files import read_json
 
 CONFIG_AND_TOKENIZER_FILES = (
     "config.json",

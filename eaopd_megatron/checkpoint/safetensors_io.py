@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.utils.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -82,21 +83,6 @@ class LazyTensor:
                 f"{self.label}: {self.location.file.name} cannot be read: {error.strerror or error}"
             ) from None
         return out
-
-
-def read_json(path: Path, label: str) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises UserError naming the file and the error's position."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{label}: {path.name} is missing") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{label}: {path.name} is no JSON: line {error.lineno}: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{label}: {path.name} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{label}: {path.name} holds no JSON object")
-    return content
 
 
 def read_header(file: Path, label: str) -> dict[str, TensorLocation]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.launch.local_ranks import launch_ranks, student_world_size
+from eaopd_megatron.models.supported import check_recipe_models
 from eaopd_megatron.reporting.alerts import TERMINAL_LOGPROB_FLOOR
 
 RESULTS_FILE = "eos_check.json"
@@ -28,7 +29,7 @@ none (nan: it is not among the top-k). Nats."""
 
 def check_eos(recipe: str, overrides: Sequence[str]) -> int:
     """Starts the recipe's ranks on this host and prints what they find. 1 where a pair does not agree, or they fail."""
-    load_recipe(recipe, overrides)  # a wrong key leaves no folder
+    check_recipe_models(load_recipe(recipe, overrides))  # a wrong key leaves no folder
     scratch = tempfile.mkdtemp(prefix="eaopd-doctor-")
     changed = [*overrides, f"run.folder={scratch}", "evaluation.benchmarks=[]"]
     loaded = load_recipe(recipe, changed)

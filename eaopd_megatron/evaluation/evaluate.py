@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.sources import FieldNames
 from eaopd_megatron.data.types import SamplingParams
@@ -25,6 +26,7 @@ from eaopd_megatron.evaluation.folder import (
 )
 from eaopd_megatron.evaluation.generate import ServerChoice, generate_on_servers
 from eaopd_megatron.evaluation.results import EvaluationResult, changes_markdown, paired_changes, results_markdown
+from eaopd_megatron.models.supported import check_local_model
 from eaopd_megatron.utils.log import log_rank0
 
 _MATH_SUFFIX = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -78,6 +80,8 @@ def run_evaluation(request: EvaluationRequest, *, regrade: bool = False, compare
 def _generate(request: EvaluationRequest, folder: EvaluationFolder) -> int:
     """Generate the missing responses and return the exit code."""
     path, exported = _hf_folder(request.model, folder)
+    if request.engine == "local":
+        check_local_model(str(path), ParallelLayout(request.tensor_parallel), "MODEL")
     model = HfFolder.open(str(path), "MODEL")
     sources = sources_by_name(request.benchmarks)
     _begin(request, folder, model, sources)

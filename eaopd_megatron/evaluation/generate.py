@@ -59,7 +59,7 @@ def generate_on_rank(work: dict[str, Any]) -> None:
     layout = groups.ParallelLayout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # experts ask for it
     parallel, _ = groups.init_distributed(layout)
     source = HfFolder.open(work["model"], "MODEL")
-    check_supported(source.config, layout, work["model"])
+    check_supported(source.config, layout, f"MODEL: {work['model']}")
     model = build_model(source.config, layout, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     load_hf(model, source, parallel)
     rollout = LocalRollout(model, parallel, vocab_size=source.vocab_size, batch_size=batch_size)

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.config.schema import teacher_key
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.mapping import config_values
 from eaopd_megatron.models.shapes import ModelShape
+from eaopd_megatron.utils.files import read_json
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import Recipe
@@ -113,7 +115,7 @@ def check_recipe_models(recipe: Recipe) -> None:
     """
     ours = [("student.model", recipe.student.model)]
     for name, teacher in recipe.named_teachers().items():
-        key = f"teachers.{name}.model" if name else "teacher.model"
+        key = f"{teacher_key(name)}.model"
         if teacher.placement == "colocated":
             ours.append((key, teacher.model))
         elif teacher.placement == "separate":
@@ -146,13 +148,13 @@ def local_config(model: str, key: str) -> dict[str, Any] | None:
     """Return the parsed config.json of a local folder or of the hub's cache; None where neither has the model."""
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return _read(folder / "config.json", key)
+        return read_json(folder / "config.json", f"{key}: {folder}")
     if folder.exists() or not _HUB_ID.fullmatch(model):
         return None
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(model, "config.json")
-    return _read(Path(cached), key) if isinstance(cached, str) else None
+    return read_json(Path(cached), f"{key}: {model}") if isinstance(cached, str) else None
 
 
 # Models that a plan names
@@ -214,18 +216,6 @@ def built_in_shape(name: str) -> ModelShape | None:
     config |= {"vocab_size": 151936, "head_dim": 128, "tie_word_embeddings": tied}
     architecture = "Qwen3MoeForCausalLM" if "num_experts" in config else "Qwen3ForCausalLM"
     return ModelShape.of({"architectures": [architecture], **config}, name)
-
-
-def _read(file: Path, key: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{key}: {file.parent} has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {file} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{key}: {file} holds no JSON object")
-    return content
 
 
 def _from_hub(name: str) -> tuple[dict[str, Any] | None, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eaopd_megatron.config import Recipe, load_recipe
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.models.supported import check_recipe_models
 from eaopd_megatron.slurm_job import ROLES
 from eaopd_megatron.training.run_folder import finished_message
 
@@ -105,7 +106,7 @@ def allocate(recipe: str, overrides: Sequence[str], nodes: JobNodes) -> Allocati
     resolved["run.folder"] = str(Path(os.environ.get(_SHARED) or ".").absolute() / named.run.folder)
     overrides += [f"{key}={value}" for key, value in resolved.items()]
     loaded = load_recipe(recipe, overrides)
-    return Allocation(
+    allocation = Allocation(
         recipe=recipe,
         folder=Path(loaded.run.folder),
         finished=finished_message(loaded) or "",
@@ -114,6 +115,8 @@ def allocate(recipe: str, overrides: Sequence[str], nodes: JobNodes) -> Allocati
         overrides=tuple(overrides),
         steps=(_student_step(loaded, nodes), *_teacher_steps(loaded, nodes), *_server_steps(loaded, nodes)),
     )
+    check_recipe_models(loaded)
+    return allocation
 
 
 def _model_names(recipe: Recipe) -> dict[str, str]:

@@ -219,7 +219,7 @@ def _colocated_model(
     terminal: TerminalMap,
 ) -> ModelChunks:
     """Its output layer has the student's rows and shards: the objective takes both models' logits side by side."""
-    check_supported(folder.config, layout, options.model)
+    check_supported(folder.config, layout, f"{folder.name}: {options.model}")
     row_map = terminal.row_map()
     model = build_model(
         folder.config,

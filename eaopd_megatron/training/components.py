@@ -83,7 +83,7 @@ def build_components(
     teacher_folders = open_teacher_folders(recipe, student_folder)
     colocated = [name for name, one in recipe.named_teachers().items() if one.placement == "colocated"]
     student_layout, *others = model_layouts(parallel.layout, [student_folder, *(teacher_folders[n] for n in colocated)])
-    check_supported(student_folder.config, student_layout, recipe.student.model)
+    check_supported(student_folder.config, student_layout, f"student.model: {recipe.student.model}")
     vocab_size = common_vocab_size([student_folder, *teacher_folders.values()])
 
     precision, options = recipe.student.precision, recipe.optimizer

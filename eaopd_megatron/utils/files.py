@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from eaopd_megatron.errors import UserError
+
+
+def read_json(path: Path, label: str) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises UserError, starting with `label`, that names the file and the fault."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{label}: {path.name} is missing") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{label}: {path.name} is no JSON: line {error.lineno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{label}: {path.name} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{label}: {path.name} holds no JSON object")
+    return content
 
 
 def require_absent_or_empty(out: Path, name: str) -> None:

@@ -59,7 +59,9 @@ def test_services_of_the_second_node_are_placed_on_the_first() -> None:
 
 def test_a_replica_over_two_nodes_is_taken_for_two() -> None:
     nodes = JobNodes(1, 4, 0, ("n0", "n1", "n2", "n3", "n4"), gpus=8, per_node={})
-    steps = allocated(nodes, "teacher.tensor_parallel=8", "teacher.pipeline_parallel=2").steps
+    steps = allocated(
+        nodes, "teacher.model=Qwen/Qwen3-8B", "teacher.tensor_parallel=8", "teacher.pipeline_parallel=2"
+    ).steps
     assert steps[1:] == (StepPlan("teacher_0", ("n1", "n2"), 8), StepPlan("teacher_1", ("n3", "n4"), 8))
 
 
