@@ -84,9 +84,7 @@ def _prompts(recipe: Recipe, parts: Components) -> list[Prompt]:
     """The first PROMPTS of each teacher."""
     problems = load_problems(recipe.data.source, recipe.data.split)
     names = list(recipe.named_teachers())
-    prompts, _ = build_prompt_builder(recipe, parts.tokenizer, recipe.data.suffix, names).build(
-        problems, recipe.data.source
-    )
+    prompts, _ = build_prompt_builder(recipe.data, parts.tokenizer, names).build(problems, recipe.data.source)
     return [p for name in names for p in islice((p for p in prompts if p.teacher == name), PROMPTS)]
 
 

@@ -1,4 +1,4 @@
-"""What a training checkpoint holds, and how a run takes its place from it."""
+"""Save and resume the training state."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from eaopd_megatron.training.run_folder import RunFolder
 
 
 class TrainingCheckpoints:
-    """Weights and optimiser as Megatron shards; beside them how far the run is.
+    """Saves weights and optimizer as Megatron shards, with the run's progress in state.json.
 
-    Schedule, prompt cursor and random numbers are functions of (seed, iteration, updates): those numbers are their
-    whole state.
+    Schedules, prompt cursor and random numbers have no other state: they are functions of (seed, iteration, updates).
     """
 
     def __init__(
@@ -31,15 +30,15 @@ class TrainingCheckpoints:
         self.optimizer = components.student.optimizer
         self.store = CheckpointStore(folder.checkpoints, recipe.run.keep_checkpoints, background=recipe.run.async_save)
         self.fingerprint = config_fingerprint(components.student_folder.config)
-        self.prompts = _digest(prompts)
+        self.prompts_digest = _digest(prompts)
 
     def save(self, iteration: int, updates: int) -> None:
-        """Write the checkpoint of a completed iteration, whole or not at all; with run.async_save on a thread."""
+        """Write the checkpoint of a completed iteration atomically, with run.async_save in the background."""
         state = {
             "iteration": iteration,
             "updates": updates,
             "seed": self.recipe.seed,
-            "prompts": self.prompts,
+            "prompts": self.prompts_digest,
             "model": self.fingerprint,
             "layout": self._layout(),
         }
@@ -47,20 +46,19 @@ class TrainingCheckpoints:
             iteration,
             sharded_training_state(self.components.model, self.optimizer),
             state,
-            self._companions,
+            self._write_hf_files,
             self.parallel,
         )
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk. UserError where it could not be written."""
+        """Wait until the last checkpoint is on disk. Raises UserError if it could not be written."""
         self.store.wait()
 
     def resume(self, log: Callable[[str], None]) -> tuple[int, int]:
-        """(iteration, updates) completed in the newest checkpoint, whose weights and optimiser are loaded; (0, 0)
-        without one. Any layout goes on from any other's.
+        """Load the newest checkpoint, saved at any layout, and return its (iteration, updates); (0, 0) without one.
 
-        Raises UserError for a checkpoint that is damaged (unless run.on_corrupt_checkpoint is fall_back), of another
-        model, or made with other prompts.
+        Raises UserError if the checkpoint is damaged (unless run.on_corrupt_checkpoint=fall_back and there is an
+        earlier one), of another model, or was made with other prompts.
         """
         self.store.clean(self.parallel)
         path = self.store.latest_valid(
@@ -70,29 +68,31 @@ class TrainingCheckpoints:
             return 0, 0
         state = self.store.load_state(path)
         check_config_fingerprint(self.fingerprint, state["model"], path)
-        if state["prompts"] != self.prompts:
+        if state["prompts"] != self.prompts_digest:
             raise UserError(f"{path}: made with other prompts than data.source={self.recipe.data.source} gives now")
-        wanted = sharded_training_state(self.components.model, self.optimizer, loading=True)
-        load_training_state(self.components.model, self.optimizer, self.store.load_sharded(path, wanted, self.parallel))
-        here = self._layout()
-        changed = [name for name, size in here.items() if state["layout"].get(name) != size]
+        sharded = sharded_training_state(self.components.model, self.optimizer, loading=True)
+        load_training_state(
+            self.components.model, self.optimizer, self.store.load_sharded(path, sharded, self.parallel)
+        )
+        layout = self._layout()
+        changed = [name for name, size in layout.items() if state["layout"].get(name) != size]
         if changed:
-            was, now = (", ".join(f"{name}={at.get(name)}" for name in changed) for at in (state["layout"], here))
+            was, now = (", ".join(f"{name}={at.get(name)}" for name in changed) for at in (state["layout"], layout))
             log(f"{path.name} was saved at {was}; going on at {now}")
         return int(state["iteration"]), int(state["updates"])
 
     def _layout(self) -> dict[str, int | bool]:
-        """How weights and optimiser are cut now; none of it need be the same when the run goes on."""
+        """Return how weights and optimizer are sharded now. A resumed run may change any of it."""
         sizes = {**asdict(self.parallel.layout), "data_parallel": self.parallel.dp_size}
         return sizes | {"optimizer.distributed": self.recipe.optimizer.distributed}
 
-    def _companions(self, folder: Path) -> None:
+    def _write_hf_files(self, folder: Path) -> None:
         (folder / "hf").mkdir()
         self.components.student_folder.copy_config_and_tokenizer(folder / "hf")
 
 
 def _digest(prompts: list[Prompt]) -> str:
-    """A hash of the prompts' ids, tokens and teachers, in order."""
+    """Hash the prompts' ids, tokens and teachers, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(f"{prompt.id}:{prompt.token_ids}{prompt.teacher}\n".encode())

@@ -1,4 +1,4 @@
-"""Models, optimiser, teacher, rollout and data of a recipe, built on this rank."""
+"""Build the models, optimizer, teachers, rollout engine, data and evaluation of a recipe on this rank."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, common_vocab_size
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
+from eaopd_megatron.config.schema import DataConfig
 from eaopd_megatron.data.decontamination import Decontamination, summarise_matches, write_decontamination_report
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.sources import FieldNames, Problem, load_problems
@@ -33,33 +34,32 @@ from eaopd_megatron.training.run_folder import RunFolder
 from eaopd_megatron.training.step import StudentTrainer
 
 
-def load_training_problems(recipe: Recipe, report: Path | None, log: Callable[[str], None]) -> list[Problem]:
-    """The problems of `data.source`, in its order, without those that `data.decontaminate` finds.
+def load_training_problems(data: DataConfig, report: Path | None, log: Callable[[str], None]) -> list[Problem]:
+    """Return the problems of `data.source` in order, without those that `data.decontaminate` matches.
 
-    report: the file for what was left out; None: another rank writes it. Raises UserError where nothing is left.
+    report: file listing the removed problems; None on ranks that do not write it. Raises UserError if none is left.
     """
-    chosen = recipe.data
-    problems = load_problems(chosen.source, chosen.split, FieldNames(problem=chosen.prompt_field))
-    if not chosen.decontaminate:
+    problems = load_problems(data.source, data.split, FieldNames(problem=data.prompt_field))
+    if not data.decontaminate:
         return problems
-    benchmarks = {name: load_benchmark(name) for name in chosen.decontaminate}
-    kept, matches = Decontamination(benchmarks, chosen.decontaminate_ngram).clean(problems)
+    benchmarks = {name: load_benchmark(name) for name in data.decontaminate}
+    clean, matches = Decontamination(benchmarks, data.decontaminate_ngram).clean(problems)
     log(
         f"{len(matches)} of {len(problems)} training problems are evaluation problems too: {summarise_matches(matches)}"
     )
     if report is not None:
-        write_decontamination_report(report, matches, problems=len(problems), ngram=chosen.decontaminate_ngram)
-    if not kept:
-        raise UserError(f"data.decontaminate leaves nothing of {chosen.source}: name other benchmarks")
-    return kept
+        write_decontamination_report(report, matches, problems=len(problems), ngram=data.decontaminate_ngram)
+    if not clean:
+        raise UserError(f"data.decontaminate leaves nothing of {data.source}: name other benchmarks")
+    return clean
 
 
 @dataclass(frozen=True)
 class Components:
-    """What a run is made of on this rank."""
+    """The parts of a run on this rank."""
 
     student_folder: HfFolder
-    vocab_size: int  # that student and teachers have
+    vocab_size: int  # shared by student and teachers
     tokenizer: Any
     model: ModelChunks
     student: StudentTrainer
@@ -77,8 +77,11 @@ def build_components(
     stop_signal: Callable[[], int],
     log: Callable[[str], None],
 ) -> Components:
-    """Everything of the recipe but its prompts and its state. asked: the number of a signal that asks the run to stop,
-    or 0. Raises UserError for a pair that does not fit."""
+    """Build everything but the prompts and the progress of the run.
+
+    stop_signal: returns the number of a received signal that asks the run to stop, or 0.
+    Raises UserError if student and teacher do not fit together.
+    """
     student_folder = HfFolder.open(recipe.student.model, "student.model")
     teacher_folders = open_teacher_folders(recipe, student_folder)
     colocated = [name for name, one in recipe.named_teachers().items() if one.placement == "colocated"]
@@ -90,7 +93,7 @@ def build_components(
     model = build_model(student_folder.config, student_layout, DTYPES[precision], recompute=recipe.student.recompute)
     load_hf(model, student_folder, parallel)
     layouts = dict(zip(colocated, others, strict=True))
-    teacher = build_teachers(
+    teachers = build_teachers(
         TeacherContext(
             recipe,
             parallel,
@@ -140,8 +143,8 @@ def build_components(
         )
         memory = TrainerMemory(ddp, optimizer)
         rollout = ServedRollout(recipe.servers, recipe.weight_sync, context, parallel, model, student_folder, memory)
-    ends = [folder.eos_ids for folder in (student_folder, *teacher_folders.values())]
-    stop_ids = tuple(sorted({*itertools.chain(*ends), *recipe.rollout.stop_token_ids}))
+    eos_ids = [folder.eos_ids for folder in (student_folder, *teacher_folders.values())]
+    stop_ids = tuple(sorted({*itertools.chain(*eos_ids), *recipe.rollout.stop_token_ids}))
     tokenizer = student_folder.tokenizer()
     return Components(
         student_folder,
@@ -149,23 +152,23 @@ def build_components(
         tokenizer,
         model,
         student,
-        teacher,
+        teachers,
         rollout,
         SamplingParams(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
         build_evaluator(recipe, parallel, rollout, student_folder, tokenizer, stop_ids, log),
     )
 
 
-def build_prompt_builder(recipe: Recipe, tokenizer: Any, suffix: str, teachers: Sequence[str] = ("",)) -> PromptBuilder:
-    """Of training prompts, with the recipe's template; teachers: whom the prompts are for."""
+def build_prompt_builder(data: DataConfig, tokenizer: Any, teachers: Sequence[str] = ("",)) -> PromptBuilder:
+    """Return the builder of training prompts. teachers: names of the teachers that prompts may select."""
     return PromptBuilder(
         tokenizer,
-        template=recipe.data.template,
-        suffix=suffix,
-        field=recipe.data.prompt_field,
-        max_tokens=recipe.data.max_prompt_tokens,
+        template=data.template,
+        suffix=data.suffix,
+        field=data.prompt_field,
+        max_tokens=data.max_prompt_tokens,
         teachers=teachers,
-        teacher_field=recipe.data.teacher_field,
+        teacher_field=data.teacher_field,
     )
 
 
@@ -176,20 +179,21 @@ def build_evaluator(
     student: HfFolder,
     tokenizer: Any,
     stop_ids: tuple[int, ...],
-    report: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Evaluator:
-    """The recipe's benchmarks, ready to be run on the model that the rollout generates with.
+    """Load the recipe's benchmarks, to be generated by the rollout engine.
 
-    data.max_prompt_tokens is the training's: a problem is left out only where it has no room for its response.
+    data.max_prompt_tokens limits training prompts only: a benchmark problem is left out only if its response does not
+    fit behind it.
     """
-    chosen, positions = recipe.evaluation, student.config.max_position_embeddings
+    evaluation, positions = recipe.evaluation, student.config.max_position_embeddings
     builder = PromptBuilder(
         tokenizer,
         template=recipe.data.template,
-        suffix=chosen.suffix,
+        suffix=evaluation.suffix,
         field="problem",
-        max_tokens=check_length(positions, chosen.max_response_tokens, "evaluation.max_response_tokens=")
-        if chosen.benchmarks
+        max_tokens=check_length(positions, evaluation.max_response_tokens, "evaluation.max_response_tokens=")
+        if evaluation.benchmarks
         else positions,
         limit="the student's positions less evaluation.max_response_tokens",
     )
@@ -198,10 +202,10 @@ def build_evaluator(
         parallel,
         tokenizer,
         [
-            Benchmark.load(source, builder, chosen.problems, report if parallel.is_main else None)
-            for source in sources_by_name(chosen.benchmarks).values()
+            Benchmark.load(source, builder, evaluation.problems, log if parallel.is_main else None)
+            for source in sources_by_name(evaluation.benchmarks).values()
         ],
-        chosen.samples,
-        SamplingParams(chosen.temperature, chosen.top_p, chosen.max_response_tokens, stop_ids),
-        chosen.seed,
+        evaluation.samples,
+        SamplingParams(evaluation.temperature, evaluation.top_p, evaluation.max_response_tokens, stop_ids),
+        evaluation.seed,
     )

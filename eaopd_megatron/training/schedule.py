@@ -1,6 +1,6 @@
-"""Learning rate and objective as pure functions of completed updates.
+"""Learning rate and objective as pure functions of the completed updates.
 
-A resume can neither step a schedule twice nor leave the learning rate at 0.
+So a resumed run cannot step a schedule twice.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from eaopd_megatron.objective import Objective
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """Linear warm-up over `warmup` updates, then `kind` ("cosine", "linear", "constant") from `peak` to `floor` at
-    `total`."""
+    """Linear warmup over `warmup` updates, then `kind` (cosine, linear or constant) from `peak` to `floor` at `total`."""
 
     peak: float
     total: int
@@ -23,7 +22,7 @@ class LearningRateSchedule:
     floor: float = 0.0
 
     def __call__(self, update: int) -> float:
-        """Learning rate of the update after `update` completed ones."""
+        """Return the learning rate of the update that follows `update` completed ones."""
         if update < self.warmup:
             return self.peak * (update + 1) / self.warmup
         if self.kind == "constant":
@@ -35,7 +34,7 @@ class LearningRateSchedule:
 
 @dataclass(frozen=True)
 class ObjectiveSchedule:
-    """`start`, whose threshold (τ) and forward weight (α) move to their ends, where given, over `total` updates."""
+    """The objective `start`, whose threshold τ and forward weight α move to their end values over `total` updates."""
 
     start: Objective
     total: int
@@ -44,7 +43,7 @@ class ObjectiveSchedule:
     forward_weight_end: float | None = None
 
     def __call__(self, update: int) -> Objective:
-        """The objective of the update after `update` completed ones."""
+        """Return the objective of the update that follows `update` completed ones."""
         return replace(
             self.start,
             threshold=self._ramp(self.start.threshold, self.threshold_end, update),

@@ -1,9 +1,10 @@
-"""The student: π_old, and one update of a mini-batch."""
+"""The student: π_old, and one optimizer update on a mini-batch."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,15 +35,41 @@ from eaopd_megatron.objective import (
 )
 from eaopd_megatron.teacher.base import TeacherSignal
 from eaopd_megatron.teacher.router import TeacherRouter
-from eaopd_megatron.training.metric_accumulator import ImportanceWeights, MetricAccumulator
+from eaopd_megatron.training.measurement import MetricAccumulator
+
+
+@dataclass(frozen=True)
+class ImportanceWeights:
+    """Importance weights of a micro-batch's n response tokens on this rank, each [n].
+
+    values: fp32, exactly 1 for fresh tokens. stale, clipped: bool.
+    """
+
+    values: torch.Tensor
+    stale: torch.Tensor
+    clipped: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: MicroBatch, old: torch.Tensor | None, clip: float) -> ImportanceWeights | None:
+        """Return the weights, or None if no sample is stale. old: [n], π_old's log-probs computed by the trainer.
+
+        Raises ValueError for a stale sample without old_logprobs.
+        """
+        if not any(sample.stale for sample in batch.samples):
+            return None
+        if old is None:
+            raise ValueError("stale samples need old_logprobs: call recompute_old_logprobs before update")
+        stale = batch.gather_local([torch.full((len(s.response_ids),), s.stale) for s in batch.samples])
+        ratio = (old - batch.rollout_logprobs()).exp()
+        return cls(torch.where(stale, ratio.clamp(max=clip), 1.0).detach(), stale, stale & (ratio > clip))
 
 
 class StudentTrainer:
-    """The trained model with its optimiser. All ranks of a copy of the model call it with the same samples."""
+    """The trained model and its optimizer. All ranks of a model replica call it with the same samples."""
 
     def __init__(
         self,
-        ddp: ModelChunks,  # wrapped
+        ddp: ModelChunks,  # wrapped in DDP
         optimizer: Any,
         parallel: ParallelState,
         *,
@@ -55,27 +82,31 @@ class StudentTrainer:
         self._shard: dict[str, Any] = {"vocab_size": vocab_size, "group": parallel.tp_group}
 
     def recompute_old_logprobs(self, samples: Sequence[Sample]) -> None:
-        """π_old of every response token, by the trainer itself: the rollout engine's log-probs come from other
-        kernels. Every rank's samples get them."""
+        """Compute π_old's log-prob (nats) of every response token and set `Sample.old_logprobs` on every rank.
+
+        The rollout engine's log-probs come from other kernels, so the trainer computes them itself.
+        """
         batches = micro_batches(samples, self.micro_batch_tokens, self.parallel)
-        found: dict[int, torch.Tensor] = {}
+        logprobs_of: dict[int, torch.Tensor] = {}
 
-        def last(index: int, rows: torch.Tensor) -> None:
-            said = linear_token_statistics(rows, output_weight(self.ddp), batches[index].target_ids, **self._shard)
-            found[index] = gather_context_parallel(batches[index], said.logprob, self.parallel)
+        def last_stage(index: int, rows: torch.Tensor) -> None:
+            statistics = linear_token_statistics(
+                rows, output_weight(self.ddp), batches[index].target_ids, **self._shard
+            )
+            logprobs_of[index] = gather_context_parallel(batches[index], statistics.logprob, self.parallel)
 
-        run_forward(self.ddp, batches, last)
+        run_forward(self.ddp, batches, last_stage)
         lengths = [len(s.response_ids) for s in samples]
         logprobs = torch.empty(sum(lengths), device=self.parallel.device)
-        if found:
-            logprobs = torch.cat([found[index] for index in range(len(batches))])
+        if logprobs_of:
+            logprobs = torch.cat([logprobs_of[index] for index in range(len(batches))])
         for sample, part in zip(
             samples, broadcast_from_last_stage(logprobs, self.parallel).split(lengths), strict=True
         ):
             sample.old_logprobs = part
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Of each token but the first, nats. Collective; the same sequence on every rank."""
+        """Return the log-probs (nats) of every token after the first. Collective; same tokens on every rank."""
         sample = Sample(Prompt("", tuple(token_ids[:1]), {}), list(token_ids[1:]), "length", [], 0)
         self.recompute_old_logprobs([sample])
         assert sample.old_logprobs is not None
@@ -92,11 +123,12 @@ class StudentTrainer:
         update: int,
         metrics: MetricAccumulator,
     ) -> None:
-        """One optimiser step on this rank's share of a mini-batch.
+        """Run one optimizer step on this rank's share of a mini-batch.
 
-        The gradient is that of Σ L_t / (valid response tokens of the whole mini-batch over all data-parallel ranks),
-        however the micro-batches are cut: each adds its sum, and the division comes last. Where a sample is stale, L_t
-        is multiplied by min(π_old/π_rollout, importance_clip), which needs `recompute_old_logprobs`.
+        The gradient is that of Σ L_t / (valid response tokens of the mini-batch over all data-parallel ranks),
+        independently of the split into micro-batches: each adds its sum, and the division comes last. The loss L_t of a
+        stale sample is multiplied by min(π_old/π_rollout, importance_clip), which needs `recompute_old_logprobs`.
+        Raises UserError if the loss or the gradient norm is not finite.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -104,7 +136,7 @@ class StudentTrainer:
         signal_of = teachers.micro_batch_signals(batches)
         tokens = torch.zeros(1, dtype=torch.int, device=self.parallel.device)
 
-        def last(index: int, rows: torch.Tensor) -> torch.Tensor:
+        def last_stage(index: int, rows: torch.Tensor) -> torch.Tensor:
             batch, old = batches[index], None
             if batch.samples and batch.samples[0].old_logprobs is not None:
                 old = batch.gather_local([s.old_logprobs for s in batch.samples if s.old_logprobs is not None])
@@ -113,10 +145,10 @@ class StudentTrainer:
             weights = ImportanceWeights.of(batch, old, importance_clip)
             tokens.add_(len(batch.target_ids))
             if batch.samples and self.parallel.reports_metrics:
-                _measure(metrics, batch, out, old, weights)
+                _add_metrics(metrics, batch, out, old, weights)
             return (out.loss if weights is None else out.loss * weights.values).sum()
 
-        run_forward_backward(self.ddp, batches, last)
+        run_forward_backward(self.ddp, batches, last_stage)
         megatron_optimizer.finalize_gradients(self.ddp, tokens)
         megatron_optimizer.set_learning_rate(self.optimizer, learning_rate)
         done, norm = megatron_optimizer.optimizer_step(self.optimizer)
@@ -138,7 +170,7 @@ class StudentTrainer:
         old: torch.Tensor | None,
         update: int,
     ) -> TokenLosses:
-        """The objective on hidden states [n, h], or, where the teacher gives logits, on the logits made of them."""
+        """Compute the objective from hidden states [n, h]; with a teacher that gives logits, from logits [n, vocab]."""
         options = {"teacher_tokens": labels, "objective": objective, **self._shard}
         if isinstance(signal, TeacherLogits):
             rows = response_logits(self.ddp, rows)
@@ -149,13 +181,16 @@ class StudentTrainer:
                 head, mode = output_weight(self.ddp), hidden_grad_reduction(self.ddp)
                 out = linear_entropy_aware_loss(rows, head, signal, batch.target_ids, old, hidden_grad=mode, **options)
         except ValueError as error:  # raised alike on every tensor-parallel rank
-            self._refuse(batch, _broken(rows) | _broken(_seen(signal)), update, str(error))
+            self._reject(batch, _is_not_finite(rows) | _is_not_finite(_signal_values(signal)), update, str(error))
         if not torch.isfinite(out.loss).all():
-            self._refuse(batch, _broken(out.loss[:, None]), update, "the loss is not finite")
+            self._reject(batch, _is_not_finite(out.loss[:, None]), update, "the loss is not finite")
         return out
 
-    def _refuse(self, batch: MicroBatch, bad: torch.Tensor, update: int, why: str) -> NoReturn:
-        """Save the offending sample and stop: training on would lose the model, skipping it would hide the cause."""
+    def _reject(self, batch: MicroBatch, bad: torch.Tensor, update: int, why: str) -> NoReturn:
+        """Save the offending sample and stop.
+
+        Training on would ruin the model, and skipping the sample would hide the cause.
+        """
         flags = bad.int()
         if self.parallel.tp_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.parallel.tp_group)
@@ -170,26 +205,26 @@ class StudentTrainer:
         raise UserError(f"{where}: {why} (prompt {sample.prompt.id}); the sample is saved in {path}")
 
 
-def _broken(rows: torch.Tensor) -> torch.Tensor:
-    """[n] bool: rows [n, ...] with a number that is not finite."""
+def _is_not_finite(rows: torch.Tensor) -> torch.Tensor:
+    """Return [n] bool: rows of [n, ...] that contain inf or nan."""
     return ~torch.isfinite(rows).flatten(1).all(-1)
 
 
-def _seen(signal: TeacherSignal) -> torch.Tensor:
-    """What the teacher said, [n, ...]."""
+def _signal_values(signal: TeacherSignal) -> torch.Tensor:
+    """Return the values [n, ...] of a teacher's signal."""
     if isinstance(signal, TeacherTopK):
         return signal.logprobs
     return signal.hidden if isinstance(signal, TeacherHidden) else signal.logits
 
 
-_OF_EACH_TEACHER = (
+_PER_TEACHER_METRICS = (
     *("objective/loss", "teacher/entropy", "objective/gate_fraction", "objective/forward_kl_gated"),
     "teacher/terminal_logprob",
 )
-"""Metrics that a recipe with several teachers has for each: teachers/NAME/loss, ..."""
+"""Metrics that a recipe with several teachers also records per teacher, as teachers/NAME/loss and so on."""
 
 
-def _measure(
+def _add_metrics(
     metrics: MetricAccumulator, batch: MicroBatch, out: Any, old: torch.Tensor | None, weights: ImportanceWeights | None
 ) -> None:
     gated = out.gate > 0.5
@@ -210,7 +245,7 @@ def _measure(
         ("student/entropy_ungated", out.student_entropy, ~gated),
     ):
         metrics.add(name, values, where)
-        if batch.teacher and name in _OF_EACH_TEACHER:
+        if batch.teacher and name in _PER_TEACHER_METRICS:
             metrics.add(f"teachers/{batch.teacher}/{name.split('/')[1]}", values, where)
     if batch.teacher:
         metrics.add_count(f"teachers/{batch.teacher}/tokens", len(batch.target_ids))
@@ -218,7 +253,7 @@ def _measure(
     gap = (batch.rollout_logprobs() - (out.student_logprob if old is None else old)).abs()
     if weights is None:
         metrics.add("rollout/logprob_gap", gap)
-    else:  # a stale token's gap is mostly that of the weights, not of the engines
+    else:  # a stale token's gap mostly comes from the weights, not from the engines
         metrics.add("rollout/logprob_gap", gap, ~weights.stale)
         metrics.add("rollout/logprob_gap_stale", gap, weights.stale)
         metrics.add("rollout/importance_weight", weights.values, weights.stale)

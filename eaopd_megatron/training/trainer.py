@@ -1,4 +1,4 @@
-"""A run: its parts, its place in time, and what it leaves behind after each iteration."""
+"""The state of a run: its components, its progress, and what it records after each iteration."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ from eaopd_megatron.reporting.run_report import summary_line, write_run_report
 from eaopd_megatron.rollout.interface import GenerationRequest, RolloutHandle
 from eaopd_megatron.training.checkpointing import TrainingCheckpoints
 from eaopd_megatron.training.components import build_components, build_prompt_builder, load_training_problems
-from eaopd_megatron.training.metric_accumulator import MetricAccumulator
-from eaopd_megatron.training.profiling import ProfilerWindow, ThroughputMeter
+from eaopd_megatron.training.measurement import MetricAccumulator, ProfilerWindow, ThroughputMeter
 from eaopd_megatron.training.run_folder import RunFolder
 from eaopd_megatron.training.schedule import LearningRateSchedule, ObjectiveSchedule
 from eaopd_megatron.utils.environment import describe_environment
 from eaopd_megatron.utils.files import atomic_write
 
-SAMPLE_FLOPS = "sample_flops"  # averaged like a metric, and not written
+_SAMPLE_FLOPS = "sample_flops"  # averaged like a metric but not recorded
 
 
 class Interrupted(SystemExit):
-    """A signal asked the run to stop, and its checkpoint is written. Not an error: the launcher says what it did."""
+    """A signal asked the run to stop and its checkpoint is written. The launcher reports it; it is not an error."""
 
 
 class Trainer:
-    """A run on this rank. `iteration` and `updates` count what is completed."""
+    """A run on this rank. `iteration` and `updates` count completed iterations and updates."""
 
     def __init__(self, recipe: Recipe, parallel: ParallelState) -> None:
         self.recipe, self.parallel = recipe, parallel
         self.folder = RunFolder(Path(recipe.run.folder))
-        self.progress = self._reporter()
+        self.progress = self._open_progress()
         teachers = ", ".join(
-            f"teacher {f'{name} ' if name else ''}{_shown(one.model)}" for name, one in recipe.named_teachers().items()
+            f"teacher {f'{name} ' if name else ''}{_relative(one.model)}"
+            for name, one in recipe.named_teachers().items()
         )
-        models = f"student {_shown(recipe.student.model)}, {teachers}"
+        models = f"student {_relative(recipe.student.model)}, {teachers}"
         self.log(f"{models}: loading on {parallel.world_size} ranks")
         self._signal: int | None = None
         self.components = build_components(
@@ -61,9 +61,9 @@ class Trainer:
         )
         self.student, self.teachers = self.components.student, self.components.teachers
         report = self.folder.path / "decontamination.json" if parallel.is_main else None
-        problems = load_training_problems(recipe, report, self.log)
+        problems = load_training_problems(recipe.data, report, self.log)
         self._teacher_model = {name: one.model for name, one in recipe.named_teachers().items()}
-        builder = build_prompt_builder(recipe, self.components.tokenizer, recipe.data.suffix, list(self._teacher_model))
+        builder = build_prompt_builder(recipe.data, self.components.tokenizer, list(self._teacher_model))
         self.prompts, dropped = builder.build(problems, recipe.data.source)
         if dropped:
             self.log(
@@ -81,13 +81,13 @@ class Trainer:
         self.schedule = LearningRateSchedule(
             options.lr, updates, options.schedule, options.warmup_updates, options.lr * options.min_lr_ratio
         )
-        chosen = recipe.objective
+        objective = recipe.objective
         self.objective = ObjectiveSchedule(
-            chosen.build_objective(),
-            chosen.ramp_updates or updates,
-            chosen.ramp,
-            chosen.threshold_end,
-            chosen.forward_weight_end,
+            objective.build_objective(),
+            objective.ramp_updates or updates,
+            objective.ramp,
+            objective.threshold_end,
+            objective.forward_weight_end,
         )
         self.metrics = MetricAccumulator()
         self.alerts = AlertMonitor(alert_rules(recipe.rollout, recipe.train.updates_per_iteration, recipe.teachers))
@@ -96,14 +96,14 @@ class Trainer:
         self.profiler = ProfilerWindow(self.folder.profile, parallel.rank, *window)
         self._writer: MetricsWriter | None = None
         self._times: dict[str, float] = defaultdict(float)
-        self._ahead: RolloutHandle | None = None  # for the next iteration's responses, where they are written already
+        self._prefetched: RolloutHandle | None = None  # the next iteration's responses, requested in advance
         self.checkpoints = TrainingCheckpoints(recipe, parallel, self.folder, self.components, self.prompts)
         self.iteration, self.updates = self.checkpoints.resume(self.log)
         self._saved = self.iteration
         self._open_records()
 
     def start(self) -> None:
-        """Comes first: the other roles are started, or found. From here on a signal asks the run to stop."""
+        """Start or connect to the rollout servers and teachers; install the signal handlers."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         rollout = self.recipe.rollout
@@ -112,17 +112,17 @@ class Trainer:
         self.components.rollout.open([*self.prompts, *evaluator.prompts()], max(longest, evaluator.longest()))
         self.teachers.open(longest)
 
-    # One iteration
+    # Algorithm 1
 
     def update_weights(self) -> None:
-        """What writes the responses gets the student's weights."""
+        """Send the student's weights to the rollout engine."""
         self.profiler.begin(self.iteration + 1)
         self._update_weights()
 
     def generate(self) -> Iterator[list[Sample]]:
-        """This rank's share of the iteration's responses, in parts, as they are finished; as many on every rank."""
-        ticket, self._ahead = self._ahead or self._begin(self.iteration), None
-        parts = self.components.rollout.collect(ticket)
+        """Yield this rank's share of the iteration's responses in parts as they finish; equally many on every rank."""
+        handle, self._prefetched = self._prefetched or self._submit(self.iteration), None
+        parts = self.components.rollout.collect(handle)
         while True:
             with self.timer("rollout"):
                 part = next(parts, None)
@@ -134,24 +134,24 @@ class Trainer:
             yield part
         self.components.rollout.finish_generation()
         if self.recipe.rollout.max_staleness and self.iteration + 1 < self.recipe.train.iterations:
-            self._ahead = self._begin(self.iteration + 1)
+            self._prefetched = self._submit(self.iteration + 1)
 
-    def _begin(self, iteration: int) -> RolloutHandle:
+    def _submit(self, iteration: int) -> RolloutHandle:
         mini, indices = self.recipe.train.mini_batch, self.cursor.indices(iteration)
-        wanted = GenerationRequest(
+        request = GenerationRequest(
             [self.prompts[index] for index in indices],
             [(self.recipe.seed, "rollout", iteration, i) for i in range(len(indices))],
             [i for i in range(len(indices)) if i % mini % self.parallel.dp_size == self.parallel.dp_rank],
             self.components.sampling,
         )
-        return self.components.rollout.submit(wanted)
+        return self.components.rollout.submit(request)
 
     def _update_weights(self) -> None:
         with self.timer("sync"):
             self.components.rollout.update_weights(self.updates)
 
     def mini_batches(self, samples: list[Sample]) -> list[list[Sample]]:
-        """This rank's share of each mini-batch of the iteration, possibly empty; as many on every rank."""
+        """Return this rank's (possibly empty) share of each mini-batch; equally many on every rank."""
         mini = self.recipe.train.mini_batch
         count = -(-self.cursor.size(self.iteration) // mini)
         ordered = sorted(samples, key=lambda sample: sample.index)
@@ -159,7 +159,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def timer(self, phase: str) -> Iterator[None]:
-        """Adds the seconds spent inside to the iteration's time/<phase>."""
+        """Add the seconds spent inside to the iteration's time/<phase>."""
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -167,7 +167,7 @@ class Trainer:
         self._times[phase] += time.perf_counter() - start
 
     def finish_iteration(self, samples: list[Sample]) -> None:
-        """Record the iteration, evaluate and save where it is time, and stop in good order if a signal asked for it."""
+        """Record the iteration, evaluate and save if due, and stop if a signal was received."""
         self.profiler.end()
         self._measure(samples)
         self.iteration += 1
@@ -180,27 +180,27 @@ class Trainer:
         try:
             if self._evaluation_is_due():
                 record |= self._evaluation()
-        except (StopRequested, ServiceUnavailable):  # the evaluation is made up for when the run goes on
+        except (StopRequested, ServiceUnavailable):  # the resumed run repeats the evaluation
             self._record(record | self._rates(record))
             raise
         self._record(record | self._rates(record))
-        asked = self._any_rank_was_asked_to_stop()
+        stop_signal = self._reduce_signal()
         save = self.recipe.run.save_interval
-        if last or asked or (save and self.iteration % save == 0):
+        if last or stop_signal or (save and self.iteration % save == 0):
             with self.timer("checkpoint"):
-                self._save(wait=bool(last or asked))
-        if asked and not last:
-            self._stopped(asked)
+                self._save(wait=bool(last or stop_signal))
+        if stop_signal and not last:
+            self._interrupt(stop_signal)
 
     def save_and_stop(self, reason: StopRequested | ServiceUnavailable) -> NoReturn:
-        """The iteration that was begun cannot be finished: save what is completed. Raises Interrupted or UserError."""
+        """Save the completed iterations, as the current one cannot be finished. Raises Interrupted or UserError."""
         self.components.rollout.close()
         self.teachers.close()
         self.components.rollout.finish_generation()
         self._save(wait=True)
         if isinstance(reason, StopRequested):
-            self._stopped(reason.args[0])
-        raise UserError(f"{reason}; {self._where()}")
+            self._interrupt(reason.args[0])
+        raise UserError(f"{reason}; {self._progress_text()}")
 
     def _save(self, *, wait: bool) -> None:
         if self._saved < self.iteration:
@@ -209,21 +209,21 @@ class Trainer:
         if wait:
             self.checkpoints.wait()
 
-    def _stopped(self, number: int) -> NoReturn:
-        self.log(f"stopped: {self._where()}")
+    def _interrupt(self, number: int) -> NoReturn:
+        self.log(f"stopped: {self._progress_text()}")
         raise Interrupted(128 + number)
 
-    def _where(self) -> str:
+    def _progress_text(self) -> str:
         saved = f"the run is saved after iteration {self.iteration}" if self.iteration else "nothing was trained yet"
         return f"{saved}; the same command continues"
 
     def evaluate_if_due(self) -> None:
-        """The evaluation before training, or the one in which the run was stopped."""
+        """Evaluate before training, or repeat the evaluation during which the run was stopped."""
         missing = torch.tensor([not (self.folder.evaluation / result_file_name(self.iteration)).exists()])
         missing = missing.to(self.parallel.device)
         dist.broadcast(missing, 0)
-        stopped = self.components.evaluator.benchmarks and self._evaluation_is_due() and bool(missing)
-        if not self.iteration or stopped:
+        interrupted = self.components.evaluator.benchmarks and self._evaluation_is_due() and bool(missing)
+        if not self.iteration or interrupted:
             self._record(self._evaluation())
             self._times.clear()
 
@@ -249,7 +249,7 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Close the files; a second call does nothing."""
+        """Close files, rollout engine and teachers. Idempotent."""
         if self._writer:
             self._writer.close()
         if self.progress:
@@ -258,7 +258,7 @@ class Trainer:
         self.components.rollout.close()
         self.teachers.close()
 
-    # What an iteration leaves behind
+    # Records of an iteration
 
     def _measure(self, samples: list[Sample]) -> None:
         if not self.parallel.reports_metrics or self.parallel.cp_rank:  # context-parallel ranks have the same samples
@@ -271,14 +271,14 @@ class Trainer:
             add("rollout/foreign_tokens", torch.tensor([s.foreign_tokens for s in samples]))
         start = self.updates - len(self.mini_batches(samples))
         add("rollout/version_lag", torch.tensor([start - s.weight_version for s in samples]))
-        add(SAMPLE_FLOPS, self.throughput.sample_flops(samples))
+        add(_SAMPLE_FLOPS, self.throughput.sample_flops(samples))
         signals = [s.teacher_signal["logprobs"].exp().sum(-1) for s in samples if s.teacher_signal]
         if signals:
             add("teacher/topk_mass", torch.cat(signals))
 
     def _rates(self, record: dict[str, float]) -> dict[str, float]:
         rates = {f"time/{phase}": seconds for phase, seconds in self._times.items()}
-        responses, flops = self.cursor.size(self.iteration - 1), record.pop(SAMPLE_FLOPS)
+        responses, flops = self.cursor.size(self.iteration - 1), record.pop(_SAMPLE_FLOPS)
         rates |= self.throughput.rates(self._times, responses, record["rollout/length"], flops)
         rates["memory/peak"] = float(
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
@@ -300,8 +300,8 @@ class Trainer:
         if not self.parallel.is_main or not count:
             return
         decode = self.components.tokenizer.decode
-        chosen = sorted(samples, key=lambda sample: sample.index)[:count]
-        lines = [json.dumps(s.record(decode(s.response_ids))) for s in chosen]
+        first = sorted(samples, key=lambda sample: sample.index)[:count]
+        lines = [json.dumps(s.record(decode(s.response_ids))) for s in first]
         atomic_write(self.folder.rollouts / f"{self.iteration:06d}.jsonl", "\n".join(lines) + "\n")
 
     def _record(self, figures: dict[str, float]) -> None:
@@ -312,7 +312,7 @@ class Trainer:
 
     # Start and stop
 
-    def _reporter(self) -> Progress | None:
+    def _open_progress(self) -> Progress | None:
         if not self.parallel.is_main:
             return None
         self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -337,19 +337,21 @@ class Trainer:
             self.log(f"continuing after iteration {self.iteration}")
 
     def log(self, text: str) -> None:
+        """Write a line to the run's log and stdout, on the main rank."""
         if self.progress:
             self.progress.message(text)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._signal = number
 
-    def _any_rank_was_asked_to_stop(self) -> int:
+    def _reduce_signal(self) -> int:
+        """Return the highest signal number that any rank received, or 0. Collective."""
         flag = torch.tensor([self._signal or 0], device=self.parallel.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag)
 
 
-def _shown(model: str) -> str:
-    """A folder below the working directory without the directory."""
+def _relative(model: str) -> str:
+    """Shorten the path of a folder below the working directory."""
     path = Path(model)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else model

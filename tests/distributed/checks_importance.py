@@ -12,7 +12,7 @@ from eaopd_megatron.data.types import Sample
 from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.objective import Objective, TeacherLogits
 from eaopd_megatron.objective.reference import dense_loss
-from eaopd_megatron.training.metric_accumulator import MetricAccumulator
+from eaopd_megatron.training.measurement import MetricAccumulator
 from tests.distributed.arranged import arranged
 from tests.distributed.checks_training import Built, built, grad, samples
 from tests.tiny_models import on_disk

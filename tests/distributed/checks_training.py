@@ -28,7 +28,7 @@ from eaopd_megatron.teacher.build import model_layouts
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.router import TeacherRouter
-from eaopd_megatron.training.metric_accumulator import MetricAccumulator
+from eaopd_megatron.training.measurement import MetricAccumulator
 from eaopd_megatron.training.step import StudentTrainer
 from tests.distributed.arranged import arranged
 from tests.tiny_models import on_disk

@@ -209,14 +209,14 @@ def test_a_run_does_not_say_which_problems_it_left_out(tmp_path: Path) -> None:
     )
     recipe = load_recipe(tmp_path / "r.yaml")
     said: list[str] = []
-    kept = load_training_problems(recipe, tmp_path / "decontamination.json", said.append)
+    kept = load_training_problems(recipe.data, tmp_path / "decontamination.json", said.append)
     assert [problem["problem"] for problem in kept] == ["How many primes are below 10?"]
     assert said == [f"1 of 2 training problems are evaluation problems too: 1 {bench} (exact)"]
     report = json.loads((tmp_path / "decontamination.json").read_text())
     assert (report["problems"], report["left_out"], report["matches"][0]["id"]) == (2, 1, "0")
     with pytest.raises(UserError, match="leaves nothing"):
         jsonl(tmp_path / "train.jsonl", {"question": PASSAGE})
-        load_training_problems(recipe, None, said.append)
+        load_training_problems(recipe.data, None, said.append)
 
 
 # Templates

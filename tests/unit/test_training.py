@@ -20,8 +20,7 @@ from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
 from eaopd_megatron.rollout.local import sample_tokens
 from eaopd_megatron.teacher.build import model_layouts
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.training.metric_accumulator import MetricAccumulator
-from eaopd_megatron.training.profiling import ProfilerWindow, ThroughputMeter
+from eaopd_megatron.training.measurement import MetricAccumulator, ProfilerWindow, ThroughputMeter
 from eaopd_megatron.training.schedule import LearningRateSchedule, ObjectiveSchedule
 
 
