@@ -13,7 +13,7 @@ from eaopd_megatron.objective import Objective
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """Linear warmup over `warmup` updates, then cosine, linear or constant (`kind`) from `peak` to `floor` at `total`."""
+    """Linear warmup over `warmup` updates, then cosine, linear or constant (`kind`) from peak to floor at `total`."""
 
     peak: float
     total: int
