@@ -36,13 +36,21 @@ RENAMED = {
 
 _FOREIGN: dict[str, str | tuple[str, ...]] = {
     # sizes of a batch: slime, verl, NeMo-RL, TRL
-    "batch_size global_batch_size train_global_batch_size ppo_mini_batch_size mini_batch_size generation_batch_size "
-    "steps_per_generation num_steps_per_rollout": "the number of responses per update is train.mini_batch",
+    "batch_size global_batch_size train_global_batch_size ppo_mini_batch_size mini_batch_size": (
+        "the number of responses per update is train.mini_batch"
+    ),
+    "steps_per_generation num_steps_per_rollout": (
+        "an iteration has train.prompts_per_iteration / train.mini_batch updates"
+    ),
+    "generation_batch_size": "responses per iteration are train.prompts_per_iteration; sequences that a local rank "
+    "generates together, rollout.batch_size",
     "rollout_batch_size train_batch_size num_prompts_per_step prompts_per_step num_prompts": (
         "the number of prompts per iteration is train.prompts_per_iteration"
     ),
     "rollout.n num_samples num_generations num_generations_per_prompt n_samples_per_prompt num_return_sequences "
-    "group_size": "each prompt gets one response; the number of prompts per iteration is train.prompts_per_iteration",
+    "rollouts_per_example group_size": (
+        "each prompt gets one response; the number of prompts per iteration is train.prompts_per_iteration"
+    ),
     "evaluation.n evaluation.num_samples n_samples_per_eval_prompt num_tests_per_prompt": (
         "the number of responses per problem is evaluation.samples"
     ),
@@ -64,9 +72,10 @@ _FOREIGN: dict[str, str | tuple[str, ...]] = {
     "lr_warmup_fraction": "the warmup, in updates, is optimizer.warmup_updates",
     "min_lr": "the lowest learning rate, as a fraction of optimizer.lr, is optimizer.min_lr_ratio",
     "grad_clip max_grad_norm gradient_clipping": "the largest gradient norm is optimizer.clip_grad",
+    "betas optimizer.beta": "Adam's decay rates are optimizer.beta1 and optimizer.beta2",
     "adam_beta1": "Adam's first decay rate is optimizer.beta1",
     "adam_beta2": "Adam's second decay rate is optimizer.beta2",
-    "adam_eps adam_epsilon": "Adam's epsilon is optimizer.eps",
+    "adam_eps adam_epsilon optimizer.epsilon": "Adam's epsilon is optimizer.eps",
     "use_distributed_optimizer zero zero_stage": "the sharded optimizer is optimizer.distributed",
     "optimizer_cpu_offload cpu_offload optimizer_offload": "moments go to host memory with optimizer.offload=moments",
     # lengths and sampling
@@ -76,10 +85,10 @@ _FOREIGN: dict[str, str | tuple[str, ...]] = {
         "evaluation.max_response_tokens",
     ),
     "eval_max_response_len": "the longest response, in tokens, is evaluation.max_response_tokens",
-    "max_prompt_length rollout_max_prompt_len prompt_length": (
+    "max_prompt_length rollout_max_prompt_len prompt_length data.max_tokens data.max_length": (
         "the longest prompt, in tokens, is data.max_prompt_tokens"
     ),
-    "seq_length max_seq_length max_total_sequence_length max_length max_model_len context_length": (
+    "seq_length seq_len max_seq_length max_total_sequence_length max_length max_model_len context_length": (
         "a sequence has up to data.max_prompt_tokens + rollout.max_response_tokens tokens"
     ),
     "temperature rollout_temperature": "responses are sampled at rollout.temperature, benchmarks at "
@@ -87,7 +96,7 @@ _FOREIGN: dict[str, str | tuple[str, ...]] = {
     "top_p rollout_top_p": "nucleus sampling is rollout.top_p, which must be 1.0, and evaluation.top_p",
     "stop_token_id eos_token_id eos_token_ids stop_sequences": "further end tokens are rollout.stop_token_ids",
     # parallelism
-    "tp tp_size tensor_model_parallel_size tensor_parallel_size": (
+    "tp tp_size tensor_model_parallel_size tensor_parallel_size rollout_num_gpus_per_engine": (
         "the tensor-parallel size",
         "student.tensor_parallel",
         "teacher.tensor_parallel",
@@ -143,7 +152,7 @@ _FOREIGN: dict[str, str | tuple[str, ...]] = {
         "a run resumes by itself from the last checkpoint in run.folder"
     ),
     # objective
-    "kl_coef kl_loss_coef reference_policy_kl_penalty kl_penalty": (
+    "kl_coef kl_loss_coef reference_policy_kl_penalty kl_penalty mixed_kl_weight": (
         "the weights of the two KL terms are objective.reverse_weight and objective.forward_weight"
     ),
     "beta lmbda alpha": "which KL is minimised is objective.preset; the weights of its terms are "
@@ -167,7 +176,7 @@ _FOREIGN: dict[str, str | tuple[str, ...]] = {
     ),
     "use_vllm backend vllm_mode": "the rollout engine is rollout.engine",
     "colocate colocated": "colocation is servers.placement=colocated and teacher.placement=colocated",
-    "staleness max_off_policy_steps async_level max_trajectory_age_steps": (
+    "staleness max_off_policy_steps async_level max_async_level max_trajectory_age_steps": (
         "the largest staleness, in iterations, is rollout.max_staleness"
     ),
 }

@@ -146,6 +146,10 @@ def recipe_value(recipe: Recipe, key: str) -> Any:
     """The value of a dotted key. Raises RecipeError where there is none."""
     values, key = dict(aliases.flatten_keys(recipe.model_dump())), aliases.current_key(key)
     if key not in values:
+        _, _, name = key.rpartition(".")[0].partition("teachers.")
+        if name and name not in recipe.teachers:
+            known = ", ".join(recipe.teachers) or "a single one, `teacher`"
+            raise RecipeError(f"the recipe has no teacher {name}; it has {known}")
         raise RecipeError(aliases.unknown_key_message(key))
     return values[key]
 

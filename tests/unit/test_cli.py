@@ -107,6 +107,15 @@ def test_show_is_not_a_recipe(eaopd: Callable[..., Any], tmp_path: Path) -> None
     assert eaopd("show", "r.yaml", "--key", "run.folder") == (0, "runs/x\n", "")
     assert eaopd("show", "r.yaml", "seed=7", "--key", "seed") == (0, "7\n", "")
     assert eaopd("show", "r.yaml", "--key", "run.fold")[0] == 2
+    code, shown, _ = eaopd("show", "r.yaml", "seed=7", "--explain", "seed")
+    assert code == 0 and shown.startswith("seed = 7\n  from      override 'seed=7'\n")
+    assert eaopd("show", "r.yaml", "--explain", "run.fold")[0] == 2
+
+
+def test_help_of_a_verb_has_no_example(eaopd: Callable[..., Any]) -> None:
+    for verb in ("train", "teach", "evaluate", "report", "show", "plan", "doctor"):
+        code, shown, _ = eaopd(verb, "--help")
+        assert code == 0 and f"\n  Example: eaopd {verb} " in shown
 
 
 def test_train_starts_other_ranks_than_the_recipe_says(
@@ -181,11 +190,26 @@ def test_evaluate_loses_an_option(eaopd: Callable[..., Any], monkeypatch: pytest
         **{"suffix": "s", "engine": "sglang", "tensor_parallel": 2, "batch_size": 9, "out": Path("o")},
     }
     words = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    served = ("--server-url", "u", "--servers", "3", "--max-running", "6", "--api-key-file", "k", "--fields", "id=i")
+    served = (
+        "--server-url",
+        "u",
+        "--servers",
+        "3",
+        "--max-concurrent-requests",
+        "6",
+        "--api-key-file",
+        "k",
+        "--fields",
+        "id=i",
+    )
     assert eaopd("evaluate", "m", "--benchmarks", "a", *words, *served, "--regrade", "--compare", "x")[0] == 0
     servers = ServerChoice(("u",), 3, 2, 6, api_key_file=Path("k"))
     expected = replace(EvaluationRequest("m", ["a"], fields=FieldNames(id="i"), servers=servers), **options)
     assert called[1] == (expected, {"regrade": True, "compare": Path("x")})
+    old = tuple("--max-running" if word == "--max-concurrent-requests" else word for word in served)
+    said = "warning: --max-running is now --max-concurrent-requests; the old name works until 0.3\n"
+    assert eaopd("evaluate", "m", "--benchmarks", "a", *words, *old, "--regrade", "--compare", "x") == (0, "", said)
+    assert called[2] == called[1]
 
 
 @pytest.mark.parametrize(
