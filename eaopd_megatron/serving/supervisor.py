@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import subprocess
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Protocol, Self, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_fixed
@@ -253,66 +249,3 @@ async def wait_until_any_ready(
             f"no {kind} is there after {minutes:g} minutes ({reasons}): start one, or raise its startup_timeout_minutes"
         )
     report(f"going on without {kind}s that are not there after {minutes:g} minutes: {reasons}")
-
-
-def supervise_command(
-    command: Sequence[str],
-    *,
-    name: str,
-    log: Path,
-    stderr: Path,
-    lost_file: Path,
-    ending_file: Path,
-    policy: RestartPolicy,
-    healthy_seconds: float = 300.0,
-    environment: Mapping[str, str] | None = None,
-    report: Callable[[str], None] = log_rank0,
-) -> None:
-    """Run a command, again whenever it ends, until SIGTERM (passed on to it), `ending_file`, or the policy's limit.
-
-    A command that ran for `healthy_seconds` counts as having been ready. log: the command's own log. stderr: file that
-    gets its standard error, used for the reason when the log is empty. lost_file: written, with the reason, when the
-    command is given up. SIGUSR1 is ignored. Call it from the main thread.
-    """
-    process: subprocess.Popen[bytes] | None = None
-    stopping = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
-        if process is not None:
-            process.terminate()
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    while not stopping:
-        started = time.monotonic()
-        with stderr.open("wb") as errors:
-            process = subprocess.Popen(command, stderr=errors, env=environment)
-            if stopping:  # the signal came before the process existed
-                process.terminate()
-            process.wait()
-        if stopping or ending_file.exists():
-            return
-        if policy.reset_after_ready and time.monotonic() - started >= healthy_seconds:
-            policy.reset()
-        reason = f"{_last_line(log, stderr)} (log: {log})"
-        if not policy.allows_restart():
-            message = f"{name} died {policy.deaths} times in a row and is not started again: {reason}"
-            lost_file.write_text(f"{message}\n")
-            report(message)
-            return
-        report(f"{name} died and is started again: {reason}")
-        time.sleep(1.0)
-
-
-def _last_line(*files: Path) -> str:
-    """Return the last line that is not blank of the first file that has one."""
-    for file in files:
-        try:
-            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-        except OSError:
-            continue
-        if text := [line for line in lines if line.strip()]:
-            return text[-1][:200]
-    return "it wrote nothing"

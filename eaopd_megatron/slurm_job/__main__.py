@@ -42,6 +42,21 @@ def _serve(options: argparse.Namespace) -> None:
     serve_rollouts(load_recipe(options.recipe, options.overrides), options.listen, options.key_file, options.log)
 
 
+def _restart(options: argparse.Namespace) -> int:
+    from eaopd_megatron.slurm_job.services import restart_service
+
+    again = restart_service(
+        options.name, options.folder, options.log, lived=options.lived, max_deaths=options.max_deaths
+    )
+    return 0 if again else 1
+
+
+def _count_start(options: argparse.Namespace) -> None:
+    from eaopd_megatron.slurm_job.services import count_trainer_start
+
+    count_trainer_start(options.folder, options.checkpoint, options.max_restarts)
+
+
 def _wait(options: argparse.Namespace) -> None:
     from eaopd_megatron.serving.http import read_api_key
     from eaopd_megatron.slurm_job.services import wait_for_services
@@ -127,6 +142,15 @@ def _parser() -> argparse.ArgumentParser:
     serve = verb("serve", "Run an SGLang server of the student.", "key-file", "log")
     serve.add_argument("--listen", required=True, help="HOST:PORT")
     takes_recipe(serve)
+
+    restart = verb("restart", "Count the death of a service; exit with 0 if it is to be restarted.", "folder", "log")
+    restart.add_argument("--name", required=True)
+    restart.add_argument("--lived", type=float, required=True, help="seconds of its last run")
+    restart.add_argument("--max-deaths", type=int, required=True, help="in a row")
+
+    start = verb("count-start", "Count a start of the trainer; fail if it is one too many.", "folder")
+    start.add_argument("--checkpoint", required=True, help="name of the run's newest one")
+    start.add_argument("--max-restarts", type=int, required=True, help="without a new checkpoint")
 
     wait = verb("wait", "Wait until the named services answer; print their URLs.", "folder", "logs", "key-file")
     wait.add_argument("--minutes", type=float, required=True)

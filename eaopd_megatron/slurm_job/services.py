@@ -19,10 +19,13 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.server import SGLangServer
 from eaopd_megatron.rollout.sglang.server_manager import rollout_server_settings
 from eaopd_megatron.serving.http import read_api_key, server_is_ready
+from eaopd_megatron.serving.supervisor import RestartPolicy
 from eaopd_megatron.slurm_job.allocate import staged_path
-from eaopd_megatron.utils.files import atomic_directory
+from eaopd_megatron.utils.files import atomic_directory, atomic_write
 from eaopd_megatron.utils.log import log_rank0
 
+_HEALTHY_SECONDS = 300
+"""After this long a service counts as ready, and its earlier deaths no longer count."""
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 15.0
 
@@ -84,6 +87,46 @@ def serve_rollouts(recipe: Recipe, listen: str, key_file: Path, log: Path) -> No
     if not stop_requested.is_set():
         raise UserError(f"the rollout server at {server.url} {server.exit_reason()}")
     server.stop()
+
+
+def restart_service(name: str, folder: Path, log: Path, *, lived: float, max_deaths: int) -> bool:
+    """Count the death of a service; return whether to restart it, and otherwise write the reason to NAME.lost.
+
+    folder: the job's. log: the service's. lived: seconds of its last run. max_deaths: in a row.
+    """
+    policy = _count(folder / f"{name}.deaths", max_deaths - 1, reset=lived >= _HEALTHY_SECONDS)
+    reason = f"{_last_line(log, folder / f'{name}.srun')} (log: {log})"
+    if policy.exhausted:
+        message = f"{name} died {policy.deaths} times in a row and is not started again: {reason}"
+        atomic_write(folder / f"{name}.lost", message + "\n")
+    else:
+        message = f"{name} died and is started again: {reason}"
+    print(f"[job] {message}", flush=True)
+    return not policy.exhausted
+
+
+def count_trainer_start(folder: Path, checkpoint: str, max_restarts: int) -> None:
+    """Count a start of the trainer, also in a requeued job. Raise UserError for one too many without a new checkpoint.
+
+    folder: the job's. checkpoint: name of the run's newest one.
+    """
+    policy = _count(folder / "starts", max_restarts + 1, progress=checkpoint)
+    if policy.exhausted:
+        raise UserError(
+            f"{policy.deaths - 1} starts without a new checkpoint (newest: {checkpoint}): not started again; see "
+            f"{folder.parents[1] / 'logs'}"
+        )
+
+
+def _count(state: Path, max_restarts: int, *, progress: str = "", reset: bool = False) -> RestartPolicy:
+    """Count one more in a file that outlives this process, from zero on `reset` or when `progress` has changed."""
+    count, previous = state.read_text().splitlines() if state.exists() else ("0", progress)
+    policy = RestartPolicy(max_restarts, deaths=int(count))
+    if reset or previous != progress:
+        policy.reset()
+    policy.allows_restart()
+    atomic_write(state, f"{policy.deaths}\n{progress}\n")
+    return policy
 
 
 def wait_for_services(

@@ -66,7 +66,8 @@ train() {
     if [[ -n $dry_run ]]; then (start_trainer); finish 0; fi
     while :; do
         stop_if_asked
-        count_start "$restarts"
+        tool count-start --folder "$folder" --checkpoint "$(newest_checkpoint)" --max-restarts "$restarts" ||
+            finish "${code:-1}"
         [[ -z $failed ]] || say "the trainer is started again; newest checkpoint: $(newest_checkpoint)"
         run_trainer
         code=$?
@@ -81,17 +82,6 @@ train() {
         ((restarts > 0)) || finish "$code"
         failed=yes
     done
-}
-
-# Ends the job instead of one start too many without a new checkpoint, counted over all starts of this job.
-count_start() {
-    local file="$folder/starts" checkpoint count=0 last=""
-    checkpoint="$(newest_checkpoint)"
-    [[ ! -e $file ]] || read -r count last <"$file"
-    [[ $last == "$checkpoint" ]] || count=0
-    ((count <= $1)) || finish "${code:-1}" "error: $count starts without a new checkpoint (newest: $checkpoint): \
-not started again; see $allocated_folder/logs"
-    echo "$((count + 1)) $checkpoint" >"$file"
 }
 
 # Runs the student's step, and prints rank 0's log meanwhile.

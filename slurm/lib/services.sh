@@ -46,9 +46,9 @@ connect() {
     connections+=("$1.api_key_file=$folder/key")
 }
 
-# keep NAME COMMAND...: the step, restarted until it ends $EAOPD_DEATHS times in a row, each within five minutes.
+# keep NAME COMMAND...: runs the step; when it ends, `slurm_job restart` says whether it runs again.
 keep() {
-    local name="$1" log="$allocated_folder/logs/$1.log" deaths=0 limit="${EAOPD_DEATHS:-3}" started pid="" why
+    local name="$1" log="$allocated_folder/logs/$1.log" started pid=""
     if [[ -n $dry_run ]]; then step "$@"; fi
     trap '[[ -z $pid ]] || { kill -TERM "$pid" 2>/dev/null; wait "$pid"; }; exit 0' TERM
     trap '' USR1
@@ -59,25 +59,9 @@ keep() {
         pid=$!
         wait "$pid"
         [[ ! -e $folder/ending ]] || exit 0
-        ((SECONDS - started < 300)) || deaths=0
-        deaths=$((deaths + 1))
-        why="$(last_line_of "$log" "$folder/$name.srun")"
-        if ((deaths >= limit)); then
-            echo "$name died $deaths times in a row and is not started again: $why (log: $log)" >"$folder/$name.lost"
-            say "$(cat "$folder/$name.lost")"
-            exit 0
-        fi
-        say "$name died and is started again: $why (log: $log)"
+        pid=""
+        tool restart --name "$name" --folder "$folder" --log "$log" --lived $((SECONDS - started)) \
+            --max-deaths "${EAOPD_DEATHS:-3}" || exit 0
         sleep 1
     done
-}
-
-# The last line of the first of these files that has one.
-last_line_of() {
-    local file line
-    for file in "$@"; do
-        line="$(grep -v '^[[:space:]]*$' "$file" 2>/dev/null | tail -n 1)"
-        [[ -z $line ]] || { echo "${line:0:200}"; return; }
-    done
-    echo "it wrote nothing"
 }

@@ -21,7 +21,7 @@ from eaopd_megatron.serving.ports import claim_port, node_address
 from eaopd_megatron.slurm_job.allocate import Allocation, JobNodes, StepPlan, allocate, staged_path
 from eaopd_megatron.slurm_job.preflight import NodeReport, busy_gpus, find_faults, inspect_node, preflight_report
 from eaopd_megatron.slurm_job.ranks import SlurmStep, failure_report
-from eaopd_megatron.slurm_job.services import stage_model, wait_for_services
+from eaopd_megatron.slurm_job.services import count_trainer_start, restart_service, stage_model, wait_for_services
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTDOWN = str(ROOT / "recipes/countdown/eopd.yaml")
@@ -277,6 +277,35 @@ def test_ranks_meet_where_those_of_the_last_start_did(tmp_path: Path, monkeypatc
 def test_a_service_takes_gpus_that_its_node_has_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="server_9 needs GPUs 8 to 9 of its node, which shows 8"):
         SlurmStep("server_9", tmp_path, gpus=(8, 2)).prepare(["x"], task(0, 1))
+
+
+# Restarts
+
+
+def died(folder: Path, seconds: float) -> bool:
+    (folder / "server_0.srun").write_text("srun: error: out of luck\n\n")
+    return restart_service("server_0", folder, folder / "server_0.log", lived=seconds, max_deaths=3)
+
+
+def test_a_service_that_dies_is_given_up_too_early_or_never(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Deaths in a row count, over processes; after five minutes of life the earlier ones do not."""
+    assert [died(tmp_path, seconds) for seconds in (1, 1, 300, 1, 1)] == [True, True, True, True, False]
+    why = f"srun: error: out of luck (log: {tmp_path / 'server_0.log'})"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"[job] server_0 died and is started again: {why}"
+    assert said[4] == f"[job] server_0 died 3 times in a row and is not started again: {why}"
+    assert (tmp_path / "server_0.lost").read_text() == said[4].removeprefix("[job] ") + "\n"
+
+
+def test_a_trainer_without_a_new_checkpoint_is_started_for_ever(tmp_path: Path) -> None:
+    folder = tmp_path / "cluster/job_7"
+    folder.mkdir(parents=True)
+    for checkpoint in ("none", "none", "step_000002", "step_000002"):
+        count_trainer_start(folder, checkpoint, max_restarts=1)
+    with pytest.raises(
+        UserError, match=r"^2 starts without a new checkpoint \(newest: step_000002\): not started"
+    ):
+        count_trainer_start(folder, "step_000002", max_restarts=1)
 
 
 # Waiting
