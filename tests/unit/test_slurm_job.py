@@ -302,9 +302,7 @@ def test_a_trainer_without_a_new_checkpoint_is_started_for_ever(tmp_path: Path) 
     folder.mkdir(parents=True)
     for checkpoint in ("none", "none", "step_000002", "step_000002"):
         count_trainer_start(folder, checkpoint, max_restarts=1)
-    with pytest.raises(
-        UserError, match=r"^2 starts without a new checkpoint \(newest: step_000002\): not started"
-    ):
+    with pytest.raises(UserError, match=r"^2 starts without a new checkpoint \(newest: step_000002\): not started"):
         count_trainer_start(folder, "step_000002", max_restarts=1)
 
 
