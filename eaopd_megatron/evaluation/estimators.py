@@ -71,44 +71,26 @@ def majority(keys: Sequence[str | None], correct: Sequence[bool]) -> float:
     return sum(key in right for key in leaders) / len(leaders) if leaders else 0.0
 
 
-def bootstrap_interval(
-    values: ArrayLike, *, level: float = _LEVEL, resamples: int = _RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean of `values` [problems], resampling problems.
-
-    Calls with the same seed and number of problems draw the same problems, so an interval of a difference is paired.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"a bootstrap needs a list of at least one value, not shape {array.shape}")
-    return _interval(_resampled_means(array, resamples, seed), level)
-
-
 def estimate_mean(values: FloatArray) -> Estimate:
-    """Return the mean of `values` [problems] with its interval."""
+    """Return the mean of `values` [problems] with its percentile bootstrap interval.
+
+    Equally many problems are resampled alike, so the interval of a difference is paired.
+    """
     return estimate_mean_of_groups([values])
 
 
 def estimate_mean_of_groups(groups: Sequence[FloatArray]) -> Estimate:
     """Return the mean of the groups' means, resampling each group [problems] on its own: an average over benchmarks."""
-    means = [_resampled_means(values, _RESAMPLES, seed) for seed, values in enumerate(groups)]
-    return Estimate(float(np.mean([values.mean() for values in groups])), *_interval(np.mean(means, 0), _LEVEL))
-
-
-def _resampled_means(values: FloatArray, resamples: int, seed: int) -> FloatArray:
-    return _resampling_weights(values.size, resamples, seed) @ values
-
-
-def _interval(means: FloatArray, level: float) -> tuple[float, float]:
-    tail = (1.0 - level) / 2.0
+    means = np.mean([_resampling_weights(values.size, seed) @ values for seed, values in enumerate(groups)], 0)
+    tail = (1.0 - _LEVEL) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
-    return float(low), float(high)
+    return Estimate(float(np.mean([values.mean() for values in groups])), float(low), float(high))
 
 
 @functools.lru_cache(maxsize=8)
-def _resampling_weights(problems: int, resamples: int, seed: int) -> FloatArray:
+def _resampling_weights(problems: int, seed: int) -> FloatArray:
     """Weight of each problem in each resample, [resamples, problems]; rows sum to 1."""
-    draws = np.random.default_rng(seed).multinomial(problems, np.full(problems, 1.0 / problems), size=resamples)
+    draws = np.random.default_rng(seed).multinomial(problems, np.full(problems, 1.0 / problems), size=_RESAMPLES)
     return draws.astype(np.float64) / problems
 
 

@@ -1,4 +1,4 @@
-"""`eaopd evaluate` continued after a kill, graded again, refused, and served."""
+"""`eaopd evaluate`: resumed after a kill, graded again, refused, and with servers."""
 
 from __future__ import annotations
 
@@ -33,48 +33,46 @@ def done(command: Command) -> str:
     return out
 
 
-def test_an_evaluation_that_was_killed_comes_to_other_results(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Cut to what a kill leaves: whole lines, and one that was not written to its end."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    request = EvaluationRequest(STUDENT, ["countdown"], 4, 12, max_response_tokens=16, batch_size=8, out=whole)
+def test_a_killed_evaluation_is_resumed_to_the_same_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder is cut to what a kill leaves: complete lines and an incomplete one."""
+    complete, killed = tmp_path / "complete", tmp_path / "killed"
+    request = EvaluationRequest(STUDENT, ["countdown"], 4, 12, max_response_tokens=16, batch_size=8, out=complete)
     assert run_evaluation(request) == 0
     assert "| countdown | 12 × 4 |" in capsys.readouterr().out
-    shutil.copytree(whole, broken)
+    shutil.copytree(complete, killed)
     for name in ("results.json", "table.md", "pass_at_k.png"):
-        (broken / name).unlink()
-    kept = broken / "generations/countdown.jsonl"
-    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:5]) + b'{"problem": 2, "samp')
-    before = kept.read_bytes().splitlines()[:5]
-    assert run_evaluation(replace(request, out=broken), compare=whole) == 0
-    said = capsys.readouterr().out
-    assert "43 of 48 responses are to be generated" in said
-    assert "+0.0 [+0.0, +0.0]" in said
-    assert kept.read_bytes().splitlines()[:5] == before
-    assert responses(broken) == responses(whole)
-    assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
-    assert {"table.md", "pass_at_k.png"} <= {path.name for path in broken.iterdir()}
+        (killed / name).unlink()
+    file = killed / "generations/countdown.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:5]) + b'{"problem": 2, "samp')
+    before = file.read_bytes().splitlines()[:5]
+    assert run_evaluation(replace(request, out=killed), compare=complete) == 0
+    output = capsys.readouterr().out
+    assert "43 of 48 responses are to be generated" in output
+    assert "+0.0 [+0.0, +0.0]" in output
+    assert file.read_bytes().splitlines()[:5] == before
+    assert responses(killed) == responses(complete)
+    assert (killed / "results.json").read_bytes() == (complete / "results.json").read_bytes()
+    assert {"table.md", "pass_at_k.png"} <= {path.name for path in killed.iterdir()}
 
-    # graded again without the model, and not mixed with responses to something else
-    (broken / "results.json").unlink()
-    assert run_evaluation(EvaluationRequest("gone", [], out=broken), regrade=True) == 0
-    assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    # graded again without the model; responses of other settings are refused
+    (killed / "results.json").unlink()
+    assert run_evaluation(EvaluationRequest("gone", [], out=killed), regrade=True) == 0
+    assert (killed / "results.json").read_bytes() == (complete / "results.json").read_bytes()
     with pytest.raises(UserError, match=r"holds an evaluation with seed=1234, here it is 7: choose another --out"):
-        run_evaluation(replace(request, out=broken, seed=7))
+        run_evaluation(replace(request, out=killed, seed=7))
     with pytest.raises(UserError, match=r"--max-response-tokens 128: the model has 128 positions"):
         run_evaluation(replace(request, max_response_tokens=128))
 
 
-def test_other_problems_in_the_same_file_are_graded_against_old_responses(
+def test_a_changed_problem_is_refused_and_a_corrected_gold_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a record with a line separator that is no line feed counts twice."""
-    asked: list[int] = []
+    """A record with a line separator that is no line feed counts once."""
+    generated: list[int] = []
 
     def answer(folder: EvaluationFolder, model: Path, missing: dict[str, list[SampleIndex]], *_: int) -> int:
-        asked.append(len(missing["own"]))
-        folder.response_file("own").append(DecodedResponse(*place, "\\boxed{2}", 1, "stop") for place in missing["own"])
+        generated.append(len(missing["own"]))
+        folder.response_file("own").append(DecodedResponse(*index, "\\boxed{2}", 1, "stop") for index in missing["own"])
         return 0
 
     monkeypatch.setattr("eaopd_megatron.evaluation.generate.generate_on_ranks", answer)
@@ -84,13 +82,13 @@ def test_other_problems_in_the_same_file_are_graded_against_old_responses(
         rows = [{"problem": problem, "answer": gold}, {"problem": "1\u2028+ 2", "answer": "3"}]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert run_evaluation(request) == 0
-    assert asked == [2]
+    assert generated == [2]
     file.write_text(file.read_text().replace("1 + 1", "1 + 2"))
     with pytest.raises(UserError, match="holds an evaluation with prompts="):
         run_evaluation(request)
 
 
-def test_of_two_benchmarks_of_one_short_name_one_is_lost(tmp_path: Path) -> None:
+def test_two_benchmarks_of_one_name_are_refused(tmp_path: Path) -> None:
     files = [tmp_path / name / "test.jsonl" for name in "ab"]
     with pytest.raises(UserError, match=rf"{files[0]} and {files[1]} are both reported as test: rename one") as caught:
         run_evaluation(EvaluationRequest(STUDENT, [str(file) for file in files], out=tmp_path / "out"))
@@ -98,11 +96,11 @@ def test_of_two_benchmarks_of_one_short_name_one_is_lost(tmp_path: Path) -> None
 
 
 @pytest.mark.server
-def test_servers_lose_responses_or_stay_behind(eaopd: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By doubles that hold the student."""
+def test_servers_generate_every_response_once(eaopd: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The servers are doubles that hold the student."""
     monkeypatch.setenv(SGLANG_VENV_VARIABLE, str(stand_in(tmp_path / "doubles")))
     out = tmp_path / "out"
-    said = done(eaopd("evaluate", STUDENT, *SMALL, "--engine", "sglang", "--servers", "2", "--out", str(out)))
-    assert "countdown: 48 of 48 responses" in said
+    output = done(eaopd("evaluate", STUDENT, *SMALL, "--engine", "sglang", "--servers", "2", "--out", str(out)))
+    assert "countdown: 48 of 48 responses" in output
     places = [(row["problem"], row["sample"]) for row in map(json.loads, responses(out))]
     assert sorted(places) == [(problem, sample) for problem in range(12) for sample in range(4)]

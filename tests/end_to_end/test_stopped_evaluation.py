@@ -1,4 +1,4 @@
-"""A run that is asked to stop while it evaluates."""
+"""A run that receives a stop signal during an evaluation."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tests.end_to_end.runs import ROOT, SMALL, Command
 from tools.lib.run_records import records
 
 RECIPE = "recipes/countdown/eopd.yaml"
-# One rank whose evaluation at an iteration ends as a signal ends one that servers write.
-ASKED = """
+# One rank whose evaluation at an iteration raises what a stop signal raises during generation by servers.
+STOP_DURING_EVALUATION = """
 import sys
 from eaopd_megatron import worker
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.evaluation.runner import Evaluator
 from eaopd_megatron.errors import StopRequested
 
-whole = Evaluator.run
+run_completely = Evaluator.run
 def run(self, iteration, *others):
     if iteration == int(sys.argv[1]):
         raise StopRequested(15)
-    return whole(self, iteration, *others)
+    return run_completely(self, iteration, *others)
 Evaluator.run = run
 worker._train(load_recipe(sys.argv[2], sys.argv[3:]))
 """
@@ -38,28 +38,28 @@ def stop_in_evaluation(iteration: int, *overrides: str) -> None:
         port = str(free.getsockname()[1])
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {**os.environ, **rank, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", ASKED, str(iteration), RECIPE, *overrides]
+    command = [sys.executable, "-c", STOP_DURING_EVALUATION, str(iteration), RECIPE, *overrides]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 128 + 15, done.stderr
 
 
-def test_a_run_stopped_in_an_evaluation_finishes_with_the_one_before(
+def test_a_run_stopped_during_an_evaluation_resumes_to_the_same_metrics(
     eaopd: Callable[..., Command], tmp_path: Path
 ) -> None:
-    """In one in the middle, and in the last: the iteration's figures are there, and the evaluation is made up for."""
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    """Stopped in a middle and in the last evaluation: metrics are recorded, and the evaluation is repeated."""
+    stopped, complete = tmp_path / "stopped", tmp_path / "complete"
     overrides = [*SMALL, "student.tensor_parallel=1"]
     for iteration in (3, 6):
         stop_in_evaluation(iteration, *overrides, f"run.folder={stopped}")
-    for run in (stopped, whole):
+    for run in (stopped, complete):
         code, _, err = eaopd("train", RECIPE, *overrides, f"run.folder={run}").wait()
         assert code == 0, err
     merged: dict[int, dict[str, object]] = {}
     for record in records(stopped):
         merged.setdefault(record["iteration"], {}).update(record)
-    assert list(merged.values()) == records(whole)
+    assert list(merged.values()) == records(complete)
     for name in ("000003.json", "000006.json"):
-        one, other = (json.loads((run / "evaluation" / name).read_text()) for run in (stopped, whole))
+        one, other = (json.loads((run / "evaluation" / name).read_text()) for run in (stopped, complete))
         assert one["benchmarks"] == other["benchmarks"]
-    one, other = (json.loads((run / "finished.json").read_text()) for run in (stopped, whole))
+    one, other = (json.loads((run / "finished.json").read_text()) for run in (stopped, complete))
     assert one == other

@@ -1,6 +1,6 @@
-r"""Pairs of a gold and an answer with the verdict that a mathematician gives, by what is different in them.
+r"""(gold, answer) pairs by a mathematician's verdict, grouped by how they differ.
 
-RIGHT: equal, and the strict comparison says so. NOTATION: equal, which the lenient pass alone sees. WRONG: near misses.
+RIGHT: equal by the strict comparison. NOTATION: equal by the lenient comparison only. WRONG: near misses.
 """
 
 RIGHT = [
@@ -22,7 +22,7 @@ RIGHT = [
     ("62.5%", r"\frac{5}{8}"),
     (r"$8 \%$", "0.08"),
     (r"\ln 2 + i\pi / 3", r"\ln(2)+\frac{i\pi}{3}"),
-    # units and names that the gold has, or has not
+    # units and names that only one of the two has
     ("70", r"70 \text{ cm}"),
     (r"15\mbox{ cm}^2", "15"),
     (r"145^\circ", r"145\text{ degrees}"),

@@ -11,7 +11,7 @@ from eaopd_megatron.evaluation.results import EvaluationResult, ProblemResult, s
 def make_evaluation(
     iteration: int, rate: float, *, names: tuple[str, ...] = ("countdown",), problems: int = 120
 ) -> EvaluationResult:
-    """Problems of uneven difficulty, 8 samples each, several right answers a problem."""
+    """Return an evaluation of problems of uneven difficulty, 8 samples and several right answers per problem."""
     benchmarks = {}
     for name in names:
         rng = np.random.default_rng(sum(name.encode()))
@@ -29,7 +29,7 @@ def make_evaluation(
 
 
 def make_record(iteration: int, total: int, rng: np.random.Generator) -> dict[str, Any]:
-    """One iteration of a run that goes well, with the noise of a small batch."""
+    """Return the record of an iteration of a healthy run, with the noise of a small batch."""
     x = iteration / total
     fade, noise = math.exp(-4 * x), rng.normal(0, 1, 12)
     phases = {"rollout": 0.16, "teacher": 0.03, "student": 0.12, "sync": 0.002}

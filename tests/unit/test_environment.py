@@ -1,4 +1,4 @@
-"""The set-up of tools/: it installs once, goes on after an interruption, and says in one line what it cannot do."""
+"""tools/lib/environment.sh installs once, resumes after an interruption, and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = f'set -euo pipefail; source "{ROOT}/tools/lib/environment.sh"; prepare_environment "$1"; echo "ready $python"'
 
-# A Python whose pip only writes down what it is asked, and fails where `fail` holds a word of it.
+# A Python whose pip only records its arguments, and fails if they contain the word in the file `fail`.
 FAKE = f"""#!/bin/sh
 here=$(dirname "$0")
 if [ "$1 $2" = "-m pip" ]; then
-    echo "$*" >> "$here/asked"
+    echo "$*" >> "$here/pip_calls"
     case "$*" in *"$(cat "$here/fail" 2>/dev/null || echo nothing)"*) echo "no network"; exit 1;; esac
     exit 0
 fi
@@ -45,47 +45,47 @@ def prepare(tmp_path: Path) -> Prepare:
     return prepare
 
 
-def asked(folder: Path) -> list[str]:
-    """What pip was asked since the last look."""
-    file = folder / "venv" / "bin" / "asked"
+def pip_calls(folder: Path) -> list[str]:
+    """Return pip's arguments since the last call."""
+    file = folder / "venv" / "bin" / "pip_calls"
     lines = file.read_text().splitlines() if file.exists() else []
     file.unlink(missing_ok=True)
     return [line.removeprefix("-m pip ") for line in lines]
 
 
-def test_a_second_run_installs_again(prepare: Prepare, tmp_path: Path) -> None:
+def test_a_second_run_installs_nothing(prepare: Prepare, tmp_path: Path) -> None:
     done = prepare("test")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"ready {tmp_path}/venv/bin/python"
-    assert asked(tmp_path) == ["install torch==2.13.0", f"install --editable {ROOT}[test]"]
+    assert pip_calls(tmp_path) == ["install torch==2.13.0", f"install --editable {ROOT}[test]"]
     for kind in ("test", "run"):
         assert prepare(kind).stdout == f"ready {tmp_path}/venv/bin/python\n"
-        assert asked(tmp_path) == []
+        assert pip_calls(tmp_path) == []
 
 
-def test_the_tests_run_without_their_packages_after_the_quickstart(prepare: Prepare, tmp_path: Path) -> None:
+def test_the_tests_install_their_packages_after_the_quickstart(prepare: Prepare, tmp_path: Path) -> None:
     assert prepare("run").returncode == 0
-    assert asked(tmp_path)[-1] == f"install --editable {ROOT}"
+    assert pip_calls(tmp_path)[-1] == f"install --editable {ROOT}"
     assert prepare("test").returncode == 0
-    assert asked(tmp_path)[-1] == f"install --editable {ROOT}[test]"
+    assert pip_calls(tmp_path)[-1] == f"install --editable {ROOT}[test]"
     assert prepare("run").returncode == 0
-    assert asked(tmp_path) == []
+    assert pip_calls(tmp_path) == []
 
 
 @pytest.mark.parametrize("word", ["torch==", "--editable"])
-def test_an_interrupted_installation_counts_as_done(prepare: Prepare, tmp_path: Path, word: str) -> None:
+def test_an_interrupted_installation_is_resumed(prepare: Prepare, tmp_path: Path, word: str) -> None:
     (tmp_path / "venv" / "bin" / "fail").write_text(word)
     done = prepare("run")
     assert done.returncode == 1
     assert "no network" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: installing ")
-    asked(tmp_path)
+    pip_calls(tmp_path)
     (tmp_path / "venv" / "bin" / "fail").unlink()
     assert prepare("run").returncode == 0
-    assert len(asked(tmp_path)) == 2
+    assert len(pip_calls(tmp_path)) == 2
 
 
-def test_a_wrong_python_ends_in_its_own_words(prepare: Prepare, tmp_path: Path) -> None:
+def test_a_wrong_python_is_reported_in_one_line(prepare: Prepare, tmp_path: Path) -> None:
     elsewhere = {"EAOPD_VENV": str(tmp_path / "new")}
     done = prepare("run", EAOPD_PYTHON="no-such-python", **elsewhere)
     assert (done.returncode, done.stdout) == (1, "")

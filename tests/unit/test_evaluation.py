@@ -1,4 +1,4 @@
-"""The estimators are unbiased, and an evaluation's files hold what it found."""
+"""Estimators are unbiased, and an evaluation's files and tables hold its figures."""
 
 import itertools
 import json
@@ -15,7 +15,6 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import estimators, results
 from eaopd_megatron.evaluation.estimators import (
     avg_at_k,
-    bootstrap_interval,
     estimate_mean,
     estimate_mean_of_groups,
     majority,
@@ -63,34 +62,34 @@ def test_estimators_keep_the_shape_and_refuse_impossible_counts() -> None:
 
 def test_bootstrap_intervals_repeat_and_shrink_with_the_number_of_problems() -> None:
     values = np.random.default_rng(3).random(400)
-    low, high = bootstrap_interval(values)
-    assert (low, high) == bootstrap_interval(values)
+    mean, low, high = estimate_mean(values)
+    assert (mean, low, high) == estimate_mean(values)
     assert low < values.mean() < high
-    wide = bootstrap_interval(values[:25])
-    assert wide[1] - wide[0] > 2 * (high - low)
+    wide = estimate_mean(values[:25])
+    assert wide.high - wide.low > 2 * (high - low)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
 
 
 def test_bootstrap_of_a_difference_is_paired_so_that_equal_results_have_no_spread() -> None:
     values = np.random.default_rng(4).random(50)
-    assert bootstrap_interval((values + 0.25) - values) == pytest.approx((0.25, 0.25))
+    assert estimate_mean((values + 0.25) - values) == pytest.approx((0.25, 0.25, 0.25))
     estimators._resampling_weights.cache_clear()
-    assert bootstrap_interval(values + 0.25)[0] - bootstrap_interval(values)[0] == pytest.approx(0.25)
+    assert estimate_mean(values + 0.25).low - estimate_mean(values).low == pytest.approx(0.25)
 
 
-def test_an_interval_does_not_hold_the_truth_as_often_as_it_says() -> None:
-    """300 evaluations of 60 problems, 4 samples each. Their ease is Beta(1, 2), so pass@2 is 1 - E[(1-x)^2] = 1/2."""
+def test_an_interval_covers_the_true_value_in_95_percent_of_evaluations() -> None:
+    """300 evaluations of 60 problems, 4 samples each. Success rates are Beta(1, 2): pass@2 = 1 - E[(1-x)^2] = 1/2."""
     generator = np.random.default_rng(0)
-    held = 0
+    covered = 0
     for _ in range(300):
         ease = generator.beta(1.0, 2.0, 60)
         counts = generator.binomial(4, ease)
         found = estimate_mean(pass_at_k(4, counts, 2))
-        held += found.low <= 0.5 <= found.high
-    assert 0.91 <= held / 300 <= 0.98
+        covered += found.low <= 0.5 <= found.high
+    assert 0.91 <= covered / 300 <= 0.98
 
 
-def test_the_mean_of_benchmarks_counts_problems_instead_of_benchmarks() -> None:
+def test_every_benchmark_has_the_same_weight_in_the_mean() -> None:
     one, other = np.full(500, 0.8), np.array([0.0, 0.4] * 15)
     found = estimate_mean_of_groups([one, other])
     assert found.value == pytest.approx(0.5)
@@ -106,7 +105,7 @@ def test_the_mean_of_benchmarks_counts_problems_instead_of_benchmarks() -> None:
         ([None, None], [False, False], 0.0),
     ],
 )
-def test_the_most_frequent_answer_is_another_one(keys: list[str | None], correct: list[bool], expected: float) -> None:
+def test_majority_grades_the_most_frequent_answer(keys: list[str | None], correct: list[bool], expected: float) -> None:
     assert majority(keys, correct) == expected
 
 
@@ -149,7 +148,7 @@ def test_an_evaluation_survives_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_crash_while_writing_leaves_the_old_file_whole(
+def test_a_crash_while_writing_leaves_the_old_file_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     path = example().write(tmp_path)
@@ -183,7 +182,7 @@ def test_an_empty_benchmark_and_a_lost_sample_are_refused() -> None:
 
 
 def two_benchmarks(rate: float, problems: int = 40) -> EvaluationResult:
-    """Two benchmarks of other difficulty, 4 samples a problem, the same random numbers for every rate."""
+    """Two benchmarks of different difficulty, 4 samples per problem, the same random numbers for every rate."""
     found = {}
     for name, factor in (("easy", 1.0), ("hard", 0.5)):
         draws = np.random.default_rng(len(name)).random((problems, 4))
@@ -196,7 +195,7 @@ def two_benchmarks(rate: float, problems: int = 40) -> EvaluationResult:
     return EvaluationResult(0, found)
 
 
-def test_the_table_shows_other_figures_than_the_results() -> None:
+def test_the_table_shows_the_figures_of_the_results() -> None:
     result = two_benchmarks(0.6)
     found = results.figures_json(result)
     assert list(found) == ["easy", "hard", "mean"]
@@ -216,7 +215,7 @@ def test_the_table_shows_other_figures_than_the_results() -> None:
     assert f"{100 * found['hard']['avg']['value']:.1f} [" in lines[3]
 
 
-def test_two_runs_differ_where_they_do_not_or_the_pairing_is_lost() -> None:
+def test_changes_are_paired_and_zero_for_equal_results() -> None:
     one, other = two_benchmarks(0.5), two_benchmarks(0.7)
     same = results.paired_changes(one, one)
     assert {(change.value, change.low, change.high) for row in same.values() for change in row.values()} == {(0, 0, 0)}
@@ -240,8 +239,8 @@ def test_pass_at_k_curves_are_drawn_for_every_k() -> None:
 # Distributions
 
 
-def test_vocabularies_of_one_tokenizer_that_are_padded_otherwise_cannot_be_compared() -> None:
-    """As Qwen3's of 151,936 and Qwen2.5's of 152,064 columns."""
+def test_vocabularies_padded_to_different_sizes_are_compared() -> None:
+    """As are Qwen3's (151,936 columns) and Qwen2.5's (152,064 columns)."""
 
     class Model(torch.nn.Embedding):
         def forward(self, ids: torch.Tensor) -> Any:
@@ -255,7 +254,7 @@ def test_vocabularies_of_one_tokenizer_that_are_padded_otherwise_cannot_be_compa
     assert (found["top1_teacher"], found["forward_kl_gated"]) == (0, 0)
 
 
-def test_gated_figures_are_taken_over_other_tokens_or_the_kl_is_turned_round() -> None:
+def test_gated_figures_are_means_of_the_forward_kl_over_gated_tokens() -> None:
     sure, unsure = torch.tensor([8.0, 0.0, 0.0]), torch.zeros(3)
     teacher = torch.stack([sure, unsure, unsure])
     student = torch.stack([unsure, torch.tensor([0.0, 1.0, 0.0]), sure])

@@ -1,4 +1,4 @@
-"""Right answers are counted right in any notation, near misses wrong, and no grader can stop a run."""
+"""Right answers are right in any notation, near misses are wrong, and no grader can stop a run."""
 
 import json
 import os
@@ -76,12 +76,12 @@ def test_a_response_that_repeats_open_boxes_costs_linear_time() -> None:
         ("", []),
     ],
 )
-def test_a_list_is_split_between_its_answers_alone(text: str, answers: list[str]) -> None:
+def test_a_list_is_split_only_between_answers(text: str, answers: list[str]) -> None:
     assert [normalise(answer) for answer in split_answers(text)] == [normalise(answer) for answer in answers]
 
 
 @pytest.mark.parametrize("text", ["x", "1/0", "10^{10^{10}}", "1e9999", "2^{3}", "1.2.3", "9" * 5000, "", "-"])
-def test_what_is_no_plain_number_is_not_read_as_one(text: str) -> None:
+def test_only_plain_numbers_are_parsed_as_numbers(text: str) -> None:
     assert exact_number(text) is None
 
 
@@ -95,12 +95,12 @@ def test_what_is_no_plain_number_is_not_read_as_one(text: str) -> None:
         ],
     ],
 )
-def test_numbers_that_no_computer_writes_down_are_told_from_large_ones(text: str, expected: bool) -> None:
+def test_numbers_too_large_to_expand_are_recognised(text: str, expected: bool) -> None:
     assert has_huge_power(text) == expected
 
 
-def test_answers_get_the_verdicts_of_a_mathematician(grader: MathGrader) -> None:
-    """A false verdict of either pass, in either direction."""
+def test_answers_are_graded_as_a_mathematician_would(grader: MathGrader) -> None:
+    """Neither comparison gives a false verdict in either direction."""
     expected = {
         **dict.fromkeys(RIGHT, (True, True)),
         **dict.fromkeys(NOTATION, (False, True)),
@@ -113,7 +113,7 @@ def test_answers_get_the_verdicts_of_a_mathematician(grader: MathGrader) -> None
     assert {pair: found[pair] for pair in found if found[pair] != expected[pair]} == {}
 
 
-def test_several_answers_may_stand_in_boxes_of_their_own(grader: MathGrader) -> None:
+def test_several_answers_may_have_a_box_each(grader: MathGrader) -> None:
     texts = [r"\boxed{3} and \boxed{1}", r"\boxed{3} and \boxed{2}", r"\boxed{2}, no: \boxed{1,3}", r"\boxed{3}"]
     grades = grade_responses(grader, [({"answer": "1,3"}, text) for text in texts])
     assert [(grade.correct, grade.lenient) for grade in grades] == [
@@ -138,7 +138,7 @@ def test_grades_come_back_in_the_order_of_the_responses(grader: MathGrader) -> N
     assert [grade.correct for grade in grade_responses(grader, items)] == [i % 7 == i % 5 for i in range(70)]
 
 
-def test_a_hanging_comparison_is_ended_counted_and_leaves_the_next_ones_alone() -> None:
+def test_a_hanging_comparison_is_killed_and_counted_and_later_ones_succeed() -> None:
     grader = MathGrader(workers=1, seconds=0.5)
     try:
         grades: list[Grade] = []
@@ -156,7 +156,7 @@ def test_a_hanging_comparison_is_ended_counted_and_leaves_the_next_ones_alone() 
         grader.close()
 
 
-def test_a_comparison_that_hangs_ends_its_worker_or_outlives_its_caller() -> None:
+def test_a_hanging_comparison_spares_its_worker_and_does_not_outlive_its_caller() -> None:
     script = Path(grading.__file__).with_name("math_worker.py")
     with subprocess.Popen(
         [sys.executable, "-P", str(script), "0.3"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -210,16 +210,16 @@ def test_an_answer_longer_than_any_gold_is_wrong_and_costs_no_comparison(monkeyp
         r"\text{" * 150,
     ],
 )
-def test_an_answer_with_many_units_is_searched_for_ever(text: str) -> None:
+def test_an_answer_with_many_units_is_compared_in_linear_time(text: str) -> None:
     assert not leniently_equal("10", text, lambda one, other: False)
 
 
 @pytest.mark.timeout(20, method="signal")
-def test_the_first_of_several_boxes_is_longer_than_any_answer_and_searched(grader: MathGrader) -> None:
+def test_long_boxes_before_the_last_one_are_not_compared(grader: MathGrader) -> None:
     assert not grader({"answer": "1,3"}, rf"\boxed{{{'9' * 200_000}}} and \boxed{{3}}").lenient
 
 
-def test_golds_are_known_for_what_math_verify_makes_of_them(grader: MathGrader) -> None:
+def test_gold_kinds_are_what_math_verify_parses(grader: MathGrader) -> None:
     golds = ["4.5e33", r"\frac{1}{2}", "E_{1},E_{2}", ""]
     assert grader.gold_kinds(golds) == ["mathematics", "mathematics", "text", "nothing"]
 
@@ -228,7 +228,7 @@ def test_a_problem_without_a_reference_answer_is_a_counted_error(grader: MathGra
     assert grader({"problem": "?"}, r"\boxed{5}") == Grade(False, None, error=True)
 
 
-def test_a_grader_that_throws_scores_0_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grader_that_raises_scores_0_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(problem: dict[str, Any], text: str) -> Grade:
         if text == "bad":
             raise RuntimeError("broken")
@@ -266,18 +266,18 @@ def benchmarks() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.shared_data
-def test_a_reference_answer_of_the_benchmarks_does_not_equal_itself(grader: MathGrader) -> None:
+def test_every_gold_of_the_benchmarks_equals_itself(grader: MathGrader) -> None:
     for name, problems in benchmarks().items():
         grades = grade_responses(grader, [(p, rf"So \boxed{{{p['answer']}}}.") for p in problems])
         assert [p["id"] for p, grade in zip(problems, grades, strict=True) if not grade.correct] == [], name
-        # the same without the short cut for equal texts
+        # without the shortcut for equal texts
         golds = [p["answer"] for p in problems if exact_number(p["answer"]) is None]
         assert [gold for gold in golds if not grader.verify(gold=gold, answer=gold)] == [], name
 
 
 @pytest.mark.shared_data
-def test_the_reference_answer_of_another_problem_is_accepted(grader: MathGrader) -> None:
-    """300 random pairs of golds a benchmark, whose texts differ; none of these happens to be equal mathematically."""
+def test_golds_of_other_problems_are_rejected(grader: MathGrader) -> None:
+    """300 random pairs of golds per benchmark whose texts differ; none of them is mathematically equal."""
     for name, problems in benchmarks().items():
         generator = random.Random(0)
         pairs: list[tuple[dict[str, Any], str]] = []

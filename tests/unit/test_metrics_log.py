@@ -30,7 +30,7 @@ def test_a_record_is_in_the_file_when_write_returns(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_a_line_torn_by_a_crash_is_left_out_and_does_not_spoil_the_next_one(tmp_path: Path) -> None:
+def test_a_line_cut_by_a_crash_is_skipped_and_later_records_are_read(tmp_path: Path) -> None:
     write_records(tmp_path, range(1, 4), None)
     path = tmp_path / "metrics.jsonl"
     with path.open("a") as file:
@@ -46,13 +46,13 @@ def test_a_resumed_run_does_not_repeat_iterations(tmp_path: Path) -> None:
     assert iterations_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_a_run_from_the_start_does_not_keep_an_earlier_ones_records(tmp_path: Path) -> None:
+def test_a_new_run_removes_the_records_of_an_earlier_one(tmp_path: Path) -> None:
     write_records(tmp_path, range(1, 8), None)
     write_records(tmp_path, range(1, 3), None)
     assert iterations_of(tmp_path) == [1, 2]
 
 
-def test_a_damaged_line_in_the_middle_is_named_by_its_number(tmp_path: Path) -> None:
+def test_a_damaged_line_in_the_middle_is_reported_by_its_number(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\nrubbish\n{"iteration": 3}\n')
     with pytest.raises(UserError, match="line 2"):
         read_metrics(tmp_path / "metrics.jsonl")
@@ -86,7 +86,7 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("package", "options"), [("wandb", (False, {"project": "p"})), ("torch.utils.tensorboard", (True, None))]
 )
-def test_a_missing_receiver_is_one_clear_line(
+def test_a_missing_sink_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, options: tuple[bool, dict[str, Any] | None]
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)

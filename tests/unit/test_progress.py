@@ -12,7 +12,7 @@ from tests.unit.example_runs import make_record
 
 
 def show_progress(tmp_path: Path, *, terminal: bool, seconds: float, count: int = 6) -> tuple[str, str]:
-    """Output and log.txt of `count` iterations of so many seconds each."""
+    """Return output and log.txt of `count` iterations of `seconds` each."""
     now = [100.0]
     console = Console(file=StringIO(), force_terminal=terminal, width=140)
     log = tmp_path / "log.txt"
@@ -29,7 +29,7 @@ def show_progress(tmp_path: Path, *, terminal: bool, seconds: float, count: int 
     return output.getvalue(), log.read_text()
 
 
-def test_without_a_terminal_there_are_plain_lines_and_not_one_for_every_fast_iteration(tmp_path: Path) -> None:
+def test_without_a_terminal_fast_iterations_share_plain_lines(tmp_path: Path) -> None:
     output, log = show_progress(tmp_path, terminal=False, seconds=1.0, count=12)
     assert "\x1b" not in output
     shown = re.findall(r"iteration (\d+)/12", output)
@@ -43,13 +43,13 @@ def test_without_a_terminal_there_are_plain_lines_and_not_one_for_every_fast_ite
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in output.splitlines())
 
 
-def test_slow_iterations_are_shown_one_by_one(tmp_path: Path) -> None:
+def test_slow_iterations_have_a_line_each(tmp_path: Path) -> None:
     output, _ = show_progress(tmp_path, terminal=False, seconds=60.0)
     assert len(re.findall(r"iteration \d+/6", output)) == 6
     assert "0:04:00 left" in output
 
 
-def test_a_terminal_gets_a_bar_with_the_chief_figures_and_the_log_still_has_lines(tmp_path: Path) -> None:
+def test_a_terminal_has_a_bar_with_the_main_figures_and_the_log_has_lines(tmp_path: Path) -> None:
     output, log = show_progress(tmp_path, terminal=True, seconds=10.0)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output)
     assert "6/6" in plain and "reverse KL" in plain and "last evaluation  countdown pass@1 0.081" in plain

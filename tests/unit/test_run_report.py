@@ -26,7 +26,7 @@ OBJECTIVE = {"preset": "eopd", "gate": "hard", "forward_kl": "topk", "threshold"
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a run's folder of `done` of `total` iterations as training would, and returns it."""
+    """A function that writes the folder of a run after `done` of `total` iterations, as training would."""
 
     def make(
         done: int = 300, total: int = 300, change: Callable[[dict[str, Any]], None] | None = None, **evaluation: Any
@@ -57,7 +57,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_the_report_is_one_file_with_every_picture(make_run: Callable[..., Path]) -> None:
+def test_the_report_is_one_file_with_every_figure(make_run: Callable[..., Path]) -> None:
     run = make_run(done=100, total=100)
     text = write_run_report(run).read_text()
     assert "Not drawn" not in text
@@ -72,7 +72,7 @@ def test_the_report_is_one_file_with_every_picture(make_run: Callable[..., Path]
     assert "Warnings" not in text and "<h2>Teachers</h2>" not in text
 
 
-def test_what_the_user_wrote_cannot_become_markup(make_run: Callable[..., Path]) -> None:
+def test_names_and_settings_are_escaped_in_the_page(make_run: Callable[..., Path]) -> None:
     name = "<script>alert(1)</script>"
     run = make_run(done=2, total=4, names=(name,))
     recipe = yaml.safe_load((run / "config.yaml").read_text())
@@ -84,7 +84,7 @@ def test_what_the_user_wrote_cannot_become_markup(make_run: Callable[..., Path])
     assert text.count("&lt;script&gt;") >= 4  # the state, the table, the recipe, the environment
 
 
-def test_a_run_that_goes_on_has_a_report(make_run: Callable[..., Path]) -> None:
+def test_a_running_run_has_a_report(make_run: Callable[..., Path]) -> None:
     run = make_run(done=7, total=300)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 8, "objec')
@@ -146,7 +146,7 @@ def test_evaluations_on_different_problems_get_no_paired_change(make_run: Callab
     assert "other problems" in write_run_report(run).read_text()
 
 
-def test_evaluations_that_a_resumed_run_has_yet_to_repeat_are_left_out(make_run: Callable[..., Path]) -> None:
+def test_evaluations_that_a_resumed_run_will_repeat_are_left_out(make_run: Callable[..., Path]) -> None:
     run = make_run(done=60, total=300)
     make_evaluation(150, 0.5).write(run / "evaluation")
     assert [evaluation.iteration for evaluation in RunData.read(run).evaluations] == [0, 50]
@@ -179,7 +179,7 @@ def spoiled(name: str, value: float, after: int = 5) -> Callable[[dict[str, Any]
         ("rollout/version_lag", 0.5, "more than 0 updates old"),
     ],
 )
-def test_signs_of_a_run_that_goes_wrong_are_warned_of(
+def test_metrics_beyond_their_limits_are_warned_of(
     make_run: Callable[..., Path], name: str, value: float, expected: str
 ) -> None:
     assert find_warnings(RunData.read(make_run(done=20, total=20))) == []
@@ -188,7 +188,7 @@ def test_signs_of_a_run_that_goes_wrong_are_warned_of(
 
 
 def test_each_of_several_teachers_is_shown_and_warned_of(make_run: Callable[..., Path]) -> None:
-    """A good teacher's tokens would hide another one's mistaken stop in the mean."""
+    """In the mean, a good teacher's tokens would hide another teacher's wrong stopping token."""
 
     def two(record: dict[str, Any]) -> None:
         if record["iteration"]:
@@ -207,7 +207,7 @@ def test_each_of_several_teachers_is_shown_and_warned_of(make_run: Callable[...,
     assert "c, m into s" in page and "4,321 → 4,321" in page and "<td>&lt;code&gt;</td>" in page
 
 
-def test_the_report_warns_where_the_recipe_allows_it(make_run: Callable[..., Path]) -> None:
+def test_the_report_warns_at_the_limits_of_the_recipe(make_run: Callable[..., Path]) -> None:
     def lag(record: dict[str, Any]) -> None:
         record |= {"rollout/version_lag": 4.0, "rollout/logprob_gap": 0.3, "rollout/truncated": 0.7}
 
@@ -245,7 +245,7 @@ def test_grader_errors_are_warned_of(make_run: Callable[..., Path]) -> None:
     assert len(lines) == 2 and "2 of 2 answers of math" in lines[0] and "100%" in lines[1]
 
 
-def test_the_begin_and_the_end_of_a_short_run_do_not_overlap(make_run: Callable[..., Path]) -> None:
+def test_start_and_end_of_a_short_run_do_not_overlap(make_run: Callable[..., Path]) -> None:
     def rise(record: dict[str, Any]) -> None:
         record["rollout/length"] = float(record["iteration"])
 
@@ -255,13 +255,13 @@ def test_the_begin_and_the_end_of_a_short_run_do_not_overlap(make_run: Callable[
     assert (data.early("rollout/length"), data.recent("rollout/length")) == (4.5, 44.5)
 
 
-def test_smoothing_keeps_a_constant_and_invents_no_trend_at_the_ends() -> None:
+def test_smoothing_keeps_constants_and_trends() -> None:
     assert smooth(np.full(100, 2.5)).tolist() == pytest.approx([2.5] * 100)
     line = smooth(np.arange(120.0))
     assert line[0] >= 0 and line[-1] <= 119 and (np.diff(line) > 0).all()
 
 
-def test_reporting_leaves_matplotlib_alone_until_a_report_is_written_and_its_global_state_always() -> None:
+def test_only_the_report_imports_matplotlib_and_never_its_global_state() -> None:
     code = (
         "import sys, eaopd_megatron.reporting.metrics_log, eaopd_megatron.reporting.progress\n"
         "assert 'matplotlib' not in sys.modules\n"
