@@ -28,7 +28,7 @@ from eaopd_megatron.data.sources import load_problems  # noqa: E402
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams  # noqa: E402
 from eaopd_megatron.launch.entrypoint import run_entrypoint  # noqa: E402
 from eaopd_megatron.objective import Objective, TeacherTopK, entropy_bounds  # noqa: E402
-from eaopd_megatron.objective.token_losses import gate_of  # noqa: E402
+from eaopd_megatron.objective.token_losses import compute_gate  # noqa: E402
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server  # noqa: E402
 from eaopd_megatron.rollout.sglang.requests import GenerateRequest, required_context_length  # noqa: E402
 from eaopd_megatron.rollout.sglang.server import SGLangSettings, sglang_servers  # noqa: E402
@@ -121,12 +121,12 @@ def exact_entropy(teacher: HfFolder, samples: Sequence[Sample]) -> torch.Tensor:
 def show(scored: Mapping[int, TeacherTopK], exact: torch.Tensor, threshold: float, vocab_size: int) -> None:
     """A line for each k: all tokens, those whose gate the bounds leave open, and where the two gates are the same."""
     objective = Objective.preset("eopd", threshold=threshold)
-    truth = gate_of(objective, exact, exact)[0].bool()
+    truth = compute_gate(objective, exact, exact)[0].bool()
     print(f"{len(exact)} tokens, {truth.float().mean():.2%} of them above {threshold:g} nats")
     print(f"{'k':>5} {'ambiguous':>10} {'agreement':>10} {'where certain':>14} {'widest bounds':>14} {'mass':>8}")
     for k, said in scored.items():
         lower, upper = entropy_bounds(said.logprobs, vocab_size)
-        gate, ambiguous = gate_of(objective, lower, upper)
+        gate, ambiguous = compute_gate(objective, lower, upper)
         same, certain = gate.bool() == truth, ~ambiguous
         print(
             f"{k:>5} {ambiguous.float().mean():>10.2%} {same.float().mean():>10.2%} "

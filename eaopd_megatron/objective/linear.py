@@ -1,12 +1,13 @@
-"""The entropy-aware loss from hidden states and output heads: logits are made tile by tile and never kept.
+"""The entropy-aware loss from hidden states and output heads: logits are computed tile by tile and never stored.
 
-A tile is the product of some rows of the hidden states and a block of the head's rows: what its logits say of each
-token joins that of the tiles beside it, and one collective joins the ranks'. Backward makes the tiles again, writes the
-gradient over them, and adds their products with the head and the hidden states to fp32 sums. The teacher's tiles are
-made again only for the rows that need them.
+A tile is the product of some rows of the hidden states and a block of the head's rows. Forward merges the statistics of
+all tiles and then, in one collective, those of the ranks. Backward computes the tiles again, overwrites them with the
+gradient, and adds their products with the head and with the hidden states to fp32 sums. The teacher's tiles are
+computed again only for the rows that need them.
 
-Logits have the inputs' precision, as those of an output layer have: bf16 inputs give bf16 logits, and the same values
-as `entropy_aware_loss` on the layer's output up to the order in which a product adds. All else is fp32 (fp64 for fp64).
+Logits have the inputs' precision, as an output layer's have: bf16 inputs give bf16 logits, and the same values as
+`entropy_aware_loss` on the layer's output up to the order of additions in a product. Everything else is fp32 (fp64 for
+fp64 inputs).
 """
 
 from __future__ import annotations
@@ -20,30 +21,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from eaopd_megatron.objective.checks import Checks, require_matrix, require_shape
-from eaopd_megatron.objective.gradient import Recipe, once, write_gradient
-from eaopd_megatron.objective.partial_stats import (
-    Rows,
-    Wanted,
-    check_top_k,
-    contribution,
-    from_both,
-    from_top_k,
-    join,
-    wanted_of,
+from eaopd_megatron.objective.checks import InputChecks, require_matrix, require_shape
+from eaopd_megatron.objective.entropy_aware import (
+    BackwardContext,
+    require_servable,
+    take_saved,
+    token_statistics_of,
+    write_gradient,
 )
-from eaopd_megatron.objective.settings import GPU_TILE_ELEMENTS, Objective, Signal
-from eaopd_megatron.objective.teacher import TeacherHidden, TeacherTopK
-from eaopd_megatron.objective.token_losses import TokenLosses, TokenStatistics, check_old_logprobs, check_tokens, judge
-from eaopd_megatron.objective.vocab_parallel import Shard, Softmax
+from eaopd_megatron.objective.partial_stats import (
+    PartialStats,
+    ReducedStats,
+    StatsRequest,
+    compute_partial_stats,
+    merge_partial_stats,
+)
+from eaopd_megatron.objective.settings import GPU_TILE_ELEMENTS, Objective
+from eaopd_megatron.objective.teacher import TeacherHidden, TeacherTopK, check_teacher_top_k
+from eaopd_megatron.objective.token_losses import TokenLosses, TokenStatistics, compute_token_losses
+from eaopd_megatron.objective.vocab_parallel import VocabShard
 
 HiddenGrad = Literal["all_reduce", "partial"]
 
-# Rows and elements of a tile: large enough for products at full speed. On a CPU, elements a thread.
-CPU_ROWS, CPU_TILE_ELEMENTS = 1024, 1 << 20
-GPU_ROWS = 2048
-WIDE_TILE_ELEMENTS = 1 << 24  # where S is to be found, which is quicker in whole rows than in pieces of them
-STUDENT, TEACHER = "student_hidden · student_head_weight", "teacher.hidden · teacher.head_weight"
+# Rows and elements of a tile: large enough for matrix products at full speed. On a CPU: elements per thread.
+_CPU_ROWS, CPU_TILE_ELEMENTS = 1024, 1 << 20
+_GPU_ROWS = 2048
+_WIDE_TILE_ELEMENTS = 1 << 24  # where S is selected from the tiles, which is faster in whole rows
+_LOGITS = ("student_hidden · student_head_weight", "teacher.hidden · teacher.head_weight")  # what errors call them
 
 
 def linear_entropy_aware_loss(
@@ -60,63 +64,56 @@ def linear_entropy_aware_loss(
     chunk: int | None = None,
     hidden_grad: HiddenGrad = "all_reduce",
 ) -> TokenLosses:
-    """`entropy_aware_loss` of the logits student_hidden · student_head_weightᵀ, which are never stored.
+    """Return `entropy_aware_loss` of the logits student_hidden @ student_head_weight.T, which are never stored.
 
-    student_hidden  [n, h], the same on every rank of the group; unchanged, as the weights are
-    student_head_weight  [columns, h], this rank's rows of the output head, padded to ranks · columns, in the same dtype
-    teacher         TeacherHidden with a head of the same columns, or TeacherTopK
-    chunk           rows of hidden states worked at together; None: what suits the machine. Changes time and memory
-    hidden_grad     "all_reduce": the gradient of student_hidden is summed over the group; "partial": it is this rank's
-                    part, for a caller whose own backward sums the parts (the gather under sequence parallelism)
-    The other arguments are those of `entropy_aware_loss`.
+    student_hidden       [tokens, hidden], replicated over the group; unchanged, as the weights are
+    student_head_weight  [vocab/tp, hidden], this rank's rows of the output head, padded to tp * columns, same dtype
+    teacher              `TeacherHidden` with a head of as many rows, or `TeacherTopK`
+    chunk                rows of hidden states processed together; None: chosen for the device. Affects time and memory
+    hidden_grad          "all_reduce": the gradient of student_hidden is summed over the group; "partial": it is this
+                         rank's part, for a caller whose backward sums the parts (the gather under sequence parallelism)
 
-    The gradient of student_head_weight is this rank's rows, summed in fp32 and given in the weight's precision; those
-    of padding are 0. One collective forward; backward one that sums the gradient of student_hidden, with "partial"
-    none. An input that wants no gradient costs none. Memory beyond inputs and gradients: a tile's logits and buffers,
-    an fp32 sum of the head's size, an fp32 copy of the gradient that is summed over the group, and up to 0.3 kB a token
-    and rank for the exchange. Raises what `entropy_aware_loss` raises.
+    The other arguments are those of `entropy_aware_loss`. The gradient of student_head_weight covers this rank's rows,
+    is summed in fp32 and cast to the weight's dtype; padded rows get zero. One collective in forward; one in backward,
+    which sums the gradient of student_hidden ("partial": none). An input that requires no gradient costs none. Memory
+    beyond inputs and gradients: a tile's logits and buffers, an fp32 sum of the head's size, an fp32 copy of the hidden
+    states' gradient if it is summed over the group, and up to `MAX_EXCHANGE_BYTES_PER_TOKEN` per rank. Raises what
+    `entropy_aware_loss` raises.
     """
     if not isinstance(teacher, TeacherHidden | TeacherTopK):
         raise ValueError(f"teacher: {type(teacher).__name__}, expected TeacherHidden or TeacherTopK")
-    signal: Signal = "topk" if isinstance(teacher, TeacherTopK) else "hidden"
-    refusal = objective.refusal(signal)
-    if refusal is not None:
-        raise ValueError(f"objective: {refusal}")
+    require_servable(objective, "topk" if isinstance(teacher, TeacherTopK) else "hidden")
     if hidden_grad not in get_args(HiddenGrad):
         raise ValueError(f"hidden_grad: {hidden_grad!r} is not one of {', '.join(get_args(HiddenGrad))}")
     student, shard = _student(student_hidden, student_head_weight, "student_", vocab_size, group, chunk)
-    n, checks = student.hidden.shape[0], Checks()
-    check_tokens(checks, n, vocab_size, tokens=tokens, teacher_tokens=teacher_tokens)
-    check_old_logprobs(checks, n, old_logprobs)
-    top_k = teacher if isinstance(teacher, TeacherTopK) else None
-    full = None
+    n, checks = student.hidden.shape[0], InputChecks()
+    checks.tokens(n, vocab_size, tokens=tokens, teacher_tokens=teacher_tokens)
+    checks.old_logprobs(n, old_logprobs)
+    top_k, full = None, None
     if isinstance(teacher, TeacherTopK):
-        check_top_k(teacher, n, objective, vocab_size, checks)
+        top_k = teacher
+        check_teacher_top_k(teacher, n, objective, vocab_size, checks)
     else:
-        full = _Side(teacher.hidden.detach(), teacher.head_weight.detach())
+        full = _HiddenAndHead(teacher.hidden.detach(), teacher.head_weight.detach())
         full.check("teacher.")
         require_shape("teacher.hidden", full.hidden, (n, full.hidden.shape[1]), "student_hidden has rows")
-        columns = (shard.columns, full.hidden.shape[1])
-        require_shape(
-            "teacher.head_weight", full.weight, columns, "student_head_weight has rows and teacher.hidden columns"
-        )
-    checks.run()
+        shape = (shard.columns, full.hidden.shape[1])
+        reference = "student_head_weight has rows and teacher.hidden columns"
+        require_shape("teacher.head_weight", full.weight, shape, reference)
+    checks.raise_first()
     with torch.no_grad():
         tokens = tokens.long()
-        asked = tokens if teacher_tokens is None else teacher_tokens.long()
-        wanted = wanted_of(objective, top_k, tokens, asked, vocab_size)
-        whole = join(shard.exchange(_contribution(student, full, shard, wanted)))
-        if top_k is not None:
-            seen = from_top_k(whole, wanted, top_k, vocab_size, checks, STUDENT)
-        else:
-            seen = from_both(whole, checks, STUDENT, TEACHER)
-        losses, recipe = judge(objective, seen, shard, tokens, old_logprobs, careful=False)
-    if full is not None and not recipe.coefficients.ratio and recipe.coefficients.teacher is None:
+        teacher_ids = tokens if teacher_tokens is None else teacher_tokens.long()
+        request = StatsRequest.for_objective(objective, top_k, tokens, teacher_ids, vocab_size)
+        merged = merge_partial_stats(shard.all_gather(_tiled_partial_stats(student, full, shard, request)))
+        stats = ReducedStats.from_merged(merged, request, top_k, vocab_size, checks, _LOGITS)
+        losses, coefficients = compute_token_losses(objective, stats, old_logprobs)
+        saved = BackwardContext.of(stats, coefficients, shard, tokens, has_neg_inf=False)
+    if full is not None and not coefficients.reverse and coefficients.forward is None:
         full = None
     kept = (None, None) if full is None else (full.hidden, full.weight)
-    loss = _WithGradient.apply(
-        student_hidden, student_head_weight, *kept, _Rest(losses.loss, recipe, hidden_grad == "all_reduce")
-    )
+    arguments = _NonTensorArgs(losses.loss, saved, hidden_grad == "all_reduce")
+    loss = _WithGradient.apply(student_hidden, student_head_weight, *kept, arguments)
     return replace(losses, loss=loss)
 
 
@@ -130,31 +127,28 @@ def linear_token_statistics(
     group: ProcessGroup | None = None,
     chunk: int | None = None,
 ) -> TokenStatistics:
-    """`token_statistics` of the logits hidden · head_weightᵀ, which are never stored. One collective.
+    """Return `token_statistics` of the logits hidden @ head_weight.T, which are never stored. One collective.
 
-    hidden: [n, h], the same on every rank; head_weight: [columns, h]; tokens: [n] ids. For the same rows and chunk the
-    log-probs have the bits of `linear_entropy_aware_loss`.
+    hidden: [tokens, hidden], replicated; head_weight: [vocab/tp, hidden]; tokens: [tokens] ids. For the same rows and
+    chunk the log-probs are bitwise equal to those of `linear_entropy_aware_loss`.
     """
-    side, shard = _student(hidden, head_weight, "", vocab_size, group, chunk)
-    checks = Checks()
-    check_tokens(checks, len(hidden), vocab_size, tokens=tokens)
-    checks.run()
-    whole = join(shard.exchange(_contribution(side, None, shard, Wanted(tokens.long()[:, None]))))
-    softmax = Softmax(*whole["student"])
-    checks.refuse_broken("hidden · head_weight", softmax.broken)
-    checks.run()
-    return TokenStatistics(softmax.logprob(whole["asked"])[0], softmax.entropy)
+    student, shard = _student(hidden, head_weight, "", vocab_size, group, chunk)
+    checks = InputChecks()
+    checks.tokens(len(hidden), vocab_size, tokens=tokens)
+    checks.raise_first()
+    partial = _tiled_partial_stats(student, None, shard, StatsRequest(tokens.long()[:, None]))
+    return token_statistics_of(merge_partial_stats(shard.all_gather(partial)), checks, "hidden · head_weight")
 
 
 @dataclass(frozen=True)
-class _Side:
-    """Hidden states [n, h] and this rank's rows of the head [columns, h]."""
+class _HiddenAndHead:
+    """Hidden states [tokens, hidden] and this rank's rows of the head [vocab/tp, hidden]."""
 
     hidden: Tensor
     weight: Tensor
 
     def check(self, prefix: str) -> None:
-        """Refuse what cannot be multiplied."""
+        """Raise ValueError unless they can be multiplied."""
         require_matrix(f"{prefix}hidden", self.hidden, "[n, h]")
         require_matrix(f"{prefix}head_weight", self.weight, "[columns, h]")
         if self.weight.dtype != self.hidden.dtype:
@@ -163,85 +157,91 @@ class _Side:
             )
 
     def tile(self, hidden: Tensor, block: slice, memory: Tensor) -> Tensor:
-        """Logits [c, block] of some of the hidden states [c, h], in ``memory``."""
+        """Return the logits [rows, block] of some hidden states [rows, hidden], written into `memory`."""
         shape = len(hidden), block.stop - block.start
         return torch.mm(hidden, self.weight[block].T, out=memory[: shape[0] * shape[1]].view(shape))
 
 
 @dataclass(frozen=True)
-class _Tiles:
-    """How n tokens and a shard's valid columns are cut."""
+class _Tiling:
+    """How n tokens and a shard's valid columns are split into tiles."""
 
     n: int
-    valid: int
+    num_valid: int
     rows: int
     width: int
 
     @classmethod
-    def of(cls, n: int, shard: Shard, device: torch.device, *, wide: bool = False) -> _Tiles:
-        """Tiles of a fixed number of elements; fewer rows have wider blocks. wide: one block of all columns."""
-        cpu, valid = device.type == "cpu", max(shard.valid, 1)
+    def of(cls, n: int, shard: VocabShard, device: torch.device, *, wide: bool = False) -> _Tiling:
+        """Return tiles of a fixed number of elements; fewer rows get wider blocks. wide: one block of all columns."""
+        cpu, valid = device.type == "cpu", max(shard.num_valid, 1)
         elements = CPU_TILE_ELEMENTS * torch.get_num_threads() if cpu else GPU_TILE_ELEMENTS
-        rows = CPU_ROWS if cpu else GPU_ROWS
+        rows = _CPU_ROWS if cpu else _GPU_ROWS
         if wide:
-            rows = min(rows, max(elements, WIDE_TILE_ELEMENTS) // valid)
+            rows = min(rows, max(elements, _WIDE_TILE_ELEMENTS) // valid)
         rows = max(1, min(n, shard.chunk or rows))
         width = max(1, elements // rows)
-        return cls(n, shard.valid, rows, valid if wide else min(width - width % 64 or width, valid))
+        return cls(n, shard.num_valid, rows, valid if wide else min(width - width % 64 or width, valid))
 
     def blocks(self) -> Iterator[slice]:
-        """Blocks of columns."""
-        for start in range(0, self.valid, self.width):
-            yield slice(start, min(start + self.width, self.valid))
+        """Yield the blocks of columns."""
+        for start in range(0, self.num_valid, self.width):
+            yield slice(start, min(start + self.width, self.num_valid))
 
-    def memory(self, side: _Side) -> Tensor:
-        """Room for the logits of any tile."""
-        return side.hidden.new_empty(self.rows * self.width)
+    def allocate(self, factors: _HiddenAndHead) -> Tensor:
+        """Return memory for the logits of any tile."""
+        return factors.hidden.new_empty(self.rows * self.width)
 
 
 def _student(
     hidden: Tensor, weight: Tensor, prefix: str, vocab_size: int, group: ProcessGroup | None, chunk: int | None
-) -> tuple[_Side, Shard]:
-    side = _Side(hidden.detach(), weight.detach())
-    side.check(prefix)
+) -> tuple[_HiddenAndHead, VocabShard]:
+    student = _HiddenAndHead(hidden.detach(), weight.detach())
+    student.check(prefix)
     require_shape(f"{prefix}head_weight", weight, (len(weight), hidden.shape[1]), f"{prefix}hidden has columns")
-    return side, Shard.of_columns(f"{prefix}head_weight", len(weight), vocab_size, group, chunk)
+    return student, VocabShard.from_columns(f"{prefix}head_weight", len(weight), vocab_size, group, chunk)
 
 
-def _contribution(student: _Side, teacher: _Side | None, shard: Shard, wanted: Wanted) -> Rows:
-    """This rank's contribution, [r, n]."""
+def _tiled_partial_stats(
+    student: _HiddenAndHead, teacher: _HiddenAndHead | None, shard: VocabShard, request: StatsRequest
+) -> PartialStats:
+    """Return this rank's statistics, each [r, tokens], merged over its tiles."""
     n = len(student.hidden)
-    tiles = _Tiles.of(n, shard, student.hidden.device, wide=wanted.k > 0)
-    memories = [None if side is None else tiles.memory(side) for side in (student, teacher)]
-    blocks = list(tiles.blocks()) or [slice(0, 0)]  # a rank without valid columns contributes weights of 0
-    parts: list[Rows] = []
-    for start in range(0, max(n, 1), tiles.rows):
-        part = slice(start, min(start + tiles.rows, n))
-        found: Rows | None = None
+    tiling = _Tiling.of(n, shard, student.hidden.device, wide=request.top_k > 0)
+    memory = tiling.allocate(student)
+    teacher_memory = None if teacher is None else tiling.allocate(teacher)
+    blocks = list(tiling.blocks()) or [slice(0, 0)]  # a rank without valid columns contributes weights of 0
+    parts: list[PartialStats] = []
+    for start in range(0, max(n, 1), tiling.rows):
+        rows = slice(start, min(start + tiling.rows, n))
+        merged: PartialStats | None = None
         for block in blocks:
-            logits = [
-                None if side is None or memory is None else side.tile(side.hidden[part], block, memory)
-                for side, memory in zip((student, teacher), memories, strict=True)
-            ]
-            assert logits[0] is not None
-            rows, _ = contribution(logits[0], logits[1], shard.block(block), wanted.of(part), finite=True)
-            found = rows if found is None else join({name: torch.stack([found[name], rows[name]]) for name in rows})
-        assert found is not None
-        parts.append(found)
+            logits, teacher_logits = student.tile(student.hidden[rows], block, memory), None
+            if teacher is not None and teacher_memory is not None:
+                teacher_logits = teacher.tile(teacher.hidden[rows], block, teacher_memory)
+            stats, _ = compute_partial_stats(
+                logits, teacher_logits, shard.column_block(block), request.rows(rows), assume_finite=True
+            )
+            if merged is None:
+                merged = stats
+            else:
+                merged = merge_partial_stats({name: torch.stack([merged[name], stats[name]]) for name in stats})
+        assert merged is not None
+        parts.append(merged)
     return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
 
 
 @dataclass(frozen=True)
-class _Rest:
-    """What backward needs besides tensors that autograd watches; hides the loss from its bookkeeping of inputs."""
+class _NonTensorArgs:
+    """What backward needs besides the tensors that autograd tracks; also hides the loss from it."""
 
     loss: Tensor
-    recipe: Recipe
+    saved: BackwardContext
     reduce: bool
 
 
 class _WithGradient(torch.autograd.Function):
-    """Gives the loss, computed already, its gradient over hidden states and head."""
+    """Attach the gradients over hidden states and head to a loss that is computed already."""
 
     @staticmethod
     def forward(
@@ -250,85 +250,87 @@ class _WithGradient(torch.autograd.Function):
         weight: Tensor,
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
-        rest: _Rest,
+        arguments: _NonTensorArgs,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight)
-        ctx.recipe, ctx.reduce = rest.recipe, rest.reduce
-        return rest.loss
+        ctx.saved, ctx.reduce = arguments.saved, arguments.reduce
+        return arguments.loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        recipe: Recipe = once(ctx, "linear_entropy_aware_loss")
+        saved = take_saved(ctx, "linear_entropy_aware_loss")
         hidden, weight, teacher_hidden, teacher_weight = ctx.saved_tensors
-        teacher = None if teacher_hidden is None else _Side(teacher_hidden, teacher_weight)
-        student = _Side(hidden.detach(), weight.detach())
-        reduce = ctx.reduce and recipe.shard.ranks > 1
-        # The ranks' parts cancel in part, and so would leave their rounding behind: it comes after their sum.
+        teacher = None if teacher_hidden is None else _HiddenAndHead(teacher_hidden, teacher_weight)
+        student = _HiddenAndHead(hidden.detach(), weight.detach())
+        reduce = ctx.reduce and saved.shard.tp_size > 1
+        # the ranks' parts cancel in part, which would leave the rounding of each: it is rounded after the sum
         dtype = torch.promote_types(hidden.dtype, torch.float32) if reduce else hidden.dtype
-        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        on_hidden, on_weight = _gradients(recipe, student, teacher, upstream, wanted, dtype)
-        if on_hidden is not None and reduce:
-            # Not every backend moves empty tensors.
-            dist.all_reduce(on_hidden if on_hidden.numel() else upstream.new_zeros(1), group=recipe.shard.group)
-            on_hidden = on_hidden.to(hidden.dtype)
-        return on_hidden, on_weight, None, None, None
+        needs_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_hidden, grad_weight = _gradients(saved, student, teacher, upstream, needs_grad, dtype)
+        if grad_hidden is not None and reduce:
+            # not every backend transfers empty tensors
+            dist.all_reduce(grad_hidden if grad_hidden.numel() else upstream.new_zeros(1), group=saved.shard.group)
+            grad_hidden = grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _gradients(
-    recipe: Recipe,
-    student: _Side,
-    teacher: _Side | None,
+    saved: BackwardContext,
+    student: _HiddenAndHead,
+    teacher: _HiddenAndHead | None,
     upstream: Tensor,
-    wanted: tuple[bool, bool],
+    needs_grad: tuple[bool, bool],
     hidden_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """This rank's part of the gradient over the hidden states, and that over its rows of the head, where wanted."""
-    shard = recipe.shard
-    exact = torch.promote_types(student.hidden.dtype, torch.float32)
-    on_hidden = torch.zeros_like(student.hidden, dtype=hidden_dtype) if wanted[0] else None
-    on_weight = torch.zeros_like(student.weight, dtype=exact) if wanted[1] else None
-    tiles = _Tiles.of(len(student.hidden), shard, student.hidden.device)
-    memory = tiles.memory(student)
-    teacher_memory = None if teacher is None else tiles.memory(teacher)
-    for rows, side in _row_groups(recipe, teacher, upstream) if shard.valid else ():
-        for part in rows.split(tiles.rows):
-            some, weights, hidden = recipe.of(part), upstream[part], student.hidden[part]
-            if side is None:
-                some = replace(some, coefficients=replace(some.coefficients, teacher=None))
-            teacher_hidden = None if side is None else side.hidden[part]
-            sums = torch.zeros_like(hidden, dtype=exact) if wanted[0] else None
-            for block in tiles.blocks():
+    """Return this rank's part of the hidden states' gradient, and the gradient of its rows of the head, if needed."""
+    shard = saved.shard
+    accumulate = torch.promote_types(student.hidden.dtype, torch.float32)
+    grad_hidden = torch.zeros_like(student.hidden, dtype=hidden_dtype) if needs_grad[0] else None
+    grad_weight = torch.zeros_like(student.weight, dtype=accumulate) if needs_grad[1] else None
+    tiling = _Tiling.of(len(student.hidden), shard, student.hidden.device)
+    memory = tiling.allocate(student)
+    teacher_memory = None if teacher is None else tiling.allocate(teacher)
+    for group_rows, group_teacher in _row_groups(saved, teacher, upstream) if shard.num_valid else ():
+        for rows in group_rows.split(tiling.rows):
+            saved_rows, upstream_rows, hidden = saved.select_rows(rows), upstream[rows], student.hidden[rows]
+            if group_teacher is None:
+                saved_rows = replace(saved_rows, coefficients=replace(saved_rows.coefficients, forward=None))
+            teacher_hidden = None if group_teacher is None else group_teacher.hidden[rows]
+            grad_rows = torch.zeros_like(hidden, dtype=accumulate) if needs_grad[0] else None
+            for block in tiling.blocks():
                 logits = student.tile(hidden, block, memory)
                 teacher_logits = None
-                if side is not None and teacher_hidden is not None and teacher_memory is not None:
-                    teacher_logits = side.tile(teacher_hidden, block, teacher_memory)
-                here = replace(some, shard=shard.block(block))
-                write_gradient(here, logits, teacher_logits, weights, out=logits)
-                if sums is not None:
-                    _add_product(sums, logits, student.weight[block])
-                if on_weight is not None:
-                    _add_product(on_weight[block], logits.T, hidden)
-            if on_hidden is not None and sums is not None:
-                on_hidden[part] = sums.to(on_hidden.dtype)
-    return on_hidden, None if on_weight is None else on_weight.to(student.weight.dtype)
+                if group_teacher is not None and teacher_hidden is not None and teacher_memory is not None:
+                    teacher_logits = group_teacher.tile(teacher_hidden, block, teacher_memory)
+                tile_saved = replace(saved_rows, shard=shard.column_block(block))
+                write_gradient(tile_saved, logits, teacher_logits, upstream_rows, out=logits)
+                if grad_rows is not None:
+                    _add_product(grad_rows, logits, student.weight[block])
+                if grad_weight is not None:
+                    _add_product(grad_weight[block], logits.T, hidden)
+            if grad_hidden is not None and grad_rows is not None:
+                grad_hidden[rows] = grad_rows.to(grad_hidden.dtype)
+    return grad_hidden, None if grad_weight is None else grad_weight.to(student.weight.dtype)
 
 
-def _row_groups(recipe: Recipe, teacher: _Side | None, upstream: Tensor) -> list[tuple[Tensor, _Side | None]]:
-    """Rows whose gradient needs the teacher's logits, and rows whose gradient does not; not those without weight.
+def _row_groups(
+    saved: BackwardContext, teacher: _HiddenAndHead | None, upstream: Tensor
+) -> list[tuple[Tensor, _HiddenAndHead | None]]:
+    """Return the rows whose gradient needs the teacher's logits and those that do not, without rows of zero upstream.
 
-    The first come together, so that the teacher's products stay large.
+    They are grouped so that the teacher's products stay large.
     """
     counts, needs = upstream != 0, torch.zeros_like(upstream, dtype=torch.bool)
-    if teacher is not None and recipe.coefficients.ratio:
+    if teacher is not None and saved.coefficients.reverse:
         needs = counts
-    elif teacher is not None and recipe.coefficients.teacher is not None:
-        needs = counts & (recipe.coefficients.teacher != 0)
+    elif teacher is not None and saved.coefficients.forward is not None:
+        needs = counts & (saved.coefficients.forward != 0)
     groups = (needs.nonzero()[:, 0], teacher), ((counts & ~needs).nonzero()[:, 0], None)
-    return [(rows, side) for rows, side in groups if len(rows)]
+    return [(rows, group_teacher) for rows, group_teacher in groups if len(rows)]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left · right, where total may have a higher precision than the factors."""
+    """Add left @ right to `total`, which may have a higher precision than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:

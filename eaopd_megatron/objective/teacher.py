@@ -1,4 +1,4 @@
-"""What a teacher says about each token, and what can be known of its entropy from top-k log-probs alone."""
+"""The teacher's signal per token, and bounds of its entropy from top-k log-probs."""
 
 from __future__ import annotations
 
@@ -8,22 +8,32 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from eaopd_megatron.objective.checks import Checks, require_integers, require_shape
-from eaopd_megatron.objective.top_k import first_k, shard_top_k
-from eaopd_megatron.objective.vocab_parallel import Shard, look_up, merge, partial_sums, times
+from eaopd_megatron.objective.checks import InputChecks, require_integers, require_shape
+from eaopd_megatron.objective.settings import Objective
+from eaopd_megatron.objective.vocab_parallel import (
+    VocabShard,
+    gather_local_logits,
+    merge_softmax,
+    partial_sums,
+    shard_top_k,
+    top_k_positions,
+    zero_safe_mul,
+)
 
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """The teacher's logits in the student's shard layout: [n, columns of this rank]. Serves every objective."""
+    """The teacher's logits [tokens, vocab/tp], sharded as the student's. Serves every objective."""
 
     logits: Tensor
 
 
 @dataclass(frozen=True)
 class TeacherHidden:
-    """The teacher's final hidden states, [n, its own width], and this rank's rows of its output head in the student's
-    vocabulary layout, [columns, its own width]. Serves every objective; its logits are made where they are needed.
+    """The teacher's final hidden states and output head; logits are computed tile by tile. Serves every objective.
+
+    hidden          [tokens, teacher's hidden size]
+    head_weight     [vocab/tp, teacher's hidden size], sharded as the student's output head
     """
 
     hidden: Tensor
@@ -32,12 +42,12 @@ class TeacherHidden:
 
 @dataclass(frozen=True)
 class TeacherTopK:
-    """The teacher's most probable ids of each token, on every rank alike. Cannot serve an exact term.
+    """The teacher's k most probable ids of each token, replicated on every rank. Cannot serve an exact term.
 
-    ids             [n, k] int64, ids of the whole vocabulary, most probable first (larger logit, then lower id)
-    logprobs        [n, k] nats, normalised over the whole vocabulary
-    token_logprob   [n] nats, log p(y) of the sampled token (under the mapped id where a terminal map applies)
-    entropy         [n] nats over the whole vocabulary; None when unknown: the gate is then made from bounds
+    ids             [tokens, k] int64 vocabulary ids, most probable first (larger logit, then lower id)
+    logprobs        [tokens, k] nats, normalised over the whole vocabulary
+    token_logprob   [tokens] nats, log p(y) of the sampled token (of the mapped id where an EOS map applies)
+    entropy         [tokens] nats, over the whole vocabulary; None: the gate uses `entropy_bounds`
     """
 
     ids: Tensor
@@ -46,24 +56,42 @@ class TeacherTopK:
     entropy: Tensor | None = None
 
 
-def entropy_bounds(logprobs: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Lower and upper bound, [n] nats, of the entropy of a distribution whose k largest log-probs are known, [n, k].
+def check_teacher_top_k(
+    teacher: TeacherTopK, num_tokens: int, objective: Objective, vocab_size: int, checks: InputChecks
+) -> None:
+    """Refuse top-k log-probs of another shape, fewer than the objective's top_k, or invalid ones."""
+    require_integers("teacher.ids", teacher.ids)
+    require_shape("teacher.ids", teacher.ids, (num_tokens, None), "the student has rows")
+    k = teacher.ids.shape[1]
+    required = min(objective.top_k, vocab_size) if objective.has_forward else 1
+    if k < required:
+        raise ValueError(f"teacher.ids: {k} columns, the objective wants top_k={required}")
+    require_shape("teacher.logprobs", teacher.logprobs, (num_tokens, k), "teacher.ids has")
+    require_shape("teacher.token_logprob", teacher.token_logprob, (num_tokens,), "the student has rows")
+    checks.refuse_top_k(teacher.logprobs, teacher.ids, vocab_size)
+    checks.refuse_logprobs("teacher.token_logprob", teacher.token_logprob)
+    if teacher.entropy is not None:
+        require_shape("teacher.entropy", teacher.entropy, (num_tokens,), "the student has rows")
+        checks.refuse_entropy("teacher.entropy", teacher.entropy)
 
-    With h = -sum p log p over the k, r = max(0, 1 - sum p) and p_(k) the smallest of the k, the missing probabilities
-    are
-    at most p_(k) each, and at most vocab_size - k of them share r:
+
+def entropy_bounds(logprobs: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return a lower and an upper bound [tokens] (nats) of the entropy H, given the k largest log-probs [tokens, k].
+
+    With h = -sum p log p over the k, r = max(0, 1 - sum p) and p_(k) the smallest of the k: at most vocab_size - k
+    further probabilities, each at most p_(k), share r, so
 
         h - r log p_(k)  <=  H  <=  h + r log((vocab_size - k) / r)
     """
     k = logprobs.shape[1]
     p = logprobs.exp()
-    h = -times(p, logprobs).sum(1)
+    h = -zero_safe_mul(p, logprobs).sum(1)
     if k >= vocab_size:
         return h, h
-    rest = (1 - p.sum(1)).clamp_min(0)
-    upper = h + times(rest, ((vocab_size - k) / rest).log())
-    lower = h - times(rest, logprobs.amin(1))
-    # Rounding can leave a rest that the smallest probability has no room for (p_(k) = 0): the upper bound still holds.
+    r = (1 - p.sum(1)).clamp_min(0)
+    upper = h + zero_safe_mul(r, ((vocab_size - k) / r).log())
+    lower = h - zero_safe_mul(r, logprobs.amin(1))
+    # rounding can leave r > 0 beside p_(k) = 0, which makes `lower` infinite; the upper bound still holds
     return torch.minimum(lower, upper), upper
 
 
@@ -78,43 +106,46 @@ def summarise_teacher(
     chunk: int | None = None,
     teacher_tokens: Tensor | None = None,
 ) -> TeacherTopK:
-    """The teacher's top-k, entropy and log p(y) from its sharded logits, the same on every rank. One collective.
+    """Reduce sharded logits to the teacher's top-k, entropy and log p(y), replicated on every rank. One collective.
 
-    logits: [n, columns of this rank], unchanged. tokens: [n] ids of the sampled tokens; teacher_tokens: [n] ids under
-    which log p(y) is looked up, where they differ. k: ids a token (all of them when the vocabulary is smaller). Raises
-    ValueError naming argument and row for shapes that disagree, ids outside the vocabulary and NaN logits.
+    logits          [tokens, vocab/tp]; unchanged
+    tokens          [tokens] ids of the sampled tokens
+    teacher_tokens  [tokens] ids whose log p(y) is returned, where they differ from `tokens`
+    k               ids per token; capped at vocab_size
+
+    Raises ValueError, naming argument and row, for shapes that disagree, ids outside the vocabulary and NaN logits.
     """
     if k < 1:
         raise ValueError(f"k: {k} is not at least 1")
-    shard = Shard.of("logits", logits, vocab_size, group, chunk)
+    shard = VocabShard.from_logits("logits", logits, vocab_size, group, chunk)
     n, k = logits.shape[0], min(k, vocab_size)
-    checks = Checks()
+    checks = InputChecks()
     for name, ids in (("tokens", tokens), ("teacher_tokens", teacher_tokens)):
         if ids is not None:
             require_integers(name, ids)
             require_shape(name, ids, (n,), "logits have rows")
             checks.refuse_ids(name, ids, vocab_size)
-    checks.run()
-    asked = (tokens if teacher_tokens is None else teacher_tokens).long()[:, None]
+    checks.raise_first()
+    token_ids = (tokens if teacher_tokens is None else teacher_tokens).long()[:, None]
     logits = logits.detach()
     dtype = torch.promote_types(logits.dtype, torch.float32)
     ids, values = shard_top_k(logits, shard, k)
-    parts = shard.exchange(
+    parts = shard.all_gather(
         {
             "sums": partial_sums(logits, None, shard, dtype=dtype)[0]["student"],
-            "token": look_up(logits, shard, asked, dtype),
+            "token": gather_local_logits(logits, shard, token_ids, dtype),
             "ids": ids.T.to(dtype),
             "values": values.T.to(dtype),
         }
     )
-    softmax = merge(parts["sums"])[0]
-    checks.refuse_broken("logits", softmax.broken)
-    checks.run()
-    candidates, values = (parts[name].permute(2, 0, 1).flatten(1) for name in ("ids", "values"))
-    best = first_k(values, candidates, k)
+    softmax = merge_softmax(parts["sums"])[0]
+    checks.refuse_non_finite("logits", softmax.has_nan_or_inf)
+    checks.raise_first()
+    ids, values = (parts[name].permute(2, 0, 1).flatten(1) for name in ("ids", "values"))
+    top = top_k_positions(values, ids, k)
     return TeacherTopK(
-        ids=candidates.gather(1, best).long(),
-        logprobs=softmax.logprob(values.gather(1, best).T).T.contiguous(),
+        ids=ids.gather(1, top).long(),
+        logprobs=softmax.logprob(values.gather(1, top).T).T.contiguous(),
         token_logprob=softmax.logprob(parts["token"].sum(0))[0],
         entropy=softmax.entropy,
     )

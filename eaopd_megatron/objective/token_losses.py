@@ -1,10 +1,11 @@
-"""Loss of a token and its gradient's coefficients, from numbers that every rank holds: no vocabulary, no collective.
+"""Each term of the loss, its value beside its gradient, from statistics that every rank holds: no collective.
 
-The gradient over the student's logits is, for q and p the student's and the teacher's probabilities,
+Notation: q, p the student's and the teacher's softmax, y the sampled token, pi_old(y) its old probability, H the
+teacher's entropy, S the teacher's top-k set, D_j = (s_j - m_s) - (t_j - m_t). The gradient over the student's logits is
 
-    q_j (kappa + w_R D_j) - w_p p_j - sum over i of target_i 1[j = S_i] - c 1[j = y]
+    q_j (kappa + w_R D_j)  -  w_p p_j  -  sum_i target_i 1[j = S_i]  -  c 1[j = y]
 
-with the gap D of `vocab_parallel`; with a tail bucket the factor of q_j is another one inside S.
+where, with a tail bucket, ids in S have a kappa of their own. Every term adds to these coefficients.
 """
 
 from __future__ import annotations
@@ -14,146 +15,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eaopd_megatron.objective.checks import Checks, require_integers, require_shape
-from eaopd_megatron.objective.gradient import Recipe
-from eaopd_megatron.objective.partial_stats import Evidence, KeptSet
+from eaopd_megatron.objective.partial_stats import ReducedStats, TopKSet
 from eaopd_megatron.objective.settings import Objective
-from eaopd_megatron.objective.vocab_parallel import Shard, Softmax, times
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """Factors of the gradient, [n] unless said. A term that the objective lacks is None (ratio: 0)."""
-
-    kappa: Tensor
-    token: Tensor | None = None  # c
-    ratio: float = 0.0  # w_R, the exact reverse term
-    teacher: Tensor | None = None  # w_p, the exact forward term
-    target: Tensor | None = None  # [n, k], the top-k forward terms
-    kappa_inside: Tensor | None = None  # factor of q_j inside S, the tail bucket
-
-
-def gate_of(objective: Objective, entropy: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and whether it is ambiguous, [n], from a lower and an upper bound of the teacher's entropy."""
-    certain = torch.zeros_like(entropy, dtype=torch.bool)
-    if objective.gate in ("always", "never"):
-        return torch.full_like(entropy, float(objective.gate == "always")), certain
-    ambiguous = (entropy <= objective.threshold) & (upper > objective.threshold)
-    if objective.gate == "hard":
-        return (entropy > objective.threshold).to(entropy.dtype), ambiguous
-    return torch.sigmoid((entropy - objective.threshold) / objective.gate_width), ambiguous
-
-
-def sampled_reverse(
-    objective: Objective, student_logprob: Tensor, teacher_logprob: Tensor, old_logprobs: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The paper's on-policy term -min(r A, clip(r) A); where the clip is active; r A, and 0 there. Each [n]."""
-    old = student_logprob if old_logprobs is None else old_logprobs
-    advantage = teacher_logprob - old
-    ratio = (student_logprob - old).exp()
-    low, high = 1 - objective.clip, 1 + objective.clip
-    clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
-    unclipped = times(ratio, advantage)
-    value = torch.where(clipped, times(ratio.clamp(low, high), advantage), unclipped)
-    return -value, clipped, torch.where(clipped, 0.0, unclipped)
-
-
-def top_k_forward(kept: KeptSet) -> tuple[Tensor, Tensor]:
-    """KL over S of p renormalised, [n], and the renormalised p [n, k]."""
-    log_p = kept.teacher_logprobs - kept.teacher_logprobs.logsumexp(1, keepdim=True)
-    p = log_p.exp()
-    return times(p, log_p - kept.student_logprobs).sum(1), p
-
-
-def top_k_tail_forward(kept: KeptSet) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL over S and one bucket for the rest [n]; p [n, k]; all of p that counts, and p over q in the bucket [n]."""
-    assert kept.teacher_rest is not None and kept.student_rest is not None
-    p, rest = kept.teacher_logprobs.exp(), kept.teacher_rest
-    value = times(p, kept.teacher_logprobs - kept.student_logprobs).sum(1)
-    value = value + times(rest, rest.log() - kept.student_rest.log())
-    return value, p, p.sum(1) + rest, times(rest, 1 / kept.student_rest)
-
-
-@dataclass(frozen=True)
-class Combined:
-    """The loss of each token [n], its two divergences, and the gradient's coefficients."""
-
-    loss: Tensor
-    reverse_kl: Tensor
-    forward_kl: Tensor
-    clipped: Tensor
-    coefficients: Coefficients
-
-
-def combine(
-    objective: Objective,
-    *,
-    gate: Tensor,
-    student_logprob: Tensor,
-    teacher_logprob: Tensor,
-    old_logprobs: Tensor | None,
-    student: Softmax,
-    teacher: Softmax | None,
-    gaps: tuple[Tensor, Tensor] | None,
-    kept: KeptSet | None,
-) -> Combined:
-    """Loss and coefficients. teacher, gaps (G_s, G_t): where its whole distribution is known; kept: where S is."""
-    loss, kappa, zero = torch.zeros_like(gate), torch.zeros_like(gate), torch.zeros_like(gate)
-    clipped = torch.zeros_like(gate, dtype=torch.bool)
-    token: Tensor | None = None
-    on_teacher: Tensor | None = None
-    target: Tensor | None = None
-    inside: Tensor | None = None
-    ratio = 0.0
-
-    reverse_kl = student_logprob - teacher_logprob
-    if teacher is not None and gaps is not None:
-        reverse_kl = gaps[0] / student.total - (student.total / teacher.total).log()
-    if objective.reverse_kl == "sampled":
-        value, clipped, c = sampled_reverse(objective, student_logprob, teacher_logprob, old_logprobs)
-        if objective.has_reverse:
-            loss = objective.reverse_weight * value
-            kappa = token = objective.reverse_weight * c
-    elif objective.has_reverse:
-        assert gaps is not None
-        ratio = objective.reverse_weight
-        loss = objective.reverse_weight * reverse_kl
-        kappa = -objective.reverse_weight * gaps[0] / student.total  # q_j (D_j - its mean under q)
-
-    weight = objective.forward_weight * gate if objective.has_forward else zero
-    if objective.forward_kl == "topk_tail":
-        assert kept is not None
-        forward_kl, p, whole, rest_ratio = top_k_tail_forward(kept)
-        if objective.has_forward:
-            target = weight[:, None] * p
-            inside = kappa + weight * whole
-            kappa = kappa + weight * whole - times(weight, rest_ratio)
-    elif kept is not None:
-        forward_kl, p = top_k_forward(kept)
-        if objective.has_forward:
-            target = weight[:, None] * p
-            kappa = kappa + weight
-    else:
-        assert teacher is not None and gaps is not None
-        forward_kl = (student.total / teacher.total).log() - gaps[1] / teacher.total
-        if objective.has_forward:
-            on_teacher = weight
-            kappa = kappa + weight
-    if objective.has_forward:
-        loss = loss + times(weight, forward_kl)
-    coefficients = Coefficients(kappa, token=token, ratio=ratio, teacher=on_teacher, target=target, kappa_inside=inside)
-    return Combined(loss, reverse_kl, forward_kl, clipped, coefficients)
+from eaopd_megatron.objective.vocab_parallel import zero_safe_mul
 
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Each [n] and the same on every rank. ``loss`` carries the gradient, the rest is detached. Entropies, KLs: nats.
+    """Losses and statistics per token, each [tokens] and equal on every rank. Only `loss` carries a gradient.
 
-    reverse_kl is exact where the teacher's whole distribution is given, else the sampled estimate log q(y) - log p(y).
-    forward_kl is the objective's; where it has none, the exact one if the teacher's whole distribution is given, else
-    the top-k one. teacher_entropy is the lower bound where only top-k log-probs without an entropy are given;
-    gate_ambiguous (bool) says that the bounds leave a hard gate open to doubt. clipped (bool): the ratio's clip stops
-    the gradient.
+    loss              w_R R + w_F g F
+    teacher_entropy   H, nats; its lower bound if only top-k log-probs without an entropy are known
+    student_entropy   nats
+    forward_kl        F, nats; without a forward term KL(p || q), or the top-k one if p is known on S alone
+    reverse_kl        KL(q || p), nats, if p is known on the whole vocabulary; else the estimate log q(y) - log p(y)
+    gate              g
+    gate_ambiguous    bool: the threshold lies between the bounds of H
+    student_logprob   log q(y), nats
+    teacher_logprob   log p(y), nats
+    clipped           bool: the clip of the ratio stops the gradient
     """
 
     loss: Tensor
@@ -170,63 +50,161 @@ class TokenLosses:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """log q(y) and the entropy of each token, [n] nats, the same on every rank."""
+    """log q(y) and the student's entropy, each [tokens] in nats, equal on every rank."""
 
     logprob: Tensor
     entropy: Tensor
 
 
-def check_tokens(checks: Checks, count: int, vocab_size: int, **ids: Tensor | None) -> None:
-    """Refuse ids [count] of another kind or shape, and those outside the vocabulary."""
-    for name, value in ids.items():
-        if value is not None:
-            require_integers(name, value)
-            require_shape(name, value, (count,), "the student has rows")
-            checks.refuse_ids(name, value, vocab_size)
+@dataclass(frozen=True)
+class Coefficients:
+    """Coefficients of the gradient, [tokens] unless noted; None (reverse: 0) where no term needs them."""
+
+    kappa: Tensor
+    token: Tensor | None = None  # c, of the sampled reverse term
+    reverse: float = 0.0  # w_R, of the exact reverse term
+    forward: Tensor | None = None  # w_p = w_F g, of the exact forward term
+    target: Tensor | None = None  # [tokens, k], of the top-k forward terms
+    top_k_kappa: Tensor | None = None  # kappa inside S, of the tail bucket
 
 
-def check_old_logprobs(checks: Checks, count: int, old_logprobs: Tensor | None) -> None:
-    """Refuse old log-probs of another shape, and such that are none."""
-    if old_logprobs is not None:
-        require_shape("old_logprobs", old_logprobs, (count,), "the student has rows")
-        checks.refuse_logprobs("old_logprobs", old_logprobs)
+def compute_token_losses(
+    objective: Objective, stats: ReducedStats, old_logprobs: Tensor | None
+) -> tuple[TokenLosses, Coefficients]:
+    """Return the losses, which carry no gradient yet, and the coefficients of their gradient."""
+    gate, gate_ambiguous = compute_gate(objective, stats.teacher_entropy, stats.teacher_entropy_upper)
+    zero = torch.zeros_like(gate)
+    reverse = _ReverseTerm(zero, zero, torch.zeros_like(gate, dtype=torch.bool))
+    reverse_kl = stats.student_logprob - stats.teacher_logprob
+    if stats.teacher is not None:
+        reverse_kl = _exact_reverse_kl(stats)
+    if objective.reverse_kl == "sampled":
+        reverse = _sampled_reverse_term(objective, stats, old_logprobs, zero)
+    elif objective.has_reverse:
+        reverse = _exact_reverse_term(objective.reverse_weight, stats, reverse_kl)
 
+    weight = objective.forward_weight * gate if objective.has_forward else zero
+    if objective.forward_kl == "topk_tail":
+        assert stats.top_k is not None
+        forward = _top_k_tail_forward_term(weight, stats.top_k, reverse.kappa)
+    elif stats.top_k is not None:
+        forward = _top_k_forward_term(weight, stats.top_k, reverse.kappa)
+    else:
+        forward = _exact_forward_term(weight, stats, reverse.kappa)
 
-def judge(
-    objective: Objective, seen: Evidence, shard: Shard, tokens: Tensor, old_logprobs: Tensor | None, *, careful: bool
-) -> tuple[TokenLosses, Recipe]:
-    """Losses that carry no gradient yet, and the recipe of that gradient. careful: the logits hold -inf."""
-    gate, ambiguous = gate_of(objective, seen.teacher_entropy, seen.entropy_upper)
-    combined = combine(
-        objective,
-        gate=gate,
-        student_logprob=seen.student_logprob,
-        teacher_logprob=seen.teacher_logprob,
-        old_logprobs=None if old_logprobs is None else old_logprobs.detach().to(gate.dtype),
-        student=seen.student,
-        teacher=seen.teacher,
-        gaps=seen.gaps,
-        kept=seen.kept,
-    )
-    recipe = Recipe(
-        shard=shard,
-        student=seen.student,
-        teacher=seen.teacher,
-        coefficients=combined.coefficients,
-        tokens=tokens,
-        kept_ids=None if seen.kept is None else seen.kept.ids,
-        careful=careful,
-    )
+    loss, kappa = reverse.loss, reverse.kappa
+    target = teacher = top_k_kappa = None
+    if objective.has_forward:
+        loss, kappa = loss + zero_safe_mul(weight, forward.kl), forward.kappa
+        target, teacher, top_k_kappa = forward.target, forward.teacher, forward.top_k_kappa
     losses = TokenLosses(
-        loss=combined.loss,
-        teacher_entropy=seen.teacher_entropy,
-        student_entropy=seen.student.entropy,
-        forward_kl=combined.forward_kl,
-        reverse_kl=combined.reverse_kl,
+        loss=loss,
+        teacher_entropy=stats.teacher_entropy,
+        student_entropy=stats.student.entropy,
+        forward_kl=forward.kl,
+        reverse_kl=reverse_kl,
         gate=gate,
-        gate_ambiguous=ambiguous,
-        student_logprob=seen.student_logprob,
-        teacher_logprob=seen.teacher_logprob,
-        clipped=combined.clipped,
+        gate_ambiguous=gate_ambiguous,
+        student_logprob=stats.student_logprob,
+        teacher_logprob=stats.teacher_logprob,
+        clipped=reverse.clipped,
     )
-    return losses, recipe
+    coefficients = Coefficients(
+        kappa, token=reverse.token, reverse=reverse.weight, forward=teacher, target=target, top_k_kappa=top_k_kappa
+    )
+    return losses, coefficients
+
+
+def compute_gate(objective: Objective, entropy: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gate g(H) and whether it is ambiguous, [tokens], from a lower and an upper bound of H (nats)."""
+    certain = torch.zeros_like(entropy, dtype=torch.bool)
+    if objective.gate in ("always", "never"):
+        return torch.full_like(entropy, float(objective.gate == "always")), certain
+    ambiguous = (entropy <= objective.threshold) & (upper > objective.threshold)
+    if objective.gate == "hard":
+        return (entropy > objective.threshold).to(entropy.dtype), ambiguous
+    return torch.sigmoid((entropy - objective.threshold) / objective.gate_width), ambiguous
+
+
+@dataclass(frozen=True)
+class _ReverseTerm:
+    """The weighted reverse term and its coefficients."""
+
+    loss: Tensor
+    kappa: Tensor
+    clipped: Tensor
+    token: Tensor | None = None
+    weight: float = 0.0  # w_R of the exact term
+
+
+def _sampled_reverse_term(
+    objective: Objective, stats: ReducedStats, old_logprobs: Tensor | None, zero: Tensor
+) -> _ReverseTerm:
+    """The on-policy term -min(r A, clip(r, 1 - eps, 1 + eps) A), A = log p(y) - log pi_old(y), r = q(y) / pi_old(y).
+
+    Gradient: c (q_j - 1[j = y]) with c = r A where the clip is inactive, else 0.
+    """
+    old = stats.student_logprob if old_logprobs is None else old_logprobs.detach().to(zero.dtype)
+    advantage = stats.teacher_logprob - old
+    ratio = (stats.student_logprob - old).exp()
+    low, high = 1 - objective.clip, 1 + objective.clip
+    clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
+    unclipped = zero_safe_mul(ratio, advantage)
+    value = torch.where(clipped, zero_safe_mul(ratio.clamp(low, high), advantage), unclipped)
+    if not objective.has_reverse:
+        return _ReverseTerm(zero, zero, clipped)
+    c = objective.reverse_weight * torch.where(clipped, 0.0, unclipped)
+    return _ReverseTerm(objective.reverse_weight * -value, kappa=c, clipped=clipped, token=c)
+
+
+def _exact_reverse_kl(stats: ReducedStats) -> Tensor:
+    """Return KL(q || p) = G_s / Z_s - log(Z_s / Z_t)."""
+    assert stats.teacher is not None and stats.gaps is not None
+    return stats.gaps[0] / stats.student.sum_exp - (stats.student.sum_exp / stats.teacher.sum_exp).log()
+
+
+def _exact_reverse_term(weight: float, stats: ReducedStats, reverse_kl: Tensor) -> _ReverseTerm:
+    """The exact reverse term w_R KL(q || p). Gradient: w_R q_j (D_j - G_s / Z_s), where G_s / Z_s = E_q[D]."""
+    assert stats.gaps is not None
+    kappa = -weight * stats.gaps[0] / stats.student.sum_exp
+    return _ReverseTerm(weight * reverse_kl, kappa, torch.zeros_like(kappa, dtype=torch.bool), weight=weight)
+
+
+@dataclass(frozen=True)
+class _ForwardTerm:
+    """A forward divergence (nats) and the coefficients of weight * divergence, added to the reverse term's kappa."""
+
+    kl: Tensor
+    kappa: Tensor
+    teacher: Tensor | None = None  # w_p
+    target: Tensor | None = None  # [tokens, k]
+    top_k_kappa: Tensor | None = None
+
+
+def _exact_forward_term(weight: Tensor, stats: ReducedStats, kappa: Tensor) -> _ForwardTerm:
+    """KL(p || q) = log(Z_s / Z_t) - G_t / Z_t. Gradient: q_j - p_j."""
+    assert stats.teacher is not None and stats.gaps is not None
+    kl = (stats.student.sum_exp / stats.teacher.sum_exp).log() - stats.gaps[1] / stats.teacher.sum_exp
+    return _ForwardTerm(kl, kappa + weight, teacher=weight)
+
+
+def _top_k_forward_term(weight: Tensor, top_k: TopKSet, kappa: Tensor) -> _ForwardTerm:
+    """KL(p~ || q) over S, p~ = p renormalised over S (the paper). Gradient: q_j - p~_j 1[j in S]."""
+    log_p = top_k.teacher_logprobs - top_k.teacher_logprobs.logsumexp(1, keepdim=True)
+    p = log_p.exp()
+    kl = zero_safe_mul(p, log_p - top_k.student_logprobs).sum(1)
+    return _ForwardTerm(kl, kappa + weight, target=weight[:, None] * p)
+
+
+def _top_k_tail_forward_term(weight: Tensor, top_k: TopKSet, kappa: Tensor) -> _ForwardTerm:
+    """KL(p || q) over k + 1 symbols: the ids in S, and one bucket for the rest with mass r_p and r_q.
+
+    With M = sum_S p + r_p, the gradient is M q_j - p_j inside S and q_j (M - r_p / r_q) outside.
+    """
+    assert top_k.teacher_tail is not None and top_k.student_tail is not None
+    p, rest = top_k.teacher_logprobs.exp(), top_k.teacher_tail
+    kl = zero_safe_mul(p, top_k.teacher_logprobs - top_k.student_logprobs).sum(1)
+    kl = kl + zero_safe_mul(rest, rest.log() - top_k.student_tail.log())
+    inside = kappa + weight * (p.sum(1) + rest)
+    outside = inside - zero_safe_mul(weight, zero_safe_mul(rest, 1 / top_k.student_tail))
+    return _ForwardTerm(kl, outside, target=weight[:, None] * p, top_k_kappa=inside)

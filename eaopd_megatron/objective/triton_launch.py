@@ -1,27 +1,66 @@
-"""Starts the kernels on tensors, with block sizes that are chosen on the GPU by time, once for each kind of input.
+"""Dispatch to the Triton kernels: when they are used, and with which block sizes.
 
-In Triton's interpreter the block sizes are fixed.
+The kernels serve CUDA tensors of fp32, bf16 or fp16 with contiguous rows, where Triton is installed (torch for CUDA
+includes it). Everything else, fp64 too, runs the torch code, which is their reference. Triton is imported on the first
+launch. Block sizes are autotuned on the GPU once for each kind of input; in Triton's interpreter they are fixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-import triton
 from torch import Tensor
 
-from eaopd_megatron.objective.triton_kernels import INTERPRETED, NOWHERE, gradient_kernel, sums_kernel
+if TYPE_CHECKING:
+    import triton
 
-SUMS_ROWS = 4096  # rows on which block sizes are compared, at most
-GRADIENT_ROWS = 512  # in new memory
-FEW_ROWS = 256  # too few to compare on
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_SUMS_AUTOTUNE_ROWS = 4096
+_MAX_GRADIENT_AUTOTUNE_ROWS = 512  # the gradient of an attempt needs memory of its own
+MIN_AUTOTUNE_ROWS = 256
+END_OF_COLUMNS = 2**31 - 1  # terminates a list of columns; larger than any
+_forced: bool | None = None
+
+
+@contextlib.contextmanager
+def force_kernels(enabled: bool) -> Iterator[None]:
+    """For tests: inside, use the kernels wherever they can run, or nowhere, whatever the device.
+
+    CPU tensors run in Triton's interpreter alone: TRITON_INTERPRET=1 must be set before Triton is imported.
+    """
+    global _forced
+    before, _forced = _forced, enabled
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def uses_kernels(*logits: Tensor | None) -> bool:
+    """Return whether the Triton kernels process these logits (None: absent); otherwise the torch code does."""
+    tensors = [value for value in logits if value is not None]
+    enabled = all(value.is_cuda for value in tensors) if _forced is None else _forced
+    return enabled and all(_is_supported(value) for value in tensors) and _has_triton()
+
+
+def _is_supported(logits: Tensor) -> bool:
+    return logits.dtype in _DTYPES and (logits.shape[1] == 1 or logits.stride(1) == 1)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A step of a program, ``depth`` runs of ``lanes`` columns, and how the kernel is compiled."""
+class BlockConfig:
+    """Columns per step of a program (`depth` runs of `lanes`), and the warps and stages it is compiled for."""
 
     depth: int
     lanes: int
@@ -29,199 +68,208 @@ class Blocks:
     stages: int
 
 
-# With 16-bit logits a warp reads 256 columns at once, so that no sum of a run leaves its thread.
-SUMS = (
-    Blocks(2, 2048, 8, 2),
-    Blocks(2, 2048, 8, 3),
-    Blocks(4, 2048, 8, 2),
-    Blocks(2, 1024, 4, 3),
-    Blocks(4, 1024, 4, 2),
-    Blocks(4, 1024, 4, 3),
-    Blocks(4, 512, 2, 3),
-    Blocks(4, 256, 1, 3),
+# With 16-bit logits a warp reads 256 columns at once, so the sums of a run stay in one thread.
+SUMS_CONFIGS = (
+    BlockConfig(2, 2048, 8, 2),
+    BlockConfig(2, 2048, 8, 3),
+    BlockConfig(4, 2048, 8, 2),
+    BlockConfig(2, 1024, 4, 3),
+    BlockConfig(4, 1024, 4, 2),
+    BlockConfig(4, 1024, 4, 3),
+    BlockConfig(4, 512, 2, 3),
+    BlockConfig(4, 256, 1, 3),
 )
-GRADIENT = (
-    Blocks(1, 4096, 8, 2),
-    Blocks(1, 2048, 4, 2),
-    Blocks(1, 2048, 8, 3),
-    Blocks(1, 4096, 4, 2),
-    Blocks(1, 8192, 8, 1),
-    Blocks(1, 1024, 4, 3),
+GRADIENT_CONFIGS = (
+    BlockConfig(1, 4096, 8, 2),
+    BlockConfig(1, 2048, 4, 2),
+    BlockConfig(1, 2048, 8, 3),
+    BlockConfig(1, 4096, 4, 2),
+    BlockConfig(1, 8192, 8, 1),
+    BlockConfig(1, 1024, 4, 3),
 )
-IN_THE_INTERPRETER = Blocks(2, 16, 4, 1)
+INTERPRETER_CONFIG = BlockConfig(2, 16, 4, 1)
 
 
-def fill_sums(
-    rows: Mapping[str, Tensor],
+def launch_sums(
+    sums: Mapping[str, Tensor],
     student: Tensor,
     teacher: Tensor | None,
-    valid: int,
-    leave_out: tuple[Tensor, Tensor] | None,
-    careful: bool,
+    num_valid: int,
+    exclude: tuple[Tensor, Tensor] | None,
+    has_neg_inf: bool,
 ) -> None:
-    """Fill the rows of `vocab_parallel.partial_sums`, fp32 and named as there, from at least one valid column.
+    """Fill the fp32 sums of `vocab_parallel.partial_sums` from num_valid >= 1 columns.
 
-    student, teacher: [n, columns]; leave_out: (columns, held) [n, k].
+    student, teacher: [tokens, vocab/tp]; exclude: (columns, owned) [tokens, k].
     """
+    from eaopd_megatron.objective.triton_kernels import sums_kernel
+
     n = student.shape[0]
     if n == 0:
         return
-    unused = rows["student"]
-    left_out = unused if leave_out is None else _ascending(*leave_out)[0]
+    unused = sums["student"]
+    excluded = unused if exclude is None else _sorted_columns(*exclude)[0]
     other = student if teacher is None else teacher
     arguments = (
-        *(student, other, rows["student"], rows.get("teacher", unused), rows.get("gap", unused)),
-        *(rows.get("student_rest", unused), rows.get("teacher_rest", unused), left_out),
-        *(student.stride(0), other.stride(0), left_out.stride(0), n, valid),
+        *(student, other, sums["student"], sums.get("teacher", unused), sums.get("gap", unused)),
+        *(sums.get("student_tail", unused), sums.get("teacher_tail", unused), excluded),
+        *(student.stride(0), other.stride(0), excluded.stride(0), n, num_valid),
     )
-    flags = {"PAIR": teacher is not None, "REST": leave_out is not None, "CAREFUL": careful}
+    flags = {"HAS_TEACHER": teacher is not None, "HAS_TAIL": exclude is not None, "HAS_NEG_INF": has_neg_inf}
     kind = ("sums", *flags.values(), student.dtype, other.dtype, student.device)
 
-    def attempt(blocks: Blocks, count: int) -> None:
-        _start(sums_kernel, arguments, flags, blocks, count, student.device)
+    def attempt(config: BlockConfig, rows: int) -> None:
+        _start(sums_kernel, arguments, flags, config, rows, student.device)
 
-    attempt(chosen(SUMS, kind, valid, min(n, SUMS_ROWS), attempt), n)
+    attempt(autotuned_config(SUMS_CONFIGS, kind, num_valid, min(n, _MAX_SUMS_AUTOTUNE_ROWS), attempt), n)
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """What multiplies and adds in the gradient, upstream's factor and 1 / Z included: fp32 [n] unless said."""
+class GradientFactors:
+    """Factors of the gradient, which include the upstream gradient and 1 / Z: fp32 [tokens] unless noted."""
 
-    student_maximum: Tensor
+    student_max: Tensor  # m_s
     kappa: Tensor
-    ratio: Tensor | None
-    teacher_maximum: Tensor | None
-    on_teacher: Tensor | None
-    token: tuple[Tensor, Tensor] | None  # column, addition; 0 where another rank holds the token
-    kept: tuple[Tensor, Tensor, Tensor] | None  # columns of S, held, additions [n, k]
-    kappa_inside: Tensor | None
+    reverse: Tensor | None  # w_R
+    teacher_max: Tensor | None  # m_t
+    forward: Tensor | None  # w_F g
+    token: tuple[Tensor, Tensor] | None  # the sampled token's column and its addend, 0 where another rank owns it
+    top_k: tuple[Tensor, Tensor, Tensor] | None  # columns of S, owned, addends, each [tokens, k]
+    top_k_kappa: Tensor | None
 
 
-def fill_gradient(
-    numbers: Numbers,
+def launch_gradient(
+    factors: GradientFactors,
     student: Tensor,
     teacher: Tensor | None,
     teacher_rows: Tensor | None,
-    valid: int,
-    careful: bool,
+    num_valid: int,
+    has_neg_inf: bool,
     out: Tensor,
 ) -> None:
-    """Write the gradient into the valid columns, at least one, of ``out`` [n, columns], which may be ``student``.
+    """Write the gradient into the num_valid >= 1 valid columns of `out` [tokens, vocab/tp], which may be `student`.
 
-    teacher: its logits, where ratio or on_teacher is given; teacher_rows: the rows that they are of, None for all n.
+    teacher: its logits, if factors.reverse or factors.forward is set; teacher_rows: the rows they belong to, None: all.
     """
     if teacher_rows is None:
-        _fill_gradient(numbers, student, teacher, None, valid, careful, out)
+        _launch_gradient(factors, student, teacher, None, num_valid, has_neg_inf, out)
         return
     others = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
     others[teacher_rows] = False
-    without = replace(numbers, on_teacher=None)
-    _fill_gradient(numbers, student, teacher, teacher_rows, valid, careful, out)
-    _fill_gradient(without, student, None, others.nonzero()[:, 0], valid, careful, out)
+    without = replace(factors, forward=None)
+    _launch_gradient(factors, student, teacher, teacher_rows, num_valid, has_neg_inf, out)
+    _launch_gradient(without, student, None, others.nonzero()[:, 0], num_valid, has_neg_inf, out)
 
 
-def _fill_gradient(
-    numbers: Numbers,
+def _launch_gradient(
+    factors: GradientFactors,
     student: Tensor,
     teacher: Tensor | None,
     rows: Tensor | None,
-    valid: int,
-    careful: bool,
+    num_valid: int,
+    has_neg_inf: bool,
     out: Tensor,
 ) -> None:
+    from eaopd_megatron.objective.triton_kernels import gradient_kernel
+
     n = student.shape[0]
     programs = n if rows is None else len(rows)
     if programs == 0:
         return
-    zero = torch.zeros_like(numbers.kappa)
+    zero = torch.zeros_like(factors.kappa)
     given = (
-        *(numbers.student_maximum, numbers.kappa, numbers.ratio, numbers.teacher_maximum, numbers.on_teacher),
-        *(numbers.kappa_inside, None if numbers.token is None else numbers.token[1]),
+        *(factors.student_max, factors.kappa, factors.reverse, factors.teacher_max, factors.forward),
+        *(factors.top_k_kappa, None if factors.token is None else factors.token[1]),
     )
-    factors = torch.stack([zero if value is None else value for value in given])
-    tokens, kept, additions = zero, zero, zero
-    if numbers.token is not None:
-        tokens = numbers.token[0].int()
-    if numbers.kept is not None:
-        kept, order = _ascending(*numbers.kept[:2])
-        additions = torch.nn.functional.pad(numbers.kept[2].gather(1, order), (0, 1))
+    packed = torch.stack([zero if value is None else value for value in given])
+    tokens, columns, addends = zero, zero, zero
+    if factors.token is not None:
+        tokens = factors.token[0].int()
+    if factors.top_k is not None:
+        columns, order = _sorted_columns(*factors.top_k[:2])
+        addends = torch.nn.functional.pad(factors.top_k[2].gather(1, order), (0, 1))
     other = student if teacher is None else teacher
     flags = {
-        "RATIO": numbers.ratio is not None,
-        "TEACHER": numbers.on_teacher is not None,
-        "TOKEN": numbers.token is not None,
-        "KEPT": numbers.kept is not None,
-        "INSIDE": numbers.kappa_inside is not None,
-        "CAREFUL": careful,
+        "HAS_REVERSE": factors.reverse is not None,
+        "HAS_FORWARD": factors.forward is not None,
+        "HAS_TOKEN": factors.token is not None,
+        "HAS_TOP_K": factors.top_k is not None,
+        "HAS_TOP_K_KAPPA": factors.top_k_kappa is not None,
+        "HAS_NEG_INF": has_neg_inf,
     }
     kind = ("gradient", *flags.values(), student.dtype, other.dtype, out.dtype, student.device)
 
-    def write(blocks: Blocks, count: int, some: Tensor | None, target: Tensor) -> None:
+    def write(config: BlockConfig, count: int, some: Tensor | None, target: Tensor) -> None:
         arguments = (
-            *(student, other, target, factors, zero if some is None else some, tokens, kept, additions),
-            *(student.stride(0), other.stride(0), target.stride(0), kept.stride(0), n, valid),
+            *(student, other, target, packed, zero if some is None else some, tokens, columns, addends),
+            *(student.stride(0), other.stride(0), target.stride(0), columns.stride(0), n, num_valid),
         )
-        _start(gradient_kernel, arguments, {"SOME": some is not None, **flags}, blocks, count, student.device)
+        _start(gradient_kernel, arguments, {"HAS_ROWS": some is not None, **flags}, config, count, student.device)
 
-    def attempt(blocks: Blocks, count: int) -> None:  # elsewhere: out may still hold the logits
-        write(blocks, count, None, torch.empty(count, out.stride(0), dtype=out.dtype, device=out.device))
+    def attempt(config: BlockConfig, count: int) -> None:  # not into out, which may still hold the logits
+        write(config, count, None, torch.empty(count, out.stride(0), dtype=out.dtype, device=out.device))
 
-    write(chosen(GRADIENT, kind, valid, min(programs, GRADIENT_ROWS), attempt), programs, rows, out)
+    tuning_rows = min(programs, _MAX_GRADIENT_AUTOTUNE_ROWS)
+    write(autotuned_config(GRADIENT_CONFIGS, kind, num_valid, tuning_rows, attempt), programs, rows, out)
 
 
-def _ascending(columns: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of each row in order, [n, k + 1], those not held and the last one NOWHERE; and the order [n, k]."""
-    values, order = torch.where(held, columns, NOWHERE).int().sort(1)
-    return torch.nn.functional.pad(values, (0, 1), value=NOWHERE), order
+def _sorted_columns(columns: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's columns in ascending order [tokens, k + 1], unowned and last END_OF_COLUMNS; and the order."""
+    values, order = torch.where(owned, columns, END_OF_COLUMNS).int().sort(1)
+    return torch.nn.functional.pad(values, (0, 1), value=END_OF_COLUMNS), order
 
 
 def _start(
     kernel: triton.JITFunction,
     arguments: tuple[Tensor | int, ...],
     flags: Mapping[str, bool],
-    blocks: Blocks,
-    rows: int,
+    config: BlockConfig,
+    programs: int,
     device: torch.device,
 ) -> None:
-    shape = {"DEPTH": blocks.depth, "LANES": blocks.lanes, "STAGES": blocks.stages, "num_warps": blocks.warps}
+    shape = {"DEPTH": config.depth, "LANES": config.lanes, "STAGES": config.stages, "num_warps": config.warps}
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        kernel[(rows,)](*arguments, **flags, **shape)
+        kernel[(programs,)](*arguments, **flags, **shape)
 
 
-_best: dict[Hashable, Blocks] = {}
+_best: dict[Hashable, BlockConfig] = {}
 
 
-def chosen(
-    candidates: tuple[Blocks, ...],
+def autotuned_config(
+    candidates: tuple[BlockConfig, ...],
     kind: tuple[Hashable, ...],
-    valid: int,
+    num_valid: int,
     rows: int,
-    attempt: Callable[[Blocks, int], None],
-) -> Blocks:
-    """The candidate with which ``attempt(candidate, rows)`` is fastest for inputs of this kind and about this size.
+    attempt: Callable[[BlockConfig, int], None],
+) -> BlockConfig:
+    """Return the candidate with the fastest attempt(candidate, rows) for this kind of input and about this size.
 
-    Other blocks add in another order: where torch is asked for deterministic algorithms, the first one is taken.
+    Block sizes change the order of additions: with torch.use_deterministic_algorithms the first candidate is used.
     """
+    from eaopd_megatron.objective.triton_kernels import INTERPRETED
+
     if INTERPRETED:
-        return IN_THE_INTERPRETER
-    if rows < FEW_ROWS or torch.are_deterministic_algorithms_enabled():
+        return INTERPRETER_CONFIG
+    if rows < MIN_AUTOTUNE_ROWS or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
-    key = (*kind, valid.bit_length(), rows.bit_length())
+    key = (*kind, num_valid.bit_length(), rows.bit_length())
     if key not in _best:
-        _best[key] = min(candidates, key=lambda blocks: milliseconds(attempt, blocks, rows))
+        _best[key] = min(candidates, key=lambda config: measure_ms(attempt, config, rows))
     return _best[key]
 
 
-def milliseconds(attempt: Callable[[Blocks, int], None], blocks: Blocks, rows: int) -> float:
-    """Mean time of three attempts after a first one; infinite where the GPU lacks the memory for such blocks."""
+def measure_ms(attempt: Callable[[BlockConfig, int], None], config: BlockConfig, rows: int) -> float:
+    """Return the mean milliseconds of three attempts after a warm-up; inf if the GPU lacks memory for such blocks."""
+    import triton
+
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     try:
-        attempt(blocks, rows)
+        attempt(config, rows)
     except triton.OutOfResources:
         return float("inf")
     start.record()
     for _ in range(3):
-        attempt(blocks, rows)
+        attempt(config, rows)
     stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) / 3

@@ -18,7 +18,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.data.types import Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.objective import TeacherTopK
-from eaopd_megatron.objective.top_k import first_k
+from eaopd_megatron.objective.vocab_parallel import top_k_positions
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
 from eaopd_megatron.rollout.sglang.requests import LengthLimits, checked_meta_info, checking_answer
 from eaopd_megatron.serving.http import SGLangClient
@@ -143,7 +143,7 @@ class ServedScoreCall:
         [n], for tokens whose own is not the one that is meant."""
         ids = self.backend.terminal.swap_ids(ids)
         values = values.masked_fill(ids >= self.backend.vocab_size, -torch.inf)
-        best = first_k(values, ids, self.backend.payload_format.k)
+        best = top_k_positions(values, ids, self.backend.payload_format.k)
         asked, tokens = self.backend.terminal.teacher_ids(self.sample), torch.tensor(self.sample.response_ids)
         for token, logprobs in elsewhere.items():
             own = torch.where((asked == token) & (asked != tokens), logprobs, own)

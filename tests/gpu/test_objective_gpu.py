@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from eaopd_megatron.objective import Objective, TeacherLogits, TeacherTopK, entropy_aware_loss, token_statistics
-from eaopd_megatron.objective.backend import kernels_for, kernels_wanted
-from eaopd_megatron.objective.gradient import write_gradient
+from eaopd_megatron.objective.entropy_aware import write_gradient
 from eaopd_megatron.objective.reference import dense_loss
-from eaopd_megatron.objective.vocab_parallel import Shard, merge, partial_sums
+from eaopd_megatron.objective.triton_launch import force_kernels, uses_kernels
+from eaopd_megatron.objective.vocab_parallel import VocabShard, merge_softmax, partial_sums
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,19 +68,19 @@ def test_sums_are_those_of_the_torch_code(dtype: torch.dtype, valid: int, column
     student, teacher = pair(300, columns, dtype)  # rows enough for a choice of block sizes
     for value in (student, teacher):
         value[:, valid:] = torch.nan
-    shard = Shard(columns, valid, None, 0, 1)
+    shard = VocabShard(columns, valid, None, 0, 1)
     k = min(16, valid)
-    leave_out = None
+    exclude = None
     if tail:
-        leave_out = (teacher[:, :valid].topk(k).indices, torch.arange(k, device="cuda").expand(300, k) % 3 != 1)
+        exclude = (teacher[:, :valid].topk(k).indices, torch.arange(k, device="cuda").expand(300, k) % 3 != 1)
     for other in (None, teacher):
-        assert kernels_for(student, other) is not None
-        got, careful = partial_sums(student, other, shard, dtype=torch.float32, leave_out=leave_out)
+        assert uses_kernels(student, other)
+        got, has_neg_inf = partial_sums(student, other, shard, dtype=torch.float32, exclude=exclude)
         doubles = student.double(), None if other is None else other.double()
-        exact, _ = partial_sums(*doubles, shard, dtype=torch.float64, leave_out=leave_out)
-        with kernels_wanted(False):
-            want, _ = partial_sums(student, other, shard, dtype=torch.float32, leave_out=leave_out)
-        assert not careful and list(got) == list(want)
+        exact, _ = partial_sums(*doubles, shard, dtype=torch.float64, exclude=exclude)
+        with force_kernels(False):
+            want, _ = partial_sums(student, other, shard, dtype=torch.float32, exclude=exclude)
+        assert not has_neg_inf and list(got) == list(want)
         for name in want:
             for row in range(len(want[name])):
                 near(got[name][row], exact[name][row], 1e-5, f"{name}[{row}] against fp64")
@@ -169,13 +169,15 @@ def test_minus_infinity_and_broken_rows(dtype: torch.dtype) -> None:
     student[3, :-1] = teacher[3, 1:] = -torch.inf
     student[4] = -torch.inf
     student[5, 17], student[6, 19_999], student[7, :] = torch.nan, torch.inf, torch.nan
-    shard = Shard(20_000, 20_000, None, 0, 1)
-    got, careful = partial_sums(student, teacher, shard, dtype=torch.float32)
-    with kernels_wanted(False):
+    shard = VocabShard(20_000, 20_000, None, 0, 1)
+    got, has_neg_inf = partial_sums(student, teacher, shard, dtype=torch.float32)
+    with force_kernels(False):
         want, _ = partial_sums(student, teacher, shard, dtype=torch.float32)
-    assert careful
-    broken = merge(got["student"][None])[0].broken
-    assert broken.tolist() == [False] * 4 + [True] * 4 == merge(want["student"][None])[0].broken.tolist()
+    assert has_neg_inf
+    broken = merge_softmax(got["student"][None])[0].has_nan_or_inf
+    assert (
+        broken.tolist() == [False] * 4 + [True] * 4 == merge_softmax(want["student"][None])[0].has_nan_or_inf.tolist()
+    )
     for name in want:
         torch.testing.assert_close(got[name][:, :5], want[name][:, :5], rtol=2e-5, atol=1e-3)
     with pytest.raises(ValueError, match="student_logits: row 5 holds NaN"):
@@ -190,19 +192,19 @@ def test_every_block_size_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     """Any of the candidates may be the fastest somewhere."""
     from eaopd_megatron.objective import triton_launch as launch
 
-    for index in range(max(len(launch.SUMS), len(launch.GRADIENT))):
-        monkeypatch.setattr(launch, "chosen", lambda candidates, *_, i=index: candidates[i % len(candidates)])
+    for index in range(max(len(launch.SUMS_CONFIGS), len(launch.GRADIENT_CONFIGS))):
+        monkeypatch.setattr(launch, "autotuned_config", lambda candidates, *_, i=index: candidates[i % len(candidates)])
         for signal, forward in (("topk", "topk"), ("logits", "exact"), ("logits", "topk_tail")):
             case, student, upstream = make(signal, torch.bfloat16, 20, 50_257, 50_304)
             objective = Objective(reverse_kl="exact" if signal == "logits" else "sampled", forward_kl=forward)  # type: ignore[arg-type]
             grads = []
             for wanted in (True, False):
                 leaf = student.clone().requires_grad_()
-                with kernels_wanted(wanted):
+                with force_kernels(wanted):
                     losses(case, leaf, objective).loss.backward(upstream)
                 assert leaf.grad is not None
                 grads.append(leaf.grad)
-            near(grads[0], grads[1], 1e-2, f"{launch.SUMS[index % len(launch.SUMS)]}")
+            near(grads[0], grads[1], 1e-2, f"{launch.SUMS_CONFIGS[index % len(launch.SUMS_CONFIGS)]}")
 
 
 def test_block_sizes_are_chosen_by_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +285,7 @@ def test_fraction_of_the_memorys_bandwidth(n: int) -> None:
     student, teacher = torch.randn(2, n, VOCABULARY, dtype=torch.bfloat16, device="cuda").unbind()
     out = torch.empty_like(student)
     copy = 4 * size / milliseconds(lambda: out.copy_(student)) / 1e6  # GB/s
-    shard = Shard(VOCABULARY, VOCABULARY, None, 0, 1)
+    shard = VocabShard(VOCABULARY, VOCABULARY, None, 0, 1)
     tokens = torch.zeros(n, dtype=torch.int64, device="cuda")
     leaf = student.requires_grad_()
     rows = []
@@ -300,11 +302,11 @@ def test_fraction_of_the_memorys_bandwidth(n: int) -> None:
         loss = entropy_aware_loss(
             leaf, TeacherLogits(teacher), tokens, None, objective=objective, vocab_size=VOCABULARY
         ).loss
-        recipe: Any = loss.grad_fn.recipe  # type: ignore[union-attr]
+        saved: Any = loss.grad_fn.saved  # type: ignore[union-attr]
         weights = torch.full((n,), 1 / n, device="cuda")
 
-        def write(recipe: Any = recipe, weights: Tensor = weights) -> None:
-            write_gradient(recipe, leaf.detach(), teacher, weights, out)
+        def write(saved: Any = saved, weights: Tensor = weights) -> None:
+            write_gradient(saved, leaf.detach(), teacher, weights, out)
 
         time = milliseconds(write)
         rows.append((name, time, width * size / time / 1e6))

@@ -12,8 +12,8 @@ import torch
 from torch.distributed import ProcessGroup
 
 from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss
-from eaopd_megatron.objective.backend import kernels_wanted
-from eaopd_megatron.objective.gradient import write_gradient
+from eaopd_megatron.objective.entropy_aware import write_gradient
+from eaopd_megatron.objective.triton_launch import force_kernels
 from tests.distributed.objective.cases import TOP_K, compare, make_case
 from tests.unit.kernel_cases import (
     DTYPES,
@@ -57,7 +57,7 @@ def check_the_gradient_of_shards(group: ProcessGroup) -> None:
         case = make_case(dtype=torch.float32, n=4, seed=2)
         assert case.student.shape[1] == 48
         objective = Objective(reverse_kl=reverse, forward_kl=forward, gate="always", top_k=TOP_K)  # type: ignore[arg-type]
-        whole, want, (recipe, student, teacher) = gradients(case, objective, signal)
+        whole, want, (saved, student, teacher) = gradients(case, objective, signal)
         scale = want.abs().max().item()
         torch.testing.assert_close(whole, want, rtol=0, atol=2e-6 * scale)
         for ranks in (6,) if forward == "topk_tail" else (2,):
@@ -65,10 +65,10 @@ def check_the_gradient_of_shards(group: ProcessGroup) -> None:
             pieces = []
             for rank in range(ranks):
                 columns = slice(rank * width, (rank + 1) * width)
-                part = replace(recipe, shard=shard_of(width, valid, rank, ranks))
+                part = replace(saved, shard=shard_of(width, valid, rank, ranks))
                 piece = torch.full_like(student[:, columns], torch.nan)
                 other = None if teacher is None else teacher[:, columns]
-                with kernels_wanted(True):
+                with force_kernels(True):
                     write_gradient(part, student[:, columns], other, case.upstream, piece)
                 pieces.append(piece)
             joined = torch.cat(pieces, dim=1)
@@ -88,7 +88,7 @@ def check_the_gradient_of_wide_rows(group: ProcessGroup) -> None:
         grads = []
         for wanted in (True, False):
             leaf = student.clone().requires_grad_()
-            with kernels_wanted(wanted):
+            with force_kernels(wanted):
                 out = entropy_aware_loss(
                     leaf, TeacherLogits(teacher), tokens, None, objective=objective, vocab_size=width
                 )
@@ -112,8 +112,8 @@ def check_the_gradient_where_the_sums_need_care(group: ProcessGroup) -> None:
             case.teacher[4, 6] = -torch.inf
             case.tokens[4] = case.teacher_tokens[4] = 6  # upstream is 0 there
         objective = Objective(reverse_kl=reverse, forward_kl=forward, gate="always", top_k=TOP_K)  # type: ignore[arg-type]
-        got, want, (recipe, _, _) = gradients(case, objective, signal)
-        assert recipe.careful
+        got, want, (saved, _, _) = gradients(case, objective, signal)
+        assert saved.has_neg_inf
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
         assert not got[4].any()
 
@@ -123,8 +123,8 @@ def check_the_teachers_logits_of_some_rows(group: ProcessGroup) -> None:
     case = make_case(dtype=torch.bfloat16, n=12)
     for threshold in (case.threshold(), math.inf):
         objective = Objective(forward_kl="exact", threshold=threshold, top_k=TOP_K)
-        got, want, (recipe, _, teacher) = gradients(case, objective, "logits")
-        assert recipe.teacher_rows is not None and len(recipe.teacher_rows) == len(teacher) < 12
+        got, want, (saved, _, teacher) = gradients(case, objective, "logits")
+        assert saved.teacher_rows is not None and len(saved.teacher_rows) == len(teacher) < 12
         torch.testing.assert_close(got, want, rtol=2.0**-7, atol=1e-6)
 
 
@@ -133,10 +133,10 @@ def check_the_gradient_over_the_logits(group: ProcessGroup, dtype: str) -> None:
     for signal, reverse, forward in VARIANTS:
         case = make_case(dtype=DTYPES[dtype], n=6)
         objective = Objective(reverse_kl=reverse, forward_kl=forward, gate="always", top_k=TOP_K)  # type: ignore[arg-type]
-        got, want, (recipe, student, teacher) = gradients(case, objective, signal)
+        got, want, (saved, student, teacher) = gradients(case, objective, signal)
         over = student.clone()
         with with_kernels():
-            write_gradient(recipe, over, teacher, case.upstream, over)
+            write_gradient(saved, over, teacher, case.upstream, over)
         assert torch.equal(over, got)
         torch.testing.assert_close(got, want, rtol=2.0**-7 if dtype == "bf16" else 1e-5, atol=1e-6)
 
@@ -168,13 +168,13 @@ def check_offsets_beyond_32_bits(group: ProcessGroup) -> None:
         got, want, _careful = both_sums(student, teacher, shard)
         assert_same_sums(got, want)
         case = make_case(dtype=torch.float32, n=3)
-        recipe = gradients(case, Objective.preset("eopd_exact"), "logits")[2][0]
-        recipe = replace(recipe, shard=shard)
+        saved = gradients(case, Objective.preset("eopd_exact"), "logits")[2][0]
+        saved = replace(saved, shard=shard)
         results = []
         for wanted in (False, True):
             over = student.clone(memory_format=torch.contiguous_format) if not wanted else student
-            with kernels_wanted(wanted):
-                write_gradient(recipe, over, teacher, case.upstream, over)
+            with force_kernels(wanted):
+                write_gradient(saved, over, teacher, case.upstream, over)
             results.append(over.clone(memory_format=torch.contiguous_format))
     torch.testing.assert_close(results[1], results[0], rtol=2.0**-7, atol=1e-6)
 

@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 
 from eaopd_megatron.objective import Objective, token_statistics
 from eaopd_megatron.objective import triton_launch as launch
-from eaopd_megatron.objective.backend import kernels_for, kernels_wanted
-from eaopd_megatron.objective.vocab_parallel import merge, merge_gap, partial_sums
+from eaopd_megatron.objective.triton_launch import force_kernels, uses_kernels
+from eaopd_megatron.objective.vocab_parallel import merge_gap, merge_softmax, partial_sums
 from tests.unit.kernel_cases import (
     DTYPES,
     STEP,
@@ -44,9 +44,9 @@ def check_sums(group: ProcessGroup, dtype: str) -> None:
         distinct = [len(set(row[keep].tolist())) == int(keep.sum()) for row, keep in zip(columns, held, strict=True)]
         held &= torch.tensor(distinct)[:, None]
         for other in (None, teacher):
-            for leave_out in (None, (columns, held)):
-                got, want, careful = both_sums(student, other, shard, leave_out)
-                assert not careful
+            for exclude in (None, (columns, held)):
+                got, want, has_neg_inf = both_sums(student, other, shard, exclude)
+                assert not has_neg_inf
                 assert_same_sums(got, want)
 
 
@@ -108,10 +108,10 @@ def check_minus_infinity(group: ProcessGroup) -> None:
     teacher[0, 0] = -torch.inf
     student[7] = low  # the lowest number, and so a row of equal logits
     columns = torch.tensor([[1, width - 1]]).expand(8, 2)
-    leave_out = (columns, torch.ones_like(columns, dtype=torch.bool))
+    exclude = (columns, torch.ones_like(columns, dtype=torch.bool))
     for other in (None, teacher):
-        got, want, careful = both_sums(student, other, shard_of(width, width), leave_out)
-        assert careful
+        got, want, has_neg_inf = both_sums(student, other, shard_of(width, width), exclude)
+        assert has_neg_inf
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-4)
 
@@ -120,8 +120,8 @@ def check_a_row_at_the_lowest_number(group: ProcessGroup) -> None:
     """Such a maximum is also that of no columns at all."""
     student = torch.full((2, STEP + 3), torch.finfo(torch.float32).min)
     student[1] = normal(STEP + 3)
-    got, want, careful = both_sums(student, None, shard_of(STEP + 3, STEP + 3))
-    assert not careful and got["student"][1, 0] == STEP + 3
+    got, want, has_neg_inf = both_sums(student, None, shard_of(STEP + 3, STEP + 3))
+    assert not has_neg_inf and got["student"][1, 0] == STEP + 3
     assert_same_sums(got, want)
 
 
@@ -136,8 +136,10 @@ def check_broken_rows(group: ProcessGroup) -> None:
     shard = shard_of(student.shape[1], student.shape[1])
     for other in (None, teacher):
         got, want, _careful = both_sums(student, other, shard)
-        broken = merge(got["student"][None])[0].broken
-        assert broken.tolist() == [True] * 5 + [False] == merge(want["student"][None])[0].broken.tolist()
+        broken = merge_softmax(got["student"][None])[0].has_nan_or_inf
+        assert (
+            broken.tolist() == [True] * 5 + [False] == merge_softmax(want["student"][None])[0].has_nan_or_inf.tolist()
+        )
     with with_kernels():
         for name in ("student_logits", "teacher.logits"):
             sides = (student, teacher) if name == "student_logits" else (teacher, student)
@@ -160,13 +162,13 @@ def check_shards_merge_to_the_whole(group: ProcessGroup) -> None:
             for rank in range(ranks):
                 shard = shard_of(width, vocab_size, rank, ranks)
                 columns = slice(rank * width, (rank + 1) * width)
-                with kernels_wanted(True):
+                with force_kernels(True):
                     parts.append(partial_sums(student[:, columns], teacher[:, columns], shard, dtype=torch.float32)[0])
             rows = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-            s, alpha_s, delta_s = merge(rows["student"])
-            t, _, delta_t = merge(rows["teacher"])
+            s, alpha_s, delta_s = merge_softmax(rows["student"])
+            t, _, delta_t = merge_softmax(rows["teacher"])
             gap = merge_gap(rows["gap"][:, 0], rows["student"][:, 1], alpha_s, delta_s - delta_t)
-            merged.append(torch.stack([s.maximum, s.total, s.weighted, t.total, gap]))
+            merged.append(torch.stack([s.max_logit, s.sum_exp, s.sum_exp_x_shifted, t.sum_exp, gap]))
         torch.testing.assert_close(merged[1], merged[0], rtol=2e-6, atol=2e-5)
 
 
@@ -177,7 +179,7 @@ def check_any_number_of_tokens(group: ProcessGroup) -> None:
     with with_kernels():
         whole, _ = partial_sums(student, teacher, shard, dtype=torch.float32)
         alone, _ = partial_sums(student[3:4], teacher[3:4], shard, dtype=torch.float32)
-    with kernels_wanted(True), mock.patch.object(launch, "_start", side_effect=AssertionError("work on no rows")):
+    with force_kernels(True), mock.patch.object(launch, "_start", side_effect=AssertionError("work on no rows")):
         nothing, _ = partial_sums(student[:0], teacher[:0], shard, dtype=torch.float32)
         empty = student[:0].clone().requires_grad_()
         loss_of(empty, teacher[:0], Objective.preset("eopd_exact")).loss.sum().backward()
@@ -189,12 +191,12 @@ def check_any_number_of_tokens(group: ProcessGroup) -> None:
 def check_what_the_kernels_leave_to_torch(group: ProcessGroup) -> None:
     """fp64, and logits whose columns lie apart; and on a CPU everything, unless a test asks."""
     logits = normal(3, 40)
-    assert kernels_for(logits) is None
-    with kernels_wanted(True):
-        assert kernels_for(logits, None, logits.bfloat16()) is launch
-        assert kernels_for(logits, logits.double()) is None and kernels_for(logits.T) is None
-        assert kernels_for(logits.T[:, :1]) is launch  # a single column lies apart from nothing
-        assert kernels_for(logits[:, 3:17]) is launch
+    assert not uses_kernels(logits)
+    with force_kernels(True):
+        assert uses_kernels(logits, None, logits.bfloat16())
+        assert not uses_kernels(logits, logits.double()) and not uses_kernels(logits.T)
+        assert uses_kernels(logits.T[:, :1])  # a single column lies apart from nothing
+        assert uses_kernels(logits[:, 3:17])
         doubles = logits.double().requires_grad_()
         out = loss_of(doubles, logits, Objective.preset("rkl"))
         out.loss.sum().backward()
@@ -202,8 +204,8 @@ def check_what_the_kernels_leave_to_torch(group: ProcessGroup) -> None:
         sampled = loss_of(logits.clone().requires_grad_(), logits.double(), Objective.preset("opd"))
         with mock.patch.object(launch, "_start", side_effect=AssertionError("numbers in fp64 over logits in fp32")):
             sampled.loss.sum().backward()
-        with kernels_wanted(False):
-            assert kernels_for(logits) is None
+        with force_kernels(False):
+            assert not uses_kernels(logits)
 
 
 def check_statistics(group: ProcessGroup) -> None:

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss
 from eaopd_megatron.objective import triton_launch as launch
-from eaopd_megatron.objective.backend import kernels_wanted
-from eaopd_megatron.objective.gradient import write_gradient
-from eaopd_megatron.objective.vocab_parallel import Shard, partial_sums
+from eaopd_megatron.objective.entropy_aware import write_gradient
+from eaopd_megatron.objective.triton_launch import force_kernels
+from eaopd_megatron.objective.vocab_parallel import VocabShard, partial_sums
 from tests.distributed.objective.cases import Case, run
 
-STEP = launch.IN_THE_INTERPRETER.depth * launch.IN_THE_INTERPRETER.lanes
+STEP = launch.INTERPRETER_CONFIG.depth * launch.INTERPRETER_CONFIG.lanes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = [
     ("topk", "sampled", "none"),
@@ -45,7 +45,7 @@ def with_kernels() -> Iterator[list[str]]:
         started.append(kernel.fn.__name__)
         start(kernel, *arguments)
 
-    with kernels_wanted(True), mock.patch.object(launch, "_start", noted):
+    with force_kernels(True), mock.patch.object(launch, "_start", noted):
         yield started
     assert started, "the torch code did the work"
 
@@ -57,8 +57,8 @@ def where_they_are() -> Any:
     return mock.patch.object(GridExecutor, "_restore_args_dev", mock.Mock())
 
 
-def shard_of(columns: int, vocab_size: int, rank: int = 0, ranks: int = 1) -> Shard:
-    return Shard(columns, vocab_size, None, rank * columns, ranks)
+def shard_of(columns: int, vocab_size: int, rank: int = 0, ranks: int = 1) -> VocabShard:
+    return VocabShard(columns, vocab_size, None, rank * columns, ranks)
 
 
 def normal(*shape: int, seed: int = 0, spread: float = 3.0) -> Tensor:
@@ -66,15 +66,15 @@ def normal(*shape: int, seed: int = 0, spread: float = 3.0) -> Tensor:
 
 
 def both_sums(
-    student: Tensor, teacher: Tensor | None, shard: Shard, leave_out: tuple[Tensor, Tensor] | None = None
+    student: Tensor, teacher: Tensor | None, shard: VocabShard, exclude: tuple[Tensor, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
     """The sums of the kernel and of the torch code, and whether the logits hold -inf."""
     with with_kernels():
-        got, careful = partial_sums(student, teacher, shard, dtype=torch.float32, leave_out=leave_out)
-    want, also_careful = partial_sums(student, teacher, shard, dtype=torch.float32, leave_out=leave_out)
-    assert careful == also_careful
+        got, has_neg_inf = partial_sums(student, teacher, shard, dtype=torch.float32, exclude=exclude)
+    want, also_careful = partial_sums(student, teacher, shard, dtype=torch.float32, exclude=exclude)
+    assert has_neg_inf == also_careful
     assert list(got) == list(want), "ranks with and without kernels must pack the same rows"
-    return got, want, careful
+    return got, want, has_neg_inf
 
 
 def assert_same_sums(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -94,23 +94,23 @@ def loss_of(student: Tensor, teacher: Tensor, objective: Objective, **arguments:
 
 
 def gradients(case: Case, objective: Objective, signal: str) -> tuple[Tensor, Tensor, tuple[Any, Any, Any]]:
-    """The gradient by the kernel and by the torch code, and what it is made from: recipe, student, teacher."""
+    """The gradient by the kernel and by the torch code, and what it is made from: saved, student, teacher."""
     kept = {}
     apply = torch.Tensor.backward
 
     def keep(loss: Tensor, *arguments: Any) -> None:
-        kept["recipe"] = loss.grad_fn.recipe  # type: ignore[union-attr]
+        kept["saved"] = loss.grad_fn.saved  # type: ignore[union-attr]
         apply(loss, *arguments)
 
     with mock.patch.object(torch.Tensor, "backward", keep):
         _, want = run(case, objective, signal, None)
     out = torch.full_like(case.student, torch.nan)
     teacher = case.teacher if signal == "logits" else None
-    if teacher is not None and kept["recipe"].teacher_rows is not None:
-        teacher = teacher[kept["recipe"].teacher_rows]
+    if teacher is not None and kept["saved"].teacher_rows is not None:
+        teacher = teacher[kept["saved"].teacher_rows]
     with with_kernels():
-        write_gradient(kept["recipe"], case.student, teacher, case.upstream, out)
-    return out, want, (kept["recipe"], case.student, teacher)
+        write_gradient(kept["saved"], case.student, teacher, case.upstream, out)
+    return out, want, (kept["saved"], case.student, teacher)
 
 
 class Largest(TorchDispatchMode):

@@ -183,7 +183,7 @@ def test_the_papers_objective_keeps_no_teacher_logits_for_backward(objective: Ob
     out, saved = saved_by(case, objective)
     want = [case.student, case.teacher][: 1 + keeps]
     assert [value.data_ptr() for value in saved] == [value.data_ptr() for value in want]
-    numbers = tensors_in(out.loss.grad_fn.recipe)  # type: ignore[union-attr]
+    numbers = tensors_in(out.loss.grad_fn.saved)  # type: ignore[union-attr]
     assert numbers and max(value.untyped_storage().nbytes() for value in numbers) <= 40 * 16 * 8
 
 
@@ -203,7 +203,7 @@ def test_only_gated_rows_of_the_teacher_are_kept_for_backward(reverse: Any, gate
     if opened == 40:
         assert saved[1].data_ptr() == case.teacher.data_ptr(), "all rows are kept, so none needs to be copied"
     (gradient,) = torch.autograd.grad(out.loss, case.student, case.upstream)
-    with mock.patch.object(entropy_aware, "_keep", lambda teacher, recipe: (teacher, recipe)):
+    with mock.patch.object(entropy_aware, "_keep_needed_rows", lambda teacher, saved: (teacher, saved)):
         out, saved = saved_by(case, objective)
         assert saved[1].data_ptr() == case.teacher.data_ptr()
         (want,) = torch.autograd.grad(out.loss, case.student, case.upstream)

@@ -41,11 +41,11 @@ def test_in_the_interpreter_by_precision(interpreter: Ranks, check: str, dtype: 
     interpreter.run(FILES[check], check, dtype=dtype)
 
 
-TYPES = {"left_out": "*i32", "rows": "*i64", "tokens": "*i32", "kept": "*i32"}
-ALIGNED = ("student_stride", "teacher_stride", "out_stride", "valid")
+TYPES = {"excluded": "*i32", "rows": "*i64", "tokens": "*i32", "top_k_columns": "*i32"}
+ALIGNED = ("student_stride", "teacher_stride", "out_stride", "num_valid")
 
 
-def compiled(kernel: Any, flags: dict[str, bool], blocks: launch.Blocks, capability: int) -> dict[str, Any]:
+def compiled(kernel: Any, flags: dict[str, bool], blocks: launch.BlockConfig, capability: int) -> dict[str, Any]:
     """All stages of a kernel for bf16 logits on a GPU of that capability, strides and widths multiples of 16."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -58,7 +58,7 @@ def compiled(kernel: Any, flags: dict[str, bool], blocks: launch.Blocks, capabil
         elif name in ("student", "teacher", "out"):
             signature[name] = "*bf16"
         else:
-            number = name.endswith("stride") or name in ("n", "valid")
+            number = name.endswith("stride") or name in ("n", "num_valid")
             signature[name] = "i32" if number else TYPES.get(name, "*fp32")
         if signature[name].startswith("*") or name in ALIGNED:
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -66,19 +66,19 @@ def compiled(kernel: Any, flags: dict[str, bool], blocks: launch.Blocks, capabil
     return triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": blocks.warps}).asm
 
 
-SUMS_FLAGS = ("PAIR", "REST", "CAREFUL")
-GRADIENT_FLAGS = ("SOME", "RATIO", "TEACHER", "TOKEN", "KEPT", "INSIDE", "CAREFUL")
+SUMS_FLAGS = ("HAS_TEACHER", "HAS_TAIL", "HAS_NEG_INF")
+GRADIENT_FLAGS = ("HAS_ROWS", "HAS_REVERSE", "HAS_FORWARD", "HAS_TOKEN", "HAS_TOP_K", "HAS_TOP_K_KAPPA", "HAS_NEG_INF")
 
 
 @pytest.mark.parametrize(
     ("kernel", "flags", "capability"),
     [
         ("sums", "", 80),
-        ("sums", "PAIR", 90),
-        ("sums", "PAIR REST CAREFUL", 90),
-        ("gradient", "RATIO TEACHER", 90),
-        ("gradient", "SOME TEACHER TOKEN", 90),
-        ("gradient", "TOKEN KEPT", 80),
+        ("sums", "HAS_TEACHER", 90),
+        ("sums", "HAS_TEACHER HAS_TAIL HAS_NEG_INF", 90),
+        ("gradient", "HAS_REVERSE HAS_FORWARD", 90),
+        ("gradient", "HAS_ROWS HAS_FORWARD HAS_TOKEN", 90),
+        ("gradient", "HAS_TOKEN HAS_TOP_K", 80),
         ("gradient", " ".join(GRADIENT_FLAGS), 90),
     ],
 )
@@ -89,8 +89,8 @@ def test_compiles_to_wide_loads_and_no_spills(
     are read one by one, or numbers of a lane that do not fit the registers."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     program, names, candidates = {
-        "sums": (kernels.sums_kernel, SUMS_FLAGS, launch.SUMS),
-        "gradient": (kernels.gradient_kernel, GRADIENT_FLAGS, launch.GRADIENT),
+        "sums": (kernels.sums_kernel, SUMS_FLAGS, launch.SUMS_CONFIGS),
+        "gradient": (kernels.gradient_kernel, GRADIENT_FLAGS, launch.GRADIENT_CONFIGS),
     }[kernel]
     assert set(flags.split()) <= set(names)
     asm = compiled(program, {name: name in flags.split() for name in names}, candidates[0], capability)
@@ -104,20 +104,20 @@ def test_compiles_to_wide_loads_and_no_spills(
 
 
 def test_block_sizes_are_chosen_once_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    candidates = launch.SUMS
-    tried: list[launch.Blocks] = []
+    candidates = launch.SUMS_CONFIGS
+    tried: list[launch.BlockConfig] = []
 
-    def time(attempt: Any, blocks: launch.Blocks, rows: int) -> float:
+    def time(attempt: Any, blocks: launch.BlockConfig, rows: int) -> float:
         tried.append(blocks)
         return 1.0 if blocks == candidates[3] else float("inf") if blocks == candidates[0] else 2.0
 
-    monkeypatch.setattr(launch, "milliseconds", time)
+    monkeypatch.setattr(launch, "measure_ms", time)
     monkeypatch.setattr(launch, "_best", {})
 
-    def choose(kind: str, rows: int) -> launch.Blocks:
-        return launch.chosen(candidates, (kind,), 1000, rows, lambda blocks, count: None)
+    def choose(kind: str, rows: int) -> launch.BlockConfig:
+        return launch.autotuned_config(candidates, (kind,), 1000, rows, lambda blocks, count: None)
 
-    assert choose("a", launch.FEW_ROWS - 1) == candidates[0] and not tried
+    assert choose("a", launch.MIN_AUTOTUNE_ROWS - 1) == candidates[0] and not tried
     assert choose("a", 1000) == candidates[3] and tried == list(candidates)
     assert choose("a", 1001) == candidates[3] and tried == list(candidates)
     choose("b", 1000)

@@ -1,4 +1,4 @@
-"""An objective that means something else than its recipe says must not be built."""
+"""An objective that means something else than its saved says must not be built."""
 
 from __future__ import annotations
 

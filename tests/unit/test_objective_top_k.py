@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eaopd_megatron.objective import summarise_teacher, top_k
-from eaopd_megatron.objective.top_k import first_k, shard_top_k
-from eaopd_megatron.objective.vocab_parallel import Shard
+from eaopd_megatron.objective import summarise_teacher, vocab_parallel
+from eaopd_megatron.objective.vocab_parallel import VocabShard, shard_top_k, top_k_positions
 
 
 def stable(logits: Tensor, k: int) -> Tensor:
@@ -32,13 +31,13 @@ def test_any_row_agrees_with_a_stable_sort(
     """Small blocks make the search by blocks meet small vocabularies; few levels make ties everywhere."""
     seed = data.draw(st.integers(0, 2**16))
     logits = torch.randint(0, levels, (5, vocab_size + 3), generator=torch.Generator().manual_seed(seed)).float()
-    before = top_k.BLOCK, top_k.SPARE
+    before = vocab_parallel.TOP_K_BLOCK, vocab_parallel.TOP_K_SPARE
     try:
-        top_k.BLOCK, top_k.SPARE = block, spare
-        shard = Shard.of("logits", logits, vocab_size, None, data.draw(st.integers(1, 6)))
+        vocab_parallel.TOP_K_BLOCK, vocab_parallel.TOP_K_SPARE = block, spare
+        shard = VocabShard.from_logits("logits", logits, vocab_size, None, data.draw(st.integers(1, 6)))
         ids, values = shard_top_k(logits, shard, k)
     finally:
-        top_k.BLOCK, top_k.SPARE = before
+        vocab_parallel.TOP_K_BLOCK, vocab_parallel.TOP_K_SPARE = before
     kept = min(k, vocab_size)
     assert torch.equal(ids[:, :kept], stable(logits[:, :vocab_size], kept))
     assert torch.equal(values[:, :kept], logits.gather(1, ids[:, :kept]))
@@ -53,7 +52,7 @@ def test_a_wide_row_agrees_with_a_stable_sort(dtype: torch.dtype) -> None:
     logits[4] = -torch.inf
     logits[4, 5_000] = 0.0
     logits[5, 9_990] = logits[5, 9_997] = 100.0
-    shard = Shard.of("logits", logits, 9_998, None)
+    shard = VocabShard.from_logits("logits", logits, 9_998, None)
     ids, _ = shard_top_k(logits, shard, 16)
     assert torch.equal(ids, stable(logits[:, :9_998], 16))
 
@@ -69,7 +68,7 @@ def test_nan_is_refused_and_does_not_break_the_search() -> None:
 def test_equal_candidates_of_several_ranks_are_settled_by_id() -> None:
     values = torch.tensor([[2.0, 1.0, 2.0, 1.0, -torch.inf, -torch.inf]])
     ids = torch.tensor([[7.0, 1.0, 3.0, 0.0, 9.0, 4.0]])
-    order = first_k(values, ids, 5)
+    order = top_k_positions(values, ids, 5)
     assert ids.gather(1, order).tolist() == [[3, 7, 0, 1, 4]]
 
 
