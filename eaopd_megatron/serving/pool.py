@@ -1,8 +1,8 @@
-"""Several servers as one: each request goes to the one with the least to do, and to another one when that dies.
+"""A pool of servers: each call runs on the least loaded server, and on another one when that dies.
 
-A call has one attempt at a time and ends with one answer, whatever happens to the servers meanwhile. A server
-that dropped a connection and does not answer, or was reported dead by whoever watches its process, gets no more work;
-its unfinished calls go to the others. It is asked again and again, and gets work when `admit` lets it in.
+A call has one attempt at a time and one answer. A server that dropped a connection and does not answer, or that was
+reported dead by whoever watches its process, gets no more calls; its unfinished ones go to the others. The pool polls
+it until `admit` lets it in again.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from eaopd_megatron.serving.http import Busy, ServerGone
 from eaopd_megatron.utils.log import log_rank0
 
 _MAX_ATTEMPTS = 8
-"""After so many servers that died or gave up under one call, the call is the likelier cause."""
+"""After this many servers died under one call or gave it up, the call is the likelier cause."""
 
 
 class PoolClient(Protocol):
-    """A server's client, as far as the pool needs it."""
+    """What the pool needs of a server's client."""
 
     @property
     def url(self) -> str: ...
 
     @property
     def connections(self) -> int:
-        """Calls that run on it at the same time."""
+        """Maximum number of concurrent calls."""
 
     async def reachable(self) -> bool:
-        """Whether anything answers."""
+        """Return whether the server answers."""
 
     async def close(self) -> None: ...
 
 
 class PoolLimits(Protocol):
-    """What a server can take."""
+    """What a server accepts."""
 
     def intersect(self, other: Self) -> Self:
-        """What two servers can both take."""
+        """Return what both servers accept."""
 
 
 C = TypeVar("C", bound=PoolClient)
@@ -56,38 +56,39 @@ L_contra = TypeVar("L_contra", bound=PoolLimits, contravariant=True)
 
 
 class StaleServer(Exception):
-    """The server answers, and must not work on: what it has is not what it was admitted with."""
+    """The server answers, but not with what it was admitted with (e.g. older weights); it must be admitted again."""
 
 
 class NotYet(Busy):
-    """The server is there, and gets work once whoever uses the pool has done something about it."""
+    """The server answers, and can be admitted once the pool's user has acted (e.g. sent weights). Not downtime."""
 
 
 class PoolCall(Protocol[C_contra, L_contra, T_co]):
-    """Work that any of the servers can do."""
+    """A request that any of the servers can answer."""
 
     @property
     def id(self) -> str:
-        """Unique among the calls of one `Pool.run`."""
+        """Unique among the calls of one `ServerPool.run`."""
 
     def validate(self, limits: L_contra) -> None:
-        """Raises UserError for what would end a server with these limits."""
+        """Raise UserError for a call that a server with these limits cannot take."""
 
     async def attempt(self, client: C_contra, number: int) -> T_co:
-        """The answer. Raises ServerGone, Busy (ask again), Unfit, UserError; cancelled when the server is lost."""
+        """Return the answer. Raises ServerGone, Busy (try again), StaleServer, UserError. Cancelled when the server is
+        lost."""
 
 
 @dataclass(eq=False)
 class _Member(Generic[C]):
-    """A server with what it is doing."""
+    """A server and its calls."""
 
     client: C
     alive: bool = False
-    held: bool = False  # not alive, but there
-    reason: str = "not asked yet"  # why it is not alive
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when it dies, for those who wait for that
-    check: asyncio.Task[bool] | None = None  # whether it is still there, and still the same
-    running: int = 0  # calls
+    not_yet: bool = False  # not alive, and `NotYet` was the reason
+    reason: str = "not asked yet"  # for not being alive
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when it dies
+    readmission: asyncio.Task[bool] | None = None  # running after a dropped connection
+    running: int = 0  # number of calls
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
@@ -96,11 +97,11 @@ class _Member(Generic[C]):
 
 
 class ServerPool(Generic[C, L]):
-    """Runs calls on servers. Everything happens in one event loop; `open` comes first and `close` last.
+    """Runs calls on servers, all in one event loop. `open` comes first and `close` last.
 
-    admit: asked of each server before it gets work, at first and when it has come back. It returns what the server can
-    take, or raises ServerGone or Busy (not yet), Held (not yet, and however late, it is no server that is down) or
-    UserError (never: the pool fails).
+    admit: called for each server before it gets calls, at first and whenever it is back. It returns the server's
+    limits, or raises ServerGone or Busy (not ready), `NotYet` (not ready; waiting does not count as downtime), or
+    UserError (the pool fails).
     """
 
     def __init__(
@@ -114,37 +115,37 @@ class ServerPool(Generic[C, L]):
         readmission_wait: float = 0.2,
         report: Callable[[str], None] = log_rank0,
     ) -> None:
-        """kind: what messages call a server. all_down: seconds that calls wait without any server before the pool
-        gives up. heartbeat: seconds between two looks at a server that works. return_wait: seconds before one that is
-        gone is asked again; they grow."""
+        """kind: name of a server in messages. unavailable_timeout: seconds that calls wait without any server before
+        the pool gives up. heartbeat_interval: seconds between health checks. readmission_wait: seconds before a lost
+        server is tried again; grows up to 5 s."""
         self._members = [_Member(client) for client in clients]
-        self._admit, self._all_down, self._heartbeat = admit, unavailable_timeout, heartbeat_interval
-        self._return_wait, self._report, self._kind = readmission_wait, report, kind
-        self._waiting: deque[asyncio.Future[_Member[C]]] = deque()  # calls without a server
-        self._watches: list[asyncio.Task[None]] = []
-        self._waiters = 0  # how many of them
-        self._giving_up: asyncio.TimerHandle | None = None  # runs while they wait and no server is there
+        self._admit, self._kind, self._report = admit, kind, report
+        self._unavailable_timeout, self._readmission_wait = unavailable_timeout, readmission_wait
+        self._heartbeat_interval = heartbeat_interval
+        self._waiting: deque[asyncio.Future[_Member[C]]] = deque()  # calls that wait for a server
+        self._monitors: list[asyncio.Task[None]] = []
+        self._num_waiting = 0
+        self._timer: asyncio.TimerHandle | None = None  # runs while calls wait and no server is alive
         self._failure: Exception | None = None
-        self._gave_up: Exception | None = None  # the failure, if it is that no server was there
+        self._timeout_failure: Exception | None = None  # the failure, if it is that no server was alive
         self._limits: L | None = None
         self._lost: set[C] = set()
 
     async def open(self) -> None:
-        """Admits the servers that are there; the others are waited for in the background. Raises UserError."""
-        await asyncio.gather(*(self._try(member) for member in self._members))
-        self._note_down()
-        self._watches = [asyncio.create_task(self._watch(member)) for member in self._members]
+        """Admit the servers that are ready; keep trying the others in the background. Raises UserError."""
+        await asyncio.gather(*(self._try_to_admit(member) for member in self._members))
+        self._report_if_all_down()
+        self._monitors = [asyncio.create_task(self._monitor(member)) for member in self._members]
 
     async def run(self, calls: Sequence[PoolCall[C, L, T]]) -> AsyncGenerator[T]:
-        """One answer a call, each as soon as it is there.
+        """Yield one answer per call, in the order in which they finish. Close the iterator to cancel the others.
 
-        All calls are checked before the first attempt. Raises UserError for a bad one, for a server that answers
-        nonsense, and when calls have waited for `all_down` seconds without a server. Close the iterator to give the
-        rest up.
+        All calls are validated before the first attempt. Raises UserError for an invalid call or answer, and when calls
+        have waited for `unavailable_timeout` without a server.
         """
         if len({call.id for call in calls}) != len(calls):
             raise ValueError("two calls have the same id")
-        if self._limits is None:  # no server has been there yet
+        if self._limits is None:  # no server was admitted yet
             self._release(await self._acquire())
         assert self._limits is not None
         for call in calls:
@@ -159,137 +160,139 @@ class ServerPool(Generic[C, L]):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def available(self) -> list[C]:
-        """The servers that get work."""
+        """Return the servers that get calls."""
         return [member.client for member in self._members if member.alive]
 
     def take_lost(self) -> set[C]:
-        """The servers that were lost since this was last asked; from any thread."""
+        """Return the servers that were lost since the previous call. Thread-safe."""
         taken, self._lost = self._lost, set()
         return taken
 
     def mark_lost(self, client: C, reason: str) -> None:
-        """Told by whoever knows that a server is dead, or must not work on; it has to be admitted anew."""
+        """Take a server out of the pool until it is admitted again."""
         for member in self._members:
             if member.client is client:
                 self._lose(member, reason)
 
     async def close(self) -> None:
-        if self._giving_up is not None:
-            self._giving_up.cancel()
-        for task in self._watches:
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._monitors:
             task.cancel()
-        await asyncio.gather(*self._watches, return_exceptions=True)
+        await asyncio.gather(*self._monitors, return_exceptions=True)
         for member in self._members:
             await member.client.close()
 
-    async def _complete(self, wanted: PoolCall[C, L, T]) -> T:
-        seen: list[str] = []
+    async def _complete(self, call: PoolCall[C, L, T]) -> T:
+        reasons: list[str] = []
         for attempt in range(_MAX_ATTEMPTS):
             member = await self._acquire()
-            call = asyncio.ensure_future(wanted.attempt(member.client, attempt))
-            member.calls.add(call)
+            task = asyncio.ensure_future(call.attempt(member.client, attempt))
+            member.calls.add(task)
             try:
-                return await call
-            except StaleServer as unfit:
-                seen.append(str(unfit))
-                self._lose(member, seen[-1])
+                return await task
+            except StaleServer as stale:
+                reasons.append(str(stale))
+                self._lose(member, reasons[-1])
             except Busy as busy:
-                seen.append(str(busy) or "given up")
+                reasons.append(str(busy) or "given up")
             except ServerGone as gone:
-                seen.append(str(gone))
-                if member.alive and not await self._still_there(member):
+                reasons.append(str(gone))
+                if member.alive and not await self._readmit(member):
                     self._lose(member, str(gone))
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():  # it is this call that is no longer wanted
+                current = asyncio.current_task()
+                if current is None or current.cancelling():  # the caller cancelled, and not `_lose`
                     raise
-                seen.append(member.reason)
+                reasons.append(member.reason)
             finally:
-                call.cancel()
-                member.calls.discard(call)
+                task.cancel()
+                member.calls.discard(task)
                 self._release(member)
-        raise UserError(f"request {wanted.id} failed on {_MAX_ATTEMPTS} attempts, the last time: {seen[-1]}")
+        raise UserError(f"request {call.id} failed on {_MAX_ATTEMPTS} attempts, the last time: {reasons[-1]}")
 
-    async def _still_there(self, member: _Member[C]) -> bool:
-        """After a dropped connection: asked once for all calls that saw it. Admits the server anew, because what
-        answers now may be another one."""
-        if member.check is None or member.check.done():
-            member.check = asyncio.create_task(self._try(member))
-        return await asyncio.shield(member.check)
+    async def _readmit(self, member: _Member[C]) -> bool:
+        """Admit the server again after a dropped connection, because another one may answer now. Runs once for all
+        calls that saw the connection drop."""
+        if member.readmission is None or member.readmission.done():
+            member.readmission = asyncio.create_task(self._try_to_admit(member))
+        return await asyncio.shield(member.readmission)
 
     async def _acquire(self) -> _Member[C]:
-        """A place on the live server with the least to do, as soon as there is one."""
+        """Return the least loaded live server, once one has room for another call."""
         if self._failure is not None:
             raise self._failure
-        seat: asyncio.Future[_Member[C]] = asyncio.get_running_loop().create_future()
-        self._waiting.append(seat)
+        slot: asyncio.Future[_Member[C]] = asyncio.get_running_loop().create_future()
+        self._waiting.append(slot)
         self._assign()
-        self._waiters += 1
-        self._time()
+        self._num_waiting += 1
+        self._update_timer()
         try:
-            return await seat
+            return await slot
         except asyncio.CancelledError:
-            if seat.done() and not seat.cancelled():  # it came together with the cancellation
-                self._release(seat.result())
+            if slot.done() and not slot.cancelled():  # assigned together with the cancellation
+                self._release(slot.result())
             raise
         finally:
-            self._waiters -= 1
-            self._time()
+            self._num_waiting -= 1
+            self._update_timer()
 
     def _release(self, member: _Member[C]) -> None:
         member.running -= 1
         self._assign()
 
     def _assign(self) -> None:
-        """Gives the free places to those who have waited longest."""
+        """Assign free slots to the calls that have waited longest."""
         while self._waiting:
             free = [m for m in self._members if m.alive and m.running < m.client.connections]
             if not free:
                 return
-            seat = self._waiting.popleft()
-            if not seat.done():
+            slot = self._waiting.popleft()
+            if not slot.done():
                 member = min(free, key=lambda m: m.load)
                 member.running += 1
-                seat.set_result(member)
+                slot.set_result(member)
 
     def _fail(self, error: Exception) -> None:
-        """The pool serves nobody any more."""
+        """Raise the error in all waiting and future calls."""
         self._failure = error
-        for seat in self._waiting:
-            if not seat.done():
-                seat.set_exception(error)
+        for slot in self._waiting:
+            if not slot.done():
+                slot.set_exception(error)
         self._waiting.clear()
 
-    async def _try(self, member: _Member[C]) -> bool:
-        """Whether the server is admitted. Raises UserError."""
+    async def _try_to_admit(self, member: _Member[C]) -> bool:
+        """Try to admit the server; return whether it was. Raises UserError."""
         try:
             limits = await self._admit(member.client)
         except (ServerGone, Busy) as error:
-            member.reason, member.held = str(error), isinstance(error, NotYet)
-            self._time()
+            member.reason, member.not_yet = str(error), isinstance(error, NotYet)
+            self._update_timer()
             return False
-        # of servers that differ, what all can take
+        # what all servers accept
         self._limits = limits if self._limits is None else self._limits.intersect(limits)
         member.alive = True
         member.gone.clear()
-        if self._failure is self._gave_up:
-            self._failure = self._gave_up = None
-        self._time()
+        if self._failure is self._timeout_failure:
+            self._failure = self._timeout_failure = None
+        self._update_timer()
         self._assign()
         return True
 
-    async def _watch(self, member: _Member[C]) -> None:
-        """Looks at a server for as long as the pool lives."""
+    async def _monitor(self, member: _Member[C]) -> None:
+        """Check a live server's health, or try to admit a lost one, until the pool is closed."""
         while True:
             if member.alive:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(member.gone.wait(), self._heartbeat)
+                    await asyncio.wait_for(member.gone.wait(), self._heartbeat_interval)
                 if member.alive and not await member.client.reachable():
                     self._lose(member, "it does not answer any more")
                 continue
-            wait = wait_random_exponential(multiplier=self._return_wait, max=5.0)
+            wait = wait_random_exponential(multiplier=self._readmission_wait, max=5.0)
             try:
-                await AsyncRetrying(retry=retry_if_result(lambda there: not there), wait=wait)(self._try, member)
+                await AsyncRetrying(retry=retry_if_result(lambda admitted: not admitted), wait=wait)(
+                    self._try_to_admit, member
+                )
             except Exception as error:
                 self._fail(error)
                 return
@@ -298,31 +301,35 @@ class ServerPool(Generic[C, L]):
     def _lose(self, member: _Member[C], reason: str) -> None:
         if not member.alive:
             return
-        member.alive, member.held, member.reason = False, False, reason
+        member.alive, member.not_yet, member.reason = False, False, reason
         self._lost.add(member.client)
         member.gone.set()
         for call in member.calls:
             call.cancel()
         unfinished = f"; its {len(member.calls)} unfinished requests go elsewhere" if member.calls else ""
         self._report(f"{self._kind} {member.client.url} is gone: {reason}{unfinished}")
-        self._note_down()
+        self._report_if_all_down()
 
-    def _note_down(self) -> None:
+    def _report_if_all_down(self) -> None:
         if not any(member.alive for member in self._members):
-            self._report(f"all {self._kind}s are down: waiting for one of them, for {self._all_down:g} s at the most")
-            self._time()
+            self._report(
+                f"all {self._kind}s are down: waiting for one of them, for {self._unavailable_timeout:g} s at the most"
+            )
+            self._update_timer()
 
-    def _time(self) -> None:
-        """The time until the pool gives up runs as long as calls wait and no server is there."""
-        if self._failure is None and self._waiters and not any(m.alive or m.held for m in self._members):
-            if self._giving_up is None:
-                self._giving_up = asyncio.get_running_loop().call_later(self._all_down, self._give_up)
-        elif self._giving_up is not None:
-            self._giving_up.cancel()
-            self._giving_up = None
+    def _update_timer(self) -> None:
+        """Run the timer while calls wait and no server is alive."""
+        if self._failure is None and self._num_waiting and not any(m.alive or m.not_yet for m in self._members):
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(self._unavailable_timeout, self._give_up)
+        elif self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _give_up(self) -> None:
-        self._giving_up = None
+        self._timer = None
         reasons = "; ".join(f"{m.client.url}: {m.reason}" for m in self._members)
-        self._gave_up = UserError(f"no {self._kind} has been there for {self._all_down:g} s ({reasons})")
-        self._fail(self._gave_up)
+        self._timeout_failure = UserError(
+            f"no {self._kind} has been there for {self._unavailable_timeout:g} s ({reasons})"
+        )
+        self._fail(self._timeout_failure)
