@@ -32,6 +32,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 def test_megatron_core_spreads_over_the_package() -> None:
     allowed = [PACKAGE / folder for folder in ("megatron", "checkpoint", "distributed", "models")]
+    allowed.append(ROOT / "tools" / "benchmark_objective.py")  # times Megatron-Core's own cross entropy
     found = [
         f"{path.relative_to(ROOT)}:{line}"
         for path in SOURCES
