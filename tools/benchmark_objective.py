@@ -44,6 +44,7 @@ from eaopd_megatron.objective import (
     linear_entropy_aware_loss,
     summarise_teacher,
 )
+from eaopd_megatron.utils.lifetime import die_with_parent
 from eaopd_megatron.utils.log import log_rank0
 from tools.lib.live_bytes import LiveBytes
 
@@ -388,7 +389,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    launch.die_with_parent()
+    die_with_parent()
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -25,6 +25,7 @@ from eaopd_megatron.launch import local_ranks as launch
 from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.models.supported import check_local_model
 from eaopd_megatron.utils import files as atomic
+from eaopd_megatron.utils.lifetime import die_with_parent
 from eaopd_megatron.utils.log import log_rank0
 
 KINDS = ("tensor", "pipeline", "expert")
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    launch.die_with_parent()
+    die_with_parent()
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -12,7 +12,7 @@ from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.slurm_job import ROLES
 
 
-def main(arguments: Sequence[str]) -> int:
+def run_verb(arguments: Sequence[str]) -> int:
     """Run one verb and return its exit code."""
     options = _parser().parse_args(arguments)
     return run_entrypoint(lambda: globals()[f"_{options.verb.replace('-', '_')}"](options))
@@ -176,4 +176,4 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     os.environ.setdefault("RANK", os.environ.get("SLURM_PROCID", "0"))
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_verb(sys.argv[1:]))
