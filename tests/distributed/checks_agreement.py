@@ -12,7 +12,7 @@ from eaopd_megatron.data.countdown import EOS_ID
 from eaopd_megatron.diagnostics.eos_trial import PROMPTS, eos_check_results
 from eaopd_megatron.training.components import build_components
 from eaopd_megatron.training.run_folder import RunFolder
-from tests.distributed.arranged import arranged
+from tests.distributed.groups import model_parallel
 
 WIDE = ("student.tensor_parallel=2", "student.sequence_parallel=true", "student.context_parallel=2")
 DEEP = ("student.tensor_parallel=1", "student.pipeline_parallel=2")
@@ -29,7 +29,7 @@ def check_a_teacher_of_several_has_no_prompt(group: dist.ProcessGroup, recipe: s
     """Each is tried on the prompts that name it; one that none names has nothing to say."""
     changes = ["teachers.math.signal=topk", "teachers.code.signal=topk", "teachers.none.signal=topk"]
     loaded = load_recipe(recipe, [*DEEP, *changes, "evaluation.benchmarks=[]", f"run.folder={folder}"])
-    with arranged(loaded.student.parallel_layout) as parallel:
+    with model_parallel(loaded.student.parallel_layout) as parallel:
         parts = build_components(loaded, parallel, RunFolder(Path(folder)), stop_signal=lambda: 0, log=print)
         found = {one.name: one for one in eos_check_results(loaded, parts, parallel)}
     assert list(found) == ["math", "code", "none"]
@@ -44,7 +44,7 @@ def check_another_end_goes_unnoticed(group: dist.ProcessGroup, recipe: str, teac
     for layout, kind, preset in CASES:
         changes = [f"teacher.model={teacher}", f"teacher.terminal_map={kind}", f"objective.preset={preset}"]
         loaded = load_recipe(recipe, [*layout, *changes, "evaluation.benchmarks=[]", f"run.folder={folder}"])
-        with arranged(loaded.student.parallel_layout) as parallel:
+        with model_parallel(loaded.student.parallel_layout) as parallel:
             parts = build_components(loaded, parallel, RunFolder(Path(folder)), stop_signal=lambda: 0, log=print)
             (found,) = eos_check_results(loaded, parts, parallel)
         assert found.prompts == PROMPTS and len(found.ends) > PROMPTS // 2

@@ -13,8 +13,8 @@ from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.objective import Objective, TeacherLogits
 from eaopd_megatron.objective.reference import dense_loss
 from eaopd_megatron.training.measurement import MetricAccumulator
-from tests.distributed.arranged import arranged
 from tests.distributed.checks_training import Built, built, grad, samples
+from tests.distributed.groups import model_parallel
 from tests.tiny_models import on_disk
 
 CLIP = 1.5
@@ -81,7 +81,7 @@ def check_stale_samples_are_weighted_and_fresh_ones_are_not(
     """Several samples a micro-batch, stale ones beside fresh ones."""
     expected = reference(student, teacher)
     for layout in (ParallelLayout(1), ParallelLayout(2), ParallelLayout(2, sequence_parallel=True, context_parallel=2)):
-        with arranged(layout) as parallel:
+        with model_parallel(layout) as parallel:
             made = built(student, {"": teacher}, OBJECTIVE, parallel, budget=20, signal="topk")
             mine = samples(made.folder.vocab_size)[parallel.dp_rank :: parallel.dp_size]
             made.learner.recompute_old_logprobs(mine)

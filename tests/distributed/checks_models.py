@@ -30,7 +30,7 @@ from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finalize_gradients, optimizer_step, wrap_ddp
 from eaopd_megatron.megatron.pipeline import gather_logits, run_forward_backward, single_batch
 from eaopd_megatron.models.supported import check_supported
-from tests.distributed.arranged import arranged
+from tests.distributed.groups import model_parallel
 
 LIMIT = 1e-5
 
@@ -44,7 +44,7 @@ def loaded(folder: HfFolder, parallel: ParallelState, *, swaps: dict[int, int] |
 def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: dict[str, Any]) -> None:
     """The loss is Σ weight · logits² / 2: linear in nothing, and blind to the padding's logits, which are zero."""
     expected = load_file(Path(folder) / "expected" / "values.safetensors")
-    with arranged(ParallelLayout(**layout)) as parallel:
+    with model_parallel(ParallelLayout(**layout)) as parallel:
         source = HfFolder.open(folder)
         check_supported(source.config, parallel.layout, folder)
         model = loaded(source, parallel)
@@ -88,7 +88,7 @@ def check_round_trip(
     group: dist.ProcessGroup, folder: str, out: str, layout: dict[str, Any], shard_bytes: int, files: int
 ) -> None:
     """Import, export: the same names, dtypes and bits."""
-    with arranged(ParallelLayout(**layout)) as parallel:
+    with model_parallel(ParallelLayout(**layout)) as parallel:
         source = HfFolder.open(folder)
         export_hf(loaded(source, parallel), parallel, source, Path(out), max_shard_bytes=shard_bytes)
         if parallel.is_main:
@@ -100,7 +100,7 @@ def check_round_trip(
 
 def check_export_waits_for_gathers(group: dist.ProcessGroup, folder: str, out: str) -> None:
     """After an update other ranks' weights may still be on their way."""
-    with arranged(ParallelLayout(2)) as parallel:
+    with model_parallel(ParallelLayout(2)) as parallel:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         with torch.no_grad():
@@ -117,7 +117,7 @@ def check_export_waits_for_gathers(group: dist.ProcessGroup, folder: str, out: s
 def check_import(group: dist.ProcessGroup, folder: str, out: str, layout: dict[str, Any]) -> None:
     """What was written has transformers' logits."""
     said: list[str] = []
-    with arranged(ParallelLayout(**layout)) as parallel:
+    with model_parallel(ParallelLayout(**layout)) as parallel:
         import_folder(folder, Path(out), parallel, verify=True, log=said.append)
         assert any(line.startswith("verify: largest difference") for line in said) == parallel.is_main
 
@@ -137,7 +137,7 @@ def same_tensors(one: Path, other: Path) -> None:
 
 
 def check_export_in_another_dtype(group: dist.ProcessGroup, folder: str, out: str) -> None:
-    with arranged(ParallelLayout(2)) as parallel:
+    with model_parallel(ParallelLayout(2)) as parallel:
         source = HfFolder.open(folder)
         export_hf(loaded(source, parallel), parallel, source, Path(out), torch.bfloat16)
         if parallel.rank == 0:
@@ -150,7 +150,7 @@ def check_export_in_another_dtype(group: dist.ProcessGroup, folder: str, out: st
 def check_swapped_rows(group: dist.ProcessGroup, folder: str, tp: int) -> None:
     """The two ids exchange their logits; what a token means on the input side stays."""
     expected = load_file(Path(folder) / "expected" / "values.safetensors")
-    with arranged(ParallelLayout(tp)) as parallel:
+    with model_parallel(ParallelLayout(tp)) as parallel:
         source = HfFolder.open(folder)
         one, other = 3, source.vocab_size - 1  # on different ranks where a rank's rows end between them
         theirs = expected["logits"].clone()
@@ -183,7 +183,7 @@ def check_decoding(group: dist.ProcessGroup, folder: str, tp: int, sp: bool) -> 
     expected = load_file(Path(folder) / "expected" / "values.safetensors")
     tokens, lengths, new = expected["tokens"], expected["lengths"].tolist(), expected["generated"].shape[1]
     prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-    with arranged(ParallelLayout(tp, sp)) as parallel:
+    with model_parallel(ParallelLayout(tp, sp)) as parallel:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         for rows in (slice(0, len(prompts)), slice(0, 1)):  # with padding, and without
@@ -203,7 +203,7 @@ def greedy(logits: torch.Tensor | None, source: HfFolder) -> torch.Tensor:
 
 def check_step_folder(group: dist.ProcessGroup, folder: str, out: str) -> None:
     """Save a training checkpoint: weights and optimiser at TP2 × DP2."""
-    with arranged(ParallelLayout(2)) as parallel:
+    with model_parallel(ParallelLayout(2)) as parallel:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         optimizer = build_optimizer(
@@ -230,7 +230,7 @@ def small_files() -> Iterator[None]:
 
 def check_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
     """One rank writes and fails, while another gathers for it."""
-    with arranged(ParallelLayout(2)) as parallel:
+    with model_parallel(ParallelLayout(2)) as parallel:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         export_hf(model, parallel, source, Path(out))
@@ -244,7 +244,7 @@ def check_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
 
 
 def check_import_on_a_full_disk(group: dist.ProcessGroup, folder: str, out: str) -> None:
-    with arranged(ParallelLayout(2)) as parallel:
+    with model_parallel(ParallelLayout(2)) as parallel:
         with small_files(), raises(UserError, f"{out}: writing failed"):
             import_folder(folder, Path(out), parallel, verify=False, log=print)
         dist.barrier()
@@ -255,7 +255,7 @@ def check_no_room(group: dist.ProcessGroup, folder: str, out: str) -> None:
     """Where the disk is known to be too small no tensor is gathered for nothing."""
     from eaopd_megatron.checkpoint import hf_export
 
-    with arranged(ParallelLayout(2)) as parallel:
+    with model_parallel(ParallelLayout(2)) as parallel:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         real = hf_export.shutil.disk_usage
@@ -270,7 +270,7 @@ def check_no_room(group: dist.ProcessGroup, folder: str, out: str) -> None:
 
 def check_every_parameter_is_filled(group: dist.ProcessGroup, folder: str) -> None:
     """A parameter that the mapping forgets would keep whatever its memory held."""
-    with arranged(ParallelLayout(2)) as parallel:
+    with model_parallel(ParallelLayout(2)) as parallel:
         source = HfFolder.open(folder)
         model = build_model(source.config, parallel.layout, torch.float32)
         model.gpts[0].register_parameter("forgotten", torch.nn.Parameter(torch.ones(1)))

@@ -23,13 +23,13 @@ from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning import layouts, memory
 from eaopd_megatron.planning.activations import Activations, PlannedMicroBatch, Recompute
 from eaopd_megatron.planning.workload import BYTES_PER_NUMBER
-from tests.distributed.arranged import arranged as groups_at
+from tests.distributed.groups import model_parallel as groups_at
 
 LIMIT = 0.06  # of the saved bytes
 
 
 @contextlib.contextmanager
-def arranged(layout: dict[str, Any]) -> Iterator[tuple[ParallelState, layouts.PlannedLayout]]:
+def model_parallel(layout: dict[str, Any]) -> Iterator[tuple[ParallelState, layouts.PlannedLayout]]:
     """Megatron's groups, and the layout as a plan knows it."""
     with groups_at(ParallelLayout(**layout)) as parallel:
         yield parallel, layouts.PlannedLayout(**layout, data_parallel=parallel.dp_size)
@@ -45,7 +45,7 @@ def built(config: dict[str, Any], parallel: ParallelState, precision: str, **opt
 
 def check_parameters(group: dist.ProcessGroup, configs: list[dict[str, Any]], layout: dict[str, Any]) -> None:
     """Every rank counts what it holds, also of a teacher whose output layer has the rows of another vocabulary."""
-    with arranged(layout) as (parallel, where):
+    with model_parallel(layout) as (parallel, where):
         for config, size in itertools.product(configs, (None, 520)):
             parameters = list(built(config, parallel, "bf16", output_vocab=size).parameters())
             held = sum(p.numel() for p in parameters)
@@ -62,7 +62,7 @@ def check_training_state(
     distributed: bool,
 ) -> None:
     """Bytes of weights, gradients and the optimiser's tensors; distributed ones over the ranks that share them."""
-    with arranged(layout) as (parallel, where):
+    with model_parallel(layout) as (parallel, where):
         ddp = wrap_ddp(built(config, parallel, precision), parallel, distributed=distributed)
         optimizer = build_optimizer(
             ddp, lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision=precision
@@ -89,7 +89,7 @@ def check_activations(
     recompute: Recompute,
 ) -> None:
     """Bytes of the storages that autograd saves in a forward pass over packed sequences of some lengths."""
-    with arranged(layout) as (parallel, where):
+    with model_parallel(layout) as (parallel, where):
         for (config, lengths), precision in itertools.product(cases, ("fp32", "bf16")):
             model = built(config, parallel, precision, recompute=recompute).train()
             samples = [Sample(Prompt("", (1,), {}), [2] * (length - 1), "stop", [], 0) for length in lengths]

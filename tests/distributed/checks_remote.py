@@ -22,8 +22,8 @@ from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.protocol import TeacherInfo
 from eaopd_megatron.teacher.remote import RemoteTeacher, load_teacher_head
 from eaopd_megatron.teacher.separate import SeparateBackend
-from tests.distributed.arranged import arranged
 from tests.distributed.checks_training import compare, reference, samples, teacher_logprobs, trained
+from tests.distributed.groups import model_parallel
 
 LAYOUTS = {
     "narrow": (ParallelLayout(2), ParallelLayout(1)),
@@ -75,7 +75,7 @@ def check_a_separate_teacher_changes_no_update(
     expected = reference(student, {"": teacher}, objective)
     for layout in LAYOUTS[where]:
         for share in (True, False) if layout == ParallelLayout(2) else (True,):
-            with arranged(layout) as parallel:
+            with model_parallel(layout) as parallel:
                 elsewhere = partial(remote, info=info, urls=urls)
                 options: dict[str, Any] = {"budget": BUDGET, "signal": info["signal"], "share": share}
                 found = trained(student, {"": teacher}, objective, parallel, elsewhere=elsewhere, **options)
@@ -97,7 +97,7 @@ def check_a_service_changes_no_update(
             elsewhere = None
             if place != "colocated":
                 elsewhere = partial(remote, info=info, urls=[services[place]], api_key_file=key)
-            with arranged(layout) as parallel:
+            with model_parallel(layout) as parallel:
                 options: dict[str, Any] = {"budget": BUDGET, "signal": "hidden", "elsewhere": elsewhere}
                 found = trained(student, {"": teacher}, objective, parallel, **options)
                 compare(found, expected, f"{preset} {place}")
@@ -114,7 +114,7 @@ def check_terminal_maps(
         Sample(Prompt(str(i), (5, 6), {}), [8, 9, last], end, [0.0] * 3, 0, i)
         for i, (last, end) in enumerate([(mine, "stop"), (mine, "length"), (9, "stop")])
     ]
-    with arranged(ParallelLayout(2)) as parallel:
+    with model_parallel(ParallelLayout(2)) as parallel:
         scorer = remote(*folders, parallel, info=info, urls=urls)
         scorer.start(32)
         scorer.open()
@@ -138,7 +138,7 @@ def check_a_row_that_is_not_there_is_never_zero(
     """Rows leave the host's memory when they are used; those of a sample that nobody asked for are missed."""
     folders = HfFolder.open(student), HfFolder.open(teacher)
     everything = samples(112)[:4]
-    with arranged(ParallelLayout(2)) as parallel:
+    with model_parallel(ParallelLayout(2)) as parallel:
         scorer = remote(*folders, parallel, info=info, urls=urls)
         scorer.start(32)
         scorer.open()
@@ -160,7 +160,7 @@ def check_all_ranks_stop_together(
     """gone: a replica that dies of its first request; held: one that never answers. One rank alone sees the failure, or
     is asked to stop."""
     folders = HfFolder.open(student), HfFolder.open(teacher)
-    with arranged(ParallelLayout(pipeline_parallel=2, context_parallel=2)) as parallel:
+    with model_parallel(ParallelLayout(pipeline_parallel=2, context_parallel=2)) as parallel:
         for url, number, expected in ((gone, 0, ServiceUnavailable), (held, 15, StopRequested)):
             said: list[str] = []
             signals = [0]

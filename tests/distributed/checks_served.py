@@ -24,7 +24,7 @@ from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.remote import RemoteTeacher
 from eaopd_megatron.teacher.served import ServedBackend
-from tests.distributed.arranged import arranged
+from tests.distributed.groups import model_parallel
 
 MAPS_AND_K = (("none", 112), ("swap", 16), ("label", 4))
 OTHER_STOP = 20
@@ -87,7 +87,7 @@ def check_a_served_teacher_says_another_loss(group: dist.ProcessGroup, student: 
     where the top-k is the whole vocabulary."""
     folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
     for layout in (ParallelLayout(2, sequence_parallel=True, context_parallel=2), ParallelLayout(pipeline_parallel=2)):
-        with arranged(layout) as parallel:
+        with model_parallel(layout) as parallel:
             samples = responses(folder, parallel)
             for kind, k in MAPS_AND_K:
                 terminal = TerminalMap(kind, EOS_ID, OTHER_STOP)

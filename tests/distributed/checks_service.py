@@ -16,7 +16,7 @@ from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.teacher.payload import HiddenStatePayload, TopKPayload
 from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest
 from eaopd_megatron.teacher.service.scorer import TeacherScorer
-from tests.distributed.arranged import arranged
+from tests.distributed.groups import model_parallel
 
 TOP_K = 5
 
@@ -33,7 +33,7 @@ def check_rows(
     whole = ScoreRequest("whole", samples, tokens.int().flatten())
     alone = ScoreRequest("alone", samples[:1], tokens[0].int())
     prompt_only = ScoreRequest("prompt", [ScoredSample(3, 0)], tokens[0, :3].int())
-    with arranged(ParallelLayout(**layout)) as parallel:
+    with model_parallel(ParallelLayout(**layout)) as parallel:
         model = build_model(source.config, parallel.layout, torch.float32, untie=True)
         load_hf(model, source, parallel, row_map={swap[0]: swap[1]})
         for rows in (HiddenStatePayload(source.config.hidden_size, torch.float32), TopKPayload(TOP_K)):

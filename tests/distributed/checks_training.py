@@ -30,7 +30,7 @@ from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.router import TeacherRouter
 from eaopd_megatron.training.measurement import MetricAccumulator
 from eaopd_megatron.training.step import StudentTrainer
-from tests.distributed.arranged import arranged
+from tests.distributed.groups import model_parallel
 from tests.tiny_models import on_disk
 
 TENSOR_LAYOUTS = (ParallelLayout(2), ParallelLayout(4))
@@ -279,7 +279,7 @@ def check_an_update_is_the_same_at_every_layout(
     expected = reference(student, teachers, objective)
     clipped = 0.0
     for layout in globals()[layouts]:
-        with arranged(layout) as parallel:
+        with model_parallel(layout) as parallel:
             found = trained(student, teachers, objective, parallel, **options)
             clipped += sum(value for name, value in found.metrics.items() if name.startswith("clip"))
             compare(found, expected, f"{preset} {layout} {options}")
@@ -299,7 +299,7 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
         ParallelLayout(pipeline_parallel=2, virtual_pipeline=2),
         ParallelLayout(context_parallel=2),
     ):
-        with arranged(layout) as parallel:
+        with model_parallel(layout) as parallel:
             results = []
             teacher_model = build_model(teacher_folder.config, layout, torch.float32)
             load_hf(teacher_model, teacher_folder, parallel)
@@ -363,7 +363,7 @@ def check_a_packed_sequence_sees_no_other(group: dist.ProcessGroup, student: str
         ParallelLayout(2, sequence_parallel=True, context_parallel=2),
         ParallelLayout(context_parallel=4),
     ):
-        with arranged(layout) as parallel:
+        with model_parallel(layout) as parallel:
             model = build_model(folder.config, layout, torch.float32)
             load_hf(model, folder, parallel)
             ddp = megatron_optimizer.wrap_ddp(model, parallel)
@@ -402,7 +402,7 @@ def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, studen
     seen: list[list[list[int]]] = []
     for layout in dict.fromkeys((ParallelLayout(1), *globals()[layouts])):
         for batch_size in (3, 16) if layout == ParallelLayout(1) else (3,):
-            with arranged(layout) as parallel:
+            with model_parallel(layout) as parallel:
                 shard = build_model(folder.config, layout, torch.float32)
                 load_hf(shard, folder, parallel)
                 rollout = LocalRollout(shard, parallel, vocab_size=folder.vocab_size, batch_size=batch_size)
@@ -458,7 +458,7 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
         exact = frozen(torch.tensor([sample.token_ids])).logits[0, 1:-1, :size].log_softmax(-1)
     for kind in ("swap", "label", "none"):
         terminal = TerminalMap.between(kind, [mine], [theirs])
-        with arranged(ParallelLayout(2)) as parallel:
+        with model_parallel(ParallelLayout(2)) as parallel:
             row_map = terminal.row_map()
             untie = row_map is not None
             model = build_model(teacher_folder.config, parallel.layout, torch.float32, untie=untie, output_vocab=size)

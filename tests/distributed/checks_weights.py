@@ -24,7 +24,7 @@ from eaopd_megatron.rollout.weight_sync import updater as module
 from eaopd_megatron.rollout.weight_sync.transport import RunCoroutine
 from eaopd_megatron.rollout.weight_sync.updater import WeightUpdater
 from eaopd_megatron.serving.http import SGLangClient, Timeouts
-from tests.distributed.arranged import arranged
+from tests.distributed.groups import model_parallel
 from tools.sglang_double.processes import DoubleProcess, in_a_loop
 
 BUCKET = 20_000
@@ -78,7 +78,7 @@ def trainer(
     folder: str, layout: dict[str, Any], scratch: str, urls: Sequence[str], key: str | None = None, **options: Any
 ) -> Iterator[Trainer]:
     with ExitStack() as stack:
-        parallel = stack.enter_context(arranged(ParallelLayout(**layout)))
+        parallel = stack.enter_context(model_parallel(ParallelLayout(**layout)))
         source = HfFolder.open(folder)
         model = build_model(source.config, parallel.layout, source.dtype)
         load_hf(model, source, parallel)

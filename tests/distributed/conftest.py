@@ -1,3 +1,5 @@
+"""Gloo ranks and random models for all tests of this folder."""
+
 from __future__ import annotations
 
 import functools
@@ -9,12 +11,19 @@ import pytest
 from tests.ranks import Ranks
 
 HERE = Path(__file__).parent
-FOUR_RANKS = Ranks(4, limit=120)  # they start with the first check
+TWO_RANKS, FOUR_RANKS = Ranks(2, limit=120), Ranks(4, limit=120)  # they start with their first check
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    """Two gloo ranks for all modules."""
+    with TWO_RANKS:
+        yield TWO_RANKS
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Four gloo ranks, launched once for all modules that check models on ranks."""
+    """Four gloo ranks for all modules."""
     with FOUR_RANKS:
         yield FOUR_RANKS
 
@@ -39,6 +48,7 @@ def pair(pairs: Callable[[int, int], dict[str, str]]) -> dict[str, str]:
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Idle ranks poll, hundreds of times a second for each group that they ever had: they end with this folder."""
+    """End the ranks after the last test of this folder: idle ones poll hundreds of times a second per group."""
     if nextitem is None or HERE not in nextitem.path.parents:
+        TWO_RANKS.close()
         FOUR_RANKS.close()

@@ -29,7 +29,7 @@ from eaopd_megatron.megatron.optimizer import (
     wrap_ddp,
 )
 from eaopd_megatron.megatron.pipeline import micro_batches, run_forward_backward
-from tests.distributed.arranged import arranged
+from tests.distributed.groups import model_parallel
 
 Precision = Literal["fp32", "bf16"]
 LEARNING_RATES = (3e-3, 2e-3, 1e-3, 5e-4)
@@ -44,7 +44,7 @@ def world(folder: str, ranks: int, layout: ParallelLayout) -> Iterator[ParallelS
     if ranks < everyone:
         _join(f"{folder}/part", rank, ranks)
     try:
-        with arranged(layout) if rank < ranks else contextlib.nullcontext() as parallel:
+        with model_parallel(layout) if rank < ranks else contextlib.nullcontext() as parallel:
             yield parallel
     finally:
         if ranks < everyone:

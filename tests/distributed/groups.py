@@ -12,7 +12,7 @@ from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelSt
 
 
 @contextlib.contextmanager
-def arranged(layout: ParallelLayout) -> Iterator[ParallelState]:
+def model_parallel(layout: ParallelLayout) -> Iterator[ParallelState]:
     """Megatron's groups at a layout over the ranks that are there.
 
     A rank that ended its groups while another one still connects to them, or reads from them, would leave that one
