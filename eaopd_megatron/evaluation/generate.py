@@ -1,7 +1,7 @@
-"""Responses by SGLang servers: started here and ended, or named by their URLs.
+"""Generate the missing responses of an evaluation, by Megatron ranks of this host or by SGLang servers.
 
-The servers draw the tokens from random numbers of their own: an evaluation that was killed keeps every finished
-response and draws the others anew.
+Servers, started here or given by URL, sample with their own random numbers: an evaluation that is resumed keeps every
+finished response and samples the others anew.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from eaopd_megatron.serving.pool import ServerPool
 from eaopd_megatron.serving.supervisor import RestartPolicy, Supervisor
 
 
+_REPORT_EVERY = 100  # responses
+
+
 def generate_on_ranks(
     folder: EvaluationFolder, model: Path, missing: dict[str, list[SampleIndex]], tensor_parallel: int, batch_size: int
 ) -> int:
-    """Generates what is missing of each benchmark. The exit code of the ranks."""
+    """Generate the missing responses of each benchmark; return the ranks' exit code."""
     from eaopd_megatron.launch.local_ranks import launch_ranks
 
     path = folder.path / "work.json"
@@ -44,7 +47,7 @@ def generate_on_ranks(
 
 
 def generate_on_rank(work: dict[str, Any]) -> None:
-    """One rank of `generate`."""
+    """Run one rank of `generate_on_ranks`. work: what that wrote to work.json."""
     import torch
 
     from eaopd_megatron.checkpoint.hf_folder import HfFolder
@@ -56,7 +59,7 @@ def generate_on_rank(work: dict[str, Any]) -> None:
     from eaopd_megatron.rollout.local import LocalRollout
 
     tensor_parallel, batch_size = work["tensor_parallel"], work["batch_size"]
-    layout = groups.ParallelLayout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # experts ask for it
+    layout = groups.ParallelLayout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # MoE models require it
     parallel, _ = groups.init_distributed(layout)
     source = HfFolder.open(work["model"], "MODEL")
     check_supported(source.config, layout, f"MODEL: {work['model']}")
@@ -67,11 +70,8 @@ def generate_on_rank(work: dict[str, Any]) -> None:
     settings = folder.settings()
     sampling = SamplingParams.from_json(settings["sampling"])
     for name, places in work["missing"].items():
-        prompts, store, missing = (
-            read_prompts(folder.prompts(name)),
-            folder.response_file(name),
-            set(map(tuple, places)),
-        )
+        prompts, store = read_prompts(folder.prompts(name)), folder.response_file(name)
+        missing = set(map(tuple, places))
         every = [(problem, sample) for problem in range(len(prompts)) for sample in range(settings["samples"])]
         for start in range(0, len(every), batch_size):
             batch = every[start : start + batch_size]
@@ -80,7 +80,6 @@ def generate_on_rank(work: dict[str, Any]) -> None:
             keys = [(settings["seed"], "evaluation", name, *place) for place in batch]
             samples = rollout.generate([prompts[problem] for problem, _ in batch], keys, sampling, 0)
             if parallel.is_main:
-                made = zip(batch, samples, strict=True)
                 store.append(
                     DecodedResponse(
                         *place,
@@ -88,7 +87,7 @@ def generate_on_rank(work: dict[str, Any]) -> None:
                         len(one.response_ids),
                         one.finish_reason,
                     )
-                    for place, one in made
+                    for place, one in zip(batch, samples, strict=True)
                     if place in missing
                 )
                 print(f"{name}: {min(start + batch_size, len(every))} of {len(every)} responses", flush=True)
@@ -96,8 +95,10 @@ def generate_on_rank(work: dict[str, Any]) -> None:
 
 
 def check_length(positions: int, response: int, setting: str = "--max-response-tokens ") -> int:
-    """The longest prompt (tokens) that leaves room for the response. UserError, which names the setting, where none
-    does."""
+    """Return the maximum number of prompt tokens that leaves room for the response.
+
+    Raises UserError, naming the setting, if there is none.
+    """
     if positions <= response:
         raise UserError(
             f"{setting}{response}: the model has {positions} positions for prompt and response together; lower it"
@@ -105,18 +106,15 @@ def check_length(positions: int, response: int, setting: str = "--max-response-t
     return positions - response
 
 
-_REPORT_EVERY = 100  # responses
-
-
 @dataclass(frozen=True)
 class ServerChoice:
-    """urls: of servers that run already; else `count` are started, each on `tensor_parallel` GPUs of this host."""
+    """urls: servers that run already. Without, `count` are started, each on `tensor_parallel` GPUs of this host."""
 
     urls: Sequence[str] = ()
     count: int = 1
     tensor_parallel: int = 1
-    max_running: int = 64  # responses that a server writes at the same time
-    memory_fraction: float = 0.8  # of a GPU's memory
+    max_concurrent_requests: int = 64  # per server
+    mem_fraction_static: float = 0.8  # fraction of a GPU's memory for weights and KV cache
     api_key_file: Path | None = None  # of servers that run already
 
 
@@ -127,11 +125,11 @@ def generate_on_servers(
     choice: ServerChoice,
     report: Callable[[str], None],
 ) -> None:
-    """Generates what is missing of each benchmark. Raises UserError."""
+    """Generate the missing responses of each benchmark. Raises UserError."""
     settings = folder.settings()
     sampling = SamplingParams.from_json(settings["sampling"])
     prompts = {name: read_prompts(folder.prompts(name)) for name in missing}
-    longest = max(len(prompt.token_ids) for some in prompts.values() for prompt in some) + sampling.max_new_tokens
+    longest = max(len(prompt.token_ids) for group in prompts.values() for prompt in group) + sampling.max_new_tokens
     expected = ExpectedModel.of(model, longest)
     tokenizer = model.tokenizer()
     with _pool(choice, model, longest, folder.path / "servers", expected, report) as (loop, pool):
@@ -170,7 +168,7 @@ def _pool(
     expected: ExpectedModel,
     report: Callable[[str], None],
 ) -> Iterator[tuple[EventLoopThread, ServerPool[SGLangClient, LengthLimits]]]:
-    """The servers as one, and the loop in which it lives."""
+    """Start or find the servers; return their pool and the event loop that it runs in."""
     with contextlib.ExitStack() as stack:
         key = None if choice.api_key_file is None else read_api_key(choice.api_key_file)
         servers: list[SGLangServer] = []
@@ -182,15 +180,15 @@ def _pool(
                 required_context_length(longest),
                 tensor_parallel=choice.tensor_parallel,
                 precision="bf16" if model.dtype.itemsize == 2 else "fp32",
-                mem_fraction_static=choice.memory_fraction,
-                max_concurrent_requests=choice.max_running,
+                mem_fraction_static=choice.mem_fraction_static,
+                max_concurrent_requests=choice.max_concurrent_requests,
                 api_key=key,
             )
             servers = sglang_servers(settings, choice.count, logs)
             stack.enter_context(Supervisor(servers, policy=RestartPolicy(4), report=report))
             urls = [server.url for server in servers]
         loop = stack.enter_context(EventLoopThread())
-        clients = [SGLangClient(url, api_key=key, connections=choice.max_running) for url in urls]
+        clients = [SGLangClient(url, api_key=key, connections=choice.max_concurrent_requests) for url in urls]
         pool = ServerPool(clients, partial(verify_server, expected=expected), report=report)
         loop.run(pool.open())
         stack.callback(lambda: loop.run(pool.close()))

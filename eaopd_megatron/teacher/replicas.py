@@ -1,4 +1,4 @@
-"""The replicas of a teacher that the trainer starts on its own host: `eaopd teach`, or SGLang's servers."""
+"""Replicas of a teacher that the trainer starts on its own host: `eaopd teach`, or SGLang servers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _KIND = "teacher replica"
 
 
 class TeacherReplicas:
-    """On the main rank. Where CUDA is there, each replica has GPUs of its own; that has not been run."""
+    """The replicas of one teacher, on the main rank. With CUDA each replica has its own GPUs."""
 
     def __init__(self, recipe: Recipe, name: str, logs: Path, *, first_gpu: int, report: Callable[[str], None]) -> None:
-        """name: the teacher's, '' for a recipe's only one. logs: folder of their logs. first_gpu: of the first of them,
-        among the visible ones."""
+        """name: the teacher's; "" if the recipe has one teacher. logs: folder of the replicas' logs. first_gpu: index,
+        among the visible GPUs, of the first replica's first GPU."""
         self._recipe, self._name, self._logs = recipe, name, logs
         self._first_gpu, self._report = first_gpu, report
         self._options: Options = recipe.named_teachers()[name]
@@ -40,43 +40,42 @@ class TeacherReplicas:
 
     @property
     def api_key(self) -> str | None:
-        """What they want in the Authorization header."""
+        """The key that the replicas expect in the Authorization header."""
         return self._key
 
     def start(self, longest: int) -> None:
-        """Begins to start them. longest: tokens of a prompt and its response together. Raises UserError."""
+        """Start the replicas in the background. longest: maximum tokens of a prompt and its response. Raises UserError."""
         options = self._options
-        given = options.api_key_file
-        self._key = secrets.token_urlsafe(24) if given is None else read_api_key(Path(given))
-        places = self._gpus()
+        key_file = options.api_key_file
+        self._key = secrets.token_urlsafe(24) if key_file is None else read_api_key(Path(key_file))
         make = self._sglang if options.placement == "served" else self._separate
-        self._servers = [make(number, gpus, longest) for number, gpus in enumerate(places)]
+        self._servers = [make(number, gpus, longest) for number, gpus in enumerate(self._gpus())]
         self._supervisor = Supervisor(self._servers, minutes=options.startup_timeout_minutes, report=self._report)
         self._supervisor.start()
 
     def wait_urls(self) -> Generator[None, None, list[str]]:
-        """Yields while they are not there; its result are their URLs. Raises UserError."""
+        """Yield until all replicas serve; return their URLs. Raises UserError."""
         assert self._supervisor is not None, "start comes first"
         yield from poll_until_done(self._supervisor.ready)
         return [server.url for server in self._servers]
 
     def close(self) -> None:
-        """Ends them. A second call does nothing."""
+        """Stop the replicas. Idempotent."""
         if self._supervisor is not None:
             self._supervisor.stop()
 
     def _gpus(self) -> list[range]:
-        """Of each replica, among the visible ones. Raises UserError where there are too few."""
+        """Return each replica's GPUs, as indices among the visible ones. Raises UserError if there are too few."""
         size, count = self._options.parallel_layout.min_world_size, self._options.replicas
-        places = [range(first, first + size) for first in range(self._first_gpu, self._first_gpu + size * count, size)]
-        if torch.cuda.is_available() and places[-1].stop > torch.cuda.device_count():
+        gpus = [range(first, first + size) for first in range(self._first_gpu, self._first_gpu + size * count, size)]
+        if torch.cuda.is_available() and gpus[-1].stop > torch.cuda.device_count():
             key = teacher_key(self._name)
             raise UserError(
-                f"{key}.replicas={count} of {size} GPUs each take GPUs {self._first_gpu} to {places[-1].stop - 1} of "
+                f"{key}.replicas={count} of {size} GPUs each take GPUs {self._first_gpu} to {gpus[-1].stop - 1} of "
                 f"this host, which shows {torch.cuda.device_count()} (counted from 0): lower {key}.replicas or its "
                 f"layout, or start them elsewhere and name them in {key}.urls"
             )
-        return places
+        return gpus
 
     def _log(self, number: int) -> Path:
         return self._logs / f"{self._name or 'teacher'}_{number}.log"
@@ -104,7 +103,7 @@ class TeacherReplicas:
 
 
 class SeparateReplica(ServerProcess):
-    """One `eaopd teach`, the launcher of its ranks."""
+    """One `eaopd teach`, which launches its ranks."""
 
     kind = _KIND
 
@@ -124,5 +123,5 @@ class SeparateReplica(ServerProcess):
         if not torch.cuda.is_available():
             return {}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        chosen = [visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu) for gpu in self._gpus]
-        return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+        devices = [visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu) for gpu in self._gpus]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}

@@ -1,4 +1,4 @@
-"""A teacher on ranks of its own (`eaopd teach`), as the student's ranks ask it: its client and what is asked."""
+"""Client of a teacher on ranks of its own (`eaopd teach`), and its requests for scores."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class TokenLimit:
 
 @dataclass(frozen=True)
 class SeparateScoreCall:
-    """A request as a pool's call. It has the same id on every attempt: a replica that still works on it goes on."""
+    """A request for scores, as a `PoolCall`. Its id is the same in every attempt: a replica that still works on it
+    continues."""
 
     request: ScoreRequest
     row_bytes: int
@@ -66,12 +67,12 @@ class SeparateScoreCall:
         return self.request.id
 
     def validate(self, limits: TokenLimit) -> None:
-        """Raises UserError."""
+        """Raise UserError for a request that is too long."""
         if (tokens := len(self.request.token_ids)) > limits.max_tokens:
             raise UserError(f"a request of {tokens} tokens is longer than the teacher's {limits.max_tokens}")
 
     async def attempt(self, client: TeacherClient, number: int) -> torch.Tensor:
-        """[response tokens, row_bytes] uint8. Raises ServerGone, Busy, UserError."""
+        """Return [response tokens, row_bytes] uint8. Raises ServerGone, Busy, UserError."""
         count = self.request.response_tokens
         return (await client.score(self.request.encode(), count * self.row_bytes)).view(count, self.row_bytes)
 
