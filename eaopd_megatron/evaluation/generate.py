@@ -27,7 +27,6 @@ from eaopd_megatron.serving.http import EventLoopThread, SGLangClient, read_api_
 from eaopd_megatron.serving.pool import ServerPool
 from eaopd_megatron.serving.supervisor import RestartPolicy, Supervisor
 
-
 _REPORT_EVERY = 100  # responses
 
 

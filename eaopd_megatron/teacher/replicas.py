@@ -44,7 +44,10 @@ class TeacherReplicas:
         return self._key
 
     def start(self, longest: int) -> None:
-        """Start the replicas in the background. longest: maximum tokens of a prompt and its response. Raises UserError."""
+        """Start the replicas in the background. longest: maximum tokens of a prompt and its response.
+
+        Raises UserError if there are too few GPUs.
+        """
         options = self._options
         key_file = options.api_key_file
         self._key = secrets.token_urlsafe(24) if key_file is None else read_api_key(Path(key_file))
