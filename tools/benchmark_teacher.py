@@ -34,18 +34,15 @@ sys.path.insert(0, str(ROOT))
 
 warnings.simplefilter("ignore")  # about optional packages
 
-from eaopd_megatron.config.schema import TeacherConfig as Options  # noqa: E402
+from eaopd_megatron.config.schema import TeacherConfig  # noqa: E402
 from eaopd_megatron.data.types import Prompt, Sample  # noqa: E402
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState  # noqa: E402
+from eaopd_megatron.megatron.pipeline import micro_batches_by_teacher  # noqa: E402
+from eaopd_megatron.teacher.base import TeacherRouter  # noqa: E402
 from eaopd_megatron.teacher.eos_map import TerminalMap  # noqa: E402
 from eaopd_megatron.teacher.protocol import TeacherInfo  # noqa: E402
 from eaopd_megatron.teacher.remote import RemoteTeacher  # noqa: E402
-from eaopd_megatron.teacher.router import TeacherRouter  # noqa: E402
-from eaopd_megatron.teacher.separate import (  # noqa: E402
-    SeparateBackend,
-    SeparateScoreCall,
-    TeacherClient,
-)
+from eaopd_megatron.teacher.separate import SeparateBackend, SeparateScoreCall, TeacherClient  # noqa: E402
 from eaopd_megatron.teacher.service.listener import RequestQueue, TeacherHttpServer  # noqa: E402
 from eaopd_megatron.training.loop import train  # noqa: E402
 
@@ -210,19 +207,20 @@ def traffic(requests: int) -> None:
 # Overlap
 
 
-class Waits:
-    """A run and its student, as far as `train` and the teacher see them: waits, and the teacher's rows taken."""
+class SleepingTrainer:
+    """A trainer and its student as `train` and the teacher see them: it sleeps, and uses the teacher's payload."""
 
-    def __init__(self, teacher: TeacherRouter, parallel: ParallelState, iterations: int) -> None:
-        self.teacher, self.parallel, self.student = teacher, parallel, self
-        self.recipe, self.averages = self, None
+    def __init__(self, teachers: TeacherRouter, parallel: ParallelState, iterations: int) -> None:
+        self.teachers, self.parallel, self.student = teachers, parallel, self
+        self.recipe, self.metrics = self, None
         self.train, self.rollout = self, self
-        self.iterations, self.max_lag, self.importance_clip = iterations, 0, 1.0
+        self.iterations, self.max_staleness, self.importance_clip = iterations, 0, 1.0
         self.iteration = self.updates = 0
+        self.updates_per_iteration = UPDATES
         self.seconds: list[float] = []
         self._began = time.perf_counter()
 
-    def publish(self) -> None:
+    def update_weights(self) -> None:
         self._began = time.perf_counter()
 
     def generate(self) -> Iterator[list[Sample]]:
@@ -233,19 +231,20 @@ class Waits:
     def mini_batches(self, samples: list[Sample]) -> list[list[Sample]]:
         return [samples[update::UPDATES] for update in range(UPDATES)]
 
-    def update(self, samples: list[Sample], teacher: TeacherRouter, **_: Any) -> None:
-        batches = teacher.micro_batches(samples, BUDGET, self.parallel)
-        signal_of = teacher.micro_batch_signals(batches)
+    def update(self, samples: list[Sample], teachers: TeacherRouter, **_: Any) -> None:
+        batches = micro_batches_by_teacher(samples, BUDGET, self.parallel, teachers.names)
+        signal_of = teachers.micro_batch_signals(batches)
         for index, batch in enumerate(batches):
             assert len(cast(Any, signal_of(index)).hidden) == batch.num_response_tokens
         time.sleep(TRAINING / UPDATES)
 
-    def clock(self, phase: str) -> contextlib.AbstractContextManager[None]:
+    def timer(self, phase: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def evaluate(self) -> None: ...
+    def evaluate_if_due(self) -> None: ...
 
-    def recompute_old_logprobs(self, samples: list[Sample]) -> None: ...
+    def recompute_old_logprobs(self, samples: list[Sample]) -> list[Sample]:
+        return samples
 
     def objective(self, update: int) -> None: ...
 
@@ -265,23 +264,20 @@ def overlap(iterations: int) -> None:
         teacher = RemoteTeacher(
             parallel,
             SeparateBackend(info, budget=BUDGET, terminal=TERMINAL, connections=8),
-            payload_format=info.payload_format,
+            TeacherConfig(model="none", placement="separate", urls=[url]),
             head=torch.zeros(128, width),
-            terminal=TERMINAL,
-            replicas=None,
-            options=Options(model="none", placement="separate", urls=[url]),
             stop_signal=lambda: 0,
             report=print,
         )
         teacher.start(PROMPT + RESPONSE)
         teacher.open()
-        run = Waits(TeacherRouter({"": teacher}), parallel, iterations)
-        train(cast(Any, run))
+        trainer = SleepingTrainer(TeacherRouter({"": teacher}), parallel, iterations)
+        train(cast(Any, trainer))
         teacher.close()
     alone = GENERATION + TRAINING
-    shown = " ".join(f"{seconds:.2f}" for seconds in run.seconds)
+    shown = " ".join(f"{seconds:.2f}" for seconds in trainer.seconds)
     print(f"iterations: {shown} s; generation {GENERATION} s + training {TRAINING} s, teacher {TEACHER} s")
-    print(f"iteration / (generation + training): {statistics.median(run.seconds) / alone:.3f}")
+    print(f"iteration / (generation + training): {statistics.median(trainer.seconds) / alone:.3f}")
 
 
 def main() -> None:

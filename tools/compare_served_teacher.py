@@ -78,7 +78,7 @@ def served(folder: HfFolder) -> Iterator[str]:
 def source(student: HfFolder, teacher: HfFolder, k: int) -> ServedBackend:
     terminal = TerminalMap.between("swap", student.eos_ids, teacher.eos_ids)
     size = common_vocab_size([student, teacher])
-    return ServedBackend(teacher, vocab_size=size, k=min(k, size), terminal=terminal, max_running=RUNNING)
+    return ServedBackend(teacher, vocab_size=size, k=min(k, size), terminal=terminal, connections=RUNNING)
 
 
 async def write(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:

@@ -26,6 +26,7 @@ from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.distributed.heartbeat import heartbeat_monitor
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.forward import gather_context_parallel
+from eaopd_megatron.megatron.pipeline import micro_batches_by_teacher
 from eaopd_megatron.objective import TeacherHidden, TeacherTopK, linear_token_statistics, token_statistics
 from eaopd_megatron.rollout.interface import GenerationRequest
 from eaopd_megatron.teacher.base import TeacherSignal
@@ -126,8 +127,8 @@ def _ends(
         stopped += [sample for sample in part if sample.finish_reason == "stop"]
     parts.rollout.finish_generation()
     parts.teachers.submit(stopped)
-    parts.teachers.wait(stopped)
-    batches = parts.teachers.micro_batches(stopped, recipe.train.micro_batch_tokens, parallel)
+    scored = parts.teachers.wait(stopped)
+    batches = micro_batches_by_teacher(scored, recipe.train.micro_batch_tokens, parallel, parts.teachers.names)
     signal_of = parts.teachers.micro_batch_signals(batches)
     found: dict[str, list[ResponseEnd]] = {name: [] for name in recipe.named_teachers()}
     for index, batch in enumerate(batches if parallel.is_last_stage else []):

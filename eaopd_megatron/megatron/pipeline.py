@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from eaopd_megatron.data.packing import Packing, collate, split_into_micro_batches
+from eaopd_megatron.data.packing import Packing, collate, group_by_teacher, split_into_micro_batches
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.megatron.forward import gather_context_parallel, output_weight, response_hidden_states, stage_output
@@ -26,11 +26,26 @@ def packing_for(layout: ParallelLayout, context_rank: int = 0) -> Packing:
     return Packing(tensor, layout.context_parallel, context_rank)
 
 
-def micro_batches(samples: Sequence[Sample], budget: int, parallel: ParallelState) -> list[MicroBatch]:
-    """The samples of a data-parallel rank, packed into micro-batches of at most `budget` tokens (at least one sample).
+def micro_batches_by_teacher(
+    samples: Sequence[Sample], budget: int, parallel: ParallelState, teachers: Sequence[str]
+) -> list[MicroBatch]:
+    """Return `micro_batches` of each teacher's samples, in the order of `teachers`: one output head per micro-batch.
+    Collective over the data-parallel group."""
+    return [
+        batch
+        for name, group in group_by_teacher(samples, teachers)
+        for batch in micro_batches(group, budget, parallel, name)
+    ]
 
-    As many on every data-parallel rank (experts are shared by them), with empty ones at the end, at least one, and a
-    multiple of the pipeline's stages where the schedule is interleaved. Collective over the data-parallel group.
+
+def micro_batches(
+    samples: Sequence[Sample], budget: int, parallel: ParallelState, teacher: str = ""
+) -> list[MicroBatch]:
+    """Pack the samples of a data-parallel rank into micro-batches of at most `budget` tokens (at least one sample).
+
+    Every data-parallel rank gets the same number, because experts are shared by them: at least one, and a multiple of
+    the pipeline's stages under an interleaved schedule; the last ones may be empty. Collective over the data-parallel
+    group.
     """
     packing = packing_for(parallel.layout, parallel.cp_rank)
     parts: list[list[Sample]] = list(split_into_micro_batches(samples, budget, packing))
@@ -40,7 +55,7 @@ def micro_batches(samples: Sequence[Sample], budget: int, parallel: ParallelStat
     multiple = parallel.pp_size if parallel.layout.virtual_pipeline > 1 else 1
     missing = -(-int(count) // multiple) * multiple - len(parts)
     parts += [[] for _ in range(missing)]
-    return [collate(part, parallel.device, packing) for part in parts]
+    return [collate(part, parallel.device, packing, teacher) for part in parts]
 
 
 def run_forward(model: ModelChunks, batches: Sequence[MicroBatch], on_last_stage: LastStageFn) -> None:

@@ -1,1 +1,1 @@
-"""What the teacher says of the student's tokens: one small interface, one module a placement."""
+"""Teachers: one interface, one module per placement (colocated, separate, served)."""

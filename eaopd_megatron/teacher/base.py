@@ -1,12 +1,13 @@
-"""What a run asks of a teacher, wherever the teacher is."""
+"""The interface of a teacher, wherever it is, and the router over the teachers of a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
+from eaopd_megatron.data.packing import group_by_teacher
 from eaopd_megatron.data.types import MicroBatch, Sample
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
 
@@ -14,47 +15,99 @@ TeacherSignal = TeacherTopK | TeacherHidden | TeacherLogits
 
 
 class TeacherModel(Protocol):
-    """All ranks make the same calls, each with its data-parallel rank's samples. What the teacher says is on the last
-    pipeline stage, where the objective is."""
+    """All ranks make the same calls, each with the samples of its data-parallel rank. The signal is on the last
+    pipeline stage, where the objective is computed."""
 
     def start(self, max_tokens: int) -> None:
-        """Comes first: other processes that it needs begin to start. longest: tokens of a prompt and its response
-        together, at the most."""
+        """Start other processes that the teacher needs, without waiting. Call it first.
+
+        max_tokens: upper bound of the tokens of a prompt and its response together.
+        """
 
     def open(self) -> None:
-        """It is there, and is the recipe's. Raises StopRequested or ServiceUnavailable on all ranks."""
+        """Connect, and verify that the service serves the model that the recipe names. Raises StopRequested or
+        ServiceUnavailable on all ranks."""
 
     def submit(self, samples: Sequence[Sample]) -> None:
-        """The teacher may begin to score them; who waits for other processes does it in `wait`."""
+        """Start to score these samples. Non-blocking; remote teachers block in `wait`."""
 
-    def wait(self, samples: Sequence[Sample]) -> None:
-        """Return once every response token of these submitted samples is scored, or will be by `signals`.
+    def wait(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Wait until the submitted samples are scored, and return them, in the same order.
 
-        Collective over all ranks. Raises StopRequested or ServiceUnavailable on all of them, and RuntimeError if a
-        token has no score: a gate computed from missing entropies would be off silently.
+        A top-k signal is in their `teacher_top_k` on the last pipeline stage; hidden states and logits come from
+        `micro_batch_signals`. Collective over all ranks. Raises StopRequested or ServiceUnavailable on all of them, and
+        RuntimeError if a token has no score: a gate computed from missing entropies would be off silently.
         """
 
     def micro_batch_signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
-        """What gives, on the last stage, the signal of every response token of micro-batch number i, in order.
+        """Return a function from the number of a micro-batch to the signal of its response tokens, in order.
 
-        Called on all ranks; what it gives is called on all ranks of the last stage, in the order of the micro-batches.
+        Call it on all ranks, and the function on all ranks of the last stage, in the order of the micro-batches.
         """
 
     def target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
-        """[n] ids under which log p(y) is looked up; None: the tokens' own, or they have been looked up already."""
+        """Return the ids [n] whose log p(y) the objective looks up in the signal; None: the tokens' own ids, or the
+        signal holds the looked-up values."""
 
     def close(self) -> None:
-        """Ends what was started for it. A second call does nothing."""
+        """Stop everything that `start` started. Idempotent."""
+
+
+class TeacherRouter:
+    """The teachers of a recipe as one: each scores the samples whose `Prompt.teacher` is its name ('' for the only
+    one). All ranks make the same calls, and each goes to the teachers in the same order."""
+
+    def __init__(self, teachers: Mapping[str, TeacherModel]) -> None:
+        self.teachers = dict(teachers)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.teachers)
+
+    def open(self, max_tokens: int) -> None:
+        """Start all teachers, then open them: as `TeacherModel.start` and `TeacherModel.open`."""
+        for teacher in self.teachers.values():
+            teacher.start(max_tokens)
+        for teacher in self.teachers.values():
+            teacher.open()
+
+    def submit(self, samples: Sequence[Sample]) -> None:
+        """As `TeacherModel.submit`."""
+        for name, group in group_by_teacher(samples, self.names):
+            self.teachers[name].submit(group)
+
+    def wait(self, samples: Sequence[Sample]) -> list[Sample]:
+        """As `TeacherModel.wait`."""
+        groups = group_by_teacher(samples, self.names)
+        scored = {name: iter(self.teachers[name].wait(group)) for name, group in groups}
+        return [next(scored[sample.prompt.teacher]) for sample in samples]
+
+    def micro_batch_signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
+        """As `TeacherModel.micro_batch_signals`, for micro-batches of one teacher each (`MicroBatch.teacher`)."""
+        numbers = {name: [i for i, batch in enumerate(batches) if batch.teacher == name] for name in self.names}
+        signals = {
+            name: self.teachers[name].micro_batch_signals([batches[i] for i in own]) for name, own in numbers.items()
+        }
+        return lambda index: signals[batches[index].teacher](numbers[batches[index].teacher].index(index))
+
+    def target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
+        """As `TeacherModel.target_ids`."""
+        return self.teachers[batch.teacher].target_ids(batch)
+
+    def close(self) -> None:
+        """As `TeacherModel.close`."""
+        for teacher in self.teachers.values():
+            teacher.close()
 
 
 def require_scored(samples: Sequence[Sample]) -> None:
-    """Raises RuntimeError where the teacher's top-k lacks a response token."""
+    """Raise RuntimeError if the teacher's top-k lacks a response token."""
     for sample in samples:
-        require_row_count(sample, len(sample.teacher_signal.get("logprobs", ())))
+        require_row_count(sample, 0 if sample.teacher_top_k is None else len(sample.teacher_top_k.logprobs))
 
 
 def require_row_count(sample: Sample, num_rows: int) -> None:
-    """Raises RuntimeError where so many rows are not one for each of its response tokens."""
+    """Raise RuntimeError unless there is one row for each response token of the sample."""
     if num_rows != len(sample.response_ids):
         raise RuntimeError(
             f"prompt {sample.prompt.id}: the teacher scored {num_rows} of {len(sample.response_ids)} tokens"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
@@ -17,20 +17,20 @@ from eaopd_megatron.megatron.pipeline import micro_batches, run_forward
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
 from eaopd_megatron.teacher.base import TeacherSignal, require_scored
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.payload import TopKPayload, load_top_k, store_top_k
+from eaopd_megatron.teacher.payload import TopKPayload, gather_top_k, split_top_k
 from eaopd_megatron.teacher.service.scorer import top_k_of_hidden
 
 
 class ColocatedTeacher:
-    """Scores the student's tokens. What it says is on the last pipeline stage, where the objective is.
+    """`TeacherModel` on the student's ranks.
 
-    signal "topk": each sample is scored once an iteration and keeps k ids and log-probs, H_t and log p(y_t): 136 bytes
-    a token at k = 16. "hidden": the final hidden states, from which the objective makes the full distribution piece by
-    piece. "logits": the full distribution at once, for comparison. For the last two the hidden states of an update's
-    tokens are kept while it lasts.
+    signal "topk": each sample is scored once an iteration, and k ids and log-probs, H_t and log p(y_t) are stored: 136
+    bytes a token at k = 16. "hidden": the final hidden states, from which the objective computes the full distribution
+    in chunks. "logits": the full distribution at once, for comparison. For the last two the hidden states of an
+    update's tokens are stored during the update.
 
-    offload: its weights are on the device only while it scores, and for the last two signals its output layer while an
-    update uses it. It scores in `wait` then, not in `ask`: who wrote the responses has left the device by then.
+    offload: the weights are on the device only while the teacher scores, and for the last two signals its output layer
+    during an update. It then scores in `wait`, not in `submit`, because the rollout has left the device by then.
     """
 
     def __init__(
@@ -42,65 +42,46 @@ class ColocatedTeacher:
         signal: str,
         top_k: int,
         terminal: TerminalMap,
-        budget: int,
+        micro_batch_tokens: int,
         offload: bool = False,
     ) -> None:
+        """vocab_size: ids that student and teachers have."""
         self.model = model.eval().requires_grad_(False)
         self.parallel, self.vocab_size, self.signal, self.top_k = parallel, vocab_size, signal, top_k
-        self.terminal, self.budget = terminal, budget
+        self.terminal, self.micro_batch_tokens = terminal, micro_batch_tokens
         self._weights = FrozenWeights(model) if offload else None
+        self._scores: dict[int, TeacherTopK] = {}  # by Sample.index, between `submit` and `wait`
 
     def start(self, max_tokens: int) -> None:
-        """Nothing is to be started."""
+        """Do nothing: the model is part of this process."""
 
     def open(self) -> None:
-        """The model is there."""
+        """Do nothing: the model is loaded."""
 
     def submit(self, samples: Sequence[Sample]) -> None:
-        """Score now what can be kept."""
+        """Compute the top-k now, unless the weights are offloaded."""
         if self.signal == "topk" and self._weights is None:
             self._score(samples)
 
-    def _score(self, samples: Sequence[Sample]) -> None:
-        batches = micro_batches(samples, self.budget, self.parallel)
-
-        def last(index: int, rows: torch.Tensor) -> None:
-            batch = batches[index]
-            found = top_k_of_hidden(
-                rows,
-                output_weight(self.model),
-                batch.target_ids,
-                self.terminal.batch_target_ids(batch),
-                top_k=self.top_k,
-                vocab_size=self.vocab_size,
-                group=self.parallel.tp_group,
-            )
-            said = {
-                field.name: gather_context_parallel(batch, getattr(found, field.name), self.parallel)
-                for field in fields(TeacherTopK)
-            }
-            store_top_k(batch.samples, TeacherTopK(**said))
-
-        run_forward(self.model, batches, last)
-
-    def wait(self, samples: Sequence[Sample]) -> None:
-        """Raises RuntimeError where a token was left out."""
-        if self.signal == "topk" and self._weights is not None:
+    def wait(self, samples: Sequence[Sample]) -> list[Sample]:
+        """As `TeacherModel.wait`."""
+        if self.signal != "topk":
+            return list(samples)
+        if self._weights is not None:
             with self._weights.onload():
                 self._score(samples)
-        if self.signal == "topk" and self.parallel.is_last_stage:
-            require_scored(samples)
+        scored = [replace(sample, teacher_top_k=self._scores.pop(sample.index, None)) for sample in samples]
+        if self.parallel.is_last_stage:
+            require_scored(scored)
+        return scored
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: no process was started."""
 
     def micro_batch_signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
-        """What gives, on the last stage, the signal of every response token of micro-batch number i, in order.
-
-        The model runs now, except for "topk": collective over all ranks.
-        """
+        """As `TeacherModel.micro_batch_signals`. Except for "topk" it runs the model now: collective over all ranks."""
         if self.signal == "topk":
-            return lambda index: load_top_k(batches[index], TopKPayload(self.top_k))
+            return lambda index: gather_top_k(batches[index], TopKPayload(self.top_k))
         hidden: dict[int, torch.Tensor] = {}
         with nullcontext() if self._weights is None else self._weights.onload():
             run_forward(self.model, batches, hidden.__setitem__)
@@ -109,13 +90,40 @@ class ColocatedTeacher:
             return lambda index: TeacherHidden(hidden[index], head)
         return lambda index: TeacherLogits(hidden[index] @ head.T)
 
+    def target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
+        """As `TeacherModel.target_ids`."""
+        return None if self.signal == "topk" else self.terminal.batch_target_ids(batch)
+
+    def _score(self, samples: Sequence[Sample]) -> None:
+        batches = micro_batches(samples, self.micro_batch_tokens, self.parallel)
+
+        def on_last_stage(index: int, hidden: torch.Tensor) -> None:
+            batch = batches[index]
+            local = top_k_of_hidden(
+                hidden,
+                output_weight(self.model),
+                batch.target_ids,
+                self.terminal.batch_target_ids(batch),
+                top_k=self.top_k,
+                vocab_size=self.vocab_size,
+                group=self.parallel.tp_group,
+            )
+            top_k = TeacherTopK(
+                **{
+                    field.name: gather_context_parallel(batch, getattr(local, field.name), self.parallel)
+                    for field in fields(TeacherTopK)
+                }
+            )
+            for sample, part in zip(batch.samples, split_top_k(batch.samples, top_k), strict=True):
+                if sample.index in self._scores:
+                    raise RuntimeError(f"prompt {sample.prompt.id}: it was scored twice")
+                self._scores[sample.index] = part
+
+        run_forward(self.model, batches, on_last_stage)
+
     def _head(self) -> torch.Tensor:
-        """On the last stage the output layer's rows; on the others nothing."""
+        """Return the output layer's rows on the last stage, an empty tensor on the others."""
         if not self.parallel.is_last_stage:
             return torch.empty(0)
         head = output_weight(self.model)
         return head if self._weights is None else self._weights.weight_on_device(head)
-
-    def target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
-        """[n] ids for log p(y) where the signal is the full distribution; top-k has looked them up already."""
-        return None if self.signal == "topk" else self.terminal.batch_target_ids(batch)

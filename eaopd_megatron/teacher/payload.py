@@ -6,7 +6,7 @@ The sizes are computed without torch, so that planning can use them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -94,28 +94,30 @@ class TopKPayload:
 PayloadFormat = HiddenStatePayload | TopKPayload
 
 
-def store_top_k(samples: Sequence[Sample], top_k: TeacherTopK) -> None:
-    """top_k: of all their response tokens, sample after sample."""
+def split_top_k(samples: Sequence[Sample], top_k: TeacherTopK) -> list[TeacherTopK]:
+    """Split the top-k of all response tokens of the samples, in order, into one per sample."""
     lengths = [len(sample.response_ids) for sample in samples]
-    for field in fields(top_k):
-        values = getattr(top_k, field.name)
-        if values is not None:
-            for sample, part in zip(samples, values.split(lengths), strict=True):
-                sample.teacher_signal[field.name] = part
+    parts = {
+        field.name: values.split(lengths)
+        for field in fields(top_k)
+        if (values := getattr(top_k, field.name)) is not None
+    }
+    return [
+        replace(top_k, **{name: values[number] for name, values in parts.items()}) for number in range(len(lengths))
+    ]
 
 
-def load_top_k(batch: MicroBatch, payload_format: TopKPayload) -> TeacherTopK:
-    """Return the top-k of this rank's response tokens of the micro-batch."""
+def gather_top_k(batch: MicroBatch, payload_format: TopKPayload) -> TeacherTopK:
+    """Return the top-k of this rank's response tokens of the micro-batch, from its samples."""
     import torch
 
-    from eaopd_megatron.objective import TeacherTopK
-
     empty = payload_format.decode(torch.empty(0, payload_format.bytes_per_token, dtype=torch.uint8))
-    found = {}
-    for field in fields(empty):
-        none = getattr(empty, field.name)
-        if none is not None:
-            found[field.name] = batch.gather_local(
-                [none.to(batch.target_ids.device), *(s.teacher_signal[field.name] for s in batch.samples)]
-            )
-    return TeacherTopK(**found)
+    parts = [sample.teacher_top_k for sample in batch.samples]
+    joined = {
+        field.name: batch.gather_local(
+            [none.to(batch.target_ids.device), *(getattr(part, field.name) for part in parts)]
+        )
+        for field in fields(empty)
+        if (none := getattr(empty, field.name)) is not None
+    }
+    return replace(empty, **joined)

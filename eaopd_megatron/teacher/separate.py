@@ -13,6 +13,7 @@ from eaopd_megatron.data.types import Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.http import Busy, HttpClient, HttpResponse
 from eaopd_megatron.teacher.eos_map import TerminalMap
+from eaopd_megatron.teacher.payload import PayloadFormat
 from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest, TeacherInfo
 
 
@@ -60,25 +61,25 @@ class SeparateScoreCall:
     continues."""
 
     request: ScoreRequest
-    row_bytes: int
+    bytes_per_token: int
 
     @property
     def id(self) -> str:
         return self.request.id
 
     def validate(self, limits: TokenLimit) -> None:
-        """Raise UserError for a request that is too long."""
+        """Raise UserError if the request is too long."""
         if (tokens := len(self.request.token_ids)) > limits.max_tokens:
             raise UserError(f"a request of {tokens} tokens is longer than the teacher's {limits.max_tokens}")
 
     async def attempt(self, client: TeacherClient, number: int) -> torch.Tensor:
-        """Return [response tokens, row_bytes] uint8. Raises ServerGone, Busy, UserError."""
-        count = self.request.response_tokens
-        return (await client.score(self.request.encode(), count * self.row_bytes)).view(count, self.row_bytes)
+        """Return [response tokens, bytes_per_token] uint8. Raises ServerGone, Busy, UserError."""
+        count, width = self.request.response_tokens, self.bytes_per_token
+        return (await client.score(self.request.encode(), count * width)).view(count, width)
 
 
 class SeparateBackend:
-    """`remote.Source` of replicas that were started with `eaopd teach`."""
+    """`ScoringBackend` of replicas that were started with `eaopd teach`."""
 
     def __init__(
         self,
@@ -89,49 +90,53 @@ class SeparateBackend:
         connections: int,
         config_key: str = "teacher",
     ) -> None:
-        """wanted: what the recipe asks for; its max_tokens is not looked at. budget: tokens of a request, of more than
-        one sample. connections: requests that a replica gets at the same time. label: the recipe's key of the teacher.
+        """expected: the teacher that the recipe names; its max_tokens is ignored. budget: tokens of a request of more
+        than one sample. connections: concurrent requests per replica. config_key: the teacher's section of the recipe.
         """
-        self._expected, self._budget, self._terminal = expected, budget, terminal
+        self._expected, self._budget, self.terminal = expected, budget, terminal
         self._connections, self._config_key = connections, config_key
 
-    def calls(self, samples: Sequence[Sample], number: str) -> list[tuple[SeparateScoreCall, Sequence[Sample]]]:
-        """As `Source.calls`: consecutive samples of at most the budget's tokens together."""
-        parts = split_into_micro_batches(samples, self._budget)
-        size = self._expected.payload_format.bytes_per_token
-        return [(SeparateScoreCall(self._request(part, f"{number}-{i}"), size), part) for i, part in enumerate(parts)]
+    @property
+    def payload_format(self) -> PayloadFormat:
+        return self._expected.payload_format
 
-    def _request(self, samples: Sequence[Sample], name: str) -> ScoreRequest:
+    def calls(self, samples: Sequence[Sample], number: str) -> list[tuple[SeparateScoreCall, Sequence[Sample]]]:
+        """As `ScoringBackend.calls`: each call has consecutive samples of at most `budget` tokens."""
+        width = self.payload_format.bytes_per_token
+        return [
+            (SeparateScoreCall(self._request(group, f"{number}-{i}"), width), group)
+            for i, group in enumerate(split_into_micro_batches(samples, self._budget))
+        ]
+
+    def _request(self, samples: Sequence[Sample], request_id: str) -> ScoreRequest:
         scored = []
         for sample in samples:
-            label = self._terminal.terminal_target_id(sample) if self._expected.signal == "topk" else None
+            target = self.terminal.terminal_target_id(sample) if self._expected.signal == "topk" else None
             prompt, response = len(sample.prompt.token_ids), len(sample.response_ids)
-            scored.append(ScoredSample(prompt, response, -1 if label is None else label))
+            scored.append(ScoredSample(prompt, response, -1 if target is None else target))
         ids = [token for sample in samples for token in sample.token_ids]
-        return ScoreRequest(name, scored, torch.tensor(ids, dtype=torch.int32))
+        return ScoreRequest(request_id, scored, torch.tensor(ids, dtype=torch.int32))
 
     def client(self, url: str, key: str | None) -> TeacherClient:
-        """As `Source.client`."""
-        return TeacherClient(
-            url, api_key=key, connections=self._connections, key_setting=f"{self._config_key}.api_key_file"
-        )
+        """As `ScoringBackend.client`."""
+        setting = f"{self._config_key}.api_key_file"
+        return TeacherClient(url, api_key=key, connections=self._connections, key_setting=setting)
 
     async def validate(self, client: TeacherClient, longest: int) -> TokenLimit:
-        """As `Source.admit`."""
+        """As `ScoringBackend.validate`."""
         if not await client.ready():
-            raise Busy("it does not score yet")
-        found = await client.info()
-        check_same_teacher(
-            client.url, found, replace(self._expected, max_tokens=max(longest, self._budget)), self._config_key
-        )
-        return TokenLimit(found.max_tokens)
+            raise Busy("it is not ready to score yet")
+        actual = await client.info()
+        expected = replace(self._expected, max_tokens=max(longest, self._budget))
+        check_same_teacher(client.url, actual, expected, self._config_key)
+        return TokenLimit(actual.max_tokens)
 
 
 def check_same_teacher(url: str, actual: TeacherInfo, expected: TeacherInfo, config_key: str) -> None:
-    """Raises UserError, in one line, where a replica is another teacher than the recipe's. wanted.max_tokens: of the
-    longest request."""
+    """Raise UserError, in one line, if a replica is another teacher than the recipe's, or its requests are shorter than
+    expected.max_tokens."""
     topk = expected.signal == "topk"
-    for name, key, matters in (
+    for name, key, relevant in (
         ("fingerprint", f"{config_key}.model", True),
         ("signal", f"{config_key}.signal", True),
         ("terminal", f"{config_key}.terminal_map", True),
@@ -140,11 +145,10 @@ def check_same_teacher(url: str, actual: TeacherInfo, expected: TeacherInfo, con
         ("width", f"{config_key}.model (hidden size)", not topk),
         ("dtype", f"{config_key}.precision", not topk),
     ):
-        if matters and getattr(actual, name) != getattr(expected, name):
+        if relevant and getattr(actual, name) != getattr(expected, name):
             raise UserError(
                 f"the teacher at {url} has another {key} than this recipe: {_shown(name, actual)} there, "
-                f"{_shown(name, expected)} here; "
-                "start it again with `eaopd teach` and this recipe"
+                f"{_shown(name, expected)} here; start it again with `eaopd teach` and this recipe"
             )
     if actual.max_tokens < expected.max_tokens:
         raise UserError(

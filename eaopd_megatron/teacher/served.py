@@ -1,7 +1,6 @@
-"""A teacher that an SGLang server holds: prompt and response go in, nothing is written, top-k log-probs come back.
+"""A teacher on an SGLang server: it prefills prompt and response, generates nothing, and returns top-k log-probs.
 
-Of a bf16 model, ids of equal log-prob beyond the k-th place may be others than a colocated teacher's: the server draws
-that line.
+Ids that tie for the k-th place in a bf16 model may differ from a colocated teacher's: the server breaks those ties.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import TopKPayload
 
 _LOGPROB_TOLERANCE = 1e-3
-"""Nats by which rounding may lift a log-prob above 0, or move it between two places of an answer."""
+"""Nats by which rounding may lift a log-prob above 0, or make it differ between two places of an answer."""
 
 
 class ServedBackend:
-    """What `RemoteTeacher` needs of SGLang servers that hold a teacher."""
+    """`ScoringBackend` of SGLang servers that serve a teacher."""
 
     def __init__(
         self,
@@ -39,42 +38,45 @@ class ServedBackend:
         vocab_size: int,
         k: int,
         terminal: TerminalMap,
-        max_running: int,
+        connections: int,
         config_key: str = "teacher",
     ) -> None:
-        """folder: the teacher's. vocab_size: ids that all models of the run have. k: log-probs a token, no more than
-        that. max_running: requests on a server at the same time. label: the recipe's key of the teacher."""
-        self.folder, self.terminal, self.max_running, self._config_key = folder, terminal, max_running, config_key
+        """folder: the teacher's. vocab_size: ids that all models of the run have. k: log-probs per token, at most
+        vocab_size. connections: concurrent requests per server. config_key: the teacher's section of the recipe."""
+        self.folder, self.terminal, self._connections, self._config_key = folder, terminal, connections, config_key
         self.payload_format, self.vocab_size = TopKPayload(k, has_entropy=False), vocab_size
-        self.num_logprobs = k + min(k, max(0, folder.vocab_size - vocab_size))  # some are ids that the others lack
+        # some of the server's top ids may be ones that the other models lack
+        self.num_logprobs = k + min(k, max(0, folder.vocab_size - vocab_size))
 
     def calls(self, samples: Sequence[Sample], number: str) -> list[tuple[ServedScoreCall, list[Sample]]]:
-        """As `remote.Source.calls`: one a sample."""
+        """As `ScoringBackend.calls`: one call per sample."""
         return [(ServedScoreCall(f"{number}-{i}", sample, self), [sample]) for i, sample in enumerate(samples)]
 
     def client(self, url: str, key: str | None) -> SGLangClient:
-        """As `remote.Source.client`."""
-        return SGLangClient(
-            url, api_key=key, connections=self.max_running, key_setting=f"{self._config_key}.api_key_file"
-        )
+        """As `ScoringBackend.client`."""
+        setting = f"{self._config_key}.api_key_file"
+        return SGLangClient(url, api_key=key, connections=self._connections, key_setting=setting)
 
     async def validate(self, client: SGLangClient, longest: int) -> LengthLimits:
-        """As `remote.Source.admit`."""
+        """As `ScoringBackend.validate`."""
         return await verify_server(client, ExpectedModel.of(self.folder, longest, role="teacher", scores_only=True))
 
 
 @dataclass(frozen=True, eq=False)
 class ServedScoreCall:
-    """One sample as a pool's call. Its answer is [response tokens, rows.bytes] uint8."""
+    """One sample as a pool's call. Its answer is [response tokens, bytes_per_token] uint8."""
 
     id: str
     sample: Sample
     backend: ServedBackend
 
     def body(self, attempt: int = 0) -> dict[str, Any]:
-        """The body of POST /generate. Distributions come from the prompt's last token on, which predicts the first of
-        the response; what is before it the server may have in its cache."""
-        lacking = self.backend.terminal.remapped_ids(self.sample)
+        """Return the body of POST /generate.
+
+        Distributions start at the prompt's last token, which predicts the first response token; the server may have the
+        tokens before it in its cache.
+        """
+        remapped = self.backend.terminal.remapped_ids(self.sample)
         return {
             "rid": f"{self.id}.{attempt}",
             "input_ids": self.sample.token_ids,
@@ -84,74 +86,79 @@ class ServedScoreCall:
             "top_logprobs_num": self.backend.num_logprobs,
             "return_flat_raw_top_logprobs": True,
             "return_flat_raw_top_logprobs_b64": True,
-            **({"token_ids_logprob": lacking} if lacking else {}),
+            **({"token_ids_logprob": remapped} if remapped else {}),
         }
 
     def validate(self, limits: LengthLimits) -> None:
-        """Raises UserError."""
+        """Raise UserError if a server with these limits cannot take the request."""
         if not self.sample.prompt.token_ids:
             raise UserError(f"request {self.id}: prompt {self.sample.prompt.id} has no tokens")
         limits.validate(self.body())
 
     async def attempt(self, client: SGLangClient, number: int) -> torch.Tensor:
-        """Raises UserError for an answer that is not one to this request, or that no healthy model gives."""
+        """Return the payload. Raises UserError for an answer to another request, or one that no healthy model gives."""
         body = self.body(number)
-        return self.backend.payload_format.encode(self._parse_answer(body, await client.generate(body), client.url))
+        top_k = self._parse_answer(body, await client.generate(body), client.url)
+        return self.backend.payload_format.encode(top_k)
 
     def _parse_answer(self, body: Mapping[str, Any], answer: Mapping[str, Any], server: str) -> TeacherTopK:
         rid, tokens = body["rid"], torch.tensor(self.sample.response_ids)
         shape = (len(tokens), self.backend.num_logprobs)
         with checking_answer(rid, server):
             meta = checked_meta_info(rid, answer, server)
-            logprobs, named, _ = zip(*meta["input_token_logprobs"], strict=True)
-            # the first entry is of the prompt's last token, of which nothing is asked
-            if list(named) != self._reported_ids() or meta["input_top_logprobs_null_prefix"] != 1:
+            logprobs, reported, _ = zip(*meta["input_token_logprobs"], strict=True)
+            # the first entry is the prompt's last token's, whose log-prob is not requested
+            if list(reported) != self._reported_ids() or meta["input_top_logprobs_null_prefix"] != 1:
                 raise UserError(f"{server} answered request {rid} about other tokens than its response's")
             if tuple(meta["input_top_logprobs_shape"]) != shape:
                 raise UserError(
                     f"{server} answered request {rid} with log-probs of shape {meta['input_top_logprobs_shape']}; "
-                    f"{list(shape)} were asked for"
+                    f"{list(shape)} were requested"
                 )
             values = _decode_array(meta, "val", torch.float32, shape)
             ids = _decode_array(meta, "idx", torch.int32, shape).long()
             own = _to_tensor(logprobs[1:], len(tokens))
-            elsewhere = {
+            remapped = {
                 token: _to_tensor([row[place][0] for row in meta["input_token_ids_logprobs"][1:]], len(tokens))
                 for place, token in enumerate(body.get("token_ids_logprob", ()))
             }
-        said = self._to_student_ids(ids, values, own, elsewhere)
-        if not _is_consistent(values, ids, own, tokens) or said.token_logprob.isnan().any():
-            raise UserError(f"{server} answered request {rid} with log-probs that are none: its weights may hold NaN")
-        if said.logprobs.isinf().any():
-            k = self.backend.payload_format.k
+        top_k = self._to_student_ids(ids, values, own, remapped)
+        if not _is_consistent(values, ids, own, tokens) or top_k.token_logprob.isnan().any():
+            raise UserError(f"{server} answered request {rid} with invalid log-probs: its weights may hold NaN")
+        if top_k.logprobs.isinf().any():
             raise UserError(
-                f"{server} answered request {rid} with fewer than {k} ids of the student's among the "
-                f"{self.backend.num_logprobs} most probable ones: lower objective.top_k"
+                f"{server} answered request {rid} with fewer than {self.backend.payload_format.k} ids that all models "
+                f"have among the {self.backend.num_logprobs} most probable ones: lower objective.top_k"
             )
-        return said
+        return top_k
 
     def _reported_ids(self) -> list[int]:
-        """The prompt's last token and the response's, as the server names them: 0 for the last of its vocabulary."""
+        """Return the prompt's last token and the response's tokens as the server reports them: 0 stands for the last id
+        of its vocabulary."""
         last = self.backend.folder.vocab_size - 1
         tokens = [self.sample.prompt.token_ids[-1], *self.sample.response_ids]
         return [0 if token == last else token for token in tokens]
 
     def _to_student_ids(
-        self, ids: torch.Tensor, values: torch.Tensor, own: torch.Tensor, elsewhere: Mapping[int, torch.Tensor]
+        self, ids: torch.Tensor, values: torch.Tensor, own: torch.Tensor, remapped: Mapping[int, torch.Tensor]
     ) -> TeacherTopK:
-        """Under the terminal map; ids that the student lacks come last, at -inf. elsewhere: teacher's id → its log-prob
-        [n], for tokens whose own is not the one that is meant."""
-        ids = self.backend.terminal.swap_ids(ids)
+        """Apply the terminal map. Ids that other models lack come last, at -inf.
+
+        ids, values [n, num_logprobs]; own [n]: log-probs of the response tokens; remapped: teacher's id → its log-probs
+        [n], for response tokens that the map translates.
+        """
+        terminal, tokens = self.backend.terminal, torch.tensor(self.sample.response_ids)
+        ids = terminal.swap_ids(ids)
         values = values.masked_fill(ids >= self.backend.vocab_size, -torch.inf)
         best = top_k_positions(values, ids, self.backend.payload_format.k)
-        asked, tokens = self.backend.terminal.teacher_ids(self.sample), torch.tensor(self.sample.response_ids)
-        for token, logprobs in elsewhere.items():
-            own = torch.where((asked == token) & (asked != tokens), logprobs, own)
+        targets = terminal.teacher_ids(self.sample)
+        for token, logprobs in remapped.items():
+            own = torch.where((targets == token) & (targets != tokens), logprobs, own)
         return TeacherTopK(ids.gather(1, best), values.gather(1, best), own)
 
 
 def _decode_array(meta: Mapping[str, Any], name: str, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
-    """A flat array of the answer. Raises ValueError for one of another type or size."""
+    """Return a flat array of the answer in this shape. Raises ValueError for another type or size."""
     field = f"input_top_logprobs_{name}_flat_b64"
     array = torch.frombuffer(bytearray(base64.b64decode(meta[field])), dtype=dtype)
     if meta[f"{field}_dtype"] != str(dtype).removeprefix("torch.") or array.numel() != math.prod(shape):
@@ -160,15 +167,16 @@ def _decode_array(meta: Mapping[str, Any], name: str, dtype: torch.dtype, shape:
 
 
 def _to_tensor(logprobs: Sequence[float | None], count: int) -> torch.Tensor:
-    """[count]; what has no number, as JSON has no NaN, is NaN. Raises ValueError for more or fewer."""
+    """Return [count]; None becomes NaN, which JSON lacks. Raises ValueError for another number of them."""
     if len(logprobs) != count:
         raise ValueError(f"{count} log-probs")
     return torch.tensor([math.nan if lp is None else lp for lp in logprobs], dtype=torch.float32)
 
 
 def _is_consistent(values: torch.Tensor, ids: torch.Tensor, own: torch.Tensor, tokens: torch.Tensor) -> bool:
-    """Whether they are finite log-probs, best first, and those of the tokens [n] are the same in both places."""
-    numbers = torch.isfinite(values).all() and torch.isfinite(own).all() and (values <= _LOGPROB_TOLERANCE).all()
-    ordered = (values[:, 1:] <= values[:, :-1]).all()
+    """Return whether the log-probs are finite, descending and at most 0, and those of the response tokens [n] are the
+    same in both places of the answer."""
+    finite = torch.isfinite(values).all() and torch.isfinite(own).all() and (values <= _LOGPROB_TOLERANCE).all()
+    descending = (values[:, 1:] <= values[:, :-1]).all()
     same = ((values - own[:, None]).abs() <= _LOGPROB_TOLERANCE) | (ids != tokens[:, None])
-    return bool(numbers and ordered and same.all() and (own <= values[:, 0] + _LOGPROB_TOLERANCE).all())
+    return bool(finite and descending and same.all() and (own <= values[:, 0] + _LOGPROB_TOLERANCE).all())

@@ -28,8 +28,8 @@ from eaopd_megatron.models.supported import check_supported
 from eaopd_megatron.rollout.interface import RolloutEngine
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.rollout.sglang.served_rollout import ServedRollout, ServedRolloutContext
+from eaopd_megatron.teacher.base import TeacherRouter
 from eaopd_megatron.teacher.build import TeacherContext, build_teachers, model_layouts, open_teacher_folders
-from eaopd_megatron.teacher.router import TeacherRouter
 from eaopd_megatron.training.run_folder import RunFolder
 from eaopd_megatron.training.step import StudentTrainer
 

@@ -21,12 +21,11 @@ def train(trainer: Trainer) -> None:
                 trainer.teachers.submit(part)  # H_t, log p(y_t) and the top-k of p
             samples += part
         with trainer.timer("teacher"):
-            trainer.teachers.wait(samples)
+            samples = trainer.teachers.wait(samples)
         with trainer.timer("student"):
-            mini_batches = trainer.mini_batches(samples)
-            if len(mini_batches) > 1 or trainer.recipe.rollout.max_staleness:
-                trainer.student.recompute_old_logprobs(samples)  # π_old; with a single update it is stopgrad(q)
-            for mini_batch in mini_batches:
+            if trainer.updates_per_iteration > 1 or trainer.recipe.rollout.max_staleness:
+                samples = trainer.student.recompute_old_logprobs(samples)  # π_old; with one update it is stopgrad(q)
+            for mini_batch in trainer.mini_batches(samples):
                 trainer.student.update(
                     mini_batch,
                     trainer.teachers,

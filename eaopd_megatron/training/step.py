@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +22,13 @@ from eaopd_megatron.megatron.forward import (
     response_logits,
 )
 from eaopd_megatron.megatron.model import ModelChunks
-from eaopd_megatron.megatron.pipeline import broadcast_from_last_stage, micro_batches, run_forward, run_forward_backward
+from eaopd_megatron.megatron.pipeline import (
+    broadcast_from_last_stage,
+    micro_batches,
+    micro_batches_by_teacher,
+    run_forward,
+    run_forward_backward,
+)
 from eaopd_megatron.objective import (
     Objective,
     TeacherHidden,
@@ -33,8 +39,7 @@ from eaopd_megatron.objective import (
     linear_entropy_aware_loss,
     linear_token_statistics,
 )
-from eaopd_megatron.teacher.base import TeacherSignal
-from eaopd_megatron.teacher.router import TeacherRouter
+from eaopd_megatron.teacher.base import TeacherRouter, TeacherSignal
 from eaopd_megatron.training.measurement import MetricAccumulator
 
 
@@ -81,8 +86,8 @@ class StudentTrainer:
         self.micro_batch_tokens, self.failures_folder = micro_batch_tokens, failures_folder
         self._shard: dict[str, Any] = {"vocab_size": vocab_size, "group": parallel.tp_group}
 
-    def recompute_old_logprobs(self, samples: Sequence[Sample]) -> None:
-        """Compute π_old's log-prob (nats) of every response token and set `Sample.old_logprobs` on every rank.
+    def recompute_old_logprobs(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return the samples with `old_logprobs`, π_old's log-prob (nats) of every response token, on every rank.
 
         The rollout engine's log-probs come from other kernels, so the trainer computes them itself.
         """
@@ -100,15 +105,13 @@ class StudentTrainer:
         logprobs = torch.empty(sum(lengths), device=self.parallel.device)
         if logprobs_of:
             logprobs = torch.cat([logprobs_of[index] for index in range(len(batches))])
-        for sample, part in zip(
-            samples, broadcast_from_last_stage(logprobs, self.parallel).split(lengths), strict=True
-        ):
-            sample.old_logprobs = part
+        parts = broadcast_from_last_stage(logprobs, self.parallel).split(lengths)
+        return [replace(sample, old_logprobs=part) for sample, part in zip(samples, parts, strict=True)]
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-probs (nats) of every token after the first. Collective; same tokens on every rank."""
         sample = Sample(Prompt("", tuple(token_ids[:1]), {}), list(token_ids[1:]), "length", [], 0)
-        self.recompute_old_logprobs([sample])
+        (sample,) = self.recompute_old_logprobs([sample])
         assert sample.old_logprobs is not None
         return sample.old_logprobs.tolist()
 
@@ -132,7 +135,7 @@ class StudentTrainer:
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batches = teachers.micro_batches(samples, self.micro_batch_tokens, self.parallel)
+        batches = micro_batches_by_teacher(samples, self.micro_batch_tokens, self.parallel, teachers.names)
         signal_of = teachers.micro_batch_signals(batches)
         tokens = torch.zeros(1, dtype=torch.int, device=self.parallel.device)
 

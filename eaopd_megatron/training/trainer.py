@@ -8,6 +8,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -128,10 +129,14 @@ class Trainer:
                 part = next(parts, None)
             if part is None:
                 break
-            for sample in part:
-                sample.teacher = self._teacher_model[sample.prompt.teacher]
-                sample.stale = sample.weight_version != self.updates
-            yield part
+            yield [
+                replace(
+                    sample,
+                    teacher=self._teacher_model[sample.prompt.teacher],
+                    stale=sample.weight_version != self.updates,
+                )
+                for sample in part
+            ]
         self.components.rollout.finish_generation()
         if self.recipe.rollout.max_staleness and self.iteration + 1 < self.recipe.train.iterations:
             self._prefetched = self._submit(self.iteration + 1)
@@ -150,10 +155,14 @@ class Trainer:
         with self.timer("sync"):
             self.components.rollout.update_weights(self.updates)
 
+    @property
+    def updates_per_iteration(self) -> int:
+        """Number of updates (mini-batches) of the current iteration."""
+        return -(-self.cursor.size(self.iteration) // self.recipe.train.mini_batch)
+
     def mini_batches(self, samples: list[Sample]) -> list[list[Sample]]:
         """Return this rank's (possibly empty) share of each mini-batch; equally many on every rank."""
-        mini = self.recipe.train.mini_batch
-        count = -(-self.cursor.size(self.iteration) // mini)
+        mini, count = self.recipe.train.mini_batch, self.updates_per_iteration
         ordered = sorted(samples, key=lambda sample: sample.index)
         return [[s for s in ordered if s.index // mini == number] for number in range(count)]
 
@@ -272,9 +281,9 @@ class Trainer:
         start = self.updates - len(self.mini_batches(samples))
         add("rollout/version_lag", torch.tensor([start - s.weight_version for s in samples]))
         add(_SAMPLE_FLOPS, self.throughput.sample_flops(samples))
-        signals = [s.teacher_signal["logprobs"].exp().sum(-1) for s in samples if s.teacher_signal]
-        if signals:
-            add("teacher/topk_mass", torch.cat(signals))
+        masses = [s.teacher_top_k.logprobs.exp().sum(-1) for s in samples if s.teacher_top_k is not None]
+        if masses:
+            add("teacher/topk_mass", torch.cat(masses))
 
     def _rates(self, record: dict[str, float]) -> dict[str, float]:
         rates = {f"time/{phase}": seconds for phase, seconds in self._times.items()}

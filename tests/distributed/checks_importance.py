@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ def updated(made: Built, mine: list[Sample]) -> MetricAccumulator:
     averages = MetricAccumulator()
     made.scorer.submit(mine)
     made.learner.update(
-        mine,
+        made.scorer.wait(mine),
         made.scorer,
         objective=OBJECTIVE,
         learning_rate=0.0,  # the next update meets the same weights
@@ -84,15 +84,15 @@ def check_stale_samples_are_weighted_and_fresh_ones_are_not(
         with model_parallel(layout) as parallel:
             made = built(student, {"": teacher}, OBJECTIVE, parallel, budget=20, signal="topk")
             mine = samples(made.folder.vocab_size)[parallel.dp_rank :: parallel.dp_size]
-            made.learner.recompute_old_logprobs(mine)
-            for sample in mine:
-                sample.rollout_logprobs = (expected.old[sample.index] - drift(sample)).tolist()
+            mine = [
+                replace(sample, rollout_logprobs=(expected.old[sample.index] - drift(sample)).tolist())
+                for sample in made.learner.recompute_old_logprobs(mine)
+            ]
             plain = updated(made, mine).reduce(dist.group.WORLD)
             untouched = made.gradients(parallel)
             assert not [name for name in plain if "importance" in name]
 
-            for sample in mine:
-                sample.stale = sample.index % 3 == 0
+            mine = [replace(sample, stale=sample.index % 3 == 0) for sample in mine]
             figures = updated(made, mine).reduce(dist.group.WORLD)
             for name, tensor in made.gradients(parallel).items():
                 gap = float((tensor - expected.gradients[name]).abs().max())
@@ -102,11 +102,13 @@ def check_stale_samples_are_weighted_and_fresh_ones_are_not(
             assert abs(figures["objective/loss"] - plain["objective/loss"]) < 1e-9  # as the objective gives it
 
             for fresh in (True, False):
+                changed = []
                 for sample in mine:
                     assert sample.old_logprobs is not None
-                    sample.stale = not fresh and sample.index % 3 == 0
+                    stale = not fresh and sample.index % 3 == 0
                     unlike = torch.full((len(sample.response_ids),), -30.0)
-                    sample.rollout_logprobs = (sample.old_logprobs if sample.stale else unlike).tolist()
-                updated(made, mine)
+                    logprobs = (sample.old_logprobs if stale else unlike).tolist()
+                    changed.append(replace(sample, stale=stale, rollout_logprobs=logprobs))
+                updated(made, changed)
                 for name, tensor in made.gradients(parallel).items():
                     assert torch.equal(tensor, untouched[name]), (layout, fresh, name)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.config.schema import TeacherConfig as Options
+from eaopd_megatron.config.schema import TeacherConfig
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
@@ -53,15 +53,11 @@ def remote(
     if wanted.signal == "hidden":
         sizes = {"student_rows": student.vocab_size, "vocab_size": wanted.vocab_size}
         head = load_teacher_head(teacher, parallel, precision=wanted.dtype, terminal=terminal, **sizes)
-    chosen = Options(model="unused", placement="separate", urls=list(urls), **options)
     return RemoteTeacher(
         parallel,
         SeparateBackend(wanted, budget=BUDGET, terminal=terminal, connections=2),
-        payload_format=wanted.payload_format,
+        TeacherConfig(model="unused", placement="separate", urls=list(urls), **options),
         head=head,
-        terminal=terminal,
-        replicas=None,
-        options=chosen,
         stop_signal=asked,
         report=(said if said is not None else []).append,
     )
@@ -119,7 +115,7 @@ def check_terminal_maps(
         scorer.start(32)
         scorer.open()
         scorer.submit(everything)
-        scorer.wait(everything)
+        everything = scorer.wait(everything)
         batch = collate(everything, torch.device("cpu"))
         found = teacher_logprobs(scorer, scorer.micro_batch_signals([batch])(0), batch, folders[0].vocab_size, parallel)
         scorer.close()

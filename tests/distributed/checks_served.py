@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
-from eaopd_megatron.config.schema import TeacherConfig as Options
+from eaopd_megatron.config.schema import TeacherConfig
 from eaopd_megatron.data.countdown import EOS_ID
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.sources import load_problems
@@ -44,20 +45,16 @@ def responses(folder: HfFolder, parallel: ParallelState) -> list[Sample]:
     mine = range(parallel.dp_rank, len(prompts), parallel.dp_size)
     keys: list[tuple[int | str, ...]] = [("served", i) for i in mine]
     samples = rollout.generate([prompts[i] for i in mine], keys, SamplingParams(1.0, 1.0, 16, (EOS_ID,)), 0)
-    for index, sample in zip(mine, samples, strict=True):
-        sample.index = index
-    return [*samples, Sample(Prompt("empty", (1, 2), {}), [], "length", [], 0, 1000 + parallel.dp_rank)]
+    indexed = [replace(sample, index=index) for index, sample in zip(mine, samples, strict=True)]
+    return [*indexed, Sample(Prompt("empty", (1, 2), {}), [], "length", [], 0, 1000 + parallel.dp_rank)]
 
 
 def losses(
     teacher: TeacherModel, samples: Sequence[Sample], objective: Objective, parallel: ParallelState
 ) -> list[Said]:
     """Of each micro-batch, for a student with random hidden states."""
-    for sample in samples:
-        sample.teacher_signal = {}
     teacher.submit(samples)
-    teacher.wait(samples)
-    batches = micro_batches(samples, 100, parallel)
+    batches = micro_batches(teacher.wait(samples), 100, parallel)
     signal_of = teacher.micro_batch_signals(batches)
     found = []
     for index, batch in enumerate(batches if parallel.is_last_stage else []):
@@ -95,17 +92,13 @@ def check_a_served_teacher_says_another_loss(group: dist.ProcessGroup, student: 
                 model = build_model(teacher_folder.config, layout, torch.float32, untie=row_map is not None)
                 load_hf(model, teacher_folder, parallel, row_map=row_map)
                 colocated = ColocatedTeacher(
-                    model, parallel, vocab_size=112, signal="topk", top_k=k, terminal=terminal, budget=100
+                    model, parallel, vocab_size=112, signal="topk", top_k=k, terminal=terminal, micro_batch_tokens=100
                 )
-                source = ServedBackend(teacher_folder, vocab_size=112, k=k, terminal=terminal, max_running=4)
+                source = ServedBackend(teacher_folder, vocab_size=112, k=k, terminal=terminal, connections=4)
                 served = RemoteTeacher(
                     parallel,
                     source,
-                    payload_format=source.payload_format,
-                    head=None,
-                    terminal=terminal,
-                    replicas=None,
-                    options=Options(model=teacher, placement="served", urls=[url]),
+                    TeacherConfig(model=teacher, placement="served", urls=[url]),
                     stop_signal=lambda: 0,
                     report=print,
                 )

@@ -23,11 +23,10 @@ from eaopd_megatron.megatron.model import ModelChunks, build_model, wait_param_g
 from eaopd_megatron.megatron.pipeline import packing_for, run_forward_backward
 from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss, linear_entropy_aware_loss
 from eaopd_megatron.rollout.local import LocalRollout
-from eaopd_megatron.teacher.base import TeacherModel, TeacherSignal
+from eaopd_megatron.teacher.base import TeacherModel, TeacherRouter, TeacherSignal
 from eaopd_megatron.teacher.build import model_layouts
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.eos_map import TerminalMap
-from eaopd_megatron.teacher.router import TeacherRouter
 from eaopd_megatron.training.measurement import MetricAccumulator
 from eaopd_megatron.training.step import StudentTrainer
 from tests.distributed.groups import model_parallel
@@ -181,7 +180,7 @@ def built(
         ddp, lr=1.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=EPS, clip_grad=1.0, precision="fp32"
     )
     vocab_size = min(one.vocab_size for one in (folder, *teacher_folders))
-    common: dict[str, Any] = {"vocab_size": vocab_size, "budget": budget}
+    common: dict[str, Any] = {"vocab_size": vocab_size, "micro_batch_tokens": budget}
     learner = StudentTrainer(ddp, optimizer, parallel, failures_folder=Path("unused"), **common)
     common |= {"signal": signal, "top_k": objective.top_k, "terminal": TerminalMap("none", -1, -1), "offload": offload}
     scorers: dict[str, TeacherModel] = {}
@@ -219,8 +218,7 @@ def trained(
     scorer.open(max(len(sample.token_ids) for sample in everything))
     for part in (mine[:2], mine[2:]):  # as they are written
         scorer.submit(part)
-    scorer.wait(mine)
-    learner.recompute_old_logprobs(mine)
+    mine = learner.recompute_old_logprobs(scorer.wait(mine))
     found: dict[str, float] = {}
     gradients: dict[str, torch.Tensor] = {}
     for update, rate in enumerate(RATES):
@@ -312,7 +310,7 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
                 optimizer = megatron_optimizer.build_optimizer(
                     ddp, lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0, precision="fp32"
                 )
-                common: dict[str, Any] = {"vocab_size": folder.vocab_size, "budget": 9}
+                common: dict[str, Any] = {"vocab_size": folder.vocab_size, "micro_batch_tokens": 9}
                 learner = StudentTrainer(ddp, optimizer, parallel, failures_folder=Path("unused"), **common)
                 terminal = TerminalMap("none", -1, -1)
                 scorer = TeacherRouter(
@@ -324,10 +322,8 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
                 )
                 here, last = parallel.dp_rank, parallel.dp_size - 1
                 mine = everything[here :: parallel.dp_size] if share else (everything if here == last else [])
-                for sample in mine:
-                    sample.old_logprobs, sample.teacher_signal = None, {}
                 scorer.submit(mine)
-                learner.recompute_old_logprobs(mine)
+                mine = learner.recompute_old_logprobs(scorer.wait(mine))
                 averages = MetricAccumulator()
                 options: dict[str, Any] = {"learning_rate": 1e-3, "importance_clip": 2.0, "update": 0}
                 learner.update(mine, scorer, objective=Objective.preset("eopd"), metrics=averages, **options)
@@ -471,12 +467,11 @@ def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(
                     signal=signal,
                     top_k=size,
                     terminal=terminal,
-                    budget=100,
+                    micro_batch_tokens=100,
                 )
                 scorer.submit([sample])
-                batch = collate([sample], torch.device("cpu"))
+                batch = collate(scorer.wait([sample]), torch.device("cpu"))
                 found = teacher_logprobs(scorer, scorer.micro_batch_signals([batch])(0), batch, size, parallel)
                 stop = mine if kind == "none" else theirs
                 expected = torch.stack([exact[0, 8], exact[1, 9], exact[2, stop]])
                 assert torch.allclose(found, expected, atol=1e-5), (kind, signal)
-                sample.teacher_signal = {}

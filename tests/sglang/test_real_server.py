@@ -194,7 +194,7 @@ def test_a_teacher_scores_other_tokens(
     """Top-k and log p(y) are those of each response token's own position, also where the prompt is in the server's
     cache and where prompt and response are longer than what it takes at once."""
     folder, terminal = HfFolder.open(str(STUDENT)), TerminalMap(kind, student_id=3, teacher_id=109)
-    source = ServedBackend(folder, vocab_size=112, k=8, terminal=terminal, max_running=16)
+    source = ServedBackend(folder, vocab_size=112, k=8, terminal=terminal, connections=16)
     long = [(7 * i) % 112 for i in range(4 * InPieces.PIECE - 10)]
     samples = [
         *(
@@ -233,7 +233,7 @@ def test_a_teacher_scores_other_tokens(
 def test_a_server_takes_what_a_teacher_is_refused(real: SGLangServer) -> None:
     """The longest that `admit` promises is scored; one more is refused beforehand."""
     folder = HfFolder.open(str(STUDENT))
-    source = ServedBackend(folder, vocab_size=112, k=112, terminal=TerminalMap("none", -1, -1), max_running=16)
+    source = ServedBackend(folder, vocab_size=112, k=112, terminal=TerminalMap("none", -1, -1), connections=16)
 
     async def look(client: SGLangClient) -> None:
         with pytest.raises(UserError, match=f"{real.url} takes 121 tokens a request .* need 122"):

@@ -34,7 +34,7 @@ class Sized:
 
 
 def source(k: int, terminal: TerminalMap = NONE, *, teacher: int = 112, student: int = 112) -> ServedBackend:
-    return ServedBackend(cast(HfFolder, Sized(teacher)), vocab_size=student, k=k, terminal=terminal, max_running=4)
+    return ServedBackend(cast(HfFolder, Sized(teacher)), vocab_size=student, k=k, terminal=terminal, connections=4)
 
 
 def scored(asked: ServedBackend, double: Double, spoil: Callable[[dict[str, Any]], Any] | None = None) -> TeacherTopK:
@@ -105,7 +105,7 @@ def test_a_larger_teacher_names_ids_that_the_student_lacks() -> None:
         return torch.arange(120.0).log_softmax(0).tolist()
 
     with pytest.raises(
-        UserError, match=r"fewer than 4 ids of the student's among the 8 most probable ones: lower objective\.top_k"
+        UserError, match=r"fewer than 4 ids that all models have among the 8 most probable ones: lower objective\.top_k"
     ):
         scored(source(4, teacher=120), Double(vocab_size=120, policy=beyond))
 
@@ -133,7 +133,7 @@ def without_one(meta: dict[str, Any]) -> None:
     [
         (change(id="other"), UserError, "answered request test-0.0 with the answer to other"),
         (change(finish_reason={"type": "abort", "message": "m"}), RequestAborted, "m"),
-        (change(input_top_logprobs_shape=[2, 224]), UserError, r"of shape \[2, 224\]; \[4, 112\] were asked for"),
+        (change(input_top_logprobs_shape=[2, 224]), UserError, r"of shape \[2, 224\]; \[4, 112\] were requested"),
         (change(input_top_logprobs_val_flat_b64="AAAAAA=="), UserError, "is it SGLang's"),
         (change(input_top_logprobs_null_prefix=0), UserError, "about other tokens than its response's"),
         (change(input_top_logprobs_val_flat_b64_dtype="float16"), UserError, "is it SGLang's"),
@@ -141,11 +141,11 @@ def without_one(meta: dict[str, Any]) -> None:
         (
             change(input_token_ids_logprobs=[None] + 4 * [2 * [[None, 0, None]]]),
             UserError,
-            "with log-probs that are none",
+            "with invalid log-probs",
         ),
         (other_tokens, UserError, "about other tokens than its response's"),
         (without_one, UserError, "about other tokens than its response's"),
-        (late, UserError, "with log-probs that are none"),
+        (late, UserError, "with invalid log-probs"),
         (lambda meta: meta.pop("input_token_logprobs"), UserError, "without 'input_token_logprobs'"),
     ],
 )
@@ -169,7 +169,7 @@ def test_log_probs_of_broken_weights_are_believed() -> None:
 )
 def test_a_request_that_ends_the_server_is_sent(sample: Sample, message: str) -> None:
     folder = HfFolder.open(str(ROOT / "recipes/countdown/teacher"))
-    asked = ServedBackend(folder, vocab_size=112, k=16, terminal=NONE, max_running=4)
+    asked = ServedBackend(folder, vocab_size=112, k=16, terminal=NONE, connections=4)
 
     async def admitted() -> None:
         async with Double() as double:
@@ -187,7 +187,7 @@ def test_a_request_that_ends_the_server_is_sent(sample: Sample, message: str) ->
 
 def test_another_server_is_taken_for_the_teachers() -> None:
     folder = HfFolder.open(str(ROOT / "recipes/countdown/teacher"))
-    asked = ServedBackend(folder, vocab_size=112, k=16, terminal=NONE, max_running=4)
+    asked = ServedBackend(folder, vocab_size=112, k=16, terminal=NONE, connections=4)
 
     async def refused(double: Double, message: str, key: str | None = None) -> None:
         async with double:

@@ -78,7 +78,7 @@ def test_the_terminal_token_is_looked_up_where_no_stop_was() -> None:
     info = replace(INFO, signal="topk", top_k=2, terminal=("label", 3, 9))
     samples = made(4)
     samples[2].response_ids[-1] = samples[3].response_ids[-1] = 3
-    samples[2].finish_reason = "length"
+    samples[2] = replace(samples[2], finish_reason="length")
     ((call, _),) = source(info).calls(samples, "a")
     assert [sample.target_id for sample in call.request.samples] == [-1, -1, -1, 9]
 

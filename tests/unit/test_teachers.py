@@ -47,7 +47,7 @@ def test_top_k_over_more_tokens_than_another_teacher_has_is_refused(tmp_path: Pa
         lambda: 0,
         lambda text: None,
     )
-    with pytest.raises(UserError, match=r"^teachers\.math\.signal=topk is made of 112 tokens, .* has 100: "):
+    with pytest.raises(UserError, match=r"^teachers\.math\.signal=topk is computed over 112 tokens, .* has 100: "):
         build_teachers(around)
 
 
