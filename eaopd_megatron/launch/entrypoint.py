@@ -1,4 +1,4 @@
-"""How a rank, or a tool, ends: errors of the user in one line, to the launcher where one listens."""
+"""Exit code and error report of a rank or a tool."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE
 
 
 def run_entrypoint(work: Callable[[], int | None]) -> int:
-    """The exit code of `work` (None is 0). A UserError is reported without a traceback, anything else with one.
+    """Run `work` and return its exit code (0 for None). Report a UserError without a traceback, other errors with one.
 
-    The report goes to `$EAOPD_ERROR_FILE.<rank>`, from which the launcher makes the one line that the user sees;
-    without a launcher to stderr.
+    The report goes to `$EAOPD_ERROR_FILE.<rank>`, from which the launcher makes the line that the user sees; without a
+    launcher it goes to stderr.
     """
-    # about optional packages (`eaopd doctor` tells what matters), and about names that libraries mean to change
+    # missing optional packages (`eaopd doctor` reports those that matter) and deprecations inside libraries
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         return work() or 0
-    except SystemExit as stop:  # asked to stop by a signal, the state is saved
+    except SystemExit as stop:  # stopped by a signal, with the state saved
         return stop.code if isinstance(stop.code, int) else 1
     except BaseException as raised:
         error = as_user_error(raised)
@@ -41,7 +41,7 @@ def run_entrypoint(work: Callable[[], int | None]) -> int:
 
 
 def as_user_error(error: BaseException) -> UserError | None:
-    """The error as one line for the user, where it is the user's."""
+    """Return the error as a UserError if the user can mend it, else None."""
     if isinstance(error, OSError) and error.filename:  # a full disk, a folder without permission
         return UserError(f"{error.filename}: {error.strerror}")
     return error if isinstance(error, UserError) else None

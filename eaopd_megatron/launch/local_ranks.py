@@ -1,11 +1,9 @@
-"""Starting the ranks of one host, watching them, and joining ranks that torchrun or srun started.
+"""Start and supervise the ranks of one host, or join ranks that torchrun or srun started.
 
-The launcher is plain supervision of subprocesses rather than `torch.distributed.launcher.elastic_launch`: that one
-gives the ranks 30 seconds after a signal, whatever a checkpoint needs, sends the survivors of a dead rank a SIGTERM
-(which here means "save and stop", impossible without the dead rank), and reports a failure on a page of its own. What
-is kept of it is its store: the launcher holds the TCP store and the ranks are all clients. Its port is free because
-it is bound when it is chosen, and it outlives any rank, so that the ranks can still tell each other why one of them
-died.
+The launcher supervises subprocesses itself because torch's elastic launcher ends every failed run with a page of its
+own, where here a user's error is one line on stderr. Also, the ranks have FAILURE_GRACE_SECONDS to report why one of
+them died, and SIGTERM means "save and stop". As in torch's launcher, the TCP store lives in the launcher and all ranks
+are its clients: its port is free because it is bound at once, and it outlives any rank.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.serving.ports import port_range
 from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 
 if TYPE_CHECKING:
@@ -35,19 +34,19 @@ if TYPE_CHECKING:
 WORKER_COMMAND = (sys.executable, "-m", "eaopd_megatron.worker")
 _POLL_SECONDS = 0.1
 SHUTDOWN_SECONDS = 60.0
-"""What a rank has for its checkpoint between a SIGTERM and a SIGKILL."""
+"""Time between SIGTERM and SIGKILL, in which a rank writes its checkpoint."""
 FAILURE_GRACE_SECONDS = 5.0
-"""What the others have to say what they saw, once a rank has failed, before they are killed."""
+"""Time in which the other ranks may report an error after one rank has failed, before they are killed."""
 
 _STOPPED_CODES = {128 + signal.SIGTERM, 128 + signal.SIGINT}
-"""Exit codes with which a rank may say that it stopped because it was asked to."""
+"""Exit codes of a rank that stopped because a signal asked it to."""
 
-# A rank that dies by one of these was not brought down by the fall of another one.
-_FIRST_HAND_SIGNALS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+_ROOT_CAUSE_SIGNALS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+"""Signals that kill a rank for a reason of its own, rather than because another rank has failed."""
 
 
 def is_started_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun, or an srun step of several tasks, has started this process as a rank."""
+    """Return whether torchrun, or an srun step of several tasks, started this process as a rank."""
     return _by_torchrun(environment) or _by_srun(environment)
 
 
@@ -56,32 +55,33 @@ def _by_torchrun(environment: Mapping[str, str]) -> bool:
 
 
 def _by_srun(environment: Mapping[str, str]) -> bool:
-    # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is no step.
+    # a batch script has SLURM_PROCID and SLURM_NTASKS too, but is not a step
     tasks = environment.get("SLURM_NTASKS", "1")
     return "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and tasks.isdigit() and int(tasks) > 1
 
 
 def rank_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What torch.distributed's env:// needs: torchrun's variables or, where they are missing, made from srun's."""
+    """Return the variables for torch.distributed's env://: torchrun's or, if missing, derived from srun's."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = {name: environment[name] for name in names if name in environment}
+    present = {name: environment[name] for name in names if name in environment}
     if _by_torchrun(environment):
-        return given
-    ours = {
+        return present
+    derived = {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_NTASKS"],
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "MASTER_PORT": str(_slurm_port(environment)),
     }
-    if "MASTER_ADDR" not in given:
-        ours["MASTER_ADDR"] = _first_host(environment)
-    return {**ours, **{name: given[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in given}}
+    if "MASTER_ADDR" not in present:
+        derived["MASTER_ADDR"] = _first_host(environment)
+    return {**derived, **{name: present[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in present}}
 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:
-    """A port that all tasks of a step agree on, another for each step, below the range that the kernel hands out."""
+    """Return a port that all tasks of a step derive alike, and that differs between steps."""
     job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment["SLURM_STEP_ID"])
-    return 15000 + (job * 101 + step) % 15000
+    low, high = port_range(environment)
+    return low + (job * 101 + step) % (high - low + 1)
 
 
 def _first_host(environment: Mapping[str, str]) -> str:
@@ -98,20 +98,20 @@ def _first_host(environment: Mapping[str, str]) -> str:
 
 
 def student_world_size(student: StudentConfig) -> int:
-    """How many ranks this host starts for a student: data_parallel copies of it.
+    """Return the number of ranks this host starts for a student: its model-parallel size times data_parallel.
 
-    Without data_parallel in the recipe: as few as hold all experts on a CPU (1 without experts), as many as the devices
-    hold with GPUs.
+    Without data_parallel in the recipe: on a CPU as few replicas as the experts need (1 without experts), with GPUs as
+    many as fit.
     """
     devices = _devices()
-    layout, copies = student.parallel_layout, student.data_parallel
-    if copies is None:
+    layout, replicas = student.parallel_layout, student.data_parallel
+    if replicas is None:
         least = layout.min_data_parallel_size
-        copies = max(1, (devices or 0) // (layout.model_parallel_size * least)) * least
-    ranks = layout.model_parallel_size * copies
+        replicas = max(1, (devices or 0) // (layout.model_parallel_size * least)) * least
+    ranks = layout.model_parallel_size * replicas
     if devices is not None and ranks > devices:
         raise UserError(
-            f"the student needs {layout.model_parallel_size} x {copies} ranks (tensor x pipeline x context x "
+            f"the student needs {layout.model_parallel_size} x {replicas} ranks (tensor x pipeline x context x "
             f"data_parallel), more than the {devices} GPUs of this host; lower them, or start the ranks of several "
             "hosts with srun or torchrun"
         )
@@ -119,8 +119,10 @@ def student_world_size(student: StudentConfig) -> int:
 
 
 def teacher_world_size(layout: ParallelLayout) -> int:
-    """How many ranks this host starts for a teacher in a role of its own: data-parallel ones only where the experts
-    need them."""
+    """Return the number of ranks this host starts for a separate teacher.
+
+    It has data-parallel ranks only as far as its experts need them.
+    """
     devices = _devices()
     if devices is not None and layout.min_world_size > devices:
         raise UserError(
@@ -141,16 +143,16 @@ class _Rank:
     number: int
     process: subprocess.Popen[bytes]
     log: Path
-    log_start: int  # bytes that the log held before
-    ended: float | None = None  # when it was seen to have ended
-    killed: bool = False  # by us
+    log_start: int  # size of the log before the start
+    ended: float | None = None  # time at which its end was observed
+    killed: bool = False  # by the launcher
 
     @property
     def failed(self) -> bool:
         return self.process.returncode not in (None, 0)
 
     def kill(self) -> None:
-        """SIGKILL to the rank and to what it started."""
+        """Send SIGKILL to the rank and its children."""
         self.killed = self.killed or self.process.poll() is None
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -163,15 +165,15 @@ def launch_ranks(
     command: Sequence[str] = WORKER_COMMAND,
     log_folder: Path | None = None,
 ) -> int:
-    """Runs `command + arguments` once a rank on this host and returns the exit code of the whole.
+    """Run `command + arguments` once per rank on this host and return the exit code of the run.
 
-    0 when every rank ended well; a failed rank ends the others within FAILURE_SECONDS, and one line `error: ...` on
-    stderr names the cause: the earliest error that a rank reports as the user's, else the rank that failed first.
-    SIGINT, SIGTERM and SIGHUP reach the ranks as SIGTERM; STOP_SECONDS later, or at the second signal, they are
-    killed, and the code is 128 + the signal's number. Rank 0 has this process's stdout. All other output goes to
-    `log_folder`/rank_N.log (appended; without a folder: to a temporary one, kept only where a rank failed for a
-    reason that is not the user's). A rank reports an error as one JSON object, {"message", "exit_code", "rank",
-    "user", "time"}, in `$EAOPD_ERROR_FILE.RANK`.
+    It is 0 if every rank succeeded. A failed rank ends the others within FAILURE_GRACE_SECONDS, and one line
+    `error: ...` on stderr names the cause: the earliest error that a rank reports as the user's, else the rank that
+    failed first. SIGINT, SIGTERM and SIGHUP are passed on as SIGTERM; SHUTDOWN_SECONDS later, or at the second signal,
+    the ranks are killed, and the code is 128 + the signal's number. Rank 0 inherits stdout; all other output is
+    appended to `log_folder`/rank_N.log (without a folder: in a temporary one, which is kept only if a rank fails for a
+    reason that is not the user's). A rank reports an error as one JSON object, {"message", "exit_code", "rank", "user",
+    "time"}, in `$EAOPD_ERROR_FILE.RANK`.
     """
     with tempfile.TemporaryDirectory(prefix="eaopd-") as scratch, _signals() as received:
         if log_folder is None:
@@ -220,7 +222,7 @@ def _child_environment(number: int, world_size: int, port: int, error_file: Path
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # env:// then connects to the launcher's store, rank 0 too
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # env:// connects rank 0 too to the launcher's store
         "TORCHELASTIC_RESTART_COUNT": "0",
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
@@ -238,7 +240,7 @@ def _start(command: Sequence[str], number: int, environment: Mapping[str, str], 
             stdin=subprocess.DEVNULL,
             stdout=None if number == 0 else stream,
             stderr=stream,
-            # A terminal's Ctrl-C then reaches the launcher alone, and a rank is killed with its children.
+            # so that a terminal's Ctrl-C reaches only the launcher, and a rank is killed with its children
             start_new_session=True,
         )
         return _Rank(number, process, log, stream.tell())
@@ -246,7 +248,7 @@ def _start(command: Sequence[str], number: int, environment: Mapping[str, str], 
 
 @contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """The signals received so far that ask the run to stop; the old handlers come back at the end."""
+    """Collect the signals that ask the run to stop; restore the old handlers at the end."""
     received: list[signal.Signals] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -264,7 +266,7 @@ def _signals() -> Iterator[list[signal.Signals]]:
 
 
 def _supervise(ranks: Sequence[_Rank], received: Sequence[signal.Signals]) -> list[int]:
-    """Returns when all ranks have ended, or shall be killed; the ranks that did not end in time after a signal."""
+    """Wait until all ranks have ended or must be killed; return those that ignored a signal for too long."""
     stopped = failed = None
     while True:
         for rank in ranks:
@@ -280,7 +282,7 @@ def _supervise(ranks: Sequence[_Rank], received: Sequence[signal.Signals]) -> li
             print(f"{received[0].name}: {time_left}", file=sys.stderr, flush=True)
             for rank in running:
                 rank.process.send_signal(signal.SIGTERM)
-        if failed is None and any(rank.failed and not _as_asked(rank, stopped is not None) for rank in ranks):
+        if failed is None and any(rank.failed and not _obeyed(rank, stopped is not None) for rank in ranks):
             failed = now
         if stopped is not None and (now - stopped > SHUTDOWN_SECONDS or len(received) > 1):
             return [rank.number for rank in running]
@@ -289,26 +291,26 @@ def _supervise(ranks: Sequence[_Rank], received: Sequence[signal.Signals]) -> li
         time.sleep(_POLL_SECONDS)
 
 
-def _as_asked(rank: _Rank, asked: bool) -> bool:
-    """Whether a rank's exit code only says that it was told to stop, and it was."""
-    return asked and rank.process.returncode in _STOPPED_CODES
+def _obeyed(rank: _Rank, requested: bool) -> bool:
+    """Return whether a rank's exit code only says that it stopped as requested."""
+    return requested and rank.process.returncode in _STOPPED_CODES
 
 
 def read_error_reports(folder: Path) -> list[dict[str, Any]]:
-    """The ranks' own reports of their errors, written as `$EAOPD_ERROR_FILE=folder/error` says, earliest first."""
-    found = []
+    """Return the ranks' error reports, written for `$EAOPD_ERROR_FILE=folder/error`, earliest first."""
+    reports = []
     for path in folder.glob("error.*"):
         with suppress(OSError, ValueError):
             report = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(report, dict) and "message" in report:
-                found.append({"rank": int(path.suffix[1:]), "time": path.stat().st_mtime, **report})
-    return sorted(found, key=lambda report: float(report["time"]))
+                reports.append({"rank": int(path.suffix[1:]), "time": path.stat().st_mtime, **report})
+    return sorted(reports, key=lambda report: float(report["time"]))
 
 
 def _verdict(
     ranks: Sequence[_Rank], errors: Sequence[dict[str, Any]], received: Sequence[signal.Signals], late: Sequence[int]
 ) -> tuple[int, str | None]:
-    """The exit code of the whole, and the one line to say."""
+    """Return the exit code of the run and the line for stderr, if any."""
     for error in errors:
         if error.get("user"):
             return int(error.get("exit_code", 1)) or 1, f"error: {_one_line(error['message'])}"
@@ -319,26 +321,24 @@ def _verdict(
                 code,
                 f"error: stopped by {received[0].name}; rank {', '.join(map(str, late))} had not ended and was killed",
             )
-        if all(
-            _as_asked(rank, True) or rank.process.returncode in (0, -signal.SIGTERM) or rank.killed for rank in ranks
-        ):
+        if all(_obeyed(rank, True) or rank.process.returncode in (0, -signal.SIGTERM) or rank.killed for rank in ranks):
             return code, f"stopped by {received[0].name}"
-    failed = [rank for rank in ranks if rank.failed and not rank.killed and not _as_asked(rank, bool(received))]
+    failed = [rank for rank in ranks if rank.failed and not rank.killed and not _obeyed(rank, bool(received))]
     if not failed:
         return 0, None
     reports = {int(error["rank"]): error for error in reversed(errors)}
 
     def order(rank: _Rank) -> tuple[int, float]:
         report = reports.get(rank.number)
-        first_hand = rank.process.returncode < 0 and -rank.process.returncode in _FIRST_HAND_SIGNALS
-        return (0 if first_hand else 1), float(report["time"]) if report else rank.ended or 0.0
+        root_cause = rank.process.returncode < 0 and -rank.process.returncode in _ROOT_CAUSE_SIGNALS
+        return (0 if root_cause else 1), float(report["time"]) if report else rank.ended or 0.0
 
     first = min(failed, key=order)
     code = first.process.returncode
     how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-    said = reports[first.number]["message"] if first.number in reports else _last_error(first)
-    said = f": {_one_line(said)}" if said and (code >= 0 or first.number in reports) else ""
-    return (128 - code if code < 0 else code), f"error: rank {first.number} {how}{said} (log: {first.log})"
+    why = reports[first.number]["message"] if first.number in reports else _last_error(first)
+    why = f": {_one_line(why)}" if why and (code >= 0 or first.number in reports) else ""
+    return (128 - code if code < 0 else code), f"error: rank {first.number} {how}{why} (log: {first.log})"
 
 
 def _signal_name(number: int) -> str:
@@ -349,7 +349,7 @@ def _signal_name(number: int) -> str:
 
 
 def _last_error(rank: _Rank) -> str:
-    """The last line of the rank's log that reads like an exception, else the last line."""
+    """Return the last line of the rank's log that looks like an exception, else the last line."""
     with rank.log.open("rb") as stream:
         stream.seek(max(rank.log_start, rank.log.stat().st_size - 65536))
         text = stream.read().decode("utf-8", errors="replace")
