@@ -1,1 +1,1 @@
-"""Process groups, errors that all ranks raise together, broadcasts of events, heartbeat, and the CPU stand-in."""
+"""Process groups, collective errors, broadcasts of events, failure detection, and CPU stand-ins for CUDA."""

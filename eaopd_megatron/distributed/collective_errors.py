@@ -1,4 +1,4 @@
-"""One rank's error is every rank's error: nobody is left waiting in a collective that another rank never enters."""
+"""Errors that all ranks raise together, so that none waits in a collective that another rank never enters."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from eaopd_megatron.errors import UserError
 
 T = TypeVar("T")
 ErrorDescription = tuple[str, int, str]
-"""(kind, errno, text): what of an error can be sent to other ranks."""
+"""(kind, errno, text): the part of an error that is sent to other ranks."""
 
 
 def run_on_all_or_raise(parallel: ParallelState, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Do this rank's own work and wait for the others' (a barrier). When one fails, all ranks raise the first's error.
+    """Run this rank's work and wait for the others (a barrier). If any fails, all raise the lowest failed rank's error.
 
-    group: of all ranks, for a thread that must not use the training's; none: torch.distributed's default.
-    The error arrives as UserError or OSError (errno kept) where it was one, otherwise as RuntimeError.
+    group: of all ranks, for a thread that must not use training's; None: the default group. The error is raised as
+    UserError or OSError (with its errno) if it was one, otherwise as RuntimeError.
     """
     cause: Exception | None = None
     try:
@@ -37,7 +37,7 @@ def run_on_all_or_raise(parallel: ParallelState, work: Callable[[], T], group: d
 
 
 def first_error(failed: Mapping[int, ErrorDescription]) -> Exception:
-    """The error of the lowest rank that failed."""
+    """Return the error of the lowest failed rank."""
     rank = min(failed)
     kind, number, text = failed[rank]
     if kind == "user":
@@ -46,7 +46,7 @@ def first_error(failed: Mapping[int, ErrorDescription]) -> Exception:
 
 
 def describe_error(error: BaseException) -> ErrorDescription:
-    """An error without the objects that hold it together."""
+    """Return the picklable description of an error."""
     if isinstance(error, UserError):
         return "user", 0, str(error)
     system = find_os_error(error)
@@ -57,7 +57,7 @@ def describe_error(error: BaseException) -> ErrorDescription:
 
 
 def find_os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind an error, if there is one (torch raises its own after a failed write)."""
+    """Return the OSError behind an error, if any (torch raises its own error after a failed write)."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error

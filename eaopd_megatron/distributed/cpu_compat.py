@@ -1,7 +1,7 @@
-"""Megatron-Core on a machine without CUDA: its literal uses of "cuda" are answered by the CPU.
+"""Megatron-Core on machines without CUDA: its literal uses of "cuda" are redirected to the CPU.
 
-Megatron-Core 0.16 names the device in about ten places (schedules, gradient clipping, optimisers, checkpoints) as the
-literal string "cuda". Where CUDA is present nothing here is installed.
+Megatron-Core 0.16 hard-codes the device "cuda" in about ten places (schedules, gradient clipping, optimisers,
+checkpoints). With CUDA nothing here has an effect.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaAsCpuMode(TorchFunctionMode):
-    """Inside this context `device="cuda"`, `.cuda()`, `.to("cuda")` and `pin_memory=True` mean the CPU,
-    and `Tensor.type()` is spelled as Megatron-Core's assertions expect."""
+    """Redirect `device="cuda"`, `.cuda()`, `.to("cuda")` and `pin_memory=True` to the CPU.
+
+    `Tensor.type()` returns the CUDA names that Megatron-Core's assertions expect.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,9 +52,9 @@ class _CudaAsCpuMode(TorchFunctionMode):
 
 @contextlib.contextmanager
 def cuda_as_cpu() -> Iterator[None]:
-    """Run Megatron-Core code that names the device "cuda". Does nothing where CUDA is present.
+    """Run Megatron-Core code that hard-codes the device "cuda". No effect with CUDA.
 
-    Scoped rather than process-wide: the mode costs a quarter of the time of a tiny model's step.
+    A scope rather than a process-wide mode, which would cost a quarter of a tiny model's step time.
     """
     if torch.cuda.is_available():
         yield
@@ -62,10 +64,9 @@ def cuda_as_cpu() -> Iterator[None]:
 
 
 class _TorchOnCpu:
-    """`torch` as Megatron-Core's schedules see it: one counter is made on "cuda".
+    """`torch` as Megatron-Core's schedules see it, where one counter is allocated on "cuda".
 
-    A name of that module is replaced, rather than the schedule run under `cuda_as_cpu`, which would slow down the
-    whole forward and backward pass.
+    Replacing that module's `torch` avoids running the whole forward and backward pass under `cuda_as_cpu`.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -77,9 +78,9 @@ class _TorchOnCpu:
 
 
 class _Stream:
-    """A CUDA stream (and its event) where there is none: everything is done when it was asked for.
+    """A stand-in for a CUDA stream and its event, on which everything is synchronous.
 
-    The dispatcher of a mixture of experts copies its counts to the host on a stream of its own.
+    The token dispatcher of experts copies its counts to the host on a side stream.
     """
 
     def wait_stream(self, stream: _Stream) -> None:
@@ -96,7 +97,7 @@ _THE_STREAM = _Stream()
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """What the dispatcher's counts are once they are on the host; collectives take them as arrays alone."""
+    """Return the dispatcher's counts, which collectives take as numpy arrays."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -113,8 +114,10 @@ def _set_random_state(new_state: torch.Tensor, device: int = -1, graph_safe: boo
 
 
 def install_cpu_compat() -> None:
-    """Answer `torch.cuda`'s current device, synchronisation, streams and random state from the CPU. Idempotent; nothing
-    with CUDA."""
+    """Replace `torch.cuda`'s current device, synchronisation, streams and RNG state by CPU versions.
+
+    Idempotent; no effect with CUDA. Raises ImportError if Megatron-Core moved what is replaced.
+    """
     if torch.cuda.is_available():
         return
     from megatron.core.pipeline_parallel import schedules

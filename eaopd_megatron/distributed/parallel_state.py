@@ -1,4 +1,4 @@
-"""Start-up of torch.distributed and of Megatron-Core's process groups."""
+"""Set-up and tear-down of torch.distributed and of Megatron-Core's process groups."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from eaopd_megatron.distributed import cpu_compat as cpu
 
 @dataclass(frozen=True)
 class ParallelState:
-    """This process's place: its rank, its groups and its device."""
+    """This process's ranks, process groups and device."""
 
     layout: ParallelLayout
     rank: int
     world_size: int
     tp_rank: int
     tp_group: dist.ProcessGroup
-    dp_rank: int  # among the ranks with other samples; context-parallel ranks share theirs
+    dp_rank: int  # context-parallel ranks, which share their samples, have the same one
     dp_size: int
     dp_group: dist.ProcessGroup
     device: torch.device
@@ -35,22 +35,22 @@ class ParallelState:
     pp_group: dist.ProcessGroup | None = None
     cp_rank: int = 0
     cp_group: dist.ProcessGroup | None = None
-    tp_cp_rank: int = 0  # among the tensor- and context-parallel ranks: one copy's share of a pipeline stage
+    tp_cp_rank: int = 0  # among the ranks of one pipeline stage of one model replica
     tp_cp_group: dist.ProcessGroup | None = None
     ep_rank: int = 0
     ep_group: dist.ProcessGroup | None = None
     etp_rank: int = 0
     etp_group: dist.ProcessGroup | None = None
-    expert_dp_rank: int = 0  # among the ranks with the same experts
+    expert_dp_rank: int = 0  # among the ranks that hold the same experts
 
     @property
     def is_main(self) -> bool:
-        """The one rank that writes files and talks to the user."""
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
     @property
     def reports_metrics(self) -> bool:
-        """Whether figures of this rank's tokens enter the metrics: of the ranks that compute the same, one."""
+        """Whether this rank's token statistics enter the metrics: last pipeline stage, TP rank 0."""
         return self.is_last_stage and self.tp_rank == 0
 
     @property
@@ -75,20 +75,20 @@ class ParallelState:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the output layer, and so the objective."""
+        """Whether this rank holds the output layer and computes the objective."""
         return self.pp_rank == self.pp_size - 1
 
     def tp_src_rank(self) -> int:
-        """Global rank of the tensor-parallel group's first member, which samples for the others."""
+        """Return the global rank of the tensor-parallel group's first member, which samples for the others."""
         return dist.get_global_rank(self.tp_group, 0)
 
 
 def init_distributed(
     layout: ParallelLayout, *, seed: int = 0, timeout_minutes: float = 10.0
 ) -> tuple[ParallelState, dist.Store]:
-    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT and make Megatron's groups.
+    """Initialise torch.distributed from RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT, and Megatron-Core's groups.
 
-    The store is the one through which the ranks met. Raises UserError where the layout does not divide the number of
+    Returns the parallel state and the rendezvous store. Raises UserError if the layout does not divide the number of
     ranks. Call `shutdown_distributed` at the end.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -152,27 +152,27 @@ def destroy_model_parallel() -> None:
     """Destroy Megatron-Core's process groups with their connections and threads (60 a rank on gloo)."""
     made = list(parallel_state._global_process_group_list or [])
     parallel_state.destroy_model_parallel()
-    RotaryEmbedding.forward.cache_clear()  # its arguments are kept, and with them models and their groups
+    RotaryEmbedding.forward.cache_clear()  # its cache keeps models and their groups alive
     for group in made:
-        if group is not None:  # the default group stays
-            with contextlib.suppress(ValueError):  # Megatron has ended it itself
+        if group is not None:  # None: the default group
+            with contextlib.suppress(ValueError):  # Megatron-Core destroyed it already
                 dist.destroy_process_group(group)
 
 
 def shutdown_distributed() -> None:
-    """Leave Megatron's groups and torch.distributed."""
+    """Destroy Megatron-Core's groups and torch.distributed's."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def num_ranks_on_rank0_host(parallel: ParallelState) -> int:
-    """How many ranks are on the main rank's host, itself among them. Collective.
+    """Return the number of ranks on rank 0's host, including rank 0. Collective.
 
-    Neither srun nor a launcher of a site's own says it as torchrun does (LOCAL_WORLD_SIZE).
+    Only torchrun sets LOCAL_WORLD_SIZE; srun and other launchers do not.
     """
-    mine = socket.gethostname()
-    hosts = [mine] * parallel.world_size
+    host = socket.gethostname()
+    hosts = [host] * parallel.world_size
     if parallel.world_size > 1:
-        dist.all_gather_object(hosts, mine)
+        dist.all_gather_object(hosts, host)
     return hosts.count(hosts[0])

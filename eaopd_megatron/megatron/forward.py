@@ -1,4 +1,7 @@
-"""One model chunk's forward pass over packed sequences, and what is made of the last stage's hidden states."""
+"""One model chunk's forward pass over packed sequences, and what is computed from the last stage's hidden states.
+
+Shapes: T packed tokens on this context-parallel rank, n response tokens among them, h the hidden size.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,12 @@ from eaopd_megatron.objective.settings import LOGITS_CHUNK_ELEMENTS
 
 
 def stage_output(chunk: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """What a chunk, bare or wrapped, gives to the next stage; from the last one the hidden states after the final norm
-    [T, 1, h] (under sequence parallelism this rank's part of the T tokens). The output layer is not run."""
+    """Return what a chunk, bare or wrapped, passes to the next pipeline stage; the output layer is not run.
+
+    The last stage returns the hidden states after the final norm, [T, 1, h]; under sequence parallelism [T/tp, 1, h].
+    """
     gpt = unwrap_gpt(chunk)
-    last, gpt.post_process = gpt.post_process, False  # GPTModel returns what it would give to its output layer
+    last, gpt.post_process = gpt.post_process, False  # GPTModel then returns the input of its output layer
     try:
         return chunk(
             input_ids=batch.token_ids,
@@ -36,10 +41,10 @@ def stage_output(chunk: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 def response_hidden_states(model: ModelChunks, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """The last stage's `stage_output` at the micro-batch's rows: [n, h], the same on every tensor-parallel rank.
+    """Return the last stage's `stage_output` at the positions that predict response tokens, [n, h], on every TP rank.
 
-    Under sequence parallelism the parts are gathered once, and in backward the gradient is reduce-scattered: each rank
-    then gives its part of it (`hidden_grad_reduction(model)`).
+    Under sequence parallelism the shards are gathered once; backward reduce-scatters the gradient, of which each rank
+    then provides its part (`hidden_grad_reduction`).
     """
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
@@ -52,10 +57,9 @@ def hidden_grad_reduction(model: ModelChunks) -> Literal["all_reduce", "partial"
 
 
 def output_weight(model: ModelChunks) -> torch.nn.Parameter:
-    """This rank's rows of the output layer [V_padded/tp, h], on the last pipeline stage: the embedding's where they are
-    tied.
+    """Return this rank's rows of the output layer, [vocab/tp, h], on the last pipeline stage; the embedding's if tied.
 
-    Where gathers of updated weights are overlapped it waits for this one: no module's forward does it for the loss.
+    Waits for an overlapped parameter gather, since the loss reads the weight without running the layer's forward.
     """
     gpt = unwrap_gpt(model)
     if gpt.share_embeddings_and_output_weights:
@@ -63,35 +67,34 @@ def output_weight(model: ModelChunks) -> torch.nn.Parameter:
     return wait_param_gather(gpt.output_layer.weight)
 
 
-def response_logits(model: ModelChunks, rows: torch.Tensor) -> torch.Tensor:
-    """Logits [n, V_padded/tp] of `response_hidden_states`, with the gradient that it must have."""
+def response_logits(model: ModelChunks, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits [n, vocab/tp] of `response_hidden_states`, with the gradient that these need."""
     if hidden_grad_reduction(model) == "all_reduce":
-        rows = copy_to_tensor_model_parallel_region(rows)
-    return rows @ output_weight(model).T
+        hidden = copy_to_tensor_model_parallel_region(hidden)
+    return hidden @ output_weight(model).T
 
 
 @torch.no_grad()
 def logits_in_chunks(
-    rows: torch.Tensor, head: torch.Tensor, elements: int = LOGITS_CHUNK_ELEMENTS
+    hidden: torch.Tensor, weight: torch.Tensor, elements: int = LOGITS_CHUNK_ELEMENTS
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Logits [part, V_padded/tp] of rows [n, h] under head [V_padded/tp, h], a part at a time, without gradient.
+    """Yield the logits [chunk, vocab/tp] of hidden states [n, h] chunk by chunk, without gradient.
 
-    The parts are the same on every tensor-parallel rank; one part has at most `elements` logits, and at least one row.
-    There is one part at least, which may be empty.
+    A chunk has at most `elements` logits, but at least one row; chunks are the same on every TP rank. At least one
+    chunk is yielded, which may be empty.
     """
-    size = max(1, elements // head.shape[0])
-    for start in range(0, max(1, len(rows)), size):
-        part = slice(start, start + size)
-        yield part, rows[part] @ head.T
+    size = max(1, elements // weight.shape[0])
+    for start in range(0, max(1, len(hidden)), size):
+        rows = slice(start, start + size)
+        yield rows, hidden[rows] @ weight.T
 
 
 def gather_context_parallel(batch: MicroBatch, values: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
-    """Values [n, ...] of this rank's rows → [count, ...] of all response tokens. Collective over context-parallel
-    ranks."""
+    """Return the values [count, ...] of all response tokens, given this CP rank's [n, ...]. Collective over CP."""
     if batch.cp_local_indices is None:
         return values
-    everything = values.new_zeros(batch.num_response_tokens, *values.shape[1:]).index_copy(
+    gathered = values.new_zeros(batch.num_response_tokens, *values.shape[1:]).index_copy(
         0, batch.cp_local_indices, values
     )
-    dist.all_reduce(everything, group=parallel.cp_group)
-    return everything
+    dist.all_reduce(gathered, group=parallel.cp_group)
+    return gathered

@@ -1,4 +1,4 @@
-"""One decoding step at a time on a GPTModel with Megatron-Core's key-value cache, over its pipeline stages."""
+"""Token-by-token decoding on GPTModel with Megatron-Core's key-value cache, across pipeline stages."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from eaopd_megatron.megatron.model import ModelChunks
 
 
 class Decoder:
-    """Decodes a batch of prompts of unequal lengths, padded on the left (rotary embeddings see only distances).
+    """Decode a batch of prompts of unequal lengths, padded on the left (rotary embeddings depend on distances only).
 
-    All ranks of a pipeline and of a tensor-parallel group have the same prompts; context-parallel ranks may have
-    different ones. To be used under `decode_mode(model)`.
+    All pipeline and tensor-parallel ranks hold the same prompts; context-parallel ranks may hold different ones. Use it
+    inside `decode_mode(model)`.
     """
 
     def __init__(
@@ -31,27 +31,26 @@ class Decoder:
         for row, prompt in zip(self.ids, prompts, strict=True):
             row[longest - len(prompt) :] = torch.tensor(prompt, device=parallel.device)
         padding = torch.tensor([longest - len(p) for p in prompts], device=parallel.device)
-        # [b, longest + max_new_tokens]; None where nothing is hidden
-        self.hidden = torch.arange(longest + max_new_tokens, device=parallel.device)[None] < padding[:, None]
-        self.padded = bool(self.hidden.any())
+        # [b, longest + max_new_tokens], True at padding
+        self.is_padding = torch.arange(longest + max_new_tokens, device=parallel.device)[None] < padding[:, None]
+        self.has_padding = bool(self.is_padding.any())
 
     def prefill(self) -> torch.Tensor | None:
-        """Logits [b, V_padded] after the last prompt token, on every tensor-parallel rank of the last pipeline stage;
-        None on the other stages."""
+        """Return the logits [b, padded vocab] after the prompts, on every TP rank of the last stage; elsewhere None."""
         mask = None
-        if self.padded:
+        if self.has_padding:
             length = self.ids.shape[1]
             future = torch.ones(length, length, dtype=torch.bool, device=self.ids.device).triu(1)
-            mask = future | self.hidden[:, None, None, :length]
-            # a padding position sees itself: a row that sees nothing would be NaN and reach others through its value
+            mask = future | self.is_padding[:, None, None, :length]
+            # padding attends to itself: a fully masked row would be NaN and reach other positions through its value
             mask = mask & ~torch.eye(length, dtype=torch.bool, device=self.ids.device)
         return self._forward(self.ids, mask)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """As `prefill`, after tokens [b] have been appended: the same on every stage."""
+        """Append tokens [b], equal on every stage, and return the logits as `prefill` does."""
         self.context.enable_decode_mode()
         end = self.context.sequence_len_offset + 1
-        mask = self.hidden[:, None, None, :end] if self.padded else None
+        mask = self.is_padding[:, None, None, :end] if self.has_padding else None
         return self._forward(tokens[:, None], mask)
 
     @torch.no_grad()
@@ -76,22 +75,24 @@ class Decoder:
         return logits
 
     def _receive(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [s, b, h] of the stage before."""
+        """Receive the previous stage's hidden states [s, b, h]."""
         b, s = ids.shape
         hidden = torch.empty(s, b, self.model.config.hidden_size, dtype=self.model.dtype, device=ids.device)
         dist.recv(hidden, self._neighbour(-1), group=self.parallel.pp_group)
         return hidden
 
     def _neighbour(self, step: int) -> int:
-        """Global rank of the pipeline's next (1) or previous (-1) rank; virtual stages go round."""
+        """Return the global rank of the next (1) or previous (-1) stage; virtual stages wrap around."""
         assert self.parallel.pp_group is not None
         return dist.get_global_rank(self.parallel.pp_group, (self.parallel.pp_rank + step) % self.parallel.pp_size)
 
 
 @contextlib.contextmanager
 def decode_mode(model: ModelChunks) -> Iterator[None]:
-    """The model in eval mode (Megatron-Core uses its cache only then), without sequence and context parallelism, which
-    cannot cut one position; afterwards as it was."""
+    """Put the model in eval mode, in which Megatron-Core uses its cache, and restore it afterwards.
+
+    Sequence and context parallelism, which cannot split a single position, are off inside.
+    """
     training = model.training
     model.eval()
     with contextlib.ExitStack() as stack:
@@ -106,24 +107,29 @@ def decode_mode(model: ModelChunks) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_sequence_parallel(model: ModelChunks) -> Iterator[None]:
-    """Megatron-Core's own switch knows a model by its address, which an earlier one may have had, and back again it
-    switches on what was off before."""
+    """Switch sequence parallelism off inside the context.
+
+    Megatron-Core's own switch identifies a model by its address, which may be reused, and on the way back switches on
+    what was off before.
+    """
     switches = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
     owners: list[object] = [model.config, *model.modules()]
-    on = [(owner, name) for owner in owners for name in switches if getattr(owner, name, False) is True]
-    for owner, name in on:
+    enabled = [(owner, name) for owner in owners for name in switches if getattr(owner, name, False) is True]
+    for owner, name in enabled:
         setattr(owner, name, False)
     try:
         yield
     finally:
-        for owner, name in on:
+        for owner, name in enabled:
             setattr(owner, name, True)
 
 
 @contextlib.contextmanager
 def _without_context_parallel(gpt: GPTModel) -> Iterator[None]:
-    """Every context-parallel rank holds all weights and decodes sequences of its own: rotary embeddings (and, with
-    Transformer Engine, which was not run here, its attention) must not take a part of the positions."""
+    """Switch context parallelism off inside the context: each CP rank decodes its own sequences.
+
+    Rotary embeddings and Transformer Engine's attention must not shard the positions.
+    """
     rotary = gpt.rotary_pos_emb
     group, rotary.cp_group = rotary.cp_group, None
     fused = [m for m in gpt.modules() if hasattr(m, "set_context_parallel_group") and m.cp_group is not None]

@@ -1,4 +1,4 @@
-"""Core attention through torch: where CUDA and Transformer Engine are not."""
+"""Transformer layers: Transformer Engine's with CUDA, else Megatron-Core's with torch's attention and norms."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ from eaopd_megatron.errors import UserError
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron-Core's description of packed sequences, with the indices that `CoreAttention` needs, made once a
-    micro-batch. Transformer Engine's attention reads the inherited fields alone."""
+    """Megatron-Core's packed sequences with the indices that `CoreAttention` needs, computed once per micro-batch.
+
+    Transformer Engine's attention reads the inherited fields alone.
+    """
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, longest: int) -> PackedSequences:
-        """cu_seqlens [b + 1] int32: 0 and the ends of the sequences; longest: length of the longest."""
+        """cu_seqlens: [b + 1] int32, 0 and the end of each sequence; longest: the maximum length."""
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -45,19 +47,19 @@ class PackedSequences(PackedSeqParams):
 
     @cached_property
     def lengths(self) -> torch.Tensor:
-        """[b]"""
+        """Length of each sequence, [b]."""
         return self.cu_seqlens_q.long().diff()
 
     @cached_property
     def places(self) -> torch.Tensor:
-        """Where each of the T packed tokens is in [b · longest]."""
+        """Index of each of the T packed tokens in the padded [b * longest] layout."""
         starts = self.cu_seqlens_q.long()[:-1]
         sequence = torch.arange(len(starts), device=starts.device).repeat_interleave(self.lengths)
         token = torch.arange(len(sequence), device=starts.device)
         return sequence * self.max_seqlen_q + token - starts[sequence]
 
     def parts(self, size: int) -> list[torch.Tensor]:
-        """The packed positions of every context-parallel rank, each in its order."""
+        """Return the packed positions of every context-parallel rank, each in the rank's order."""
         if size not in self._parts:
             self._parts[size] = [cp_shard_indices(self.cu_seqlens_q.long(), size, rank) for rank in range(size)]
         return self._parts[size]
@@ -68,8 +70,11 @@ class PackedSequences(PackedSeqParams):
 
 
 class CoreAttention(MegatronModule):
-    """Scaled-dot-product attention with grouped queries through torch: packed sequences, at any context-parallel
-    size, or a batch of equal lengths, causal or under a given mask, without context parallelism (decoding)."""
+    """Grouped-query attention by torch's scaled_dot_product_attention.
+
+    Takes packed sequences at any context-parallel size, or (decoding, without context parallelism) a batch of equal
+    lengths, causal or with a mask.
+    """
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **unused: Any
@@ -86,12 +91,10 @@ class CoreAttention(MegatronModule):
         packed_seq_params: PackedSequences | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """query [s, b, heads, d]; key, value [t, b, groups, d]; attention_mask [b, 1, s, t], True = hidden. Returns
-        [s, b, heads·d].
+        """Return [s, b, heads * d] for query [s, b, heads, d] and key, value [t, b, groups, d]; packed: [T, heads * d].
 
-        Without a mask a query sees the keys up to its own position; the s queries are the last s of the t positions.
-        Packed: query [T, heads, d]; key, value [T, groups, d], this context-parallel rank's tokens. Returns
-        [T, heads·d]. A query sees its own sequence up to its own position.
+        attention_mask: [b, 1, s, t], True where masked; None: causal, the s queries being the last of the t positions.
+        Packed: query [T, heads, d] and key, value [T, groups, d] of this context-parallel rank, causal per sequence.
         """
         if packed_seq_params is not None:
             size = self.config.context_parallel_size
@@ -118,8 +121,10 @@ def _packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed:
 def _packed_over_ranks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequences
 ) -> torch.Tensor:
-    """Keys and values are gathered over the context-parallel group (in backward their gradients are summed and
-    scattered) and put into the order of the sequences; the mask goes by position."""
+    """Attend to keys and values gathered over the context-parallel group, masked by position.
+
+    Backward reduce-scatters their gradients.
+    """
     group = parallel_state.get_context_parallel_group()
     size, rank = group.size(), group.rank()
     parts, b, longest = packed.parts(size), len(packed.lengths), packed.max_seqlen_q
@@ -133,20 +138,20 @@ def _packed_over_ranks(
     width = longest // size
     before = (packed.cu_seqlens_q.long()[:-1] // size)[sequence]
     local = sequence * width + torch.arange(len(mine), device=mine.device) - before
-    # a row of padding sees the first key: one that sees nothing would be NaN
+    # rows of padding attend to the first key: a fully masked row would be NaN
     upto = torch.zeros(b * width, dtype=torch.long, device=mine.device).index_copy(0, local, position)
     visible = torch.arange(longest, device=mine.device) <= upto.view(b, 1, width, 1)
     return _pack(_attention(_unpack(query, local, b, width), k, v, visible, causal=False), local)
 
 
 def _unpack(packed: torch.Tensor, places: torch.Tensor, b: int, length: int) -> torch.Tensor:
-    """[T, heads, d] → [b, heads, length, d], zeros where no token is."""
+    """Pad [T, heads, d] to [b, heads, length, d] with zeros."""
     padded = packed.new_zeros(b * length, *packed.shape[1:]).index_copy(0, places, packed)
     return padded.view(b, length, *packed.shape[1:]).transpose(1, 2)
 
 
 def _pack(padded: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """[b, heads, length, d] → [T, heads, d]."""
+    """Drop the padding of [b, heads, length, d]: [T, heads, d]."""
     return padded.transpose(1, 2).flatten(0, 1).index_select(0, places)
 
 
@@ -159,9 +164,9 @@ def _attention(
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm under sequence parallelism: its weight's gradient is summed over the tensor-parallel group.
+    """torch's RMSNorm for sequence parallelism, which sums its weight's gradient over the tensor-parallel group.
 
-    Megatron-Core's own wrapper of torch's norm refuses sequence parallelism.
+    Megatron-Core's wrapper of torch's norm does not support sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
@@ -170,7 +175,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def uses_transformer_engine() -> bool:
-    """Whether layers are Transformer Engine's: where CUDA is present and Megatron-Core has found the package."""
+    """Return whether layers are Transformer Engine's: CUDA is available and Megatron-Core imported the package."""
     return torch.cuda.is_available() and gpt_layer_specs.HAVE_TE
 
 
@@ -178,8 +183,6 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     """Return the specs of this rank's (and virtual stage's) layers.
 
     Parameters of local and Transformer Engine layers have the same `model.global_param_name`.
-
-    Transformer Engine's layers have been built on no machine yet: they need CUDA.
     """
     layer, norm = _engine_layer(config) if uses_transformer_engine() else _local_layer(config)
     assert layer.module is TransformerLayer
@@ -197,7 +200,7 @@ def _engine_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
 
 
 def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
-    """Megatron-Core's layer with the norms and the attention that need neither CUDA nor Apex."""
+    """Return Megatron-Core's local layer with norms and attention that need neither CUDA nor Apex, and the norm."""
     layer = copy.deepcopy(
         gpt_layer_specs.get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -211,29 +214,28 @@ def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
         parts.self_attention.submodules.q_layernorm = RMSNorm
         parts.self_attention.submodules.k_layernorm = RMSNorm
     if config.num_moe_experts:
-        # names in checkpoints are Transformer Engine's, which fuses this norm into a dense MLP, but not into experts
+        # checkpoint names are Transformer Engine's, which fuses this norm into a dense MLP but not into experts
         del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         _complete_router()
     return layer, RMSNorm
 
 
 def _complete_router() -> None:
-    """Megatron-Core's router asks whether `te_general_gemm` is None, a name that only Transformer Engine's import
-    defines."""
+    """Define `te_general_gemm`, which Megatron-Core's router reads even without Transformer Engine."""
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
 
 
 FP8_SETTINGS: dict[str, Any] = {"fp8": "e4m3", "fp8_recipe": "tensorwise", "fp8_param": True}
-"""Of Megatron-Core's TransformerConfig."""
+"""Fields of TransformerConfig for fp8 weights."""
 
 
 def require_fp8_support(key: str) -> None:
-    """Raises UserError, which names the recipe's key, where Transformer Engine cannot run."""
+    """Raise UserError, naming the recipe's key, if fp8 layers cannot run here."""
     if not uses_transformer_engine():
         raise UserError(f"{key}=fp8 needs CUDA and Transformer Engine, which are not here; bf16 needs neither")
 
 
 def pad_fp8_inputs(gpt: GPTModel) -> None:
-    """fp8 products want a multiple of 16 tokens: linear layers pad what they are given, and cut it off again."""
+    """Let linear layers pad their inputs to the multiple of 16 tokens that fp8 matrix products need."""
     prepare_model_for_fp8_inference(gpt)

@@ -1,4 +1,8 @@
-"""Megatron-Core's GPTModel on this rank: the chunks that it holds, and their parameters under global names."""
+"""Megatron-Core's GPTModel on this rank: its chunks, layout-independent parameter names, and overlapped gathers.
+
+With overlap, collectives are issued in backward and in `optimizer.optimizer_step`, which every rank runs; forward only
+waits for them, so ranks may run different numbers of forward passes.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +28,7 @@ from eaopd_megatron.models.transformer_config import (
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-"""Of what is computed, and of weights but fp8's (`build_model(..., fp8=True)`)."""
-
+"""Compute dtype by precision, and the dtype of all weights but those in fp8 (`build_model(fp8=True)`)."""
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
@@ -34,44 +37,43 @@ _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-"""Transformer Engine's layers that hold the norm of their input, and the norm's name in Megatron's local layers."""
+"""Transformer Engine fuses norms into the next linear layer; their names in Megatron-Core's local layers."""
 
 
 def global_param_name(name: str, *, first_layer: int = 0, first_expert: int = 0) -> str:
-    """The name in the whole model of a chunk's parameter, as Megatron's local layers would call it.
+    """Return a chunk parameter's name in the full model, independent of the layout and of Transformer Engine.
 
-    first_layer, first_expert: numbers, in the whole model, of the chunk's layer 0 and expert 0.
+    first_layer, first_expert: indices in the full model of the chunk's layer 0 and expert 0.
     """
     for fused, own in _FUSED_NORMS.items():
         name = name.replace(fused, own)
     name = _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\3.\1.\2", name)
-    name = _LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + first_layer}.", name)
-    return _EXPERT.sub(lambda found: f"mlp.experts.local_experts.{int(found[1]) + first_expert}.", name)
+    name = _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + first_layer}.", name)
+    return _EXPERT.sub(lambda match: f"mlp.experts.local_experts.{int(match[1]) + first_expert}.", name)
 
 
-_WAIT = "wait_for_gather"
-"""The attribute of a parameter whose gather may be under way: waits until it has ended."""
+_WAIT = "wait_for_gather"  # attribute of a parameter with an overlapped gather: a function that waits for it
 
 
 def prepare_param_gather_waits(chunks: Iterable[Any]) -> None:
-    """Let each parameter of chunks with overlapped gathers know how to wait for its own.
+    """Let `wait_param_gather` find the gather of each parameter of these chunks.
 
-    Megatron-Core waits in hooks before the forward of the module that holds a parameter. Who reads a parameter without
-    that module (the objective reads the output layer, a checkpoint all) calls `wait_param_gather`.
+    Megatron-Core waits in forward hooks of the module that holds a parameter. Code that reads a parameter without that
+    module's forward (the objective reads the output layer, checkpoints read all) calls `wait_param_gather`.
     """
     for chunk in chunks:
-        chunk.start_param_sync(force_sync=True)  # or the first forward would start the first gather
+        chunk.start_param_sync(force_sync=True)  # otherwise the first forward would start the first gather
         for parameter, group in chunk.param_to_bucket_group.items():
             setattr(parameter, _WAIT, partial(_wait, group))
 
 
 def _wait(group: Any) -> None:
-    if group.param_gather_handle is not None:  # else Megatron-Core would start a gather of this rank's own
+    if group.param_gather_handle is not None:  # otherwise Megatron-Core would start a gather on this rank alone
         group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def wait_param_gather(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """The parameter, once its gather has ended."""
+    """Wait for the parameter's gather, if it is overlapped, and return the parameter."""
     wait = getattr(parameter, _WAIT, None)
     if wait is not None:
         wait()
@@ -79,28 +81,28 @@ def wait_param_gather(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
 
 
 def start_param_gathers(chunks: Iterable[Any]) -> None:
-    """Begin to gather the weights that other ranks updated, where that is overlapped. Collective."""
+    """Start gathering the weights that other ranks updated, if gathers are overlapped. Collective."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync()
 
 
 def wait_all_param_gathers(chunks: Iterable[torch.nn.Module]) -> None:
-    """Wait until every parameter of the chunks is whole."""
+    """Wait for the gathers of all parameters of the chunks."""
     for chunk in chunks:
         for parameter in chunk.parameters():
             wait_param_gather(parameter)
 
 
 class ModelChunks(torch.nn.ModuleList):
-    """What a rank holds of a model: one GPTModel, or one for each virtual pipeline stage, bare or wrapped."""
+    """A rank's share of a model: one GPTModel per virtual pipeline stage, bare or wrapped."""
 
     def __init__(self, chunks: Iterable[torch.nn.Module]) -> None:
         super().__init__(chunks)
 
     @property
     def gpts(self) -> list[GPTModel]:
-        """The GPTModels inside data-parallel and precision wrappers, first stage first."""
+        """The GPTModels inside data-parallel and precision wrappers, in stage order."""
         return [unwrap_gpt(chunk) for chunk in self]
 
     @property
@@ -110,26 +112,26 @@ class ModelChunks(torch.nn.ModuleList):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The weights' dtype (fp8 aside)."""
         return cast(torch.dtype, self.config.params_dtype)
 
     def global_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """This rank's parameters by names that no layout changes: layers and experts have their numbers in the model.
+        """Return this rank's parameters by `global_param_name`, after waiting for their gathers.
 
-        Waits for those that are being gathered. Tied embeddings over pipeline stages: the last stage's copy is
-        `output_layer.weight`.
+        With tied embeddings on several pipeline stages the last stage's copy is `output_layer.weight`.
         """
-        found = {}
+        parameters = {}
         for chunk in self.gpts:
             layers = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
             experts = (chunk.config.num_moe_experts or 0) // chunk.config.expert_model_parallel_size
             first = experts * parallel_state.get_expert_model_parallel_rank() if experts else 0
             for name, parameter in chunk.named_parameters():
-                found[global_param_name(name, first_layer=layers, first_expert=first)] = wait_param_gather(parameter)
-        return found
+                global_name = global_param_name(name, first_layer=layers, first_expert=first)
+                parameters[global_name] = wait_param_gather(parameter)
+        return parameters
 
     def zero_grad_buffer(self) -> None:
-        """Zero the gradient buffers of chunks that `optimizer.wrap` made."""
+        """Zero the gradient buffers of chunks from `optimizer.wrap_ddp`."""
         for chunk in self:
             cast(Any, chunk).zero_grad_buffer()
 
@@ -144,13 +146,14 @@ def build_model(
     fp8: bool = False,
     recompute: Recompute = "none",
 ) -> ModelChunks:
-    """This rank's uninitialised part of a model, on its device; weights come from `checkpoint.hf_import`.
+    """Build this rank's chunks on its device, with uninitialised weights (`checkpoint.hf_import` loads them).
 
-    untie: give a model with tied embeddings an output layer of its own (a teacher whose output rows are mapped).
-    output_vocab: the vocabulary size whose padding and shards the output layer has (a teacher's: the student's), which
-    makes a difference where the embedding's are others; none: the model's own. GPTModel cannot run such a layer.
-    fp8: the layers' weights, which are frozen then (`megatron.fp8`); dtype is the others'.
-    recompute: activations that backward makes again instead of keeping them.
+    hf            transformers' configuration
+    untie         give a model with tied embeddings a separate output layer (a teacher whose output rows are mapped)
+    output_vocab  vocabulary size that sets the padding and the shards of the output layer (a teacher gets the
+                  student's); None: the model's own. GPTModel itself cannot run an output layer of another size
+    fp8           keep the layers' weights in fp8, frozen; dtype is that of the other weights
+    recompute     activations that are recomputed in backward
     """
     rows = padded_vocab_size(hf.vocab_size, layout.tensor_parallel)
     output_rows = padded_vocab_size(output_vocab or hf.vocab_size, layout.tensor_parallel)
@@ -165,7 +168,7 @@ def build_model(
     )
     set_attention_factor(config, hf)
     stages = [None] if layout.virtual_pipeline == 1 else range(layout.virtual_pipeline)
-    # with gradients Transformer Engine keeps a second, transposed copy of weights in fp8
+    # with gradients enabled Transformer Engine keeps a second, transposed copy of fp8 weights
     with cpu.cuda_as_cpu(), torch.set_grad_enabled(torch.is_grad_enabled() and not fp8):
         chunks = [
             GPTModel(
@@ -199,10 +202,10 @@ def build_model(
 
 
 def _mark_experts(gpt: GPTModel) -> None:
-    """Say which parameters are experts', so that their gradients are summed over the ranks that hold the same experts.
+    """Mark expert parameters, whose gradients are summed over the ranks that hold the same experts.
 
-    Megatron-Core's layers do it with expert parallelism only; experts that are not cut as the other layers are
-    (expert_tensor_parallel below tensor_parallel) would keep each rank's own part of the gradient.
+    Megatron-Core marks them only under expert parallelism; with expert_tensor_parallel below tensor_parallel alone,
+    each rank would keep its own part of the gradient.
     """
     for name, parameter in gpt.named_parameters():
         if ".experts." in name:
@@ -210,7 +213,7 @@ def _mark_experts(gpt: GPTModel) -> None:
 
 
 def unwrap_gpt(model: torch.nn.Module) -> GPTModel:
-    """The GPTModel inside data-parallel and precision wrappers; of several chunks the last one."""
+    """Return the GPTModel inside data-parallel and precision wrappers; the last one of several chunks."""
     inner: Any = model
     while not isinstance(inner, GPTModel):
         inner = inner[-1] if isinstance(inner, ModelChunks) else inner.module

@@ -21,9 +21,9 @@ ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def offload_moments_between_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Move the moments (which exist already) to pinned host memory now and after each step, and back before it.
+    """Keep existing moments in pinned host memory; step hooks copy them to the GPU before a step and back after it.
 
-    The host's tensors stay the same ones; a checkpoint reads and fills them there.
+    The host tensors keep their identity, and checkpoints read and fill them there.
     """
     pinned = torch.cuda.is_available()
     hosts = {
@@ -37,7 +37,7 @@ def offload_moments_between_steps(optimizer: torch.optim.Optimizer) -> None:
             host.copy_(optimizer.state[parameter][name], non_blocking=True)
             optimizer.state[parameter][name] = host
         if pinned:
-            torch.cuda.current_stream().synchronize()  # who reads them on the host does not wait for the device
+            torch.cuda.current_stream().synchronize()  # readers on the host do not synchronise with the GPU
 
     def to_device(*unused: Any) -> None:
         for (parameter, name), host in hosts.items():
@@ -50,13 +50,13 @@ def offload_moments_between_steps(optimizer: torch.optim.Optimizer) -> None:
 
 
 class HostBackedStorages:
-    """Storages on the device and their bytes in pinned host memory: they can be emptied, and filled again.
+    """GPU storages with copies in pinned host memory, which can be freed and restored.
 
-    Tensors keep their identity. While the storages are empty nothing may read them.
+    Tensors keep their identity. Nothing may read them while they are offloaded.
     """
 
     def __init__(self, storages: Iterable[torch.UntypedStorage]) -> None:
-        """The bytes are copied now."""
+        """Copy the storages to the host."""
         pinned = torch.cuda.is_available()
         self._pairs: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
         for storage in storages:
@@ -67,7 +67,7 @@ class HostBackedStorages:
 
     @property
     def host_bytes(self) -> list[torch.Tensor]:
-        """The bytes of each storage, uint8."""
+        """The host copy of each storage, uint8."""
         return [host for _, host in self._pairs]
 
     def offload(self) -> None:
@@ -81,17 +81,17 @@ class HostBackedStorages:
 
 
 class FrozenWeights:
-    """Weights that no update changes: in host memory but while they are `onload`ed. Leaving copies nothing."""
+    """Frozen weights, kept in host memory and copied to the GPU inside `onload()`; offloading copies nothing back."""
 
     def __init__(self, model: ModelChunks) -> None:
-        """model: its weights are loaded, and each is a tensor of its own. They leave now."""
-        self._parameters = list(model.parameters())  # tied ones once
+        """Offload the loaded weights, each of which must be a separate tensor."""
+        self._parameters = list(model.parameters())  # yields tied weights once
         self._copies = HostBackedStorages(parameter.untyped_storage() for parameter in self._parameters)
         self._copies.offload()
 
     @contextlib.contextmanager
     def onload(self) -> Iterator[None]:
-        """The model can run inside."""
+        """Have the weights on the GPU inside the context."""
         self._copies.onload()
         try:
             yield
@@ -99,27 +99,27 @@ class FrozenWeights:
             self._copies.offload()
 
     def weight_on_device(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """One weight on the device, for as long as the caller keeps it, whether the others are there or not."""
-        place = next(i for i, one in enumerate(self._parameters) if one is parameter)
-        host = self._copies.host_bytes[place].view(parameter.dtype).view(parameter.shape)
+        """Return a GPU copy of one weight, whether the weights are onloaded or not."""
+        index = next(i for i, candidate in enumerate(self._parameters) if candidate is parameter)
+        host = self._copies.host_bytes[index].view(parameter.dtype).view(parameter.shape)
         return host.to(parameter.device, non_blocking=True)
 
 
 class TrainerMemory:
-    """The device memory that an update needs and a generating server can have meanwhile.
+    """The GPU memory of an update, which colocated servers may use while they generate.
 
-    Released are the moments, main parameters of their own (in bf16) and the gradients, which are zero afterwards; the
-    weights stay, and can be read. Tensors keep their identity: their storages are emptied and filled again. In between
-    nothing may read them: no update, no checkpoint (`require_onloaded`).
+    Offloads the moments, the fp32 main parameters of bf16 weights, and the gradients, which are zero afterwards. The
+    weights stay readable. Tensors keep their identity; while they are offloaded nothing may read them: no update, no
+    checkpoint (`require_onloaded`).
     """
 
     def __init__(self, ddp: ModelChunks, optimizer: ChainedOptimizer) -> None:
-        """ddp: chunks that `optimizer.wrap` made."""
+        """ddp: chunks from `optimizer.wrap_ddp`."""
         self._ddp, self._optimizer = ddp, optimizer
-        self._copies: HostBackedStorages | None = None  # while released
+        self._copies: HostBackedStorages | None = None  # while offloaded
 
     def offload(self) -> None:
-        """States to pinned host memory, gradients away; a second call does nothing."""
+        """Copy the states to pinned host memory and free the gradients. Idempotent."""
         if self._copies is not None:
             return
         wait_all_param_gathers(self._ddp)
@@ -129,7 +129,7 @@ class TrainerMemory:
             chunk.offload_grad_buffers(synchronize=False, empty_cache=torch.cuda.is_available())  # type: ignore[operator]
 
     def onload(self) -> None:
-        """Everything where it was; a second call does nothing."""
+        """Restore the states and zeroed gradients. Idempotent."""
         if self._copies is None:
             return
         self._copies.onload()
@@ -138,25 +138,25 @@ class TrainerMemory:
         self._copies = None
 
     def _own_storages(self) -> list[torch.UntypedStorage]:
-        """What the optimiser has of its own on the device: in fp32 its main parameters are the weights themselves."""
+        """Return the optimiser's own storages on the GPU: with fp32 weights its main parameters are the weights."""
         weights = {parameter.untyped_storage().data_ptr() for parameter in self._ddp.parameters()}
         device = next(self._ddp.parameters()).device
-        found: dict[int, torch.UntypedStorage] = {}
+        storages: dict[int, torch.UntypedStorage] = {}
         for tensor in _states(self._optimizer):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights and storage.device == device and storage.nbytes():
-                found[storage.data_ptr()] = storage
-        return list(found.values())
+                storages[storage.data_ptr()] = storage
+        return list(storages.values())
 
 
 def require_onloaded(optimizer: ChainedOptimizer) -> None:
-    """Raises RuntimeError while they are released: reading them would read freed memory."""
+    """Raise RuntimeError while the optimiser's states are offloaded: reading them would read freed memory."""
     if any(tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in _states(optimizer)):
-        raise RuntimeError("the optimiser's states are released: TrainerMemory.onload comes before a checkpoint")
+        raise RuntimeError("the optimiser's states are offloaded: call TrainerMemory.onload before a checkpoint")
 
 
 def _states(optimizer: ChainedOptimizer) -> Iterator[torch.Tensor]:
-    """Main parameters, which may be the weights themselves, and moments."""
+    """Yield main parameters, which may be the weights themselves, and moments."""
     for part in optimizer.chained_optimizers:
         yield from (parameter for group in part.optimizer.param_groups for parameter in group["params"])
         yield from (state[name] for state in part.optimizer.state.values() for name in ADAM_MOMENTS)

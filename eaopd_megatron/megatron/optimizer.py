@@ -1,4 +1,4 @@
-"""Data-parallel gradients and AdamW, both Megatron-Core's, from zeroed gradients to one update."""
+"""Megatron-Core's data-parallel gradient buffers and AdamW, from zeroed gradients to one update."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ def wrap_ddp(
     overlap: bool = False,
     bucket_size: int | None = None,
 ) -> ModelChunks:
-    """The model's chunks, each with one fp32 gradient buffer that sums over micro-batches and, at last, over ranks.
+    """Wrap each chunk with an fp32 gradient buffer, summed over micro-batches and finally over data-parallel ranks.
 
-    All data-parallel ranks start from the weights of the first. distributed: each of them will hold and update a part
-    of the weights, and gather the others'. overlap (needs distributed): gradients are reduced during the last
-    micro-batch's backward (the chunks' `no_sync` holds it back in the others'), weights gathered while the next forward
-    begins, in buckets of about bucket_size parameters (none: as Megatron-Core chooses).
+    Broadcasts the first data-parallel rank's weights.
+
+    distributed  distributed optimizer: each data-parallel rank updates a shard of the weights and gathers the others
+    overlap      (needs distributed) reduce gradients during the last micro-batch's backward (the chunks'
+                 `no_sync` defers it in the others), and gather weights while the next forward begins
+    bucket_size  parameters per bucket; None: Megatron-Core's choice
     """
     if not model.config.calculate_per_token_loss:
         raise ValueError("calculate_per_token_loss must be set before wrap_ddp, or gradients are divided by the ranks")
@@ -52,7 +54,7 @@ def wrap_ddp(
         use_distributed_optimizer=distributed,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
-        align_param_gather=overlap,  # gathers are started by `optimizer_step` alone: a forward only waits
+        align_param_gather=overlap,  # `optimizer_step` alone starts gathers; forward only waits
         bucket_size=bucket_size,
     )
     with cuda_as_cpu():
@@ -79,11 +81,11 @@ def build_optimizer(
     precision: Literal["fp32", "bf16"],
     offload: Literal["none", "moments"] = "none",
 ) -> ChainedOptimizer:
-    """AdamW with decoupled weight decay on every parameter; bf16 weights have fp32 main parameters.
+    """Build AdamW with weight decay on every parameter, and fp32 main parameters of bf16 weights.
 
-    clip_grad: largest norm of the whole gradient; 0 leaves it as it is. The states exist from the start (zeros), so a
-    checkpoint can be written before the first update. Whether they are distributed was said to `wrap_ddp`.
-    offload: "moments" keeps Adam's moments in host memory between updates.
+    model: chunks from `wrap_ddp`, which determines whether states are distributed. clip_grad: maximum global gradient
+    norm, 0 for none. offload: "moments" keeps Adam's moments in host memory between updates. States exist from the
+    start (zeros), so that a checkpoint can be written before the first update.
     """
     settings = cast(Any, model[0]).ddp_config
     config = OptimizerConfig(
@@ -101,7 +103,7 @@ def build_optimizer(
         overlap_param_gather=settings.overlap_param_gather,
     )
     with cuda_as_cpu():
-        # no overrides: Megatron's own except the norms' weights from decay, which only its scheduler would carry out
+        # no overrides: Megatron-Core's exempt norms from decay, which only its own scheduler would apply
         optimizer = get_megatron_optimizer(config, list(model), config_overrides={}, use_gloo_process_groups=False)
     init_optimizer_states(optimizer)
     if offload == "moments":
@@ -111,50 +113,48 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
-    """Set the learning rate of every parameter; the only place that does after the optimiser was built."""
+    """Set the learning rate of all parameter groups; nothing else changes it after `build_optimizer`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def finalize_gradients(model: ModelChunks, num_tokens: torch.Tensor) -> None:
-    """Gradients of a loss summed over tokens → the gradient of its mean over the tokens of all data-parallel ranks.
+    """Turn gradients of a loss summed over tokens into the gradient of its mean over all data-parallel ranks' tokens.
 
-    num_tokens (one element of any number type; unchanged): this rank's tokens in the update, equal on the ranks of a
-    tensor-parallel group; 0 is allowed. Sums over data-parallel ranks and, for the norms' weights, over tensor-parallel
-    ranks (query and key norms always, the others under sequence parallelism). Collective.
+    num_tokens: one element, this rank's tokens in the update, equal on all TP ranks; may be 0. Gradients of norms are
+    also summed over TP ranks (query and key norms always, others under sequence parallelism). Collective.
     """
     device = next(model.parameters()).device
     total = torch.tensor(float(num_tokens), dtype=torch.float64, device=device)
-    wait_all_param_gathers(model)  # the update will write where a gather may still be reading
+    wait_all_param_gathers(model)  # the update writes where a gather may still read
     with cuda_as_cpu():
         finalize_model_grads(list(model), total)
 
 
 def optimizer_step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
-    """Clip and update. Returns (updated, norm of the whole gradient before clipping), the same on every rank.
+    """Clip and update. Returns (updated, global gradient norm before clipping), equal on every rank. Collective.
 
-    Before the next backward both `ddp.zero_grad_buffer()` and `optimizer.zero_grad()` are needed: in fp32 each `.grad`
-    is left as a part of the buffer, and gradients would be counted twice.
-
-    A norm that is not finite changes no weight and gives False. Collective.
+    A norm that is not finite leaves the weights unchanged and returns False. Call both `ddp.zero_grad_buffer()` and
+    `optimizer.zero_grad()` before the next backward: in fp32 `.grad` stays a view of the buffer, and gradients would be
+    counted twice.
     """
     with cuda_as_cpu(), torch.no_grad():
         overflow = optimizer.prepare_grads()
         norm = float(optimizer.get_grad_norm())
-        done = not overflow and math.isfinite(norm)
-        if done:
+        updated = not overflow and math.isfinite(norm)
+        if updated:
             for part in optimizer.chained_optimizers:
                 if part.config.clip_grad > 0:
                     clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
-            done = bool(optimizer.step_with_ready_grads())
+            updated = bool(optimizer.step_with_ready_grads())
     start_param_gathers(optimizer.model_chunks)
-    return done, norm
+    return updated, norm
 
 
 def _mark_shards(model: ModelChunks) -> None:
-    """Say which parameters are shards, so that the gradient's norm counts those of all tensor-parallel ranks.
+    """Mark sharded parameters, so that the gradient norm includes the shards of all tensor-parallel ranks.
 
-    Megatron-Core does it while it initialises weights, which our models leave out.
+    Megatron-Core marks them when it initialises weights, which our models skip.
     """
     for module in model.modules():
         weight = getattr(module, "weight", None)

@@ -1,13 +1,13 @@
-"""The optimiser in a checkpoint: one form for every kind of optimiser, so that any of them reads any other's.
+"""The optimiser's checkpoint format, the same for every kind of optimiser, so that each loads the others'.
 
     optimizer.step                        completed updates (in common.pt)
     optimizer.state.exp_avg.<weight>      Adam's moments, sharded as the weight is
     optimizer.state.exp_avg_sq.<weight>
     optimizer.state.fp32_param.<weight>   main parameters, where the weights are bf16
 
-Learning rate, weight decay, betas and eps are the recipe's, and not here. Megatron-Core's own forms differ between its
-optimisers; the distributed one's cannot be read where Adam is torch's, and cuts states at the wrong places where a
-bucket is padded.
+Learning rate, weight decay, betas and eps come from the recipe and are not stored. Megatron-Core's own formats differ
+between its optimisers; that of the distributed one cannot be loaded with torch's Adam, and splits states at the wrong
+places where a bucket is padded.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from eaopd_megatron.megatron.offload import ADAM_MOMENTS, require_onloaded
 
 MAIN = "fp32_param"
 States = dict[str, dict[str, Any]]
-"""{number of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "fp32_param": ...}}"""
+"""{parameter index: {"exp_avg": ..., "exp_avg_sq": ..., "fp32_param": ...}}"""
 
 
 def sharded_optimizer_state(
     optimizer: ChainedOptimizer, model: dict[str, Any], *, loading: bool = False
 ) -> dict[str, Any]:
-    """The optimiser's sharded state dict, to be saved or (loading) to be filled. Collective.
+    """Return the optimiser's sharded state dict, to be saved or (loading) to be filled. Collective.
 
-    model: `sharded_state_dict(...)` of the model's chunks, which tells how the states are cut. A distributed
-    optimiser's states are gathered in host memory, whole ones of this rank's weights on each data-parallel rank.
+    model: `sharded_state_dict(...)` of the model's chunks, whose sharding the states follow. A distributed optimiser's
+    states are gathered in host memory: every data-parallel rank holds the full states of its weights.
     """
     require_onloaded(optimizer)
-    found, _ = extract_sharded_tensors_and_factories(model)
-    weights = {id(sharded.data): sharded for sharded in nested_values(found)}
+    tensors, _ = extract_sharded_tensors_and_factories(model)
+    weights = {id(sharded.data): sharded for sharded in nested_values(tensors)}
     states = {}
     with cuda_as_cpu():
         for number, part in enumerate(optimizer.chained_optimizers):
@@ -52,10 +52,10 @@ def sharded_optimizer_state(
 
 
 def load_optimizer_state(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
-    """Take the states of a loaded `sharded_optimizer_state`. The model's weights must have been loaded before."""
+    """Load the states of a `sharded_optimizer_state`; the model's weights must be loaded first."""
     with cuda_as_cpu(), torch.no_grad():
         for number, part in enumerate(optimizer.chained_optimizers):
-            states = state["state"].get(str(number), {})  # a stage without experts has none of theirs
+            states = state["state"].get(str(number), {})  # empty for the experts' optimiser of a stage without experts
             if isinstance(part, DistributedOptimizer):
                 _scatter(part, states)
             else:
@@ -66,14 +66,14 @@ def load_optimizer_state(optimizer: ChainedOptimizer, state: dict[str, Any]) -> 
 
 
 def init_optimizer_states(optimizer: ChainedOptimizer) -> None:
-    """Give every parameter a whole state of its own before the first update: zeros."""
+    """Create every parameter's states (zeros) before the first update."""
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
     _set_steps(optimizer, 0.0)
 
 
 def num_completed_steps(optimizer: ChainedOptimizer) -> float:
-    """Updates that the optimiser has made."""
+    """Return the number of completed updates."""
     for part in optimizer.chained_optimizers:
         for entry in chain(
             part.optimizer.state.values(), part.optimizer.param_groups
@@ -84,9 +84,9 @@ def num_completed_steps(optimizer: ChainedOptimizer) -> float:
 
 
 def _set_steps(optimizer: ChainedOptimizer, step: float) -> None:
-    """A counter shared by parameters would be raised once for each of them, and the bias correction silently wrong.
+    """Set the step counter of every parameter (torch's Adam) or group (Transformer Engine's and Apex's).
 
-    Transformer Engine's and Apex's Adam count in their groups; neither has been run.
+    Each gets a tensor of its own: a shared one would be incremented once per parameter and corrupt the bias correction.
     """
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
@@ -98,7 +98,7 @@ def _set_steps(optimizer: ChainedOptimizer, step: float) -> None:
 
 
 def _parameters(part: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """(weight, what the optimiser updates): the same where there are no main parameters. Not distributed."""
+    """Yield (weight, main parameter) of an optimiser that is not distributed; both are the weight without main ones."""
     if isinstance(part, Float16OptimizerWithFloat16Params):
         for weights, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
             yield from zip(weights, mains, strict=True)
@@ -119,7 +119,7 @@ def _local(part: Any, weights: dict[int, Any]) -> States:
 
 
 def _as_weight(tensors: dict[str, torch.Tensor], sharded_weight: Any) -> dict[str, Any]:
-    """Tensors of a weight's shape, sharded as it is."""
+    """Return tensors of a weight's shape as sharded tensors with the weight's sharding."""
     return {
         name: make_sharded_optimizer_tensor(sharded_weight, tensor, f"optimizer.state.{name}")
         for name, tensor in tensors.items()
@@ -127,7 +127,7 @@ def _as_weight(tensors: dict[str, torch.Tensor], sharded_weight: Any) -> dict[st
 
 
 def _gathered(part: DistributedOptimizer, weights: dict[int, Any], loading: bool) -> States:
-    """The whole states of this rank's weights, from all data-parallel ranks."""
+    """Gather the full states of this rank's weights from all data-parallel ranks."""
     world = part.get_parameter_state_dp_zero(use_gloo_comm=False, empty_data=loading, return_on_all_ranks=True)
     states: States = {}
     for number, buffer in enumerate(part.buffers):
@@ -140,7 +140,7 @@ def _gathered(part: DistributedOptimizer, weights: dict[int, Any], loading: bool
 
 
 def _places(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int]]:
-    """Where each weight's states begin and end in a gathered buffer, which has lost the padding between buckets."""
+    """Return each weight's range in a gathered buffer, from which the padding between buckets has been removed."""
     removed, length = [], 0
     for bucket in buffer.buckets:
         removed.append(bucket.offset - length)
@@ -149,9 +149,9 @@ def _places(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int]]:
 
 
 def _scatter(part: DistributedOptimizer, states: States) -> None:
-    """Take this rank's parts of whole states.
+    """Load this rank's shards of full states.
 
-    Megatron-Core would look for torch's step counter among them and fail; `_set_steps` makes it anew.
+    Drops torch's step counter first, which Megatron-Core would expect among the states; `_set_steps` creates it again.
     """
     for state in part.optimizer.state.values():
         state.pop("step", None)

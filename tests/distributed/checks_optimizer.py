@@ -162,7 +162,7 @@ def check_memory_is_lent(
                 memory.offload()
                 _same(trainer.whole(), before, 0.0)  # a server is given the weights meanwhile
                 assert _held(trainer) == 0, options
-                with pytest.raises(RuntimeError, match="states are released"):  # freed memory would be written down
+                with pytest.raises(RuntimeError, match="states are offloaded"):  # freed memory would be written down
                     sharded_training_state(trainer.model, trainer.optimizer)
                 memory.onload()
                 memory.onload()
