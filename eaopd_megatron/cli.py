@@ -302,7 +302,7 @@ def plan_command(
 
     The exit code is 1 if the recipe's own layout does not fit.
     """
-    from eaopd_megatron.planning.plan_recipe import plan_recipe
+    from eaopd_megatron.planning.plan_report import plan_recipe
 
     plan_recipe(recipe, overrides or [], gpus=gpus, gpu=gpu, gpu_memory=gpu_memory, teacher=teacher, out=out)
 

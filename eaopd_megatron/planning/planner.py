@@ -6,20 +6,24 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 
-from eaopd_megatron.models.supported import ModelInfo
+from eaopd_megatron.models.supported import ModelInfo, separate_layout
 from eaopd_megatron.planning import traffic
-from eaopd_megatron.planning.hardware import GiB, GpuSpec, TimeAssumptions
-from eaopd_megatron.planning.layouts import PlannedLayout, enumerate_layouts, layout_refusals
 from eaopd_megatron.planning.memory import (
     MEMORY_PHASES,
     GpuMemory,
-    PlannedServers,
     StudentGpus,
     separate_teacher_memory,
     served_teacher_memory,
 )
-from eaopd_megatron.planning.times import TimeEstimates
-from eaopd_megatron.planning.workload import PlannedTeacher, Workload
+from eaopd_megatron.planning.times import GiB, GpuSpec, TimeAssumptions, TimeEstimates
+from eaopd_megatron.planning.workload import (
+    PlannedLayout,
+    PlannedServers,
+    PlannedTeacher,
+    Workload,
+    enumerate_layouts,
+    layout_refusals,
+)
 
 TEACHER_GPUS = (1, 2, 4, 8, 16, 32, 64)
 _OVERRIDE_KEYS = {
@@ -29,47 +33,61 @@ _OVERRIDE_KEYS = {
     "micro_batch_tokens": "train.micro_batch_tokens",
     "rollout_batch": "rollout.batch_size",
 }
-"""What an option may change: fields of a layout and of a workload, and the recipe's keys for them."""
-_EQUAL_TIME_SHARE = 0.02  # share by which estimates of time must differ to count
-_FREE_SHARE = 0.15  # share of a GPU that had better stay free
+"""Fields of a layout and of a workload that an option may change, and the recipe's keys for them."""
+_EQUAL_TIME_SHARE = 0.02  # estimates of time that differ by less count as equal
+_FREE_SHARE = 0.15  # share of a GPU that should stay free
 
 
 @dataclass(frozen=True)
 class LayoutOption:
-    """A layout with its micro-batch and rollout sizes: what it needs, and about how long it takes."""
+    """A layout with its micro-batch and rollout sizes: its memory and estimated time."""
 
     layout: PlannedLayout
     work: Workload
     memory: GpuMemory
-    seconds: dict[str, float]  # of an iteration: generation, teacher (scoring), student (forward, backward), ...
-    ahead: bool = False  # the next responses are written meanwhile
+    seconds: dict[str, float]  # per iteration: generation, teacher (scoring), student (forward, backward), ...
+    ahead: bool = False  # generation overlaps with the rest
 
     @property
     def total(self) -> float:
         """Estimated seconds of an iteration."""
-        generation, whole = self.seconds["generation"], sum(self.seconds.values())
-        return max(generation, whole - generation) if self.ahead else whole
+        generation, total = self.seconds["generation"], sum(self.seconds.values())
+        return max(generation, total - generation) if self.ahead else total
 
     def overrides(self, layout: PlannedLayout, work: Workload) -> str:
-        """What makes a recipe of that layout and workload this option, ready to be pasted; its changes come first."""
-        here, there = ({**asdict(one), **asdict(other)} for one, other in ((self.layout, self.work), (layout, work)))
-        said = [name for name in _OVERRIDE_KEYS if here[name] != there[name]]
-        if "data_parallel" not in said:
-            said.append("data_parallel")  # which the recipe may leave to the number of ranks
-        return " ".join(f"{_OVERRIDE_KEYS[name]}={str(here[name]).lower()}" for name in said)
+        """Return the overrides that turn a recipe of that layout and workload into this option; changes come first."""
+        ours, theirs = ({**asdict(one), **asdict(other)} for one, other in ((self.layout, self.work), (layout, work)))
+        names = [name for name in _OVERRIDE_KEYS if ours[name] != theirs[name]]
+        if "data_parallel" not in names:
+            names.append("data_parallel")  # the recipe may leave it to the number of ranks
+        return " ".join(f"{_OVERRIDE_KEYS[name]}={str(ours[name]).lower()}" for name in names)
 
 
 @dataclass(frozen=True)
 class LayoutSearch:
-    """What became of each layout of so many GPUs.
+    """The layouts of a number of GPUs.
 
-    options: those that fit, best first: by time, and of about the same time those with room enough. refused: those that
-    cannot be cut, with a reason. too_large: the others, as the recipe would have them.
+    options: those that fit, best first: by time, among equal times those that leave room. unsupported: those that
+    cannot hold the models, with a reason. too_large: the others, with the recipe's workload.
     """
 
     options: list[LayoutOption]
     unsupported: dict[PlannedLayout, str]
     too_large: list[LayoutOption]
+
+
+@dataclass(frozen=True)
+class SeparateTeacherPlan:
+    """A teacher on GPUs of its own."""
+
+    teacher: PlannedTeacher
+    memory: GpuMemory
+    seconds: float  # per iteration
+    sent: float  # bytes of its outputs per iteration, if all responses are as long as allowed
+
+    @property
+    def gpus(self) -> int:
+        return self.teacher.layout.gpus * self.teacher.replicas
 
 
 @dataclass(frozen=True)
@@ -82,7 +100,7 @@ class Planner:
     gpu: GpuSpec
     limit: float  # GiB of a GPU
     assumed: TimeAssumptions = field(default_factory=TimeAssumptions)
-    servers: PlannedServers | None = None  # none: the trainer writes the responses
+    servers: PlannedServers | None = None  # None: the trainer generates
 
     @property
     def reserve(self) -> float:
@@ -94,150 +112,130 @@ class Planner:
     def clock(self, work: Workload) -> TimeEstimates:
         return TimeEstimates(self.gpu, self.assumed, work)
 
-    def scorers(self, apart: bool) -> tuple[PlannedTeacher, ...]:
-        """The teachers as the recipe places them, or (apart) all on GPUs of their own."""
-        return tuple(scorer.on_own_gpus() for scorer in self.teachers) if apart else self.teachers
+    def _placed_teachers(self, apart: bool) -> tuple[PlannedTeacher, ...]:
+        """Return the teachers as the recipe places them, or (apart) all on GPUs of their own."""
+        return tuple(teacher.on_own_gpus() for teacher in self.teachers) if apart else self.teachers
 
     def memory(self, layout: PlannedLayout, work: Workload, *, apart: bool = False) -> GpuMemory:
-        """Of the student's GPUs."""
-        mine = StudentGpus(self.student.shape, self.scorers(apart), layout, work, self.reserve)
+        """Return the memory of the student's fullest GPU."""
+        ours = StudentGpus(self.student.shape, self._placed_teachers(apart), layout, work, self.reserve)
         if self.servers is None:
-            return mine.memory()
+            return ours.memory()
         if not self.servers.colocated:
-            return replace(mine, writer="servers elsewhere").memory()
+            return replace(ours, writer="servers elsewhere").memory()
         server, process = self.servers.memory_fraction * self.limit * GiB, self.assumed.server_process * GiB
-        return replace(mine, writer="colocated servers", server=server, process=process).memory()
+        return replace(ours, writer="colocated servers", server=server, process=process).memory()
 
     def option(self, layout: PlannedLayout, work: Workload, *, apart: bool = False) -> LayoutOption:
-        """Memory and time of one choice. Teachers elsewhere take no time here: they score during generation."""
-        memory = self.memory(layout, work, apart=apart)
-        clock = self.clock(work)
-        share = work.updates
-        student, servers = self.student.shape, self.servers
+        """Return memory and time of one choice. Remote teachers take no time: they score during generation."""
+        clock, student, servers = self.clock(work), self.student.shape, self.servers
         if servers is None:
             seconds = {"generation": clock.generation(student, layout)}
         else:
             seconds = {"generation": clock.served(student, servers, self.limit * GiB)}
-        if here := [scorer for scorer in self.scorers(apart) if scorer.colocated]:
-            seconds["teacher"] = sum(self._scoring(scorer, layout, clock, len(here)) for scorer in here)
-        seconds["student"] = share * clock.update(student, layout)
-        seconds["optimiser"] = share * clock.step(student, layout)
+        if here := [teacher for teacher in self._placed_teachers(apart) if teacher.colocated]:
+            seconds["teacher"] = sum(self._scoring(teacher, layout, clock, len(here)) for teacher in here)
+        seconds["student"] = work.updates * clock.update(student, layout)
+        seconds["optimiser"] = work.updates * clock.step(student, layout)
         seconds["weight sync"] = 0.0 if servers is None else clock.sent([self.weight_sync(servers, layout)])
+        memory = self.memory(layout, work, apart=apart)
         return LayoutOption(layout, work, memory, seconds, ahead=servers is not None and servers.ahead)
 
     def weight_sync(self, servers: PlannedServers, layout: PlannedLayout) -> traffic.TrafficFlow:
-        """Of an iteration."""
+        """Return the traffic of an iteration's weight update."""
         span = layout.gpus if servers.colocated else layout.gpus + servers.gpus
         return traffic.weight_sync_traffic(self.student.shape, servers.count, self.work.student_element, span)
 
-    def _scoring(self, scorer: PlannedTeacher, layout: PlannedLayout, clock: TimeEstimates, teachers: int) -> float:
-        """Seconds of an iteration. Of several each is taken to have as many of the responses as the others."""
-        updates = clock.work.updates
-        tokens = clock.tokens(layout) / teachers
-        seconds = updates * clock.scoring(scorer.shape, layout, tokens, element=scorer.element)
-        if scorer.offloaded:
-            times = 1 if scorer.signal == "topk" else updates
-            seconds += times * clock.fetched(scorer.weights(layout, 0, self.student.shape.vocab))
+    def _scoring(self, teacher: PlannedTeacher, layout: PlannedLayout, clock: TimeEstimates, teachers: int) -> float:
+        """Estimate a teacher's seconds per iteration; several teachers share the responses equally."""
+        updates, tokens = clock.work.updates, clock.tokens(layout) / teachers
+        seconds = updates * clock.scoring(teacher.shape, layout, tokens, element=teacher.element)
+        if teacher.offloaded:
+            times = 1 if teacher.signal == "topk" else updates
+            seconds += times * clock.fetched(teacher.weights(layout, 0, self.student.shape.vocab))
         return seconds
 
     def refusals(self, layout: PlannedLayout, *, apart: bool = False, names: bool = False) -> list[str]:
-        """Why the student, or a teacher beside it, cannot be cut so. Expert parallelism is that of whoever has
-        experts."""
+        """Return why the layout cannot hold the student or a colocated teacher. names: with the models' names.
+
+        Expert parallelism applies to the models that have experts.
+        """
+        models = self._colocated_models(apart)
+        experts = any(model.shape.experts for model in models.values())
         found = []
-        for model, key in self._roles(apart):
-            idle = not model.shape.experts and self._experts(apart)
-            label = f"{key}.model: {model.name}" if names else f"{key}.model"
-            found += layout_refusals(model.shape, layout.without_experts() if idle else layout, label)
+        for key, model in models.items():
+            its = layout.without_experts() if experts and not model.shape.experts else layout
+            found += layout_refusals(model.shape, its, f"{key}.model: {model.name}" if names else f"{key}.model")
         return found
 
-    def _roles(self, apart: bool) -> list[tuple[ModelInfo, str]]:
-        here = [(scorer.model, scorer.key) for scorer in self.scorers(apart) if scorer.colocated]
-        return [(self.student, "student"), *here]
-
-    def _experts(self, apart: bool) -> bool:
-        """Whether any model on these GPUs has experts."""
-        return any(model.shape.experts for model, _ in self._roles(apart))
+    def _colocated_models(self, apart: bool) -> dict[str, ModelInfo]:
+        """Return the models on the student's GPUs by their section of the recipe."""
+        here = {teacher.key: teacher.model for teacher in self._placed_teachers(apart) if teacher.colocated}
+        return {"student": self.student, **here}
 
     def search(self, gpus: int, *, apart: bool = False) -> LayoutSearch:
-        """Every layout of so many GPUs."""
-        found: list[LayoutOption] = []
-        refused: dict[PlannedLayout, str] = {}
+        """Try every layout of `gpus` GPUs."""
+        fitting: list[LayoutOption] = []
+        unsupported: dict[PlannedLayout, str] = {}
         too_large = []
-        for layout in enumerate_layouts(gpus, experts=self._experts(apart)):
+        experts = any(model.shape.experts for model in self._colocated_models(apart).values())
+        for layout in enumerate_layouts(gpus, experts=experts):
             if reasons := self.refusals(layout, apart=apart):
-                refused[layout] = reasons[0]
-            elif best := self._first(layout, apart):
-                found.append(best)
+                unsupported[layout] = reasons[0]
+                continue
+            workloads = (work for work in _smaller_workloads(self.work) if self._fits(layout, work, apart))
+            if (work := next(workloads, None)) is not None:
+                fitting.append(self.option(layout, work, apart=apart))
             else:
                 too_large.append(self.option(layout, self.work, apart=apart))
-        least = min((option.total for option in found), default=1.0)
+        fastest = min((option.total for option in fitting), default=1.0)
 
         def rank(option: LayoutOption) -> tuple[int, float, float]:
-            tight = max(0.0, option.memory.peak - (1 - _FREE_SHARE) * self.limit * GiB)
-            return int((option.total / least - 1) / _EQUAL_TIME_SHARE), tight, option.total
+            excess = max(0.0, option.memory.peak - (1 - _FREE_SHARE) * self.limit * GiB)
+            return int((option.total / fastest - 1) / _EQUAL_TIME_SHARE), excess, option.total
 
-        return LayoutSearch(sorted(found, key=rank), refused, too_large)
+        return LayoutSearch(sorted(fitting, key=rank), unsupported, too_large)
 
-    def _first(self, layout: PlannedLayout, apart: bool) -> LayoutOption | None:
-        """The layout with the first of `_thriftier` workloads that fits."""
-        for work in _thriftier(self.work):
-            if self.fits(self.memory(layout, work, apart=apart)):
-                return self.option(layout, work, apart=apart)
-        return None
+    def _fits(self, layout: PlannedLayout, work: Workload, apart: bool) -> bool:
+        return self.fits(self.memory(layout, work, apart=apart))
 
     @property
     def largest_teacher(self) -> PlannedTeacher:
-        return max(self.teachers, key=lambda scorer: scorer.shape.hf_parameters().total)
+        return max(self.teachers, key=lambda teacher: teacher.shape.hf_parameters().total)
 
-    def separate(self, scorer: PlannedTeacher) -> SeparateTeacherPlan | None:
-        """A teacher on the fewest GPUs of its own that hold it, in the quickest layout; none: on no number tried."""
-        shape = scorer.shape
+    def separate(self, teacher: PlannedTeacher) -> SeparateTeacherPlan | None:
+        """Return the teacher on the fewest GPUs of its own that hold it, in the fastest layout; None if none does."""
+        shape = teacher.shape
         for gpus in TEACHER_GPUS:
-            cuts = (
-                cut for cut in enumerate_layouts(gpus, experts=bool(shape.experts)) if not layout_refusals(shape, cut)
-            )
-            tried = [self.elsewhere(replace(scorer.on_own_gpus(), layout=layout)) for layout in cuts]
-            if found := [one for one in tried if self.fits(one.memory)]:
-                return min(found, key=lambda option: (option.seconds, option.memory.peak))
+            layouts = enumerate_layouts(gpus, experts=bool(shape.experts))
+            supported = (layout for layout in layouts if not layout_refusals(shape, layout))
+            plans = [self.elsewhere(replace(teacher.on_own_gpus(), layout=layout)) for layout in supported]
+            if fitting := [plan for plan in plans if self.fits(plan.memory)]:
+                return min(fitting, key=lambda plan: (plan.seconds, plan.memory.peak))
         return None
 
-    def elsewhere(self, scorer: PlannedTeacher) -> SeparateTeacherPlan:
-        """A teacher that is not colocated, in its own layout."""
-        work, layout, clock = self.work, scorer.layout, self.clock(self.work)
-        if scorer.placement == "served":
-            memory = served_teacher_memory(scorer, self.limit * GiB)
+    def elsewhere(self, teacher: PlannedTeacher) -> SeparateTeacherPlan:
+        """Return the plan of a teacher that is not colocated, in its own layout."""
+        work, layout, clock = self.work, teacher.layout, self.clock(self.work)
+        if teacher.placement == "served":
+            memory = served_teacher_memory(teacher, self.limit * GiB)
         else:
-            memory = separate_teacher_memory(scorer, layout, work, self.reserve)
-        tokens = work.prompts * clock.sequence / layout.data_parallel / scorer.replicas
-        answer = traffic.payload_traffic(
-            work.prompts * clock.response, scorer.bytes_per_token, layout.gpus * scorer.replicas
-        )
-        head = scorer.signal == "topk"
-        seconds = clock.scoring(scorer.shape, layout, tokens, head=head, element=scorer.element) + clock.sent([answer])
-        most = work.prompts * work.longest_response * scorer.bytes_per_token
-        return SeparateTeacherPlan(scorer, memory, seconds, most)
-
-
-@dataclass(frozen=True)
-class SeparateTeacherPlan:
-    """A teacher on GPUs of its own."""
-
-    scorer: PlannedTeacher
-    memory: GpuMemory  # of a GPU
-    seconds: float  # of an iteration
-    sent: float  # bytes of an iteration's answers, where responses are as long as they may be
-
-    @property
-    def gpus(self) -> int:
-        return self.scorer.layout.gpus * self.scorer.replicas
+            memory = separate_teacher_memory(teacher, work, self.reserve)
+        tokens = work.prompts * clock.sequence / layout.data_parallel / teacher.replicas
+        rows, gpus = work.prompts * clock.response, layout.gpus * teacher.replicas
+        payload = traffic.payload_traffic(rows, teacher.bytes_per_token, gpus)
+        head = teacher.signal == "topk"
+        seconds = clock.scoring(teacher.shape, layout, tokens, head=head, element=teacher.element)
+        most = work.prompts * work.longest_response * teacher.bytes_per_token
+        return SeparateTeacherPlan(teacher, memory, seconds + clock.sent([payload]), most)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a recipe before it is run."""
+    """What is known of a recipe before it runs. layout: the recipe's own."""
 
     planner: Planner
-    layout: PlannedLayout  # the recipe's own
+    layout: PlannedLayout
     gpus: int
 
     @cached_property
@@ -249,49 +247,51 @@ class Plan:
             found.append(
                 f"the recipe's {ranks} GPUs a copy (tensor x pipeline x context parallel) do not divide {self.gpus}"
             )
-        for scorer in self.planner.teachers:
-            if not scorer.colocated:
-                found += layout_refusals(scorer.shape, scorer.layout, f"{scorer.key}.model: {scorer.model.name}")
+        for teacher in self.planner.teachers:
+            if not teacher.colocated:
+                found += layout_refusals(teacher.shape, teacher.layout, teacher.label)
         return found + self.planner.refusals(self.layout, names=True)
 
     @cached_property
-    def unserved(self) -> list[str]:
-        """Why the servers cannot write the student's responses."""
-        servers = self.planner.servers
+    def server_refusals(self) -> list[str]:
+        """Why the servers cannot generate the student's responses."""
+        planner, servers = self.planner, self.planner.servers
         if servers is None:
             return []
-        student, work, limit = self.planner.student.shape, self.planner.work, self.planner.limit
-        if found := layout_refusals(student, servers.layout, f"servers: {self.planner.student.name}"):
+        student, work, limit = planner.student.shape, planner.work, planner.limit
+        layout = separate_layout(servers.layout, has_experts=bool(student.experts))
+        if found := layout_refusals(student, layout, f"servers: {planner.student.name}"):
             return found
         room = servers.cached_tokens(student, work.student_element, limit * GiB)
         if room >= work.longest:
             return []
-        held = servers.weights(student, work.student_element) / GiB
+        weights = servers.weights(student, work.student_element) / GiB
         return [
             f"servers.mem_fraction_static={servers.memory_fraction:g} of {limit:g} GiB holds the student's weights "
-            f"({held:.1f} GiB a GPU) and {max(0, int(room)):,} tokens, fewer than the {work.longest:,} of a prompt and "
-            "its response; raise servers.mem_fraction_static or servers.tensor_parallel"
+            f"({weights:.1f} GiB a GPU) and {max(0, int(room)):,} tokens, fewer than the {work.longest:,} of a prompt "
+            "and its response; raise servers.mem_fraction_static or servers.tensor_parallel"
         ]
 
     @cached_property
     def own(self) -> LayoutOption | None:
+        """The recipe's own layout; None if it cannot work."""
         return None if self.refusals else self.planner.option(self.layout, self.planner.work)
 
     @cached_property
     def fits(self) -> bool:
-        """Whether the recipe can be run as it is."""
+        """Whether the recipe can run as it is."""
         fits = self.own is not None and self.planner.fits(self.own.memory)
-        return fits and not self.too_large and not self.unserved
+        return fits and not self.too_large and not self.server_refusals
 
     @cached_property
     def elsewhere(self) -> list[SeparateTeacherPlan]:
         """The teachers that are not colocated, as the recipe has them."""
-        return [self.planner.elsewhere(scorer) for scorer in self.planner.teachers if not scorer.colocated]
+        return [self.planner.elsewhere(teacher) for teacher in self.planner.teachers if not teacher.colocated]
 
     @property
     def too_large(self) -> list[SeparateTeacherPlan]:
-        """Of them those that their GPUs do not hold."""
-        return [one for one in self.elsewhere if not self.planner.fits(one.memory)]
+        """Those of `elsewhere` that do not fit on their GPUs."""
+        return [plan for plan in self.elsewhere if not self.planner.fits(plan.memory)]
 
     @cached_property
     def together(self) -> LayoutSearch:
@@ -309,18 +309,18 @@ class Plan:
         return self.planner.separate(self.planner.largest_teacher)
 
     def overrides(self, option: LayoutOption) -> str:
-        """What makes the recipe this option, ready to be pasted behind its other overrides."""
+        """Return the overrides that turn the recipe into this option."""
         return option.overrides(self.layout, self.planner.work)
 
     def remedy(self) -> str:
-        """One line: why the recipe does not fit, the key to change, and to what."""
+        """Return one line: why the recipe does not fit, the key to change, and its new value."""
         planner = self.planner
         if self.own is None:
             why = self.refusals[0]
-        elif self.unserved:
-            return self.unserved[0]
-        elif self.planner.fits(self.own.memory):
-            return self._remedy_elsewhere(self.too_large[0])
+        elif self.server_refusals:
+            return self.server_refusals[0]
+        elif planner.fits(self.own.memory):
+            return self._separate_remedy(self.too_large[0])
         else:
             memory = self.own.memory
             why = (
@@ -330,9 +330,9 @@ class Plan:
         if self.together.options:
             keys = self.overrides(self.together.options[0])
             return f"{why}; change {keys.partition('=')[0]}; the best layout that fits: {keys}"
-        here = [scorer.key for scorer in planner.teachers if scorer.colocated]
         if share := self._server_share():
             return f"{why}; change servers.mem_fraction_static, to at most {share:g}"
+        here = [teacher.key for teacher in planner.teachers if teacher.colocated]
         if not here:
             return f"{why}; no layout of {self.gpus} GPUs holds student.model: take more --gpus"
         return (
@@ -341,38 +341,36 @@ class Plan:
         )
 
     def _server_share(self) -> float:
-        """Of a GPU, for colocated servers, that the recipe's layout leaves; 0: nothing can be won there."""
+        """Return the GPU fraction that the recipe's layout leaves for colocated servers; 0 if it would not help."""
         if self.own is None or self.planner.servers is None or not self.planner.servers.colocated:
             return 0.0
         memory, limit = self.own.memory, self.planner.limit * GiB
-        if memory.fullest != "generation" or any(memory.at(moment) > limit for moment in MEMORY_PHASES[1:]):
+        if memory.fullest != "generation" or any(memory.at(phase) > limit for phase in MEMORY_PHASES[1:]):
             return 0.0
         return max(0, int(100 * (1 - (memory.at("generation") - memory.of("generation")) / limit))) / 100
 
-    def _remedy_elsewhere(self, one: SeparateTeacherPlan) -> str:
-        scorer, found = one.scorer, self.planner.separate(one.scorer)
+    def _separate_remedy(self, plan: SeparateTeacherPlan) -> str:
+        key, found = plan.teacher.key, self.planner.separate(plan.teacher)
         size = "none tried" if found is None else f"{found.gpus}"
         return (
-            f"{scorer.key}: a GPU of its own needs {one.memory.peak / GiB:.1f} GiB of {self.planner.limit:g}; change "
-            f"{scorer.key}.tensor_parallel; the fewest GPUs that hold it: {size}"
+            f"{key}: a GPU of its own needs {plan.memory.peak / GiB:.1f} GiB of {self.planner.limit:g}; change "
+            f"{key}.tensor_parallel; the fewest GPUs that hold it: {size}"
         )
 
 
-def _thriftier(work: Workload) -> Iterator[Workload]:
-    """The recipe's own workload, and others that need less memory: what costs least time comes first."""
+def _smaller_workloads(work: Workload) -> Iterator[Workload]:
+    """Yield the recipe's workload and others that need less memory; those that cost least time come first."""
     distributed = replace(work, distributed_optimizer=True)
-    for kept in dict.fromkeys((work, distributed, replace(distributed, recompute="full"))):
-        for tokens in _halves(kept.micro_batch_tokens, kept.longest):
-            for sequences in _halves(kept.rollout_batch, 1):
-                yield replace(kept, micro_batch_tokens=tokens, rollout_batch=sequences)
+    for base in dict.fromkeys((work, distributed, replace(distributed, recompute="full"))):
+        for tokens in _halves(base.micro_batch_tokens, base.longest):
+            for sequences in _halves(base.rollout_batch, 1):
+                yield replace(base, micro_batch_tokens=tokens, rollout_batch=sequences)
 
 
 def _halves(most: int, least: int) -> Iterator[int]:
-    """most, and where it is above least its half, its quarter and so on, and at last least."""
-    yield most
-    half = most // 2
-    while half > least:
-        yield half
-        half //= 2
-    if most > least:
-        yield least
+    """Yield `most`, its half, its quarter and so on while above `least`; then `least`, or a smaller `most`."""
+    last = min(most, least)
+    while most > least:
+        yield most
+        most //= 2
+    yield last

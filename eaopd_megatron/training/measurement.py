@@ -14,8 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from eaopd_megatron.data.types import Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.shapes import ModelShape
-from eaopd_megatron.planning.hardware import GpuSpec, find_gpu
-from eaopd_megatron.planning.times import flops_per_token, model_flops_utilization
+from eaopd_megatron.planning.times import GpuSpec, find_gpu, flops_per_token, model_flops_utilization
 
 
 class MetricAccumulator:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
+from eaopd_megatron.config.parallel import Recompute
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch as Packed
 from eaopd_megatron.data.types import Prompt, Sample
@@ -20,19 +21,19 @@ from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, wrap_ddp
 from eaopd_megatron.megatron.pipeline import packing_for
 from eaopd_megatron.models.shapes import ModelShape
-from eaopd_megatron.planning import layouts, memory
-from eaopd_megatron.planning.activations import Activations, PlannedMicroBatch, Recompute
-from eaopd_megatron.planning.workload import BYTES_PER_NUMBER
+from eaopd_megatron.planning import memory
+from eaopd_megatron.planning.activations import Activations
+from eaopd_megatron.planning.workload import BYTES_PER_NUMBER, PlannedLayout, PlannedMicroBatch
 from tests.distributed.groups import model_parallel as groups_at
 
 LIMIT = 0.06  # of the saved bytes
 
 
 @contextlib.contextmanager
-def model_parallel(layout: dict[str, Any]) -> Iterator[tuple[ParallelState, layouts.PlannedLayout]]:
+def model_parallel(layout: dict[str, Any]) -> Iterator[tuple[ParallelState, PlannedLayout]]:
     """Megatron's groups, and the layout as a plan knows it."""
     with groups_at(ParallelLayout(**layout)) as parallel:
-        yield parallel, layouts.PlannedLayout(**layout, data_parallel=parallel.dp_size)
+        yield parallel, PlannedLayout(**layout, data_parallel=parallel.dp_size)
 
 
 def built(config: dict[str, Any], parallel: ParallelState, precision: str, **options: Any) -> ModelChunks:

@@ -8,11 +8,10 @@ from typing import Any
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.models.supported import find_model
-from eaopd_megatron.planning.hardware import find_gpu
-from eaopd_megatron.planning.layouts import PlannedLayout
 from eaopd_megatron.planning.memory import GpuMemory, StudentGpus
 from eaopd_megatron.planning.planner import Planner
-from eaopd_megatron.planning.workload import PlannedTeacher, Workload
+from eaopd_megatron.planning.times import find_gpu
+from eaopd_megatron.planning.workload import PlannedLayout, PlannedTeacher, Workload
 
 ROOT = Path(__file__).resolve().parents[3]
 COUNTDOWN = str(ROOT / "recipes/countdown/eopd.yaml")

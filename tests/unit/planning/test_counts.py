@@ -19,8 +19,7 @@ from eaopd_megatron.models import family_of
 from eaopd_megatron.models.shapes import ModelShape, ParameterCounts
 from eaopd_megatron.models.supported import ModelInfo, built_in_shape, find_model
 from eaopd_megatron.planning import times as flops
-from eaopd_megatron.planning.layouts import PlannedLayout, enumerate_layouts, layout_refusals
-from eaopd_megatron.planning.workload import PlannedTeacher
+from eaopd_megatron.planning.workload import PlannedLayout, PlannedTeacher, enumerate_layouts, layout_refusals
 from tests.unit.planning.examples import (
     ARCHITECTURES,
     FAMILIES,
@@ -43,7 +42,7 @@ PUBLISHED = {
 
 
 def test_planning_waits_for_megatron() -> None:
-    program = "import sys, eaopd_megatron.planning.plan_recipe; print({'megatron', 'torch'} & set(sys.modules))"
+    program = "import sys, eaopd_megatron.planning.plan_report; print({'megatron', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "set()\n"
 

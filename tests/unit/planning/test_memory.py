@@ -10,12 +10,10 @@ import pytest
 from eaopd_megatron.models.shapes import ParameterCounts
 from eaopd_megatron.models.supported import built_in_shape, find_model
 from eaopd_megatron.planning import memory, traffic
-from eaopd_megatron.planning.activations import Activations, PlannedMicroBatch
-from eaopd_megatron.planning.hardware import GiB
-from eaopd_megatron.planning.layouts import PlannedLayout
+from eaopd_megatron.planning.activations import Activations
 from eaopd_megatron.planning.memory import StudentGpus
-from eaopd_megatron.planning.times import TimeEstimates
-from eaopd_megatron.planning.workload import PlannedTeacher
+from eaopd_megatron.planning.times import GiB, TimeEstimates
+from eaopd_megatron.planning.workload import PlannedLayout, PlannedMicroBatch, PlannedTeacher
 from tests.unit.planning.examples import (
     colocated,
     held,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from eaopd_megatron.planning.hardware import GiB
-from eaopd_megatron.planning.layouts import PlannedLayout
 from eaopd_megatron.planning.planner import Plan
+from eaopd_megatron.planning.times import GiB
+from eaopd_megatron.planning.workload import PlannedLayout
 from tests.unit.planning.examples import (
     COUNTDOWN,
     RECIPES,

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.config import load_recipe
-from eaopd_megatron.planning.hardware import GiB
-from eaopd_megatron.planning.layouts import PlannedLayout
-from eaopd_megatron.planning.memory import PlannedServers
 from eaopd_megatron.planning.planner import Plan
+from eaopd_megatron.planning.times import GiB
+from eaopd_megatron.planning.workload import PlannedLayout, PlannedServers
 from tests.unit.planning.examples import ROOT, USUAL, planner
 
 LAYOUT = PlannedLayout(2, True, data_parallel=4)
