@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.config.schema import teacher_key
@@ -24,6 +24,7 @@ from eaopd_megatron.utils.files import read_json
 if TYPE_CHECKING:
     from eaopd_megatron.config import Recipe
 
+AnyLayout = TypeVar("AnyLayout", bound=ParallelLayout)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary position types whose frequencies do not depend on the sequence length."""
 _HUB_TIMEOUT = 10.0  # seconds
@@ -131,7 +132,7 @@ def check_recipe_models(recipe: Recipe) -> None:
         check_supported(config, its, label)
 
 
-def separate_layout(layout: ParallelLayout, *, has_experts: bool) -> ParallelLayout:
+def separate_layout(layout: AnyLayout, *, has_experts: bool) -> AnyLayout:
     """Return the layout of a model on ranks of its own: experts under tensor parallelism use sequence parallelism."""
     return replace(layout, sequence_parallel=has_experts and layout.tensor_parallel > 1)
 
