@@ -137,8 +137,8 @@ def _updates_per_iteration(run: RunData) -> int:
 
 
 def _gate_warnings(run: RunData) -> list[str]:
-    gate = run.gate()
-    if gate is None or not gate.in_use or not run.names("objective/"):
+    threshold = run.gate_threshold()
+    if threshold is None or not run.names("objective/"):
         return []
     fractions = run.series("objective/gate_fraction")[1]
     if not fractions.size:
@@ -146,7 +146,7 @@ def _gate_warnings(run: RunData) -> list[str]:
     if not (fractions > 0).any():
         return [
             f"the gate never opened: no token of {fractions.size} iterations has a teacher entropy above "
-            f"{gate.threshold:g} nats, so the run trained without its forward KL; see objective.threshold and whether "
+            f"{threshold:g} nats, so the run trained without its forward KL; see objective.threshold and whether "
             "the teacher's signal holds entropies"
         ]
     return []

@@ -79,9 +79,9 @@ def _draw_entropy(run: RunData) -> Figure:
     for role, colour in (("teacher", _TEACHER), ("student", _STUDENT)):
         _line(left, run, f"{role}/entropy_gated", role, colour, _GATED)
         _line(right, run, f"{role}/entropy_ungated", role, colour, _OTHER)
-    gate = run.gate()
-    if gate is not None and gate.in_use and np.isfinite(gate.threshold):
-        left.axhline(gate.threshold, color="#888888", linewidth=1, linestyle=":", label=f"threshold {gate.threshold:g}")
+    threshold = run.gate_threshold()
+    if threshold is not None and np.isfinite(threshold):
+        left.axhline(threshold, color="#888888", linewidth=1, linestyle=":", label=f"threshold {threshold:g}")
     style_axes(left, "Entropy, gated tokens", "nats")
     left.margins(y=0.08)
     style_axes(right, "Entropy, other tokens", "nats", floor=True)

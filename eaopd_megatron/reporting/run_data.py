@@ -18,20 +18,6 @@ _WINDOW = 10  # records averaged at the start and at the end of a run; at most h
 
 
 @dataclass(frozen=True)
-class GateSetting:
-    """The objective's gate. threshold: teacher entropy in nats."""
-
-    gate: str
-    forward_kl: str
-    threshold: float
-
-    @property
-    def in_use(self) -> bool:
-        """Whether the teacher's entropy selects the tokens that get a forward KL."""
-        return self.forward_kl != "none" and self.gate in ("hard", "soft")
-
-
-@dataclass(frozen=True)
 class RunData:
     """Contents of a run's folder. problems: a line for each part that could not be read; the others are reported."""
 
@@ -99,20 +85,24 @@ class RunData:
             node = node.get(key) if isinstance(node, dict) else None
         return node
 
-    def gate(self) -> GateSetting | None:
-        """Return the objective's gate from the recipe's own fields, else from its preset; None without a recipe."""
-        objective = self.setting("objective")
-        if not isinstance(objective, dict):
+    def gate_threshold(self) -> float | None:
+        """Return the teacher entropy (nats) above which tokens get a forward KL; None if the objective has no gate.
+
+        Fields that the recipe leaves out are those of its preset. Without a recipe the result is None, too.
+        """
+        section = self.setting("objective")
+        if not isinstance(section, dict):
             return None
         names = ("gate", "forward_kl", "threshold")
-        values: dict[str, Any] = {name: objective.get(name) for name in names}
+        values = {name: section[name] for name in names if section.get(name) is not None}
         try:
-            if None in values.values():
+            if len(values) < len(names):
                 from eaopd_megatron.objective.settings import Objective
 
-                preset = Objective.preset(str(objective.get("preset")))
-                values = {name: getattr(preset, name) if values[name] is None else values[name] for name in names}
-            return GateSetting(str(values["gate"]), str(values["forward_kl"]), float(values["threshold"]))
+                preset = Objective.preset(str(section.get("preset")))
+                values = {name: getattr(preset, name) for name in names} | values
+            in_use = values["forward_kl"] != "none" and values["gate"] in ("hard", "soft")
+            return float(values["threshold"]) if in_use else None
         except (ValueError, TypeError):  # a recipe that was edited afterwards, or one of another version
             return None
 
