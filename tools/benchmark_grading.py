@@ -1,10 +1,10 @@
-"""How long the grading of mathematical answers takes, with answers among them that hang, crash or flood a grader.
+"""Measures how long grading mathematics takes when some answers hang, crash or flood a grader.
 
     python tools/benchmark_grading.py --benchmarks FILE.jsonl [FILE.jsonl ...] [--answers 10000] [--pathological 0.02]
 
-Each answer is that of a random problem: its gold, the gold in another dress, another problem's gold, a random number,
-or something pathological. Prints seconds, answers per second, verdicts, errors, and the memory of this process and of
-the graders' before and after.
+An answer to a random problem is its gold, the gold in another notation, another problem's gold, a random number or a
+pathological text. Prints seconds, answers per second, verdicts, errors, and the memory of this process and of the
+graders before and after.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PATHOLOGICAL = (
 
 
 def answers(problems: Sequence[Problem], count: int, pathological: float, seed: int) -> list[tuple[Problem, str]]:
-    """(problem, response) pairs."""
+    """Return `count` (problem, response) pairs; `pathological` is the share of pathological responses."""
     generator = random.Random(seed)
     made = []
     for _ in range(count):
@@ -75,13 +75,13 @@ def answers(problems: Sequence[Problem], count: int, pathological: float, seed: 
 
 
 def memory() -> tuple[float, float]:
-    """MiB of this process and of its children."""
-    here = psutil.Process()
-    return here.memory_info().rss / 2**20, sum(child.memory_info().rss for child in here.children(True)) / 2**20
+    """Return the resident memory of this process and of its children, in MiB."""
+    process = psutil.Process()
+    return process.memory_info().rss / 2**20, sum(c.memory_info().rss for c in process.children(True)) / 2**20
 
 
 def run(options: argparse.Namespace) -> int:
-    """Grades and prints. Raises UserError for a file that cannot be read."""
+    """Grade and print. Raise UserError for a file that cannot be read."""
     problems = [problem for file in options.benchmarks for problem in load_benchmark(file)]
     grader = MathGrader(workers=options.workers)
     grader.gold_kinds(["x+1"] * options.workers)
@@ -93,26 +93,25 @@ def run(options: argparse.Namespace) -> int:
     cpu = psutil.Process().cpu_times()
     used = [process.cpu_times() for process in psutil.Process().children(True)]
     seconds_of_cpu = sum(t.user + t.system + t.children_user + t.children_system for t in (cpu, *used))
-    counts = Counter("right" if g.correct else "right, leniently" if g.lenient else "wrong" for g in grades)
+    counts = Counter("right" if g.correct else "right leniently" if g.lenient else "wrong" for g in grades)
     print(
-        f"{len(items)} answers in {seconds:.1f} s ({len(items) / seconds:.0f} a second), {options.workers} workers; "
-        f"{seconds_of_cpu:.0f} s of CPU time, start included"
+        f"{len(items)} answers in {seconds:.1f} s ({len(items) / seconds:.0f} per second), {options.workers} workers; "
+        f"{seconds_of_cpu:.0f} s of CPU time including the start"
     )
     print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())), end="; ")
     print(f"errors (time-outs, exceptions, deaths) {sum(grade.error for grade in grades)}")
     print(f"MiB of this process and of the graders: {before[0]:.0f}, {before[1]:.0f} -> {after[0]:.0f}, {after[1]:.0f}")
     grader.close()
-    left = psutil.Process().children(True)
-    print(f"processes left: {len(left)}")
+    print(f"processes left: {len(psutil.Process().children(True))}")
     return 0
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Times the grading of mathematical answers.", allow_abbrev=False)
-    parser.add_argument("--benchmarks", nargs="+", required=True, metavar="FILE", help="names or .jsonl files")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Measure how long grading mathematical answers takes.", allow_abbrev=False)
+    parser.add_argument("--benchmarks", nargs="+", required=True, metavar="FILE", help="benchmark names or .jsonl files")
     parser.add_argument("--answers", type=int, default=10_000)
-    parser.add_argument("--pathological", type=float, default=0.02, help="their share")
+    parser.add_argument("--pathological", type=float, default=0.02, help="share of pathological answers")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
