@@ -108,8 +108,8 @@ def run(options: argparse.Namespace) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Measure how long grading takes.", allow_abbrev=False)
-    parser.add_argument("--benchmarks", nargs="+", required=True, metavar="FILE", help="benchmark names or .jsonl files")
+    parser = argparse.ArgumentParser(description="Measure how long grading mathematics takes.", allow_abbrev=False)
+    parser.add_argument("--benchmarks", nargs="+", required=True, metavar="FILE", help="names or .jsonl files")
     parser.add_argument("--answers", type=int, default=10_000)
     parser.add_argument("--pathological", type=float, default=0.02, help="share of pathological answers")
     parser.add_argument("--workers", type=int, default=2)
