@@ -16,14 +16,16 @@ from eaopd_megatron.slurm_job import ROLES
 from eaopd_megatron.training.run_folder import finished_message
 
 _SHARED, _MODELS, _STAGE = "EAOPD_SHARED", "EAOPD_MODELS", "EAOPD_STAGE"
+_PER_NODE = {
+    "student": "EAOPD_RANKS_PER_NODE",
+    "teacher": "EAOPD_TEACHERS_PER_NODE",
+    "servers": "EAOPD_SERVERS_PER_NODE",
+}
 
 
 @dataclass(frozen=True)
 class JobNodes:
-    """The nodes of a job and how many each role takes, in the order of ROLES.
-
-    A role with no nodes of its own runs where the recipe places it.
-    """
+    """A job's nodes, and how many each role takes in the order of ROLES; one with 0 runs where the recipe places it."""
 
     student: int
     teacher: int
@@ -92,11 +94,18 @@ class Allocation:
         return "\n".join([*lines, *(f'    [{step.name}]="{step.words()}"' for step in self.steps), ")"])
 
 
-def allocate(recipe: str, overrides: Sequence[str], nodes: JobNodes) -> Allocation:
-    """Assign the recipe's roles to the job's nodes. Raise UserError where they do not fit.
+def print_allocation(recipe: str, overrides: Sequence[str], roles: str, nodes: str, gpus: int) -> None:
+    """Print the allocation as bash. roles: such as "student=1 teacher=2". nodes: names, separated by commas."""
+    counts = {role: int(count) for role, _, count in (word.partition("=") for word in roles.split())}
+    per_node = {role: int(count) for role, name in _PER_NODE.items() if (count := os.environ.get(name) or "0") != "0"}
+    job = JobNodes(**{**dict.fromkeys(ROLES, 0), **counts}, names=tuple(nodes.split(",")), gpus=gpus, per_node=per_node)
+    print(allocate(recipe, overrides, job).render())
 
-    User overrides take precedence over role defaults; paths in them are resolved on the cluster: the run below the
-    shared folder, models in the folder of models.
+
+def allocate(recipe: str, overrides: Sequence[str], nodes: JobNodes) -> Allocation:
+    """Assign the recipe's roles to the job's nodes. Raise UserError if they do not fit.
+
+    User overrides take precedence over role defaults; paths in them are resolved on the cluster.
     """
     nodes.check()
     defaults = (nodes.teacher, "teacher.placement=separate"), (nodes.servers, "rollout.engine=sglang")

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,13 +26,9 @@ from eaopd_megatron.serving.ports import INTERFACE_VARIABLE, claim_port, node_ad
 from eaopd_megatron.utils.environment import git_commit
 from eaopd_megatron.utils.log import log_rank0
 
-_MARK = "eaopd-node "
-"""Prefix of a node's report among whatever else the node prints."""
+_MARK = "eaopd-node "  # before a node's report, among whatever else the node prints
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "sglang")
-_NCCL_PREFIX = "nvidia-nccl-cu"
-_BUSY_MIB = 1024
-"""GPU memory in use above which a GPU counts as taken by another process."""
-_COMMIT_CHARACTERS = 10
+_BUSY_MIB = 1024  # of GPU memory, above which a GPU counts as taken by another process
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,7 @@ class NodeReport:
 
 
 def inspect_node(token: Path, content: str, models: Sequence[str], stage: str | None) -> NodeReport:
-    """Inspect this node.
-
-    token: a file in the run's folder; the folder is shared if it holds `content` here. models: folders or hub ids.
-    stage: the local folder for copies of the models.
-    """
+    """Inspect this node. token: a file in the run's folder, which is shared if the file holds `content` here too."""
     facts = machine.gather()
     problems = [f"{f.subject}: {f.seen}: {f.remedy}" for f in machine.findings(facts) if f.level == "problem"]
     problems += _path_problems(token, content, models, stage)
@@ -89,6 +82,11 @@ def inspect_node(token: Path, content: str, models: Sequence[str], stage: str | 
         disk=shutil.disk_usage(token.parent).free if token.parent.exists() else 0,
         problems=tuple(problems),
     )
+
+
+def print_node_report(token: Path, content: str, stage: str, models: Sequence[str]) -> None:
+    """Print this node's report."""
+    print(inspect_node(token, content, models, stage or None).line(), flush=True)
 
 
 def _path_problems(token: Path, content: str, models: Sequence[str], stage: str | None) -> list[str]:
@@ -119,7 +117,7 @@ def _gpus(facts: machine.MachineFacts, problems: list[str]) -> int:
 
 
 def busy_gpus() -> list[str]:
-    """Return a line for each GPU that another process uses, according to nvidia-smi; none without a driver."""
+    """Return a line for each GPU that another process uses according to nvidia-smi, if there is a driver."""
     query = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
     lines = []
     with suppress(OSError, subprocess.SubprocessError, ValueError):
@@ -135,7 +133,7 @@ def _package_versions() -> dict[str, str]:
     """Versions of the packages used on the wire."""
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
     versions = {name: installed[name] for name in _PACKAGES if name in installed}
-    nccl = [version for name, version in installed.items() if name.startswith(_NCCL_PREFIX)]
+    nccl = [version for name, version in installed.items() if name.startswith("nvidia-nccl-cu")]
     return {**versions, **({"nccl": nccl[0]} if nccl else {})}
 
 
@@ -149,7 +147,7 @@ def preflight_report(nodes: Sequence[NodeReport]) -> str:
         table.add_row(
             *(node.name, node.address, node.python),
             *(node.versions.get(name, "-") for name in (*_PACKAGES, "nccl")),
-            *(commit[:_COMMIT_CHARACTERS] + ("+" if dirty else ""), str(node.gpus), f"{node.disk / 2**30:.0f}"),
+            *(commit[:10] + ("+" if dirty else ""), str(node.gpus), f"{node.disk / 2**30:.0f}"),
             f"{len(node.problems)} wrong" if node.problems else "ok",
         )
     console = Console(file=io.StringIO(), width=1000, color_system=None, markup=False, highlight=False, emoji=False)
@@ -159,10 +157,7 @@ def preflight_report(nodes: Sequence[NodeReport]) -> str:
 
 
 def find_faults(nodes: Sequence[NodeReport], names: Sequence[str], gpus: int, srun: str = "") -> list[str]:
-    """Return one line for each problem of a node and for each difference between the nodes.
-
-    names: the job's nodes. gpus: how many each should have. srun: its stderr, which tells why a node sent no report.
-    """
+    """Return a line for each problem of a node, node without a report (srun's stderr says why) and difference."""
     nodes = sorted(nodes, key=lambda node: names.index(node.name))
     by_problem: dict[str, list[str]] = {}
     for node in nodes:
@@ -187,16 +182,18 @@ def find_faults(nodes: Sequence[NodeReport], names: Sequence[str], gpus: int, sr
     return faults
 
 
-_ALL_REDUCE_MIB = 256
-"""On GPUs; 1 MiB on CPUs."""
-_ALL_REDUCE_ROUNDS = 5
+def print_preflight(reports: Path, srun: Path, gpus: int, names: Sequence[str]) -> bool:
+    """Print the table of the nodes and their faults; return whether there are none."""
+    nodes = NodeReport.read(reports.read_text(errors="replace"))
+    print(preflight_report(sorted(nodes, key=lambda node: names.index(node.name))))
+    faults = find_faults(nodes, names, gpus, srun.read_text(errors="replace"))
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return not faults
 
 
 def probe_network(minutes: float = 3.0) -> None:
-    """Time an all-reduce over the step's ranks and print its bus bandwidth.
-
-    Raises UserError if the sum is wrong or the ranks do not connect in `minutes`.
-    """
+    """Print the bus bandwidth of an all-reduce over the ranks. Raise UserError if it fails or its sum is wrong."""
     import torch
     import torch.distributed as dist
 
@@ -208,15 +205,15 @@ def probe_network(minutes: float = 3.0) -> None:
     backend = "nccl" if cuda else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
-        values = torch.ones((_ALL_REDUCE_MIB if cuda else 1) * 2**20 // 4, device=device)
+        values = torch.ones((256 if cuda else 1) * 2**20 // 4, device=device)
         dist.all_reduce(values)  # opens the connections
         started = time.perf_counter()
-        for _ in range(_ALL_REDUCE_ROUNDS):
+        for _ in range(5):
             values.fill_(float(rank + 1))
             dist.all_reduce(values)
         if cuda:
             torch.cuda.synchronize()
-        seconds = (time.perf_counter() - started) / _ALL_REDUCE_ROUNDS
+        seconds = (time.perf_counter() - started) / 5
     except RuntimeError as error:  # the base class of torch's distributed errors
         raise UserError(
             f"the ranks do not reach each other over {backend}: {' '.join(str(error).split())[:300]} (EAOPD_INTERFACE "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,8 @@ from eaopd_megatron.launch.local_ranks import read_error_reports
 from eaopd_megatron.serving.ports import claim_port, node_address
 from eaopd_megatron.utils.files import atomic_write
 
-_LISTEN = "{listen}"
-"""Placeholder for HOST:PORT in the command line of a service."""
-_RENDEZVOUS_SECONDS = 300.0
-"""How long the other tasks wait for task 0 to publish the address of the ranks' store."""
+_LISTEN = "{listen}"  # stands for HOST:PORT in the command line of a service
+_RENDEZVOUS_SECONDS = 300.0  # that the other tasks wait for task 0 to publish the address of the ranks' store
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,15 @@ def _start_id(environment: Mapping[str, str]) -> str:
     return f"{environment.get('SLURM_RESTART_COUNT', '0')}.{environment['SLURM_STEP_ID']}"
 
 
-def exec_as_rank(step: SlurmStep, command: Sequence[str]) -> None:
-    """Replace this process by `command` with its rank, GPUs and ports in the environment. Does not return."""
+def exec_as_rank(name: str, folder: Path, gpus: str, command: Sequence[str]) -> None:
+    """Replace this process by `command` with its rank, GPUs (FIRST:COUNT, or all) and ports in the environment."""
+    first, _, count = gpus.partition(":")
+    step = SlurmStep(name, folder, (int(first), int(count)) if gpus else None)
     command, overrides = step.prepare(command, os.environ)
     os.environ.update(overrides)
     os.execvp(command[0], command)
 
 
-_LOG_LINES = 20
 _SIGNALS = {
     "Killed": 9,
     "Out Of Memory": 9,
@@ -121,30 +121,21 @@ _SRUN_EVENT = re.compile(
     r"srun: error: (?P<node>[\w.-]+): tasks? (?P<tasks>[\d,-]+): "
     rf"(?:Exited with exit code (?P<code>\d+)|(?P<signal>{'|'.join(_SIGNALS)}))"
 )
-_TERMINATED = 128 + 15
-"""Exit code of ranks that srun ended because another rank failed, and of ranks that saved their state at SIGTERM."""
-_STOP_CODES = (_TERMINATED, 128 + 10)
-"""Exit codes of ranks that a signal asked to stop."""
+_TERMINATED = 128 + 15  # of ranks that srun ended because another rank failed, or that saved their state at SIGTERM
+_STOP_CODES = (_TERMINATED, 128 + 10)  # of ranks that a signal asked to stop
 
 
 @dataclass(frozen=True)
 class FailureReport:
-    """Why a step ended. code: the failing rank's; 0 if the ranks were asked to stop and none failed.
+    """Why a step ended."""
 
-    user: the user can mend it, and a restart cannot.
-    """
-
-    code: int
+    code: int  # of the failing rank; 0 if the ranks were asked to stop and none failed
     text: str
-    user: bool
+    user: bool  # an error that the user can mend, and a restart cannot
 
 
 def failure_report(srun: str, errors: Path, logs: Path, code: int) -> FailureReport:
-    """Find the rank that failed first.
-
-    srun: stderr of the step's srun. errors: folder of the ranks' error reports. logs: folder of rank_N.log. code: the
-    step's exit code.
-    """
+    """Find the rank that failed first from srun's stderr, the ranks' error reports, rank_N.log and the step's code."""
     reports = read_error_reports(errors)
     users = next((report for report in reports if report.get("user")), None)
     if users is not None:
@@ -160,15 +151,22 @@ def failure_report(srun: str, errors: Path, logs: Path, code: int) -> FailureRep
         return FailureReport(code, text, user=False)
     message = next((f": {_one_line(report['message'])}" for report in reports if report["rank"] == rank), "")
     log = logs / f"rank_{rank}.log"
+    tail = log.read_bytes()[-65536:].decode("utf-8", errors="replace") if log.exists() else ""
     head = f"error: rank {rank} {how}{message}; the last lines of {log}:"
-    return FailureReport(code, "\n".join([head, *(f"  | {line}" for line in _last_lines(_end_of(log)))]), user=False)
+    return FailureReport(code, "\n".join([head, *(f"  | {line}" for line in _last_lines(tail))]), user=False)
+
+
+def print_failure(srun: Path, errors: Path, logs: Path, code: int) -> int:
+    """Print the report and return its code; a user's error leaves a file `user` in the folder `errors`."""
+    report = failure_report(srun.read_text(errors="replace"), errors, logs, code)
+    print(report.text, file=sys.stderr, flush=True)
+    if report.user:
+        (errors / "user").touch()
+    return report.code
 
 
 def _first_failure(srun: str, reporting: int | None, code: int) -> tuple[int | None, int, str]:
-    """Return rank, exit code and cause of the first failure.
-
-    It is the first that srun saw or, unless that one was killed, the first rank with an error report (`reporting`).
-    """
+    """Rank, exit code and cause of the first failure in srun's view or, if it was no kill, of the `reporting` rank."""
     events = [
         (int(re.split("[,-]", event["tasks"])[0]), int(event["code"] or 128 + _SIGNALS[event["signal"]]), event)
         for event in _SRUN_EVENT.finditer(srun)
@@ -183,15 +181,8 @@ def _first_failure(srun: str, reporting: int | None, code: int) -> tuple[int | N
     return rank, code, f"{how} on {event['node']}"
 
 
-def _end_of(log: Path) -> str:
-    try:
-        return log.read_bytes()[-65536:].decode("utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def _last_lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.splitlines() if line.strip()][-_LOG_LINES:]
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-20:]
 
 
 def _one_line(text: object) -> str:

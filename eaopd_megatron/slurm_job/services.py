@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,28 +14,24 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.config import Recipe
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.rollout.sglang.server import SGLangServer
-from eaopd_megatron.rollout.sglang.server_manager import rollout_server_settings
 from eaopd_megatron.serving.http import read_api_key, server_is_ready
 from eaopd_megatron.serving.supervisor import RestartPolicy
 from eaopd_megatron.slurm_job.allocate import staged_path
 from eaopd_megatron.utils.files import atomic_directory, atomic_write
 from eaopd_megatron.utils.log import log_rank0
 
-_HEALTHY_SECONDS = 300
-"""After this long a service counts as ready, and its earlier deaths no longer count."""
-_POLL_SECONDS = 0.5
-_REPORT_SECONDS = 15.0
+_HEALTHY_SECONDS = 300  # after which a service's earlier deaths no longer count
+
+
+def stage_models(stage: Path, models: Sequence[Path]) -> None:
+    """Copy models to this node's disk."""
+    for model in models:
+        stage_model(model, stage)
 
 
 def stage_model(model: Path, stage: Path) -> Path:
-    """Copy a model's folder to this node's disk unless a copy exists. Jobs on the same node wait for each other.
-
-    Raises UserError if the disk is too small or the copy fails.
-    """
+    """Copy a model's folder to this node's disk unless a copy exists. Jobs on the same node wait for each other."""
     copy = staged_path(model, stage)
     try:
         stage.mkdir(parents=True, exist_ok=True)
@@ -54,19 +51,22 @@ def stage_model(model: Path, stage: Path) -> Path:
     return copy
 
 
-def serve_rollouts(recipe: Recipe, listen: str, key_file: Path, log: Path) -> None:
-    """Run an SGLang server of the student until a signal stops it. Raise UserError if it exits by itself.
+def serve_rollouts(recipe: str, overrides: Sequence[str], listen: str, key_file: Path, log: Path) -> None:
+    """Run an SGLang server of the student at HOST:PORT until a signal. Raise UserError if it exits by itself."""
+    from eaopd_megatron.checkpoint.hf_folder import HfFolder
+    from eaopd_megatron.config import load_recipe
+    from eaopd_megatron.rollout.sglang.server import SGLangServer
+    from eaopd_megatron.rollout.sglang.server_manager import rollout_server_settings
 
-    listen: HOST:PORT. log: the server's log, in which the API key never appears.
-    """
+    loaded = load_recipe(recipe, overrides)
     host, _, port = listen.rpartition(":")
-    student = HfFolder.open(recipe.student.model, "student.model")
+    student = HfFolder.open(loaded.student.model, "student.model")
     positions = student.config.max_position_embeddings
-    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
-    if recipe.evaluation.benchmarks:  # the lengths of their problems are unknown here
+    longest = loaded.data.max_prompt_tokens + loaded.rollout.max_response_tokens
+    if loaded.evaluation.benchmarks:  # the lengths of their problems are unknown here
         longest = positions
     settings = rollout_server_settings(
-        recipe.servers, student, recipe.student.precision, longest, read_api_key(key_file)
+        loaded.servers, student, loaded.student.precision, longest, read_api_key(key_file)
     )
     # max_prompt_tokens may exceed the real prompts, and SGLang refuses more than the model has positions for
     context = min(settings.context_length, positions)
@@ -90,10 +90,7 @@ def serve_rollouts(recipe: Recipe, listen: str, key_file: Path, log: Path) -> No
 
 
 def restart_service(name: str, folder: Path, log: Path, *, lived: float, max_deaths: int) -> bool:
-    """Count the death of a service; return whether to restart it, and otherwise write the reason to NAME.lost.
-
-    folder: the job's. log: the service's. lived: seconds of its last run. max_deaths: in a row.
-    """
+    """Count the death of a service; return whether to restart it. Otherwise write why to NAME.lost."""
     policy = _count(folder / f"{name}.deaths", max_deaths - 1, reset=lived >= _HEALTHY_SECONDS)
     reason = f"{_last_line(log, folder / f'{name}.srun')} (log: {log})"
     if policy.exhausted:
@@ -106,10 +103,7 @@ def restart_service(name: str, folder: Path, log: Path, *, lived: float, max_dea
 
 
 def count_trainer_start(folder: Path, checkpoint: str, max_restarts: int) -> None:
-    """Count a start of the trainer, also in a requeued job. Raise UserError for one too many without a new checkpoint.
-
-    folder: the job's. checkpoint: name of the run's newest one.
-    """
+    """Count a start, also of a requeued job. Raise UserError for one too many with the same newest checkpoint."""
     policy = _count(folder / "starts", max_restarts + 1, progress=checkpoint)
     if policy.exhausted:
         raise UserError(
@@ -137,13 +131,11 @@ def wait_for_services(
     key: str,
     minutes: float,
     report: Callable[[str], None],
-    interval: float = _REPORT_SECONDS,
+    interval: float = 15.0,
 ) -> list[str]:
-    """Return the services' URLs once all of them answer.
+    """Return the services' URLs once all answer. Raise UserError for a lost service and after `minutes`.
 
-    folder: the job's, with NAME.url of each service that was started, and NAME.lost of one that will not be restarted.
-    logs: folder of NAME.log. interval: seconds between lines of progress. Raises UserError for a lost service, and
-    after `minutes`.
+    folder: the job's, with NAME.url of each started service, and NAME.lost of one that will not be restarted.
     """
     started = reported = time.monotonic()
     urls: dict[str, str] = {}
@@ -164,7 +156,17 @@ def wait_for_services(
         if now - reported > interval:
             reported = now
             report(f"{len(urls)} of {len(names)} ready after {now - started:.0f} s; {missing[0]}: {last_line}")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(0.5)
+
+
+def print_urls(folder: Path, logs: Path, key_file: Path, minutes: float, names: Sequence[str]) -> None:
+    """Wait for the services and print their URLs as a list of the recipe."""
+
+    def report(text: str) -> None:
+        print(f"[job] {text}", file=sys.stderr, flush=True)
+
+    urls = wait_for_services(names, folder, logs, key=read_api_key(key_file), minutes=minutes, report=report)
+    print(f"[{','.join(urls)}]")
 
 
 def _ready_url(url_file: Path, key: str) -> str | None:

@@ -43,11 +43,12 @@ distil() {
     local recipe="${EAOPD_RECIPE:-$1}" roles=() overrides allocation
     shift
     while (($#)) && [[ $1 != -- ]]; do
-        roles+=("--${1%%=*}=${1#*=}")
+        roles+=("$1")
         shift
     done
     read -ra overrides <<<"${EAOPD_OVERRIDES:-}"
-    allocation="$(allocate "$recipe" "${overrides[@]}" "${@:2}")" || finish $?
+    allocation="$(tool allocate --roles "${roles[*]}" --nodes "$(joined_by_comma "${nodes[@]}")" --gpus "$gpus" \
+        "$recipe" "${overrides[@]}" "${@:2}")" || finish $?
     # shellcheck disable=SC1090  # rendered
     source /dev/stdin <<<"$allocation"
     [[ -z $allocated_finished ]] || finish 0 "$allocated_finished"
@@ -56,13 +57,6 @@ distil() {
     stage_models
     start_services
     train
-}
-
-# Prints bash that sets the variables allocated_*.
-allocate() {
-    tool allocate "${roles[@]}" --nodes "$(joined_by_comma "${nodes[@]}")" --gpus "$gpus" \
-        --student-per-node "${EAOPD_RANKS_PER_NODE:-0}" --teacher-per-node "${EAOPD_TEACHERS_PER_NODE:-0}" \
-        --servers-per-node "${EAOPD_SERVERS_PER_NODE:-0}" "$@"
 }
 
 # Makes $folder, the job's part of the run's folder, and writes what the job runs to its file allocation.sh.
