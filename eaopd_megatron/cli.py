@@ -270,7 +270,7 @@ def show_command(
 
     loaded, origins = load_with_origins(recipe, overrides or [])
     if explain is not None:
-        from eaopd_megatron.config.reference import explain_key
+        from eaopd_megatron.config.recipe_reference import explain_key
 
         print(explain_key(loaded, origins, explain))
     elif key is None:

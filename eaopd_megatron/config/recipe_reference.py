@@ -1,15 +1,20 @@
 """What each key means: recipes/README.md, made from the schema, and the text of `eaopd show RECIPE --explain KEY`.
 
-python -m eaopd_megatron.config.reference > recipes/README.md
+python -m eaopd_megatron.config.recipe_reference > recipes/README.md
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import textwrap
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
+
+from pydantic import BaseModel
 
 from eaopd_megatron.config import aliases
 from eaopd_megatron.config.loader import recipe_value
@@ -19,7 +24,7 @@ from eaopd_megatron.errors import RecipeError
 _HEAD = """\
 # Recipes
 
-<!-- Made from the schema; do not edit: python -m eaopd_megatron.config.reference > recipes/README.md -->
+<!-- Made from the schema; do not edit: python -m eaopd_megatron.config.recipe_reference > recipes/README.md -->
 
 A recipe is a YAML file of sections. It gives what differs from the defaults; `eaopd show RECIPE` prints all of it,
 `eaopd show RECIPE --explain KEY` where a value comes from and what it means. Required are `run.folder`,
@@ -94,12 +99,28 @@ def describe_key(key: str) -> KeyInfo:
     section, _, name = key.rpartition(".")
     model = aliases.section_models()[section] if section else Recipe
     field = model.model_fields[name]
-    meaning, _, unit = " ".join((field.description or "").split()).partition(" [")
+    meaning, _, unit = field_docstrings(model).get(name, "").partition(" [")
     default = "required" if field.is_required() else _shown(field.get_default())
     old = aliases.old_key(key)
     if old:
         old = f"{old} (renamed in {aliases.RENAMED_SINCE}, works until {aliases.RENAMED_UNTIL})"
     return KeyInfo(key, _type_text(_properties(section)[name]), default, unit.rstrip("]"), meaning, old or "")
+
+
+@cache
+def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """Return the string under each field of a section, on one line.
+
+    pydantic's `use_attribute_docstrings` reads them when a class is made, which every command would wait for.
+    """
+    (definition,) = ast.parse(inspect.getsource(model)).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
 
 
 @cache
