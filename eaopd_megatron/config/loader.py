@@ -1,8 +1,8 @@
-"""A recipe from its YAML file, the files that it builds on, and overrides from the command line.
+"""Load a recipe from its YAML file, the files it builds on, and overrides from the command line.
 
-Merging: the files under `base:` first, in their order, then the file itself, then the overrides; sections are merged
-key by key, lists are replaced. OmegaConf merges, and resolves `${section.key}`; pydantic checks the result. Whatever
-is wrong becomes a `RecipeError` of one line that begins with the file, or the override, that says it.
+The files under `base:` come first, in their order, then the file itself, then the overrides; sections are merged key
+by key, lists are replaced. OmegaConf merges and resolves `${section.key}`, pydantic checks the result. Every error
+becomes a `RecipeError` of one line that begins with the file or the override that causes it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from eaopd_megatron.config import aliases
-from eaopd_megatron.config.schema import Recipe
+from eaopd_megatron.config.schema import Recipe, teacher_key
 from eaopd_megatron.errors import RecipeError
 from eaopd_megatron.utils.lifetime import LAUNCHER_PID_VARIABLE
 
-MODEL_KEYS = ("student.model", "teacher.model")
-"""Keys that may hold a folder."""
-FILE_KEYS = ("data.source", "data.decontaminate", "evaluation.benchmarks")
-"""Keys that may hold the name of a .jsonl or .parquet file."""
+_MODEL_KEYS = ("student.model", "teacher.model")  # may hold a folder
+_FILE_KEYS = ("data.source", "data.decontaminate", "evaluation.benchmarks")  # may hold a .jsonl or .parquet file
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def load_with_origins(
 
     merged = _merge(layers, str(path))
     for key, value in list(aliases.flatten_keys(merged)):
-        if key in origins and (_names_model(key) or key in FILE_KEYS):
+        if key in origins and (_names_model(key) or key in _FILE_KEYS):
             *parents, leaf = key.split(".")
             folders = _folders(origins[key], recipe_path.parent)
             section = merged
@@ -114,11 +112,11 @@ def _warn_on_stderr(line: str) -> None:
 
 
 def _names_model(key: str) -> bool:
-    return key in MODEL_KEYS or (key.startswith("teachers.") and key.endswith(".model"))
+    return key in _MODEL_KEYS or (key.startswith("teachers.") and key.endswith(".model"))
 
 
 def _complete_teachers(merged: dict[str, Any]) -> None:
-    """Each of several teachers has the keys of `teacher` that it does not say, which may leave its model to them."""
+    """Let each named teacher inherit the keys of `teacher`; `teacher.model` may be missing if they have models."""
     if named := merged["teachers"]:
         common = merged["teacher"]
         merged["teachers"] = {name: {**common, **own} for name, own in named.items()}
@@ -128,14 +126,14 @@ def _complete_teachers(merged: dict[str, Any]) -> None:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults included, that `load_recipe` turns into an equal one."""
+    """Return the recipe as YAML with all defaults; `load_recipe` turns it into an equal recipe."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(recipe.model_dump())))
 
 
 def recipe_differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value in `a`, value in `b`) of every setting that differs, in the recipe's order.
+    """Return (dotted key, value in `a`, value in `b`) for every value that differs, in the recipe's order.
 
-    None stands for the value of a key that only the other one has: a teacher's.
+    A key that only the other recipe has (of a named teacher) counts as None.
     """
     left, right = dict(aliases.flatten_keys(a.model_dump())), dict(aliases.flatten_keys(b.model_dump()))
     names = dict.fromkeys([*left, *right])
@@ -143,7 +141,7 @@ def recipe_differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
 
 
 def recipe_value(recipe: Recipe, key: str) -> Any:
-    """The value of a dotted key. Raises RecipeError where there is none."""
+    """Return the value of a dotted key. Raises RecipeError if it does not exist."""
     values, key = dict(aliases.flatten_keys(recipe.model_dump())), aliases.current_key(key)
     if key not in values:
         _, _, name = key.rpartition(".")[0].partition("teachers.")
@@ -154,30 +152,30 @@ def recipe_value(recipe: Recipe, key: str) -> Any:
     return values[key]
 
 
-def _read_files(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
-    """The layers of a file and of all that it builds on, lowest first; `below` are the files that lead to it."""
-    if path.resolve() in (seen.resolve() for seen in below):
-        chain = " -> ".join(str(seen) for seen in (*below, path))
-        raise RecipeError(f"{below[0]}: the files under 'base' form a circle: {chain}")
-    tree = _read(path, below[-1] if below else None)
+def _read_files(path: Path, parents: tuple[Path, ...]) -> Iterator[_Layer]:
+    """Yield the layers of a file and of its bases, lowest first. parents: the files whose `base` led to it."""
+    if path.resolve() in (parent.resolve() for parent in parents):
+        chain = " -> ".join(str(parent) for parent in (*parents, path))
+        raise RecipeError(f"{parents[0]}: the files under 'base' form a circle: {chain}")
+    tree = _read(path, parents[-1] if parents else None)
     bases = tree.pop("base", None) or []
     if isinstance(bases, str):
         bases = [bases]
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise RecipeError(f"{path}: base is {bases!r}; it must be the name of a file or a list of names")
     for base in bases:
-        yield from _read_files(path.parent / base, (*below, path))
+        yield from _read_files(path.parent / base, (*parents, path))
     yield _Layer(str(path), tree, path.parent)
 
 
-def _read(path: Path, named_by: Path | None) -> dict[Any, Any]:
-    """The mapping in a YAML file, unresolved. `named_by`: the file whose `base` names it."""
+def _read(path: Path, parent: Path | None) -> dict[Any, Any]:
+    """Return the mapping in a YAML file, unresolved. parent: the file whose `base` names it."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = aliases.closest_match(path.stem, [found.stem for found in path.parent.glob("*.yaml")])
+        near = aliases.closest_match(path.stem, [file.stem for file in path.parent.glob("*.yaml")])
         hint = f"; did you mean '{path.parent / f'{near}.yaml'}'?" if near else ""
-        where = f"{named_by}: the base file {str(path)!r}" if named_by else f"{path}: the recipe"
+        where = f"{parent}: the base file {str(path)!r}" if parent else f"{path}: the recipe"
         raise RecipeError(f"{where} does not exist{hint}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
@@ -191,7 +189,7 @@ def _read(path: Path, named_by: Path | None) -> dict[Any, Any]:
 
 
 def _parse(text: str, origin: str, lines: bool) -> Any:
-    """YAML as OmegaConf reads it (1e-4 is a number, a key may stand once), interpolations left as they are."""
+    """Parse YAML as OmegaConf does (1e-4 is a number, duplicate keys are errors), interpolations unresolved."""
     try:
         # OmegaConf reads a lone word as a key without a value, and nothing as an empty mapping.
         if not isinstance(node := yaml.compose(text, Loader=yaml.SafeLoader), yaml.MappingNode):
@@ -224,31 +222,31 @@ def _read_override(text: str) -> _Layer:
 
 
 def _merge(layers: Sequence[_Layer], origin: str) -> dict[str, Any]:
-    """One tree of the defaults and all layers, with `${section.key}` replaced by the value of that key."""
+    """Merge the defaults and all layers into one tree, and replace `${section.key}` by the value of that key."""
     try:
         merged = OmegaConf.merge(aliases.default_values(), *(layer.tree for layer in layers))
         tree: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError) as error:
-        named = getattr(error, "full_key", None)
-        sources = (layer.origin for layer in reversed(layers) if named in dict(aliases.flatten_keys(layer.tree)))
+        key = getattr(error, "full_key", None)
+        sources = (layer.origin for layer in reversed(layers) if key in dict(aliases.flatten_keys(layer.tree)))
         source = next(sources, origin)
-        raise RecipeError(f"{source}: {f'{named}: ' if named else ''}{_one_line(error)}") from None
+        raise RecipeError(f"{source}: {f'{key}: ' if key else ''}{_one_line(error)}") from None
     return dict(tree)
 
 
 def _folders(layer: _Layer, recipe_folder: Path) -> list[Path]:
-    """Where a relative path may be, best first."""
+    """Return the folders in which a relative path is looked up, in order."""
     return [Path.cwd()] if layer.folder is None else [layer.folder, recipe_folder, Path.cwd()]
 
 
 def _located(key: str, value: Any, folders: Sequence[Path]) -> Any:
-    """The absolute path of what the value names, or the value itself where it names no folder or file."""
-    if not isinstance(value, str) or not value or (key in FILE_KEYS and not value.endswith((".jsonl", ".parquet"))):
+    """Return the absolute path of the folder or file that the value names, or the value if there is none."""
+    if not isinstance(value, str) or not value or (key in _FILE_KEYS and not value.endswith((".jsonl", ".parquet"))):
         return value
     for folder in folders:
-        found = folder / Path(value).expanduser()
-        if found.is_dir() if _names_model(key) else found.is_file():
-            return str(found.resolve())
+        path = folder / Path(value).expanduser()
+        if path.is_dir() if _names_model(key) else path.is_file():
+            return str(path.resolve())
     return value
 
 
@@ -256,15 +254,13 @@ def _check_objective(recipe: Recipe, origin: Callable[[str], str]) -> None:
     try:
         objective = recipe.objective.build_objective()
     except ValueError as error:
-        named = next(
-            (key for key in type(recipe.objective).model_fields if re.search(rf"\b{key}\b", str(error))), "preset"
-        )
-        raise RecipeError(f"{origin(f'objective.{named}')}: objective: {_one_line(error)}") from None
+        fields = type(recipe.objective).model_fields
+        field = next((name for name in fields if re.search(rf"\b{name}\b", str(error))), "preset")
+        raise RecipeError(f"{origin(f'objective.{field}')}: objective: {_one_line(error)}") from None
     for name, teacher in recipe.named_teachers().items():
         if refusal := objective.refusal(recipe.resolve_signal(teacher)):
-            key = f"teachers.{name}" if name else "teacher"
-            where = origin(f"{key}.signal")
-            raise RecipeError(f"{where}: objective and {key}.signal do not fit: {_one_line(refusal)}")
+            key = teacher_key(name)
+            raise RecipeError(f"{origin(f'{key}.signal')}: objective and {key}.signal do not fit: {_one_line(refusal)}")
 
 
 _ALLOWED = {
@@ -281,7 +277,7 @@ _BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less 
 
 
 def _explain(errors: Sequence[ErrorDetails], origin: Callable[[str], str]) -> str:
-    """The first fault in one line: where it was said, the key, the value, and what is allowed."""
+    """Return the first error in one line: its file or override, the key, the value, and what is allowed."""
     error = errors[0]
     key = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -303,19 +299,19 @@ def _explain(errors: Sequence[ErrorDetails], origin: Callable[[str], str]) -> st
 
 
 def _first_required(key: str) -> str:
-    """A missing section's first required key: 'student' -> 'student.model'."""
+    """Return a missing section's first required key: 'student' -> 'student.model'."""
     field = Recipe.model_fields.get(key)
     inner = getattr(field.annotation, "model_fields", {}) if field else {}
     return next((f"{key}.{name}" for name, part in inner.items() if part.is_required()), key)
 
 
 def _shown(value: Any) -> str:
-    """A value as YAML spells it."""
+    """Return a value as YAML spells it."""
     return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
 
 
 def _escaped(value: Any) -> Any:
-    """The same value with every text written so that OmegaConf reads it literally."""
+    """Escape every text so that OmegaConf reads it literally."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):

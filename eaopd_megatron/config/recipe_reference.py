@@ -97,9 +97,8 @@ def _explain_one(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
 def describe_key(key: str) -> KeyInfo:
     """Return the documentation of a dotted key of the schema (`teacher.x` for that of `teachers.NAME.x`)."""
     section, _, name = key.rpartition(".")
-    model = aliases.section_models()[section] if section else Recipe
-    field = model.model_fields[name]
-    meaning, _, unit = field_docstrings(model).get(name, "").partition(" [")
+    field = _model(section).model_fields[name]
+    meaning, _, unit = field_docstrings(section).get(name, "").partition(" [")
     default = "required" if field.is_required() else _shown(field.get_default())
     old = aliases.old_key(key)
     if old:
@@ -108,12 +107,12 @@ def describe_key(key: str) -> KeyInfo:
 
 
 @cache
-def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """Return the string under each field of a section, on one line.
+def field_docstrings(section: str) -> dict[str, str]:
+    """Return the string under each field of a section ('': the recipe itself), on one line.
 
     pydantic's `use_attribute_docstrings` reads them when a class is made, which every command would wait for.
     """
-    (definition,) = ast.parse(inspect.getsource(model)).body
+    (definition,) = ast.parse(inspect.getsource(_model(section))).body
     assert isinstance(definition, ast.ClassDef)
     return {
         field.target.id: " ".join(text.value.value.split())
@@ -125,9 +124,12 @@ def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
 
 @cache
 def _properties(section: str) -> dict[str, Any]:
-    """The JSON schema of a section's keys."""
-    model = aliases.section_models()[section] if section else Recipe
-    return dict(model.model_json_schema()["properties"])
+    """Return the JSON schema of each key of a section."""
+    return dict(_model(section).model_json_schema()["properties"])
+
+
+def _model(section: str) -> type[BaseModel]:
+    return aliases.section_models()[section] if section else Recipe
 
 
 def _section_text(section: str) -> str:

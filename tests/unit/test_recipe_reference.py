@@ -45,7 +45,7 @@ def test_the_reference_of_the_recipes_is_old() -> None:
 @pytest.mark.parametrize("section", ["", *section_models()])
 def test_a_key_has_no_documentation(section: str) -> None:
     model = section_models()[section] if section else Recipe
-    documented = field_docstrings(model)
+    documented = field_docstrings(section)
     without = [name for name in model.model_fields if not documented.get(name)]
     assert not without, f"write a docstring under {', '.join(without)} of {model.__name__}"
     for name, text in documented.items():
