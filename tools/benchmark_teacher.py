@@ -66,7 +66,7 @@ def serve(width: int, seconds_a_token: float, places: int) -> None:
     """Until stdin ends. Prints the service's URL and the port of a plain stream: who connects gets as many bytes as the
     8 with which it begins say."""
     listener, queue = TeacherHttpServer("127.0.0.1:0", None), RequestQueue(places)
-    listener.begin(queue, TeacherInfo(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width}))
+    listener.start(queue, TeacherInfo(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width}))
     ready = torch.ones(BUDGET, 2 * width, dtype=torch.uint8)
     threading.Thread(target=score, args=(queue, ready, seconds_a_token), daemon=True).start()
     plain = socket.create_server(("127.0.0.1", 0))

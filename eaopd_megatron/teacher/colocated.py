@@ -7,18 +7,49 @@ from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import torch
+import torch.distributed as dist
 
 from eaopd_megatron.data.types import MicroBatch, Sample
 from eaopd_megatron.distributed.parallel_state import ParallelState
-from eaopd_megatron.megatron.forward import gather_context_parallel, output_weight
+from eaopd_megatron.megatron.forward import gather_context_parallel, logits_in_chunks, output_weight
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import FrozenWeights
 from eaopd_megatron.megatron.pipeline import micro_batches, run_forward
-from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK
+from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
 from eaopd_megatron.teacher.base import TeacherSignal, require_scored
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import TopKPayload, gather_top_k, split_top_k
-from eaopd_megatron.teacher.service.scorer import top_k_of_hidden
+
+
+def top_k_of_hidden(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    response_ids: torch.Tensor,
+    target_ids: torch.Tensor | None,
+    *,
+    top_k: int,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+) -> TeacherTopK:
+    """Return the top-k of n tokens from their hidden states [n, h] and the output weight [V_padded/tp, h].
+
+    The logits are computed in chunks. response_ids [n]; target_ids [n]: ids whose log p(y) is looked up, if they differ
+    from the response's. Collective over the tensor-parallel group.
+    """
+    chunks = [
+        summarise_teacher(
+            logits,
+            response_ids[part],
+            k=top_k,
+            vocab_size=vocab_size,
+            group=group,
+            teacher_tokens=None if target_ids is None else target_ids[part],
+        )
+        for part, logits in logits_in_chunks(hidden, head)
+    ]
+    return TeacherTopK(
+        **{field.name: torch.cat([getattr(chunk, field.name) for chunk in chunks]) for field in fields(TeacherTopK)}
+    )
 
 
 class ColocatedTeacher:

@@ -15,7 +15,7 @@ from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.teacher.payload import HiddenStatePayload, TopKPayload
 from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest
-from eaopd_megatron.teacher.service.scorer import TeacherScorer
+from eaopd_megatron.teacher.service.run import TeacherScorer
 from tests.distributed.groups import model_parallel
 
 TOP_K = 5

@@ -1,4 +1,4 @@
-"""The HTTP side of a teacher's service, with a scorer that answers on command."""
+"""The HTTP side of a teacher's service; the test decides when a request is scored."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ pytestmark = pytest.mark.timeout(60)
 
 
 class Service:
-    """Scores one request whenever it is told to: its rows are its response tokens, as fp32."""
+    """A service that scores one request per call of `score`: numbered fp32 rows."""
 
-    def __init__(self, key: str | None = KEY, places: int = 2, patience: float = 0.0) -> None:
-        self.queue, self.key = RequestQueue(places, patience), key
+    def __init__(self, key: str | None = KEY, capacity: int = 2, timeout: float = 0.0) -> None:
+        self.queue, self.key = RequestQueue(capacity, timeout), key
         self.listener = TeacherHttpServer("127.0.0.1:0", key)
-        self.listener.begin(self.queue, INFO)
+        self.listener.start(self.queue, INFO)
         self.scored: list[ScoreRequest] = []
 
     def close(self) -> None:
         self.queue.stop()
         assert self.queue.drain(10)
-        self.listener.end()
+        self.listener.stop()
 
     def take(self) -> ScoreRequest:
         (request,) = self.queue.take(1, 30)
@@ -56,34 +56,34 @@ class Service:
         self.scored.append(request)
         self.queue.finish([request], [rows_of(request)])
 
-    def until(self, requests: int) -> None:
-        """So many are here."""
-        while self.queue._held != requests:
+    def wait_for(self, requests: int) -> None:
+        """Wait until this many requests are in progress."""
+        while self.queue._active != requests:
             time.sleep(0.002)
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(*self.listener.server_address[:2], timeout=30)  # type: ignore[arg-type]
 
-    def ask(self, method: str, path: str, body: bytes | None = None, key: str | None = KEY) -> tuple[int, bytes]:
+    def request(self, method: str, path: str, body: bytes | None = None, key: str | None = KEY) -> tuple[int, bytes]:
         connection = self.connect()
         connection.request(method, path, body, {} if key is None else {"Authorization": f"Bearer {key}"})
         answer = connection.getresponse()
         return answer.status, answer.read()
 
-    def begin(self, *requests: ScoreRequest) -> Asking:
-        return Asking(self, requests)
+    def send(self, *requests: ScoreRequest) -> PendingAnswers:
+        return PendingAnswers(self, requests)
 
 
-class Asking:
-    """Requests that wait for their answers, each on a connection of its own."""
+class PendingAnswers:
+    """Requests that wait for their answers, each on its own connection."""
 
     def __init__(self, service: Service, requests: Sequence[ScoreRequest]) -> None:
         self.answers: list[tuple[int, bytes]] = [(0, b"")] * len(requests)
 
-        def ask(i: int, body: bytes) -> None:
-            self.answers[i] = service.ask("POST", "/score", body)
+        def send(i: int, body: bytes) -> None:
+            self.answers[i] = service.request("POST", "/score", body)
 
-        self.threads = [threading.Thread(target=ask, args=(i, r.encode())) for i, r in enumerate(requests)]
+        self.threads = [threading.Thread(target=send, args=(i, r.encode())) for i, r in enumerate(requests)]
         for thread in self.threads:
             thread.start()
 
@@ -118,51 +118,54 @@ def error(answer: tuple[int, bytes]) -> tuple[int, str]:
 
 
 def test_rows_come_back_as_other_bytes(service: Service) -> None:
-    asking = service.begin(request())
+    pending = service.send(request())
     service.score()
-    assert asking.wait() == [(200, body_of(request()))]
-    assert TeacherInfo.from_json(json.loads(service.ask("GET", "/info")[1])) == INFO
-    assert service.ask("GET", "/ready")[0] == 200
+    assert pending.wait() == [(200, body_of(request()))]
+    assert TeacherInfo.from_json(json.loads(service.request("GET", "/info")[1])) == INFO
+    assert service.request("GET", "/ready")[0] == 200
 
 
 def test_a_request_that_comes_again_is_scored_twice(service: Service) -> None:
-    asking = service.begin(request(), request())
-    service.until(2)
+    pending = service.send(request(), request())
+    service.wait_for(2)
     service.score()
-    assert asking.wait() == [(200, body_of(request()))] * 2
+    assert pending.wait() == [(200, body_of(request()))] * 2
     assert len(service.scored) == 1
-    service.until(0)
-    again = service.begin(request())  # nothing is remembered
+    service.wait_for(0)
+    again = service.send(request())  # nothing is remembered
     service.score()
     assert again.wait() == [(200, body_of(request()))]
 
 
 def test_another_request_with_the_same_id_gets_the_first_ones_rows(service: Service) -> None:
-    asking = service.begin(request())
-    service.until(1)
-    assert error(service.ask("POST", "/score", request(tokens=6).encode())) == (
+    pending = service.send(request())
+    service.wait_for(1)
+    assert error(service.request("POST", "/score", request(tokens=6).encode())) == (
         400,
-        "another request with the id a is worked on",
+        "another request with the id a is in progress",
     )
     service.score()
-    assert asking.wait()[0][0] == 200
+    assert pending.wait()[0][0] == 200
 
 
 def test_requests_pile_up_without_end(service: Service) -> None:
-    asking = service.begin(request("a"), request("b"))
-    service.until(2)
-    assert error(service.ask("POST", "/score", request("c").encode())) == (429, "2 requests are here already")
+    pending = service.send(request("a"), request("b"))
+    service.wait_for(2)
+    assert error(service.request("POST", "/score", request("c").encode())) == (
+        429,
+        "2 requests are in progress already",
+    )
     service.score()
     service.score()
-    assert [status for status, _ in asking.wait()] == [200, 200]
+    assert [status for status, _ in pending.wait()] == [200, 200]
 
 
 def test_a_request_does_not_wait_for_a_place() -> None:
-    service = Service(places=1, patience=30.0)
-    asking = service.begin(request("a"), request("b"))
+    service = Service(capacity=1, timeout=30.0)
+    pending = service.send(request("a"), request("b"))
     service.score()
     service.score()
-    assert sorted(asking.wait()) == [(200, body_of(request()))] * 2
+    assert sorted(pending.wait()) == [(200, body_of(request()))] * 2
     service.close()
 
 
@@ -170,20 +173,20 @@ def test_a_client_that_goes_away_keeps_its_place(service: Service) -> None:
     for name in ("a", "b"):  # both places
         connection = service.connect()
         connection.request("POST", "/score", request(name, 32).encode(), {"Authorization": f"Bearer {KEY}"})
-        service.until(1)
+        service.wait_for(1)
         connection.close()
         service.score()
-        service.until(0)
-    asking = service.begin(request())
+        service.wait_for(0)
+    pending = service.send(request())
     service.score()
-    assert asking.wait()[0][0] == 200
+    assert pending.wait()[0][0] == 200
 
 
 @pytest.mark.parametrize(
     ("body", "said"),
     [
         (b"", "the request cannot be read: error: unpack_from requires a buffer of at least 4 bytes"),
-        (request(tokens=33).encode(), "33 tokens came; a request has 32 at the most"),
+        (request(tokens=33).encode(), "33 tokens came; a request has at most 32"),
         (
             ScoreRequest("a", [ScoredSample(1, 1)], torch.tensor([0, 100])).encode(),
             "a token id is not in the vocabulary of 100",
@@ -194,14 +197,17 @@ def test_a_client_that_goes_away_keeps_its_place(service: Service) -> None:
         ),
         (
             ScoreRequest("a", [ScoredSample(1, 1, 100)], torch.tensor([0, 1])).encode(),
-            "a label is not in the vocabulary of 100",
+            "a target id is not in the vocabulary of 100",
         ),
-        (ScoreRequest("a", [ScoredSample(1, 2)], torch.tensor([0, 1])).encode(), "2 token ids came, which are not the"),
+        (
+            ScoreRequest("a", [ScoredSample(1, 2)], torch.tensor([0, 1])).encode(),
+            "2 token ids came; the samples' lengths add up to 3",
+        ),
     ],
-    ids=["empty", "long", "high id", "low id", "label", "lengths"],
+    ids=["empty", "long", "high id", "low id", "target id", "lengths"],
 )
 def test_a_bad_request_reaches_the_ranks(service: Service, body: bytes, said: str) -> None:
-    status, text = error(service.ask("POST", "/score", body))
+    status, text = error(service.request("POST", "/score", body))
     assert status == 400 and text.startswith(said)
     assert not service.queue.take(1, 0)
 
@@ -217,19 +223,19 @@ def test_a_body_without_end_is_read(service: Service) -> None:
 @pytest.mark.parametrize(("method", "path"), [("POST", "/score"), ("GET", "/info"), ("GET", "/ready")])
 def test_a_stranger_is_served(service: Service, method: str, path: str) -> None:
     for key in (None, "another-key", ""):
-        assert error(service.ask(method, path, request().encode(), key)) == (401, "the API key is missing or wrong")
+        assert error(service.request(method, path, request().encode(), key)) == (401, "the API key is missing or wrong")
     assert not service.queue.take(1, 0)
 
 
 def test_what_the_ranks_have_is_lost_at_the_end(service: Service) -> None:
-    begun = service.begin(request("begun"))
+    begun = service.send(request("begun"))
     taken = service.take()
-    waiting = service.begin(request("waiting"))
-    service.until(2)
+    waiting = service.send(request("waiting"))
+    service.wait_for(2)
     service.queue.stop()
     assert error(waiting.wait()[0]) == (503, "the teacher is stopping")
-    assert error(service.ask("POST", "/score", request().encode())) == (503, "the teacher is stopping")
-    assert service.ask("GET", "/ready")[0] == 503
+    assert error(service.request("POST", "/score", request().encode())) == (503, "the teacher is stopping")
+    assert service.request("GET", "/ready")[0] == 503
     service.queue.finish([taken], [rows_of(taken)])
     assert begun.wait() == [(200, body_of(taken))]
 

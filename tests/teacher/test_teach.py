@@ -10,7 +10,7 @@ import torch
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest
-from eaopd_megatron.teacher.service.run import ThroughputMeter, serve_teacher
+from eaopd_megatron.teacher.service.run import ScoringMeter, serve_teacher
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/countdown/eopd.yaml"
 
@@ -39,7 +39,7 @@ def test_ranks_meet_for_a_teacher_that_they_cannot_hold(
 
 def test_an_idle_teacher_fills_its_log() -> None:
     said = list[str]()
-    meter = ThroughputMeter(seconds=0.0, report=said.append)
+    meter = ScoringMeter(seconds=0.0, report=said.append)
     meter.tick()
     assert not said
     meter.add([ScoreRequest("a", [ScoredSample(2, 3)], torch.zeros(5, dtype=torch.int32))] * 2)

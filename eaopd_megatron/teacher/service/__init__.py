@@ -1,1 +1,1 @@
-"""The teacher in a role of its own (`eaopd teach`): token ids in, what it says of them out, stateless, over HTTP."""
+"""The teacher as a role of its own (`eaopd teach`): token ids in, its output for them out, stateless, over HTTP."""

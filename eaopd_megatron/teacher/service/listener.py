@@ -1,4 +1,4 @@
-"""The HTTP side of the service: threads that read requests and send rows, as `teacher/protocol.py` says."""
+"""The HTTP side of the service: threads that read requests and send payloads (`teacher/protocol.py`)."""
 
 from __future__ import annotations
 
@@ -19,35 +19,38 @@ import torch
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.teacher.protocol import MAX_HEADER_BYTES, ScoreRequest, TeacherInfo
 
+_SOCKET_TIMEOUT_SECONDS = 300.0
+"""Seconds without progress in a request or an answer after which the client counts as dead."""
+
 
 class RequestRefused(Exception):
-    """Not now; its text says why, in one line."""
+    """The request cannot be accepted now. Its text says why, in one line."""
 
 
 class QueueFull(RequestRefused):
-    """Too many requests are here; ask again."""
+    """Too many requests are in progress; the client may ask again."""
 
 
 class ShuttingDown(RequestRefused):
-    """Ask another replica."""
+    """The service stops; the client should ask another replica."""
 
 
 class _Work:
-    """A request and, once it is there, its answer."""
+    """A request and, once `done` is set, its answer."""
 
     def __init__(self, request: ScoreRequest) -> None:
         self.request = request
         self.done = threading.Event()
-        self.rows: torch.Tensor | None = None  # none, though done: it was given up
+        self.payload: torch.Tensor | None = None  # None after `done`: the request was given up
 
 
 class RequestQueue:
-    """Bounded: a request counts from its acceptance until its answer is sent, so memory is bounded too."""
+    """Bounded queue: a request counts from its acceptance until its answer is sent, so memory is bounded too."""
 
-    def __init__(self, places: int, patience: float = 20.0) -> None:
-        """places: requests that may be here at the same time. patience: seconds that another one waits for a place."""
-        self._places, self._patience = places, patience
-        self._held = 0
+    def __init__(self, capacity: int, timeout: float = 20.0) -> None:
+        """capacity: requests in progress. timeout: seconds that another one waits for its turn."""
+        self._capacity, self._timeout = capacity, timeout
+        self._active = 0
         self._stopping = False
         self._change = threading.Condition()
         self._waiting: deque[_Work] = deque()
@@ -55,39 +58,39 @@ class RequestQueue:
 
     @contextmanager
     def answer(self, request: ScoreRequest) -> Iterator[torch.Tensor]:
-        """The rows of a request, once it is scored; leave it when they are sent.
+        """Yield the payload of a request once it is scored; leave the context when it is sent.
 
-        A request that comes again while it is worked on waits for the same work. Raises Full or Stopping, and
-        ValueError for the id of another request.
+        A repeated request waits for the work in progress. Raises QueueFull or ShuttingDown, and ValueError if another
+        request with this id is in progress.
         """
-        self._take_place()
+        self._acquire()
         try:
-            work = self._work(request)
+            work = self._work_of(request)
             work.done.wait()
-            if work.rows is None:
+            if work.payload is None:
                 raise ShuttingDown("the teacher is stopping")
-            yield work.rows
+            yield work.payload
         finally:
             with self._change:
-                self._held -= 1
+                self._active -= 1
                 self._change.notify_all()
 
     def take(self, count: int, seconds: float) -> list[ScoreRequest]:
-        """The requests that have waited longest, `count` at the most; none where none came within `seconds`."""
+        """Return the oldest waiting requests, at most `count`; an empty list if none came within `seconds`."""
         with self._change:
             self._change.wait_for(lambda: self._waiting, seconds)
             return [self._waiting.popleft().request for _ in range(min(count, len(self._waiting)))]
 
-    def finish(self, requests: Sequence[ScoreRequest], rows: Sequence[torch.Tensor]) -> None:
-        """The answers to requests that were taken: [response tokens, bytes] uint8, each."""
+    def finish(self, requests: Sequence[ScoreRequest], payloads: Sequence[torch.Tensor]) -> None:
+        """Answer requests that were taken, each with [response tokens, bytes_per_token] uint8."""
         with self._change:
-            for request, answer in zip(requests, rows, strict=True):
+            for request, payload in zip(requests, payloads, strict=True):
                 work = self._unfinished.pop(request.id)
-                work.rows = answer
+                work.payload = payload
                 work.done.set()
 
     def stop(self) -> None:
-        """No request is accepted any more, and those that no rank has begun are refused."""
+        """Accept no more requests, and refuse those that no rank has taken."""
         with self._change:
             self._stopping = True
             self._refuse(list(self._waiting))
@@ -95,25 +98,25 @@ class RequestQueue:
             self._change.notify_all()
 
     def drain(self, seconds: float) -> bool:
-        """Refuses what is still unfinished; whether every answer was sent within `seconds`."""
+        """Refuse all unfinished requests; return whether every answer was sent within `seconds`."""
         with self._change:
             self._refuse(list(self._unfinished.values()))
-            return self._change.wait_for(lambda: not self._held, seconds)
+            return self._change.wait_for(lambda: not self._active, seconds)
 
     @property
     def stopping(self) -> bool:
         return self._stopping
 
-    def _take_place(self) -> None:
+    def _acquire(self) -> None:
         with self._change:
-            free = self._change.wait_for(lambda: self._stopping or self._held < self._places, self._patience)
+            free = self._change.wait_for(lambda: self._stopping or self._active < self._capacity, self._timeout)
             if self._stopping:
                 raise ShuttingDown("the teacher is stopping")
             if not free:
-                raise QueueFull(f"{self._places} requests are here already")
-            self._held += 1
+                raise QueueFull(f"{self._capacity} requests are in progress already")
+            self._active += 1
 
-    def _work(self, request: ScoreRequest) -> _Work:
+    def _work_of(self, request: ScoreRequest) -> _Work:
         with self._change:
             work = self._unfinished.get(request.id)
             if work is None:
@@ -123,7 +126,7 @@ class RequestQueue:
                 self._waiting.append(work)
                 self._change.notify_all()
             elif not work.request.has_same_content(request):
-                raise ValueError(f"another request with the id {request.id} is worked on")
+                raise ValueError(f"another request with the id {request.id} is in progress")
             return work
 
     def _refuse(self, works: Sequence[_Work]) -> None:
@@ -132,12 +135,8 @@ class RequestQueue:
             work.done.set()
 
 
-_SOCKET_TIMEOUT_SECONDS = 300.0
-"""What a client has to send a request, or to receive an answer, before it is taken for dead."""
-
-
 def parse_listen_address(listen: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT. Raises UserError."""
+    """Return host and port of HOST:PORT. Raises UserError."""
     with suppress(ValueError):
         parts = urlsplit(f"//{listen}")
         if parts.hostname and parts.port is not None and parts.netloc == listen and "@" not in listen:
@@ -146,22 +145,22 @@ def parse_listen_address(listen: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this host reaches it."""
+    """Return whether only this host can reach the address."""
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
 
 
 class TeacherHttpServer(socketserver.ThreadingTCPServer):
-    """Bound when it is made; serves from `begin` to `end`."""
+    """HTTP server of a teacher. It binds when it is created, and serves from `start` to `stop`."""
 
-    daemon_threads = True  # idle connections hold nothing up
+    daemon_threads = True  # idle connections do not delay the exit
     allow_reuse_address = True
     request_queue_size = 128
 
     def __init__(self, listen: str, key: str | None) -> None:
-        """key: what requests must show; none: nothing. Raises UserError where the address cannot be had, and where it
-        is not the loopback's and there is no key."""
+        """key: the API key that requests must have; None: none needed. Raises UserError if the address is taken, and if
+        other hosts can reach it and there is no key."""
         host, port = parse_listen_address(listen)
         if key is None and not is_loopback(host):
             raise UserError(
@@ -181,26 +180,26 @@ class TeacherHttpServer(socketserver.ThreadingTCPServer):
 
     @property
     def url(self) -> str:
-        """By which clients reach it."""
+        """URL for clients."""
         host, port = str(self.server_address[0]), self.server_address[1]
         with suppress(ValueError):
             if ipaddress.ip_address(host).is_unspecified:
                 host = socket.gethostname()
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def begin(self, queue: RequestQueue, info: TeacherInfo) -> None:
-        """Requests come into the queue from now on."""
+    def start(self, queue: RequestQueue, info: TeacherInfo) -> None:
+        """Put requests into the queue from now on."""
         self.queue, self.info = queue, info
         self.server_activate()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="listener", daemon=True).start()
 
-    def end(self) -> None:
-        """No connection is accepted any more."""
+    def stop(self) -> None:
+        """Accept no more connections."""
         self.shutdown()
         self.server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away is no news."""
+        """Ignore client disconnects."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -212,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _SOCKET_TIMEOUT_SECONDS
 
     def do_GET(self) -> None:
-        if not self._allowed():
+        if not self._authorized():
             return
         if self.path == "/info":
             self._send_json(200, self.server.info.to_json())
@@ -224,8 +223,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(200, {})
 
     def do_POST(self) -> None:
-        body = self._body()
-        if body is None or not self._allowed():
+        body = self._read_body()
+        if body is None or not self._authorized():
             return
         if self.path != "/score":
             self._refuse(404, f"there is no {self.path}")
@@ -233,33 +232,33 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             request = ScoreRequest.decode(body)
             check_score_request(request, self.server.info)
-            with self.server.queue.answer(request) as rows:
-                self._head(200, "application/octet-stream", rows.numel())
-                if rows.numel():
-                    self.wfile.write(rows.numpy().data.cast("B"))
+            with self.server.queue.answer(request) as payload:
+                self._send_head(200, "application/octet-stream", payload.numel())
+                if payload.numel():
+                    self.wfile.write(payload.numpy().data.cast("B"))
         except ValueError as error:
             self._refuse(400, str(error))
         except RequestRefused as error:
             self._refuse(429 if isinstance(error, QueueFull) else 503, str(error))
 
-    def _body(self) -> bytes | None:
-        """None: it is refused already."""
+    def _read_body(self) -> bytes | None:
+        """Return the body, or None after refusing the request."""
         try:
             length = int(self.headers.get("Content-Length", ""))
         except ValueError:
             length = -1
-        longest = 4 + MAX_HEADER_BYTES + 4 * self.server.info.max_tokens
-        if not 0 <= length <= longest:
-            self.close_connection = True  # what it sends is not read
-            self._refuse(400, f"a request needs a Content-Length, of {longest} at the most")
+        max_length = 4 + MAX_HEADER_BYTES + 4 * self.server.info.max_tokens
+        if not 0 <= length <= max_length:
+            self.close_connection = True  # the body is not read
+            self._refuse(400, f"a request needs a Content-Length of at most {max_length}")
             return None
         body = self.rfile.read(length)
         return body if len(body) == length else None
 
-    def _allowed(self) -> bool:
+    def _authorized(self) -> bool:
         key = self.server.key
-        given = self.headers.get("Authorization", "").encode("latin-1", errors="replace")
-        if key is None or hmac.compare_digest(given, f"Bearer {key}".encode()):
+        header = self.headers.get("Authorization", "").encode("latin-1", errors="replace")
+        if key is None or hmac.compare_digest(header, f"Bearer {key}".encode()):
             return True
         self._refuse(401, "the API key is missing or wrong")
         return False
@@ -269,28 +268,28 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_json(self, status: int, content: object) -> None:
         text = json.dumps(content).encode()
-        self._head(status, "application/json", len(text))
+        self._send_head(status, "application/json", len(text))
         self.wfile.write(text)
 
-    def _head(self, status: int, kind: str, length: int) -> None:
+    def _send_head(self, status: int, content_type: str, length: int) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(length))
         self.end_headers()
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Not one by one."""
+        """Do not log single requests."""
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing of what a client may have sent."""
+        """Do not log what a client may have sent."""
 
 
 def check_score_request(request: ScoreRequest, info: TeacherInfo) -> None:
-    """Raises ValueError, in one line, for what would end the ranks."""
+    """Raise ValueError, in one line, for a request that would crash the ranks."""
     ids, vocab_size = request.token_ids, info.vocab_size
     if len(ids) > info.max_tokens:
-        raise ValueError(f"{len(ids)} tokens came; a request has {info.max_tokens} at the most")
+        raise ValueError(f"{len(ids)} tokens came; a request has at most {info.max_tokens}")
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(f"a token id is not in the vocabulary of {vocab_size}")
     if any(not -1 <= sample.target_id < vocab_size for sample in request.samples):
-        raise ValueError(f"a label is not in the vocabulary of {vocab_size}")
+        raise ValueError(f"a target id is not in the vocabulary of {vocab_size}")
