@@ -73,7 +73,7 @@ def _teach(recipe: Recipe, teacher: str) -> None:
 
 
 def _eos_check(recipe: Recipe) -> None:
-    from eaopd_megatron.diagnostics.eos_trial import eos_check_on_rank
+    from eaopd_megatron.diagnostics.eos_check_rank import eos_check_on_rank
 
     eos_check_on_rank(recipe)
 

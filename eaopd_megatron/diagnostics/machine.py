@@ -1,7 +1,7 @@
-"""`eaopd doctor`: what this machine has, and what is missing or harmful, each with its remedy.
+"""`eaopd doctor`: what this machine has, what is missing or harmful, and the remedies.
 
-Facts are gathered first, torch's and Megatron-Core's in a process of their own, so that a package that breaks an import
-(an incomplete transformer-engine does) becomes a line here; then `findings` judges them. Nothing is changed.
+Facts are gathered first, those about torch and Megatron-Core in a process of their own, so that a package that breaks
+an import (an incomplete transformer-engine does) becomes a finding. Changes nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OPTIONAL_PACKAGES = {
     "triton": "fused kernels on GPUs",
 }
 _MIN_FREE_BYTES = 2 * 2**30
-"""Bytes below which a run's checkpoints are at risk."""
+"""Free disk space below which a run's checkpoints are at risk."""
 _PROBE_SECONDS = 180
 
 _PROBE = """
@@ -59,15 +59,15 @@ Level = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What was seen. Bytes for memory and disk."""
+    """What was detected. Memory and disk in bytes."""
 
     python: tuple[int, int, int]
-    packages: dict[str, str | None]  # every needed, shown or optional one; None: not installed
-    requirements: tuple[str, ...]  # the project's own, without extras
-    probe: dict[str, Any]  # what the PROBE printed
+    packages: dict[str, str | None]  # required, shown and optional ones; None: not installed
+    requirements: tuple[str, ...]  # of the project, without extras
+    probe: dict[str, Any]  # output of the probe
     cpus: int
     memory: int | None
-    driver_gpus: tuple[str, ...]  # what nvidia-smi lists
+    driver_gpus: tuple[str, ...]  # listed by nvidia-smi
     disk_free: int
     folder: str
     environment: dict[str, str] = field(default_factory=dict)
@@ -75,23 +75,23 @@ class MachineFacts:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: its subject, what was seen, and what to do about it."""
+    """One line: subject, what was detected, and the remedy."""
 
     level: Level
     subject: str
-    seen: str
+    detail: str
     remedy: str = ""
 
 
 def check_machine() -> int:
-    """Prints the findings; 1 where one is a problem, else 0."""
-    found = findings(gather())
-    _print(found)
-    return int(any(finding.level == "problem" for finding in found))
+    """Print the findings. Return 1 if one of them is a problem, else 0."""
+    findings = judge_facts(gather_facts())
+    _print(findings)
+    return int(any(finding.level == "problem" for finding in findings))
 
 
-def gather() -> MachineFacts:
-    """Looks at this machine and this Python environment; takes as long as an import of torch and Megatron-Core."""
+def gather_facts() -> MachineFacts:
+    """Inspect this machine and Python environment. Takes as long as importing torch and Megatron-Core."""
     requirements = _requirements()
     names = {Requirement(text).name for text in requirements} | set(_SHOWN_PACKAGES) | set(_OPTIONAL_PACKAGES)
     folder = Path.cwd()
@@ -110,7 +110,7 @@ def gather() -> MachineFacts:
 
 
 def _requirements() -> tuple[str, ...]:
-    """What pyproject.toml asks for, read from the checkout or, failing that, from the installed package."""
+    """Return the dependencies in pyproject.toml, read from the checkout or else from the installed package."""
     project = Path(__file__).resolve().parents[1] / "pyproject.toml"
     if project.is_file():
         return tuple(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"])
@@ -158,14 +158,14 @@ def _driver_gpus() -> tuple[str, ...]:
     return tuple(line.partition(" (UUID")[0] for line in listed.stdout.splitlines() if line.startswith("GPU "))
 
 
-def findings(facts: MachineFacts) -> list[Finding]:
-    """Every line of the report, the machine first."""
+def judge_facts(facts: MachineFacts) -> list[Finding]:
+    """Return all findings, those about the machine first."""
     return [*_machine(facts), *_packages(facts), *_devices(facts), *_imports(facts), *_optional(facts)]
 
 
 def _machine(facts: MachineFacts) -> list[Finding]:
     python = ".".join(map(str, facts.python))
-    found = [
+    findings = [
         Finding("ok", "python", f"{python} on {platform.system()} {platform.machine()}")
         if facts.python >= (3, 11)
         else Finding(
@@ -174,11 +174,11 @@ def _machine(facts: MachineFacts) -> list[Finding]:
     ]
     memory = f", {facts.memory / 2**30:.0f} GiB of memory" if facts.memory else ""
     threads = facts.environment.get("OMP_NUM_THREADS")
-    found.append(
+    findings.append(
         Finding("ok", "processors", f"{facts.cpus}{memory}" + (f", OMP_NUM_THREADS={threads}" if threads else ""))
     )
     free = f"{facts.disk_free / 2**30:.1f} GiB free for {facts.folder}"
-    found.append(
+    findings.append(
         Finding("ok", "disk", free)
         if facts.disk_free >= _MIN_FREE_BYTES
         else Finding(
@@ -188,24 +188,24 @@ def _machine(facts: MachineFacts) -> list[Finding]:
             f"free at least {_MIN_FREE_BYTES / 2**30:.0f} GiB, or put run.folder on another disk",
         )
     )
-    return found
+    return findings
 
 
 def _packages(facts: MachineFacts) -> list[Finding]:
-    """Each requirement of the project against what is installed. A met one that is not in SHOWN is not mentioned."""
-    found = []
+    """Compare installed packages with the project's requirements. Satisfied ones are listed only if in _SHOWN_PACKAGES."""
+    findings = []
     for requirement in map(Requirement, facts.requirements):
         name, version = requirement.name, facts.packages.get(requirement.name)
         install = f'python -m pip install "{requirement}"'
         if version is None:
             why = ": without it Megatron-Core's checkpoints hang" if name == "psutil" else ""
-            found.append(Finding("problem", name, f"not installed{why}", install))
+            findings.append(Finding("problem", name, f"not installed{why}", install))
         elif not requirement.specifier.contains(version, prereleases=True):
-            found.append(Finding("problem", name, f"{version}, but {requirement} is needed", install))
+            findings.append(Finding("problem", name, f"{version}, but {requirement} is needed", install))
         elif name in _SHOWN_PACKAGES:
-            found.append(Finding("ok", name, version))
+            findings.append(Finding("ok", name, version))
     needed = {Requirement(text).name for text in facts.requirements}
-    return found + [
+    return findings + [
         Finding("ok", name, facts.packages[name] or "")
         for name in _SHOWN_PACKAGES
         if name not in needed and facts.packages.get(name)
@@ -224,22 +224,24 @@ def _devices(facts: MachineFacts) -> list[Finding]:
     backends = probe.get("backends", [])
     if gpus:
         names = ", ".join(f"{gpus.count(name)} x {name}" for name in sorted(set(gpus)))
-        found = [Finding("ok", "devices", f"{names}, CUDA {build}")]
+        findings = [Finding("ok", "devices", f"{names}, CUDA {build}")]
     elif listed and build is None:
         remedy = "install the CUDA build of the same torch version (`eaopd` uses the GPUs that torch sees)"
-        found = [Finding("problem", "devices", f"{len(listed)} GPUs by nvidia-smi, but torch is a CPU build", remedy)]
+        findings = [
+            Finding("problem", "devices", f"{len(listed)} GPUs by nvidia-smi, but torch is a CPU build", remedy)
+        ]
     elif listed:
         remedy = f"update the driver to one for CUDA {build}, and look at CUDA_VISIBLE_DEVICES"
-        found = [Finding("problem", "devices", f"{len(listed)} GPUs by nvidia-smi, but torch sees none", remedy)]
+        findings = [Finding("problem", "devices", f"{len(listed)} GPUs by nvidia-smi, but torch sees none", remedy)]
     else:
-        found = [Finding("ok", "devices", "CPU only")]
+        findings = [Finding("ok", "devices", "CPU only")]
     missing = [name for name in ("gloo", *(["nccl"] if gpus else [])) if name not in backends]
     if missing:
         remedy = "install the torch of pyproject.toml from its official wheels"
-        found.append(Finding("problem", "backends", f"{', '.join(missing)} missing in this torch", remedy))
+        findings.append(Finding("problem", "backends", f"{', '.join(missing)} missing in this torch", remedy))
     else:
-        found.append(Finding("ok", "backends", ", ".join(backends)))
-    return found
+        findings.append(Finding("ok", "backends", ", ".join(backends)))
+    return findings
 
 
 def _imports(facts: MachineFacts) -> list[Finding]:
@@ -250,24 +252,26 @@ def _imports(facts: MachineFacts) -> list[Finding]:
         ]
     if "megatron" in probe:
         return [Finding("ok", "import megatron.core", "works")]
-    seen = _short(probe.get("megatron_error") or probe.get("probe_error") or "no answer")
-    if facts.packages.get("transformer-engine") and re.search("transformer.engine|cudnn", seen, re.IGNORECASE):
-        return [Finding("problem", "import megatron.core", seen, "python -m pip uninstall transformer-engine")]
-    return [Finding("problem", "import megatron.core", seen, "mend the packages above, then make the environment anew")]
+    detail = _short(probe.get("megatron_error") or probe.get("probe_error") or "no answer")
+    if facts.packages.get("transformer-engine") and re.search("transformer.engine|cudnn", detail, re.IGNORECASE):
+        return [Finding("problem", "import megatron.core", detail, "python -m pip uninstall transformer-engine")]
+    return [
+        Finding("problem", "import megatron.core", detail, "mend the packages above, then make the environment anew")
+    ]
 
 
 def _optional(facts: MachineFacts) -> list[Finding]:
-    found = []
+    findings = []
     for name, use in _OPTIONAL_PACKAGES.items():
         version = facts.packages.get(name)
         if version is None:
-            found.append(Finding("note", name, f"not installed ({use})"))
+            findings.append(Finding("note", name, f"not installed ({use})"))
         elif name == "transformer-engine" and not (facts.probe.get("gpus") or facts.driver_gpus):
             remedy = "python -m pip uninstall transformer-engine: without a GPU it breaks the import of Megatron-Core"
-            found.append(Finding("problem", name, f"{version} on a machine without a GPU", remedy))
+            findings.append(Finding("problem", name, f"{version} on a machine without a GPU", remedy))
         else:
-            found.append(Finding("ok", name, version))
-    return found
+            findings.append(Finding("ok", name, version))
+    return findings
 
 
 def _short(text: str) -> str:
@@ -275,27 +279,27 @@ def _short(text: str) -> str:
     return line if len(line) <= 160 else line[:157] + "..."
 
 
-def _print(found: Sequence[Finding]) -> None:
-    problems = [finding for finding in found if finding.level == "problem"]
+def _print(findings: Sequence[Finding]) -> None:
+    problems = [finding for finding in findings if finding.level == "problem"]
     if sys.stdout.isatty():
-        _print_table(found)
+        _print_table(findings)
     else:
-        for finding in found:
+        for finding in findings:
             mark = {"ok": "  ", "note": "- ", "problem": "! "}[finding.level]
-            print(f"{mark}{finding.subject}: {finding.seen}")
+            print(f"{mark}{finding.subject}: {finding.detail}")
     for finding in problems:
         print(f"! {finding.subject}: {finding.remedy}")
     print("nothing is missing or harmful" if not problems else f"{len(problems)} to mend")
 
 
-def _print_table(found: Sequence[Finding]) -> None:
+def _print_table(findings: Sequence[Finding]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     style = {"ok": "green", "note": "dim", "problem": "bold red"}
     table = Table(box=None, show_header=False, pad_edge=False)
-    for finding in found:
+    for finding in findings:
         mark = {"ok": "ok", "note": "-", "problem": "!"}[finding.level]
-        table.add_row(Text(mark, style[finding.level]), Text(finding.subject), Text(finding.seen))
+        table.add_row(Text(mark, style[finding.level]), Text(finding.subject), Text(finding.detail))
     Console().print(table)

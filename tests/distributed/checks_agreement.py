@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.data.countdown import EOS_ID
-from eaopd_megatron.diagnostics.eos_trial import PROMPTS, eos_check_results
+from eaopd_megatron.diagnostics.eos_check_rank import PROMPTS, eos_check_results
 from eaopd_megatron.training.components import build_components
 from eaopd_megatron.training.run_folder import RunFolder
 from tests.distributed.groups import model_parallel

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.diagnostics import machine as doctor
-from eaopd_megatron.diagnostics.machine import Finding, MachineFacts, findings
+from eaopd_megatron.diagnostics.machine import Finding, MachineFacts, judge_facts
 
 WELL = MachineFacts(
     python=(3, 11, 7),
@@ -38,7 +38,7 @@ GPU = replace(
 
 
 def problems(facts: MachineFacts) -> list[Finding]:
-    return [finding for finding in findings(facts) if finding.level == "problem"]
+    return [finding for finding in judge_facts(facts) if finding.level == "problem"]
 
 
 def changed(facts: MachineFacts, part: str, **values: Any) -> MachineFacts:
@@ -78,7 +78,7 @@ def test_a_sound_machine_is_called_ill(facts: MachineFacts) -> None:
 def test_a_harmful_state_is_not_found(facts: MachineFacts, subject: str, seen: str, remedy: str) -> None:
     found = problems(facts)
     assert [finding.subject for finding in found] == [subject]
-    assert seen in found[0].seen
+    assert seen in found[0].detail
     assert remedy in found[0].remedy
 
 
@@ -109,11 +109,11 @@ def test_an_import_that_dies_takes_the_doctor_with_it(monkeypatch: pytest.Monkey
     facts = doctor._probe([sys.executable, "-c", program])
     assert said in facts["probe_error"]
     found = problems(replace(WELL, probe=facts))
-    assert said in found[-1].seen
+    assert said in found[-1].detail
 
 
 def test_this_environment_is_ill(capsys: pytest.CaptureFixture[str]) -> None:
-    facts = doctor.gather()
+    facts = doctor.gather_facts()
     assert {"torch==2.13.0", "megatron-core==0.16.1"} <= set(facts.requirements)
     ill = [finding for finding in problems(facts) if finding.subject not in ("disk", "devices")]
     assert ill == []
@@ -132,7 +132,7 @@ def test_exit_code_or_remedy_is_missing(
     last: str,
     terminal: bool,
 ) -> None:
-    monkeypatch.setattr(doctor, "gather", lambda: facts or changed(WELL, "packages", psutil=None))
+    monkeypatch.setattr(doctor, "gather_facts", lambda: facts or changed(WELL, "packages", psutil=None))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     assert doctor.check_machine() == code
     shown = capsys.readouterr().out

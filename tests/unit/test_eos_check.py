@@ -1,4 +1,4 @@
-"""What `eaopd doctor RECIPE` says of how a pair stops."""
+"""The report and verdict of `eaopd doctor RECIPE`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEXTS = ["<a>", "<b>", "<c>"]
 NAN = math.nan
 
 
-def said(**changes: Any) -> tuple[bool, list[str]]:
+def report(**changes: Any) -> tuple[bool, list[str]]:
     pair = {
         "name": "",
         "model": "m",
@@ -24,12 +24,12 @@ def said(**changes: Any) -> tuple[bool, list[str]]:
         "prompts": 4,
         "limit": 16,
     }
-    agreement = EosCheckResult(**{**pair, "ends": [(0, -0.5, NAN), (0, -1.5, NAN)], **changes})
-    return agreement.disagrees, list(agreement.lines(TEXTS))
+    result = EosCheckResult(**{**pair, "ends": [(0, -0.5, NAN), (0, -1.5, NAN)], **changes})
+    return result.disagrees, list(result.lines(TEXTS))
 
 
 def test_a_pair_that_agrees_is_described() -> None:
-    assert said() == (
+    assert report() == (
         False,
         [
             "teacher m",
@@ -51,7 +51,7 @@ def test_a_pair_that_agrees_is_described() -> None:
         ({"ends": [(2, -11.0, -12.0)]}, True, "look at eos_token_id in both"),
         ({"ends": [(0, -11.0, -11.0)], "terminal_map": "none", "teacher_id": 0}, True, "look at eos_token_id in both"),
         ({"ends": [(0, -9.9, -9.9)], "terminal_map": "none"}, False, "the pair agrees on how to stop"),
-        ({"ends": []}, False, "nothing can be said .* raise rollout.max_response_tokens"),
+        ({"ends": []}, False, "cannot be judged: raise rollout.max_response_tokens"),
         (
             {"ends": [(0, -21.0, -21.0)], "terminal_map": "none", "name": "math"},
             True,
@@ -60,14 +60,14 @@ def test_a_pair_that_agrees_is_described() -> None:
     ],
 )
 def test_the_verdict_has_another_remedy(changes: dict[str, Any], disagrees: bool, last: str) -> None:
-    found, lines = said(**changes)
+    found, lines = report(**changes)
     assert found is disagrees
     assert re.search(last, lines[-1]), lines[-1]
 
 
 def test_log_probs_that_are_known_of_some_count_as_known_of_all() -> None:
-    _, lines = said(ends=[(0, -0.5, -20.0), (2, -0.7, NAN)])
+    _, lines = report(ends=[(0, -0.5, -20.0), (2, -0.7, NAN)])
     assert "  ended with 2 '<c>': 1" in lines
     assert "  without a map: mean -20.00, lowest -20.00 (known of 1)" in lines
-    _, lines = said(terminal_map="none", teacher_id=0)
+    _, lines = report(terminal_map="none", teacher_id=0)
     assert "terminal_map none: both end with the same id" in lines[3] and "without a map" not in "".join(lines)

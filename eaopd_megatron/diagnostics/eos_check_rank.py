@@ -1,7 +1,6 @@
-"""One rank of `eaopd doctor RECIPE`: a handful of responses by the recipe's student, scored by its teachers.
+"""One rank of `eaopd doctor RECIPE`: the student generates a few responses, which its teachers score.
 
-It goes the way that training goes, rollout and teachers of any kind included, up to the objective. No run's folder is
-touched: what a run would write goes to a temporary one.
+Uses the training's components (rollout engine, teachers) up to the objective, in a temporary run folder.
 """
 
 from __future__ import annotations
@@ -37,35 +36,35 @@ from eaopd_megatron.training.run_folder import RunFolder
 from eaopd_megatron.utils.log import log_rank0
 
 PROMPTS = 16
-"""Of each teacher."""
-TOKENS = 512
-"""The longest response, where the recipe's are not shorter."""
+"""Prompts per teacher."""
+_MAX_RESPONSE_TOKENS = 512
+"""Maximum response length in tokens, unless the recipe's is shorter."""
 
 
 def eos_check_on_rank(recipe: Recipe) -> None:
-    """The main rank writes run.folder/FOUND."""
+    """Run the check on this rank; the main rank writes RESULTS_FILE into the run's folder."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     minutes = recipe.distributed.timeout_minutes
     parallel, store = groups.init_distributed(recipe.student.parallel_layout, seed=recipe.seed, timeout_minutes=minutes)
     with heartbeat_monitor(store, parallel.rank, parallel.world_size):
         folder = RunFolder(Path(recipe.run.folder))
-        parts = build_components(recipe, parallel, folder, stop_signal=lambda: 0, log=log_rank0)
+        components = build_components(recipe, parallel, folder, stop_signal=lambda: 0, log=log_rank0)
         try:
-            found = eos_check_results(recipe, parts, parallel)
+            results = eos_check_results(recipe, components, parallel)
         finally:
-            parts.rollout.close()
-            parts.teachers.close()
+            components.rollout.close()
+            components.teachers.close()
     if parallel.is_main:
-        (folder.path / RESULTS_FILE).write_text(json.dumps([asdict(agreement) for agreement in found]))
+        (folder.path / RESULTS_FILE).write_text(json.dumps([asdict(result) for result in results]))
     groups.shutdown_distributed()
 
 
-def eos_check_results(recipe: Recipe, parts: Components, parallel: ParallelState) -> list[EosCheckResult]:
-    """Of each teacher, on every rank. Collective."""
-    prompts, maps = _prompts(recipe, parts), _maps(recipe, parts.student_folder)
-    mine = _ends(recipe, parts, parallel, prompts, maps)
-    everything = [mine] * parallel.world_size
-    dist.all_gather_object(everything, mine)
+def eos_check_results(recipe: Recipe, components: Components, parallel: ParallelState) -> list[EosCheckResult]:
+    """Return the result of each teacher, equal on every rank. Collective."""
+    prompts, maps = _prompts(recipe, components), _terminal_maps(recipe, components.student_folder)
+    local = _response_ends(recipe, components, parallel, prompts, maps)
+    gathered = [local] * parallel.world_size
+    dist.all_gather_object(gathered, local)
     return [
         EosCheckResult(
             name,
@@ -75,26 +74,26 @@ def eos_check_results(recipe: Recipe, parts: Components, parallel: ParallelState
             maps[name].teacher_id,
             sum(prompt.teacher == name for prompt in prompts),
             _limit(recipe),
-            [end for ends in everything for end in ends[name]],
+            [end for ends in gathered for end in ends[name]],
         )
         for name, options in recipe.named_teachers().items()
     ]
 
 
-def _prompts(recipe: Recipe, parts: Components) -> list[Prompt]:
-    """The first PROMPTS of each teacher."""
+def _prompts(recipe: Recipe, components: Components) -> list[Prompt]:
+    """Return the first PROMPTS prompts of each teacher."""
     problems = load_problems(recipe.data.source, recipe.data.split)
     names = list(recipe.named_teachers())
-    prompts, _ = build_prompt_builder(recipe.data, parts.tokenizer, names).build(problems, recipe.data.source)
+    prompts, _ = build_prompt_builder(recipe.data, components.tokenizer, names).build(problems, recipe.data.source)
     return [p for name in names for p in islice((p for p in prompts if p.teacher == name), PROMPTS)]
 
 
 def _limit(recipe: Recipe) -> int:
-    return min(TOKENS, recipe.rollout.max_response_tokens)
+    return min(_MAX_RESPONSE_TOKENS, recipe.rollout.max_response_tokens)
 
 
-def _maps(recipe: Recipe, student: HfFolder) -> dict[str, TerminalMap]:
-    """Of each teacher."""
+def _terminal_maps(recipe: Recipe, student: HfFolder) -> dict[str, TerminalMap]:
+    """Return the terminal map of each teacher."""
     return {
         name: TerminalMap.between(options.terminal_map, student.eos_ids, folder.eos_ids)
         for (name, options), folder in zip(
@@ -103,47 +102,50 @@ def _maps(recipe: Recipe, student: HfFolder) -> dict[str, TerminalMap]:
     }
 
 
-def _ends(
+def _response_ends(
     recipe: Recipe,
-    parts: Components,
+    components: Components,
     parallel: ParallelState,
     prompts: Sequence[Prompt],
     maps: Mapping[str, TerminalMap],
 ) -> dict[str, list[ResponseEnd]]:
-    """Of each teacher, those of this rank's responses that stopped, on one rank of each data-parallel copy."""
+    """Generate, score and return the ends of this rank's responses that stopped, by teacher.
+
+    Of the ranks of a data-parallel replica only one has any.
+    """
     limit, count = _limit(recipe), len(prompts)
     longest = max(len(prompt.token_ids) for prompt in prompts) + limit
-    parts.rollout.open(prompts, longest)
-    parts.teachers.open(longest)
-    parts.rollout.update_weights(0)
-    wanted = GenerationRequest(
+    components.rollout.open(prompts, longest)
+    components.teachers.open(longest)
+    components.rollout.update_weights(0)
+    request = GenerationRequest(
         prompts,
         [(recipe.seed, "doctor", i) for i in range(count)],
         range(parallel.dp_rank, count, parallel.dp_size),
-        replace(parts.sampling, max_new_tokens=limit),
+        replace(components.sampling, max_new_tokens=limit),
     )
     stopped: list[Sample] = []
-    for part in parts.rollout.collect(parts.rollout.submit(wanted)):
+    for part in components.rollout.collect(components.rollout.submit(request)):
         stopped += [sample for sample in part if sample.finish_reason == "stop"]
-    parts.rollout.finish_generation()
-    parts.teachers.submit(stopped)
-    scored = parts.teachers.wait(stopped)
-    batches = micro_batches_by_teacher(scored, recipe.train.micro_batch_tokens, parallel, parts.teachers.names)
-    signal_of = parts.teachers.micro_batch_signals(batches)
-    found: dict[str, list[ResponseEnd]] = {name: [] for name in recipe.named_teachers()}
+    components.rollout.finish_generation()
+    components.teachers.submit(stopped)
+    scored = components.teachers.wait(stopped)
+    batches = micro_batches_by_teacher(scored, recipe.train.micro_batch_tokens, parallel, components.teachers.names)
+    signal_of = components.teachers.micro_batch_signals(batches)
+    ends_by_teacher: dict[str, list[ResponseEnd]] = {name: [] for name in recipe.named_teachers()}
     for index, batch in enumerate(batches if parallel.is_last_stage else []):
-        ends = _ends_of(batch, signal_of(index), parts, parallel, maps[batch.teacher])
+        ends = _micro_batch_ends(batch, signal_of(index), components, parallel, maps[batch.teacher])
         if parallel.reports_metrics and not parallel.cp_rank:
-            found[batch.teacher] += ends
-    return found
+            ends_by_teacher[batch.teacher] += ends
+    return ends_by_teacher
 
 
-def _ends_of(
-    batch: MicroBatch, signal: TeacherSignal, parts: Components, parallel: ParallelState, terminal: TerminalMap
+def _micro_batch_ends(
+    batch: MicroBatch, signal: TeacherSignal, components: Components, parallel: ParallelState, terminal: TerminalMap
 ) -> list[ResponseEnd]:
-    """Of the samples of a micro-batch. Collective over the ranks of the stage."""
-    labels = parts.teachers.target_ids(batch)
-    shard = {"vocab_size": parts.vocab_size, "group": parallel.tp_group}
+    """Return the ends of a micro-batch's samples. Collective over the ranks of the last pipeline stage."""
+    labels = components.teachers.target_ids(batch)
+    shard = {"vocab_size": components.vocab_size, "group": parallel.tp_group}
     plain = _logprob(signal, terminal.swap_ids(batch.target_ids), shard)
     mapped = (
         signal.token_logprob
@@ -156,7 +158,7 @@ def _ends_of(
 
 
 def _logprob(signal: TeacherSignal, ids: torch.Tensor, shard: dict[str, Any]) -> torch.Tensor:
-    """[n] the teacher's log-prob of ids [n]; nan where a top-k does not have it."""
+    """Return the teacher's log-probs (nats) of ids [n]: [n], nan for ids outside the top-k."""
     if isinstance(signal, TeacherTopK):
         listed = torch.where(signal.ids == ids[:, None], signal.logprobs, -torch.inf).amax(1)
         return listed.masked_fill(listed.isinf(), torch.nan)
