@@ -192,7 +192,7 @@ def _machine(facts: MachineFacts) -> list[Finding]:
 
 
 def _packages(facts: MachineFacts) -> list[Finding]:
-    """Compare installed packages with the project's requirements. Satisfied ones are listed only if in _SHOWN_PACKAGES."""
+    """Compare installed packages with the requirements; satisfied ones are listed only if in _SHOWN_PACKAGES."""
     findings = []
     for requirement in map(Requirement, facts.requirements):
         name, version = requirement.name, facts.packages.get(requirement.name)
