@@ -93,7 +93,7 @@ def entropy_aware_loss(
         names = ("student_logits", "teacher.logits")
         stats = ReducedStats.from_merged(merged, request, top_k, vocab_size, checks, names)
         losses, coefficients = compute_token_losses(objective, stats, old_logprobs)
-        saved = BackwardContext.of(stats, coefficients, shard, tokens, has_neg_inf=has_neg_inf)
+        saved = BackwardContext(shard, stats.student, stats.teacher, coefficients, tokens, has_neg_inf)
         kept_logits = None
         if teacher_logits is not None and student_logits.requires_grad:
             kept_logits, saved = _keep_needed_rows(teacher_logits, saved)
@@ -142,17 +142,8 @@ class BackwardContext:
     teacher: Softmax | None
     coefficients: Coefficients
     tokens: Tensor  # [tokens] ids
-    topk_ids: Tensor | None  # [tokens, k] ids of S
     has_neg_inf: bool  # whether this rank's logits hold -inf
     teacher_rows: Tensor | None = None  # ascending rows whose teacher logits were kept; None: all
-
-    @classmethod
-    def of(
-        cls, stats: ReducedStats, coefficients: Coefficients, shard: VocabShard, tokens: Tensor, *, has_neg_inf: bool
-    ) -> BackwardContext:
-        """Return the context of `compute_token_losses`."""
-        topk_ids = None if stats.top_k is None else stats.top_k.ids
-        return cls(shard, stats.student, stats.teacher, coefficients, tokens, topk_ids, has_neg_inf)
 
     def select_rows(self, rows: Tensor) -> BackwardContext:
         """Return the context of some of the tokens, for all of which the teacher's logits are available."""
@@ -162,7 +153,6 @@ class BackwardContext:
             teacher=None if self.teacher is None else _select_rows(self.teacher, rows),
             coefficients=_select_rows(self.coefficients, rows),
             tokens=self.tokens[rows],
-            topk_ids=None if self.topk_ids is None else self.topk_ids[rows],
         )
 
 
@@ -296,9 +286,9 @@ class _TopKGradient:
 
 def _top_k_gradient(saved: BackwardContext, upstream: Tensor, scale: Callable[..., Tensor]) -> _TopKGradient | None:
     c = saved.coefficients
-    if c.target is None or saved.topk_ids is None:
+    if c.target is None or c.topk_ids is None:
         return None
-    columns, owned = saved.shard.local_columns(saved.topk_ids)
+    columns, owned = saved.shard.local_columns(c.topk_ids)
     addend = torch.where(owned & (upstream != 0)[:, None], -upstream[:, None] * c.target, 0.0)
     kappa = None if c.top_k_kappa is None else scale(c.top_k_kappa, saved.student.sum_exp)
     return _TopKGradient(columns, owned, addend, kappa)

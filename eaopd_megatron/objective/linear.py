@@ -108,7 +108,7 @@ def linear_entropy_aware_loss(
         merged = merge_partial_stats(shard.all_gather(_tiled_partial_stats(student, full, shard, request)))
         stats = ReducedStats.from_merged(merged, request, top_k, vocab_size, checks, _LOGITS)
         losses, coefficients = compute_token_losses(objective, stats, old_logprobs)
-        saved = BackwardContext.of(stats, coefficients, shard, tokens, has_neg_inf=False)
+        saved = BackwardContext(shard, stats.student, stats.teacher, coefficients, tokens, has_neg_inf=False)
     if full is not None and not coefficients.reverse and coefficients.forward is None:
         full = None
     kept = (None, None) if full is None else (full.hidden, full.weight)

@@ -10,7 +10,7 @@ where, with a tail bucket, ids in S have a kappa of their own. Every term adds t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ class Coefficients:
     reverse: float = 0.0  # w_R, of the exact reverse term
     forward: Tensor | None = None  # w_p = w_F g, of the exact forward term
     target: Tensor | None = None  # [tokens, k], of the top-k forward terms
+    topk_ids: Tensor | None = None  # [tokens, k], ids of S
     top_k_kappa: Tensor | None = None  # kappa inside S, of the tail bucket
 
 
@@ -73,44 +74,40 @@ def compute_token_losses(
 ) -> tuple[TokenLosses, Coefficients]:
     """Return the losses, which carry no gradient yet, and the coefficients of their gradient."""
     gate, gate_ambiguous = compute_gate(objective, stats.teacher_entropy, stats.teacher_entropy_upper)
-    zero = torch.zeros_like(gate)
-    reverse = _ReverseTerm(zero, zero, torch.zeros_like(gate, dtype=torch.bool))
+    loss = zero = torch.zeros_like(gate)
+    clipped, coefficients = torch.zeros_like(gate, dtype=torch.bool), Coefficients(zero)
     reverse_kl = stats.student_logprob - stats.teacher_logprob
     if stats.teacher is not None:
         reverse_kl = _exact_reverse_kl(stats)
+    w_r = objective.reverse_weight
     if objective.reverse_kl == "sampled":
-        reverse = _sampled_reverse_term(objective, stats, old_logprobs, zero)
+        opd, c, clipped = _sampled_reverse_term(objective.clip, stats, old_logprobs)
+        if objective.has_reverse:
+            loss, c = w_r * opd, w_r * c
+            coefficients = Coefficients(kappa=c, token=c)
     elif objective.has_reverse:
-        reverse = _exact_reverse_term(objective.reverse_weight, stats, reverse_kl)
+        loss, coefficients = w_r * reverse_kl, _exact_reverse_coefficients(w_r, stats)
 
-    weight = objective.forward_weight * gate if objective.has_forward else zero
+    weight = objective.forward_weight * gate if objective.has_forward else zero  # w_F g
     if objective.forward_kl == "topk_tail":
-        assert stats.top_k is not None
-        forward = _top_k_tail_forward_term(weight, stats.top_k, reverse.kappa)
+        forward_kl, with_forward = _top_k_tail_forward_term(weight, stats, coefficients)
     elif stats.top_k is not None:
-        forward = _top_k_forward_term(weight, stats.top_k, reverse.kappa)
+        forward_kl, with_forward = _top_k_forward_term(weight, stats.top_k, coefficients)
     else:
-        forward = _exact_forward_term(weight, stats, reverse.kappa)
-
-    loss, kappa = reverse.loss, reverse.kappa
-    target = teacher = top_k_kappa = None
+        forward_kl, with_forward = _exact_forward_term(weight, stats, coefficients)
     if objective.has_forward:
-        loss, kappa = loss + zero_safe_mul(weight, forward.kl), forward.kappa
-        target, teacher, top_k_kappa = forward.target, forward.teacher, forward.top_k_kappa
+        loss, coefficients = loss + zero_safe_mul(weight, forward_kl), with_forward
     losses = TokenLosses(
         loss=loss,
         teacher_entropy=stats.teacher_entropy,
         student_entropy=stats.student.entropy,
-        forward_kl=forward.kl,
+        forward_kl=forward_kl,
         reverse_kl=reverse_kl,
         gate=gate,
         gate_ambiguous=gate_ambiguous,
         student_logprob=stats.student_logprob,
         teacher_logprob=stats.teacher_logprob,
-        clipped=reverse.clipped,
-    )
-    coefficients = Coefficients(
-        kappa, token=reverse.token, reverse=reverse.weight, forward=teacher, target=target, top_k_kappa=top_k_kappa
+        clipped=clipped,
     )
     return losses, coefficients
 
@@ -126,35 +123,22 @@ def compute_gate(objective: Objective, entropy: Tensor, upper: Tensor) -> tuple[
     return torch.sigmoid((entropy - objective.threshold) / objective.gate_width), ambiguous
 
 
-@dataclass(frozen=True)
-class _ReverseTerm:
-    """The weighted reverse term and its coefficients."""
-
-    loss: Tensor
-    kappa: Tensor
-    clipped: Tensor
-    token: Tensor | None = None
-    weight: float = 0.0  # w_R of the exact term
-
-
 def _sampled_reverse_term(
-    objective: Objective, stats: ReducedStats, old_logprobs: Tensor | None, zero: Tensor
-) -> _ReverseTerm:
-    """The on-policy term -min(r A, clip(r, 1 - eps, 1 + eps) A), A = log p(y) - log pi_old(y), r = q(y) / pi_old(y).
+    clip: float, stats: ReducedStats, old_logprobs: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the on-policy term -min(r A, clip(r, 1 - eps, 1 + eps) A), c, and where the clip is active.
 
-    Gradient: c (q_j - 1[j = y]) with c = r A where the clip is inactive, else 0.
+    A = log p(y) - log pi_old(y), r = q(y) / pi_old(y). Gradient: c (q_j - 1[j = y]) with c = r A, or 0 where clipped.
     """
-    old = stats.student_logprob if old_logprobs is None else old_logprobs.detach().to(zero.dtype)
+    dtype = stats.student_logprob.dtype
+    old = stats.student_logprob if old_logprobs is None else old_logprobs.detach().to(dtype)
     advantage = stats.teacher_logprob - old
     ratio = (stats.student_logprob - old).exp()
-    low, high = 1 - objective.clip, 1 + objective.clip
+    low, high = 1 - clip, 1 + clip
     clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
     unclipped = zero_safe_mul(ratio, advantage)
     value = torch.where(clipped, zero_safe_mul(ratio.clamp(low, high), advantage), unclipped)
-    if not objective.has_reverse:
-        return _ReverseTerm(zero, zero, clipped)
-    c = objective.reverse_weight * torch.where(clipped, 0.0, unclipped)
-    return _ReverseTerm(objective.reverse_weight * -value, kappa=c, clipped=clipped, token=c)
+    return -value, torch.where(clipped, 0.0, unclipped), clipped
 
 
 def _exact_reverse_kl(stats: ReducedStats) -> Tensor:
@@ -163,48 +147,37 @@ def _exact_reverse_kl(stats: ReducedStats) -> Tensor:
     return stats.gaps[0] / stats.student.sum_exp - (stats.student.sum_exp / stats.teacher.sum_exp).log()
 
 
-def _exact_reverse_term(weight: float, stats: ReducedStats, reverse_kl: Tensor) -> _ReverseTerm:
-    """The exact reverse term w_R KL(q || p). Gradient: w_R q_j (D_j - G_s / Z_s), where G_s / Z_s = E_q[D]."""
+def _exact_reverse_coefficients(weight: float, stats: ReducedStats) -> Coefficients:
+    """Gradient of w_R KL(q || p): w_R q_j (D_j - E_q[D]) with E_q[D] = G_s / Z_s."""
     assert stats.gaps is not None
-    kappa = -weight * stats.gaps[0] / stats.student.sum_exp
-    return _ReverseTerm(weight * reverse_kl, kappa, torch.zeros_like(kappa, dtype=torch.bool), weight=weight)
+    return Coefficients(kappa=-weight * stats.gaps[0] / stats.student.sum_exp, reverse=weight)
 
 
-@dataclass(frozen=True)
-class _ForwardTerm:
-    """A forward divergence (nats) and the coefficients of weight * divergence, added to the reverse term's kappa."""
-
-    kl: Tensor
-    kappa: Tensor
-    teacher: Tensor | None = None  # w_p
-    target: Tensor | None = None  # [tokens, k]
-    top_k_kappa: Tensor | None = None
-
-
-def _exact_forward_term(weight: Tensor, stats: ReducedStats, kappa: Tensor) -> _ForwardTerm:
-    """KL(p || q) = log(Z_s / Z_t) - G_t / Z_t. Gradient: q_j - p_j."""
+def _exact_forward_term(weight: Tensor, stats: ReducedStats, reverse: Coefficients) -> tuple[Tensor, Coefficients]:
+    """KL(p || q) = log(Z_s / Z_t) - G_t / Z_t. Gradient: q_j - p_j, weighted and added to the reverse term's."""
     assert stats.teacher is not None and stats.gaps is not None
     kl = (stats.student.sum_exp / stats.teacher.sum_exp).log() - stats.gaps[1] / stats.teacher.sum_exp
-    return _ForwardTerm(kl, kappa + weight, teacher=weight)
+    return kl, replace(reverse, kappa=reverse.kappa + weight, forward=weight)
 
 
-def _top_k_forward_term(weight: Tensor, top_k: TopKSet, kappa: Tensor) -> _ForwardTerm:
+def _top_k_forward_term(weight: Tensor, top_k: TopKSet, reverse: Coefficients) -> tuple[Tensor, Coefficients]:
     """KL(p~ || q) over S, p~ = p renormalised over S (the paper). Gradient: q_j - p~_j 1[j in S]."""
     log_p = top_k.teacher_logprobs - top_k.teacher_logprobs.logsumexp(1, keepdim=True)
     p = log_p.exp()
     kl = zero_safe_mul(p, log_p - top_k.student_logprobs).sum(1)
-    return _ForwardTerm(kl, kappa + weight, target=weight[:, None] * p)
+    return kl, replace(reverse, kappa=reverse.kappa + weight, target=weight[:, None] * p, topk_ids=top_k.ids)
 
 
-def _top_k_tail_forward_term(weight: Tensor, top_k: TopKSet, kappa: Tensor) -> _ForwardTerm:
+def _top_k_tail_forward_term(weight: Tensor, stats: ReducedStats, reverse: Coefficients) -> tuple[Tensor, Coefficients]:
     """KL(p || q) over k + 1 symbols: the ids in S, and one bucket for the rest with mass r_p and r_q.
 
     With M = sum_S p + r_p, the gradient is M q_j - p_j inside S and q_j (M - r_p / r_q) outside.
     """
-    assert top_k.teacher_tail is not None and top_k.student_tail is not None
+    top_k = stats.top_k
+    assert top_k is not None and top_k.teacher_tail is not None and top_k.student_tail is not None
     p, rest = top_k.teacher_logprobs.exp(), top_k.teacher_tail
     kl = zero_safe_mul(p, top_k.teacher_logprobs - top_k.student_logprobs).sum(1)
     kl = kl + zero_safe_mul(rest, rest.log() - top_k.student_tail.log())
-    inside = kappa + weight * (p.sum(1) + rest)
+    inside = reverse.kappa + weight * (p.sum(1) + rest)
     outside = inside - zero_safe_mul(weight, zero_safe_mul(rest, 1 / top_k.student_tail))
-    return _ForwardTerm(kl, outside, target=weight[:, None] * p, top_k_kappa=inside)
+    return kl, replace(reverse, kappa=outside, target=weight[:, None] * p, topk_ids=top_k.ids, top_k_kappa=inside)

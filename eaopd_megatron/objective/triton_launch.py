@@ -69,24 +69,13 @@ class BlockConfig:
 
 
 # With 16-bit logits a warp reads 256 columns at once, so the sums of a run stay in one thread.
-SUMS_CONFIGS = (
-    BlockConfig(2, 2048, 8, 2),
-    BlockConfig(2, 2048, 8, 3),
-    BlockConfig(4, 2048, 8, 2),
-    BlockConfig(2, 1024, 4, 3),
-    BlockConfig(4, 1024, 4, 2),
-    BlockConfig(4, 1024, 4, 3),
-    BlockConfig(4, 512, 2, 3),
-    BlockConfig(4, 256, 1, 3),
+_SUMS_SIZES = (
+    *((2, 2048, 8, 2), (2, 2048, 8, 3), (4, 2048, 8, 2), (2, 1024, 4, 3)),
+    *((4, 1024, 4, 2), (4, 1024, 4, 3), (4, 512, 2, 3), (4, 256, 1, 3)),
 )
-GRADIENT_CONFIGS = (
-    BlockConfig(1, 4096, 8, 2),
-    BlockConfig(1, 2048, 4, 2),
-    BlockConfig(1, 2048, 8, 3),
-    BlockConfig(1, 4096, 4, 2),
-    BlockConfig(1, 8192, 8, 1),
-    BlockConfig(1, 1024, 4, 3),
-)
+SUMS_CONFIGS = tuple(BlockConfig(*sizes) for sizes in _SUMS_SIZES)
+_GRADIENT_SIZES = (1, 4096, 8, 2), (1, 2048, 4, 2), (1, 2048, 8, 3), (1, 4096, 4, 2), (1, 8192, 8, 1), (1, 1024, 4, 3)
+GRADIENT_CONFIGS = tuple(BlockConfig(*sizes) for sizes in _GRADIENT_SIZES)
 INTERPRETER_CONFIG = BlockConfig(2, 16, 4, 1)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from eaopd_megatron.data.types import Sample
 from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.objective import Objective, TeacherLogits
-from eaopd_megatron.objective.reference import dense_loss
+from eaopd_megatron.objective.dense_reference import dense_loss
 from eaopd_megatron.training.measurement import MetricAccumulator
 from tests.distributed.checks_training import Built, built, grad, samples
 from tests.distributed.groups import model_parallel

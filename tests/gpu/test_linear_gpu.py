@@ -12,7 +12,7 @@ import torch
 
 from eaopd_megatron.objective import Objective, TeacherHidden, TeacherLogits, linear_entropy_aware_loss
 from eaopd_megatron.objective import linear as linear_head
-from eaopd_megatron.objective.reference import dense_loss
+from eaopd_megatron.objective.dense_reference import dense_loss
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from eaopd_megatron.objective import Objective, TeacherLogits, TeacherTopK, entropy_aware_loss, token_statistics
+from eaopd_megatron.objective.dense_reference import dense_loss
 from eaopd_megatron.objective.entropy_aware import write_gradient
-from eaopd_megatron.objective.reference import dense_loss
 from eaopd_megatron.objective.triton_launch import force_kernels, uses_kernels
 from eaopd_megatron.objective.vocab_parallel import VocabShard, merge_softmax, partial_sums
 

@@ -12,7 +12,7 @@ import sys
 import torch
 before = set(sys.modules)
 from eaopd_megatron.objective import *
-import eaopd_megatron.objective.reference
+import eaopd_megatron.objective.dense_reference
 ours = {name for name in sys.modules if name.split(".")[0] == "eaopd_megatron"}
 allowed = {"eaopd_megatron", "eaopd_megatron.objective"}
 assert all(name in allowed or name.startswith("eaopd_megatron.objective.") for name in ours), ours

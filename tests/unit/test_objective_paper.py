@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eaopd_megatron.objective import Objective, TeacherLogits, TeacherTopK, entropy_aware_loss, entropy_bounds
-from eaopd_megatron.objective.reference import dense_loss
+from eaopd_megatron.objective.dense_reference import dense_loss
 from tests.distributed.objective.cases import make_case
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from eaopd_megatron.objective import Objective, TeacherLogits, TeacherTopK, TokenLosses, entropy_aware_loss
-from eaopd_megatron.objective.reference import dense_loss
+from eaopd_megatron.objective.dense_reference import dense_loss
 
 LAYOUTS = ("even", "padded", "empty_rank")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 1e-2}
