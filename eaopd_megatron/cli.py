@@ -29,36 +29,35 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="a.b.c=value", help="Values that replace the recipe's.", show_default=False),
-]
+_BENCHMARKS = (
+    "countdown, math500, aime24, aime25, amc23, minerva_math, olympiadbench; a .jsonl or .parquet file; "
+    "hub:owner/name[:config][@revision]."
+)
+
+
+def _argument(metavar: str, text: str) -> Any:
+    return typer.Argument(metavar=metavar, help=text, show_default=False)
+
+
+def _option(text: str, *, show_default: bool | str = True, **options: Any) -> Any:
+    return typer.Option(help=text, show_default=show_default, **options)
+
+
+RecipeFile = Annotated[str, _argument("RECIPE", "The recipe's YAML file.")]
+Overrides = Annotated[list[str] | None, _argument("a.b.c=value", "Values that replace the recipe's.")]
 
 
 def expand_options(command: Callable[[Any], None]) -> Callable[..., None]:
-    """Give a verb that takes one dataclass of options a signature with the dataclass's fields, for typer.
-
-    The fields are annotated as typer's parameters are: `Annotated[int, typer.Option(...)] = 8`.
-    """
+    """Give a verb that takes a dataclass the signature of the dataclass, whose fields are annotated for typer."""
     (options,) = (kind for name, kind in get_type_hints(command).items() if name != "return")
-    hints = get_type_hints(options, include_extras=True)
-    parameters = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            annotation=hints[field.name],
-            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
-        )
-        for field in dataclasses.fields(options)
-    ]
+    hints, signature = get_type_hints(options, include_extras=True), inspect.signature(options)
 
     def expanded(**values: Any) -> None:
         command(options(**values))
 
-    expanded.__doc__ = command.__doc__
-    expanded.__annotations__ = hints
-    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    parameters = [one.replace(annotation=hints[one.name]) for one in signature.parameters.values()]
+    expanded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    expanded.__doc__, expanded.__annotations__ = command.__doc__, hints
     return expanded
 
 
@@ -118,80 +117,47 @@ def teach_command(
 class EvaluateOptions:
     """Parameters of `eaopd evaluate`."""
 
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A Hugging Face folder or hub id, a run's folder or one of its checkpoints.",
-            show_default=False,
-        ),
-    ]
-    more: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="BENCHMARK", help="More benchmarks, as with --benchmarks.", show_default=False),
-    ] = None
-    benchmarks: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[,NAME]",
-            help="countdown, math500, aime24, aime25, amc23, minerva_math, olympiadbench; a .jsonl or .parquet file; "
-            "hub:owner/name[:config][@revision].",
-            show_default=False,
-        ),
-    ] = None
-    samples: Annotated[int, typer.Option(min=1, help="Responses per problem.")] = 8
-    problems: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.", show_default="all")] = None
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 1.0
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 0.8
-    max_response_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 8192
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the local engine's sampling.")] = 1234
+    model: Annotated[str, _argument("MODEL", "A Hugging Face folder or hub id, or a run's folder or checkpoint.")]
+    more: Annotated[list[str] | None, _argument("BENCHMARK", "More benchmarks, as with --benchmarks.")] = None
+    benchmarks: Annotated[list[str] | None, _option(_BENCHMARKS, metavar="NAME[,NAME]")] = None
+    samples: Annotated[int, _option("Responses per problem.", min=1)] = 8
+    problems: Annotated[int | None, _option("Only the first N problems.", min=1, show_default="all")] = None
+    temperature: Annotated[float, _option("Sampling temperature; 0 is greedy.", min=0.0)] = 1.0
+    top_p: Annotated[float, _option("Nucleus sampling.", min=0.0, max=1.0)] = 0.8
+    max_response_tokens: Annotated[int, _option("Longest response, in tokens.", min=1)] = 8192
+    seed: Annotated[int, _option("Seed of the local engine's sampling.", min=0)] = 1234
     template: Annotated[
         str | None,
-        typer.Option(
+        _option(
+            "Template of the prompts.",
             metavar="chat|base|raw",
-            help="Template of the prompts.",
             show_default="chat if the tokenizer has a chat template, else raw",
         ),
     ] = None
     suffix: Annotated[
         str | None,
-        typer.Option(
-            help="Line appended to each problem.", show_default="asks for a boxed answer; Countdown: no suffix"
-        ),
+        _option("Line appended to each problem.", show_default="asks for a boxed answer; Countdown: no suffix"),
     ] = None
-    fields: Annotated[
-        str | None,
-        typer.Option(metavar="NAME=FIELD,...", help="A file's fields for problem, answer and id.", show_default=False),
-    ] = None
+    fields: Annotated[str | None, _option("A file's fields for problem, answer and id.", metavar="NAME=FIELD,...")] = (
+        None
+    )
     engine: Annotated[
-        str, typer.Option(metavar="local|sglang", help="Generate on ranks of this host, or with SGLang servers.")
+        str,
+        _option("Generate on ranks of this host, or with SGLang servers.", metavar="local|sglang"),
     ] = "local"
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks, or GPUs of a server, per model.")] = 1
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that a local rank generates together.")] = 256
-    servers: Annotated[int, typer.Option(min=1, help="SGLang servers to start.")] = 1
-    server_url: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="A server that runs already.", show_default=False)
-    ] = None
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the servers' API key (mode 0600).", show_default=False)
-    ] = None
-    max_concurrent_requests: Annotated[
-        int, typer.Option(min=1, help="Responses that a server generates at the same time.")
-    ] = 64
-    max_running: Annotated[int | None, typer.Option(min=1, hidden=True)] = None  # old name, until 0.3
+    tensor_parallel: Annotated[int, _option("Ranks, or GPUs of a server, per model.", min=1)] = 1
+    batch_size: Annotated[int, _option("Sequences per local rank at a time.", min=1)] = 256
+    servers: Annotated[int, _option("SGLang servers to start.", min=1)] = 1
+    server_url: Annotated[list[str] | None, _option("A server that runs already.", metavar="URL")] = None
+    api_key_file: Annotated[Path | None, _option("File with the servers' API key (mode 0600).")] = None
+    max_concurrent_requests: Annotated[int, _option("Responses that a server generates at the same time.", min=1)] = 64
+    max_running: Annotated[int | None, _option("", min=1, hidden=True)] = None  # old name, until 0.3
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Output folder; an unfinished evaluation in it is resumed.", show_default="evaluations/MODEL"
-        ),
+        _option("Output folder; an unfinished evaluation in it is resumed.", show_default="evaluations/MODEL"),
     ] = None
-    regrade: Annotated[
-        bool, typer.Option("--regrade", help="Grade the folder's responses again; generate nothing.")
-    ] = False
-    compare: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Also print the change from another evaluation.", show_default=False),
-    ] = None
+    regrade: Annotated[bool, typer.Option("--regrade", help="Only grade the folder's responses again.")] = False
+    compare: Annotated[Path | None, _option("Also print the change from another evaluation.", metavar="FOLDER")] = None
 
     def request(self) -> EvaluationRequest:
         """Return the evaluation's request. Raises UserError for a value that no option takes."""
@@ -205,21 +171,11 @@ class EvaluateOptions:
         lists = [*(self.benchmarks or []), *(self.more or [])]
         names = [name.strip() for part in lists for name in part.split(",") if name.strip()]
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(EvaluationRequest)}
-        servers = ServerChoice(
-            tuple(self.server_url or ()),
-            self.servers,
-            self.tensor_parallel,
-            self.max_running or self.max_concurrent_requests,
-            api_key_file=self.api_key_file,
-        )
-        return EvaluationRequest(
-            **{
-                **options,
-                "benchmarks": list(dict.fromkeys(names)),
-                "fields": None if self.fields is None else FieldNames.parse(self.fields),
-                "servers": servers,
-            }
-        )
+        urls, requests = tuple(self.server_url or ()), self.max_running or self.max_concurrent_requests
+        servers = ServerChoice(urls, self.servers, self.tensor_parallel, requests, api_key_file=self.api_key_file)
+        fields = None if self.fields is None else FieldNames.parse(self.fields)
+        options |= {"benchmarks": list(dict.fromkeys(names)), "fields": fields, "servers": servers}
+        return EvaluationRequest(**options)
 
 
 @app.command("evaluate", epilog="Example: eaopd evaluate runs/mine/student --benchmarks math500,aime24 --samples 8")
@@ -239,9 +195,7 @@ def _check_choice(option: str, value: str, *allowed: str) -> None:
 
 
 @app.command("report", epilog="Example: eaopd report runs/mine")
-def report_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)],
-) -> None:
+def report_command(run: Annotated[Path, _argument("RUN", "The run's folder.")]) -> None:
     """Write report.html, with its plots, into a run's folder, also while the run goes on."""
     from eaopd_megatron.reporting.run_report import write_run_report
 
@@ -252,16 +206,10 @@ def report_command(
 def show_command(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Print only the value of this key.", show_default=False)
-    ] = None,
+    key: Annotated[str | None, _option("Print only the value of this key.", metavar="KEY")] = None,
     explain: Annotated[
         str | None,
-        typer.Option(
-            metavar="KEY",
-            help="Print what a key, or each key of a section, means, and where its value comes from.",
-            show_default=False,
-        ),
+        _option("Print what a key, or each key of a section, means, and where its value comes from.", metavar="KEY"),
     ] = None,
 ) -> None:
     """Print the recipe as it would run, with its bases, overrides and defaults. recipes/README.md lists all keys."""
@@ -285,15 +233,13 @@ def plan_command(
     recipe: RecipeFile,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Number of GPUs.", show_default="the recipe's, or one host of 8")
+        int | None, _option("Number of GPUs.", min=1, show_default="the recipe's, or one host of 8")
     ] = None,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="Kind of GPU: a100, h100, h200 or b200.")] = "h100",
+    gpu: Annotated[str, _option("a100, h100, h200 or b200.", metavar="NAME")] = "h100",
     gpu_memory: Annotated[
-        float | None, typer.Option(min=1.0, metavar="GIB", help="Memory of a GPU, in GiB.", show_default="the GPU's")
+        float | None, _option("Memory of a GPU, in GiB.", min=1.0, metavar="GIB", show_default="the GPU's")
     ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Plan with another teacher.", show_default=False)
-    ] = None,
+    teacher: Annotated[str | None, _option("Plan with another teacher.", metavar="MODEL")] = None,
     out: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.", show_default=False)
     ] = None,
@@ -309,10 +255,7 @@ def plan_command(
 
 @app.command("doctor", epilog="Example: eaopd doctor recipes/countdown/eopd.yaml")
 def doctor_command(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(metavar="RECIPE", help="Also check its student and teachers.", show_default=False),
-    ] = None,
+    recipe: Annotated[str | None, _argument("RECIPE", "Also check its student and teachers.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Check versions, devices and backends of this machine. The exit code is 1 if something is missing or harmful.

@@ -99,8 +99,8 @@ def _checked(layer: _Layer, report: Callable[[str], None]) -> _Layer:
         raise RecipeError(f"{layer.origin}: {error}") from None
     if message := aliases.key_error(tree):
         raise RecipeError(f"{layer.origin}: {message}")
-    for line in aliases.renaming_warnings(renamed):
-        report(f"{layer.origin}: {line}")
+    for old, new in renamed.items():
+        report(f"{layer.origin}: {old} is now {new}; the old name works until {aliases.RENAMED_UNTIL}")
     return replace(layer, tree=tree)
 
 

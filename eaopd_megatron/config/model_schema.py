@@ -59,22 +59,13 @@ class StudentConfig(Section):
     """Activations recomputed in the backward pass. selective: attention; full: whole layers."""
 
     @model_validator(mode="after")
-    def _check_sequence_parallel(self) -> Self:
+    def _check_layout(self) -> Self:
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("student.sequence_parallel is true, which needs student.tensor_parallel of 2 or more")
-        return self
-
-    @model_validator(mode="after")
-    def _check_virtual_pipeline(self) -> Self:
-        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
-            chunks = self.virtual_pipeline
+        if (chunks := self.virtual_pipeline) > 1 and self.pipeline_parallel == 1:
             raise ValueError(
                 f"student.virtual_pipeline is {chunks}, which needs student.pipeline_parallel of 2 or more"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_experts_divide_ranks(self) -> Self:
         layout = self.parallel_layout
         ranks = layout.model_parallel_size * (self.data_parallel or 0)
         if ranks % layout.expert_model_parallel_size:
@@ -161,10 +152,6 @@ class TeacherConfig(Section):
         ):
             if wrong:
                 raise ValueError(f"a teacher with teacher.placement={self.placement} {why}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_fp8_is_not_offloaded(self) -> Self:
         if self.precision == "fp8" and self.offload == "weights":
             raise ValueError(
                 "teacher.offload=weights moves weights in fp32 or bf16, not those of teacher.precision=fp8"

@@ -100,10 +100,9 @@ def describe_key(key: str) -> KeyInfo:
     field = _model(section).model_fields[name]
     meaning, _, unit = field_docstrings(section).get(name, "").partition(" [")
     default = "required" if field.is_required() else _shown(field.get_default())
-    old = aliases.old_key(key)
-    if old:
-        old = f"{old} (renamed in {aliases.RENAMED_SINCE}, works until {aliases.RENAMED_UNTIL})"
-    return KeyInfo(key, _type_text(_properties(section)[name]), default, unit.rstrip("]"), meaning, old or "")
+    note = f" (renamed in {aliases.RENAMED_SINCE}, works until {aliases.RENAMED_UNTIL})"
+    old = next((f"{old}{note}" for old, new in aliases.RENAMED.items() if new == key), "")
+    return KeyInfo(key, _type_text(_properties(section)[name]), default, unit.rstrip("]"), meaning, old)
 
 
 @cache

@@ -267,33 +267,20 @@ class Recipe(Section):
     seed: NonNegativeInt = 0
     """Seed of the prompts' order and of the sampling."""
     run: RunConfig
-    """The run's folder and its checkpoints."""
     student: StudentConfig
-    """The model that is trained."""
     teacher: TeacherConfig
-    """The model whose distribution the student learns."""
     teachers: dict[NonEmptyStr, TeacherConfig] = {}
     """Several teachers by name; each inherits the keys of `teacher` that it does not give."""
     objective: ObjectiveConfig = ObjectiveConfig()
-    """The loss."""
     data: DataConfig = DataConfig()
-    """The prompts."""
     rollout: RolloutConfig = RolloutConfig()
-    """Generation of the responses."""
     servers: ServersConfig = ServersConfig()
-    """The rollout's SGLang servers."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
-    """Transfer of weights to the servers."""
     train: TrainConfig
-    """Batch sizes and number of iterations."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW and its schedule."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Benchmarks."""
     reporting: ReportingConfig = ReportingConfig()
-    """Metrics outside the run's folder."""
     distributed: DistributedConfig = DistributedConfig()
-    """Timeouts and diagnosis of collectives."""
 
     def named_teachers(self) -> dict[str, TeacherConfig]:
         """Return every teacher under the name in the prompts' `data.teacher_field`; a single one under ''."""
@@ -307,16 +294,12 @@ class Recipe(Section):
         return "topk" if served or self.objective.build_objective().refusal("topk") is None else "hidden"
 
     @model_validator(mode="after")
-    def _check_mini_batch(self) -> Self:
+    def _check_sections(self) -> Self:
         if self.train.mini_batch > self.train.prompts_per_iteration:
             raise ValueError(
                 f"train.mini_batch is {self.train.mini_batch}, more than train.prompts_per_iteration "
                 f"({self.train.prompts_per_iteration}): no update would ever be full"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_servers(self) -> Self:
         if self.rollout.engine == "local":
             for name, changed in (
                 ("servers", self.servers != ServersConfig()),

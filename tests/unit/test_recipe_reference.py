@@ -46,7 +46,9 @@ def test_the_reference_of_the_recipes_is_old() -> None:
 def test_a_key_has_no_documentation(section: str) -> None:
     model = section_models()[section] if section else Recipe
     documented = field_docstrings(section)
-    without = [name for name in model.model_fields if not documented.get(name)]
+    sections = () if section else section_models()  # whose classes have docstrings
+    without = [name for name in model.model_fields if not documented.get(name) and name not in sections]
+    assert model.__doc__
     assert not without, f"write a docstring under {', '.join(without)} of {model.__name__}"
     for name, text in documented.items():
         assert text.endswith((".", "]")), f"{section}.{name}: no sentence"
