@@ -1,4 +1,4 @@
-"""One rank: what `eaopd train`, `eaopd teach` and `eaopd evaluate` start N times, or what torchrun or srun started."""
+"""The process of one rank of `eaopd train`, `teach`, `evaluate` or `doctor`, started by eaopd, torchrun or srun."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from eaopd_megatron.utils.log import log_rank0
 
 
 def run_rank(arguments: Sequence[str]) -> int:
-    """`train RECIPE [overrides]`, `teach RECIPE TEACHER [overrides]`, `eos-check RECIPE [overrides]` or `evaluate FILE`
-    (its options as JSON). The exit code; errors are reported."""
+    """Run `train RECIPE [overrides]`, `teach RECIPE TEACHER [overrides]`, `eos-check RECIPE [overrides]` or
+    `evaluate FILE` (options as JSON), report errors and return the exit code."""
     verb, target, *rest = arguments
     if verb == "train":
         return run_entrypoint(lambda: _train(load_recipe(target, rest)))
@@ -89,5 +89,5 @@ if __name__ == "__main__":
     code = run_rank(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # a failed rank must not wait for its peers in the destructors of their process groups
+    # skip the destructors of process groups, in which a failed rank would wait for its peers
     os._exit(code)

@@ -1,7 +1,6 @@
-"""Weights by broadcast: the main rank and the ranks of a server are a process group, gloo on CPUs and NCCL on GPUs.
+"""Weights by broadcast in process groups of the main rank and a server's ranks: gloo on CPUs, NCCL on GPUs.
 
-Each server has a group of its own, so that one that dies in the middle of an update stops nobody else. NCCL has not
-been run.
+Each server has a group of its own, so that one that dies during an update does not stop the others.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 def join_process_group(
     store: dist.Store, name: str, rank: int, world_size: int, backend: str, seconds: float
 ) -> dist.ProcessGroup:
-    """Join a group beside the default one, which the ranks of other programs join as well. Returns when all have.
+    """Join a group beside the default one, together with ranks of another program. Blocks until all have joined.
 
-    What torch has for this is private; SGLang's side of it does the same. Raises RuntimeError (torch's DistError among
-    them) when not all ranks have come within `seconds`, the limit on every operation of the group as well.
+    Raises RuntimeError if they have not within `seconds`, which also limits every operation of the group. torch has no
+    public call for this; SGLang's side uses the same private ones.
     """
     from torch.distributed.distributed_c10d import GroupName, _new_process_group_helper, _world
 
-    with _errors_left_to_us(backend):
+    with _keep_process_alive(backend):
         group, _ = _new_process_group_helper(
             world_size,
             rank,
@@ -60,28 +59,21 @@ def join_process_group(
 
 
 @contextmanager
-def _errors_left_to_us(backend: str) -> Iterator[None]:
-    """An NCCL group that is made in here has a watchdog that does not end the process.
-
-    By default it does when a server dies in the middle of an update, or when the group is aborted, for which torch asks
-    for this. The trainer's own groups keep their watchdogs. NCCL has not been run.
-    """
-    if backend != "nccl":
-        yield
-        return
+def _keep_process_alive(backend: str) -> Iterator[None]:
+    """Create NCCL groups whose watchdog does not end the process when a server dies or the group is aborted."""
     before = os.environ.get(ERROR_HANDLING)
-    os.environ[ERROR_HANDLING] = "0"  # a group reads it once, when it is made
+    if backend == "nccl":
+        os.environ[ERROR_HANDLING] = "0"  # read when a group is created
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[ERROR_HANDLING]
-        else:
+        os.environ.pop(ERROR_HANDLING, None)
+        if before is not None:
             os.environ[ERROR_HANDLING] = before
 
 
 def abort_process_group(group: dist.ProcessGroup) -> None:
-    """Leave a group in which another rank may be dead, or hang, without waiting for it."""
+    """Leave a group without waiting for its other ranks, which may be dead or hang."""
     from torch.distributed.distributed_c10d import _abort_process_group
 
     with suppress(RuntimeError, ValueError):
@@ -89,12 +81,12 @@ def abort_process_group(group: dist.ProcessGroup) -> None:
 
 
 class UpdateGroup:
-    """Rank 0 of a group, and the meeting place for the others."""
+    """Rank 0 of a server's group, and the TCP store through which the server's ranks join."""
 
     def __init__(self, name: str, ranks: int, address: str, *, seconds: float) -> None:
-        """ranks: of the server. address: of this host, as the server reaches it. seconds: for any one operation.
+        """ranks: of the server. address: of this host, as seen by the server. seconds: limit of one operation.
 
-        Raises UserError for an address that is not this host's.
+        Raises UserError if the address is not one of this host's.
         """
         self.name, self.world_size, self.address = name, 1 + ranks, address
         self._seconds = seconds
@@ -111,35 +103,35 @@ class UpdateGroup:
 
     @property
     def port(self) -> int:
-        """Of the meeting place."""
+        """Port of the store."""
         return self._store.port
 
     def arrived(self) -> bool:
-        """Whether a rank of the server has come to the meeting place."""
+        """Return whether a rank of the server has connected to the store."""
         return self._store.num_keys() > self._keys
 
     def join(self, backend: str) -> None:
-        """Returns when all ranks have. Raises RuntimeError."""
+        """Block until all ranks have joined. Raises RuntimeError."""
         self._group = join_process_group(self._store, self.name, 0, self.world_size, backend, self._seconds)
 
     def broadcast(self, data: torch.Tensor) -> dist.Work:
-        """Begin to send it to the server's ranks. Raises RuntimeError where a connection is known to be lost."""
+        """Start a broadcast to the server's ranks. Raises RuntimeError if a connection is lost."""
         work = dist.broadcast(data, group_src=0, group=self._group, async_op=True)
         assert work is not None
         return work
 
     def leave(self) -> None:
-        """End this rank's part, whatever became of the others."""
+        """End this rank's part without waiting for the others."""
         if self._group is None:
             return
         abort_process_group(self._group)
-        # Gloo ends a group when its last operation does, which with a rank that hangs is at the time limit.
-        held, self._group = [self._group], None
-        threading.Thread(target=held.clear, name=f"leaving {self.name}", daemon=True).start()
+        # gloo's destructor waits for the last operation, if a rank hangs until the time limit
+        references, self._group = [self._group], None
+        threading.Thread(target=references.clear, name=f"leaving {self.name}", daemon=True).start()
 
 
 def local_address_towards(url: str) -> str:
-    """The address of this host from which it reaches a server."""
+    """Return the address of this host from which it reaches a server."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname or "", parts.port or 80))  # sends nothing
@@ -147,18 +139,17 @@ def local_address_towards(url: str) -> str:
 
 
 LARGE_TENSOR_BYTES = 2**20
-"""Bytes of a tensor, on average over a bucket, from which on each is broadcast by itself: to take a bucket in one piece
-SGLang puts as much new memory together first, which costs more than the broadcast. Small tensors cost more one by one.
-"""
-ARRIVAL_POLL = 0.005
-"""Seconds between two looks for a server at the meeting place."""
-FAREWELL_SECONDS = 3.0
-"""What a server has to leave its group at the end of a run, which may have been told to end soon."""
+"""Average tensor size of a bucket from which tensors are broadcast one by one: for a flattened bucket SGLang allocates
+as much memory again, which then costs more than separate broadcasts."""
+_POLL_SECONDS = 0.005
+"""Interval at which the store is checked for a server's arrival."""
+_LEAVE_SECONDS = 3.0
+"""Time a server has to leave its group at the end of a run."""
 
 
 @dataclass(frozen=True)
 class PendingBroadcast:
-    """A bucket on its way: what the servers were told, and what was begun on each group."""
+    """A bucket being sent: the requests to the servers and the broadcasts on their groups."""
 
     calls: PendingCalls
     works: dict[SGLangClient, list[dist.Work]]
@@ -166,7 +157,7 @@ class PendingBroadcast:
 
 
 class DistributedTransport(BucketTransport[PendingBroadcast]):
-    """See the module. address: of this host, as the servers reach it; none: found out."""
+    """Broadcasts buckets. address: of this host, as seen by the servers; None: the route's own."""
 
     def __init__(
         self, run: RunCoroutine, seconds: float, capacity: int, *, backend: str, address: str | None = None
@@ -174,27 +165,27 @@ class DistributedTransport(BucketTransport[PendingBroadcast]):
         super().__init__(run, seconds, capacity)
         self._seconds, self._backend, self._address = seconds, backend, address
         self._groups: dict[SGLangClient, UpdateGroup] = {}
-        # a server refuses the name of a group that it knows, be it of a run that has ended
+        # unique: a server refuses the name of a group it knows, even of an earlier run
         self._names = (f"weights-{uuid.uuid4().hex[:8]}-{generation}" for generation in itertools.count(1))
 
-    def connect(self, push: WeightUpdate, ranks: Mapping[SGLangClient, int]) -> None:
-        """A group for every server that has none."""
+    def connect(self, update: WeightUpdate, ranks: Mapping[SGLangClient, int]) -> None:
+        """Create and join a group for every server that has none."""
         made = {client: self._group(client, count) for client, count in ranks.items() if client not in self._groups}
-        calls = push.start(lambda client: self._invite(client, made[client]), made)
+        calls = update.start(lambda client: self._invite(client, made[client]), made)
         for client, group in made.items():
             if not self._await(group, calls[client].done):
-                continue  # its call says why
-            with self._leaving(push, client):
+                continue  # the request's error tells why
+            with self._drop_on_error(update, client):
                 self._groups[client] = group
                 group.join(self._backend)
-        push.finish(calls)
-        self._drop_failed(push)
+        update.finish(calls)
+        self._drop_failed(update)
 
-    def start(self, push: WeightUpdate, bucket: Bucket) -> PendingBroadcast:
+    def start(self, update: WeightUpdate, bucket: Bucket) -> PendingBroadcast:
         body: dict[str, Any] = {
-            "names": [one.name for one in bucket.specs],
-            "dtypes": [str(one.dtype).removeprefix("torch.") for one in bucket.specs],
-            "shapes": [list(one.shape) for one in bucket.specs],
+            "names": [spec.name for spec in bucket.specs],
+            "dtypes": [str(spec.dtype).removeprefix("torch.") for spec in bucket.specs],
+            "shapes": [list(spec.shape) for spec in bucket.specs],
         }
         parts = [bucket.data]
         if len(bucket.data) < LARGE_TENSOR_BYTES * len(bucket.specs):
@@ -207,19 +198,19 @@ class DistributedTransport(BucketTransport[PendingBroadcast]):
             named = {**body, "group_name": groups[client].name}
             return await self._session.post(client, "/update_weights_from_distributed", named)
 
-        sent = PendingBroadcast(push.start(announce), {}, bucket)
-        for client in list(push.active):
-            with self._leaving(push, client):
+        sent = PendingBroadcast(update.start(announce), {}, bucket)
+        for client in list(update.active):
+            with self._drop_on_error(update, client):
                 sent.works[client] = [groups[client].broadcast(part) for part in parts]
         return sent
 
-    def finish(self, push: WeightUpdate, sent: PendingBroadcast) -> None:
-        push.finish(sent.calls)
-        for client in list(push.active):  # the server has everything, so this returns at once
-            with self._leaving(push, client):
+    def finish(self, update: WeightUpdate, sent: PendingBroadcast) -> None:
+        update.finish(sent.calls)
+        for client in list(update.active):  # the server has received everything: returns at once
+            with self._drop_on_error(update, client):
                 for work in sent.works[client]:
                     work.wait(timedelta(seconds=self._seconds))
-        self._drop_failed(push)
+        self._drop_failed(update)
 
     def forget(self, client: SGLangClient) -> None:
         if client in self._groups:
@@ -229,15 +220,14 @@ class DistributedTransport(BucketTransport[PendingBroadcast]):
         names = {client: {"group_name": group.name} for client, group in self._groups.items()}
         path = "/destroy_weights_update_group"
         WeightUpdate(self._run, names).call_all(
-            lambda client: client.request("POST", path, names[client], seconds=FAREWELL_SECONDS, attempts=1)
+            lambda client: client.request("POST", path, names[client], seconds=_LEAVE_SECONDS, attempts=1)
         )
         for client in names:
             self.forget(client)
 
     def _group(self, client: SGLangClient, ranks: int) -> UpdateGroup:
-        return UpdateGroup(
-            next(self._names), ranks, self._address or local_address_towards(client.url), seconds=self._seconds
-        )
+        address = self._address or local_address_towards(client.url)
+        return UpdateGroup(next(self._names), ranks, address, seconds=self._seconds)
 
     async def _invite(self, client: SGLangClient, group: UpdateGroup) -> Any:
         body = {
@@ -250,24 +240,24 @@ class DistributedTransport(BucketTransport[PendingBroadcast]):
         }
         return await self._session.post(client, "/init_weights_update_group", body)
 
-    def _await(self, group: UpdateGroup, over: Callable[[], bool]) -> bool:
-        """Whether the server has come to the meeting place, and not refused or died before."""
+    def _await(self, group: UpdateGroup, failed: Callable[[], bool]) -> bool:
+        """Return whether the server connected, rather than refusing or dying."""
         while not group.arrived():
-            if over():
+            if failed():
                 return False
-            time.sleep(ARRIVAL_POLL)
+            time.sleep(_POLL_SECONDS)
         return True
 
     @contextmanager
-    def _leaving(self, push: WeightUpdate, client: SGLangClient) -> Iterator[None]:
-        """A server whose group has an error inside leaves the update."""
+    def _drop_on_error(self, update: WeightUpdate, client: SGLangClient) -> Iterator[None]:
+        """Remove a server from the update if its group raises an error."""
         try:
             yield
         except RuntimeError as error:
-            push.fail(client, f"its update group broke off: {' '.join(str(error).split())[:200]}")
+            update.fail(client, f"its update group broke off: {' '.join(str(error).split())[:200]}")
             self.forget(client)
 
-    def _drop_failed(self, push: WeightUpdate) -> None:
-        """A group in which an operation failed is of no use any more; leaving it frees a server that waits in it."""
-        for client in push.failed:
+    def _drop_failed(self, update: WeightUpdate) -> None:
+        """Leave the groups of failed servers, which also frees servers that wait in them."""
+        for client in update.failed:
             self.forget(client)

@@ -1,4 +1,8 @@
-"""Weights through a folder that the trainer and its servers share."""
+"""Transports for servers that share a disk or a host with the trainer.
+
+A request of TensorTransport holds the tensors' bytes on CPUs; on GPUs it holds CUDA IPC handles of the bucket on the
+main rank's GPU, which the server must be able to see.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +32,14 @@ from eaopd_megatron.serving.http import SGLangClient
 
 
 class DiskTransport(Transport):
-    """See the module. seconds: limit on a server's reading. Of all versions the last one stays in `scratch`."""
+    """Writes a Hugging Face folder that servers read. seconds: limit of a server's reading. Keeps the last version."""
 
     def __init__(self, run: RunCoroutine, seconds: float, source: HfFolder, scratch: Path, dtype: torch.dtype) -> None:
         self._run, self._session, self._source = run, UpdateSession(seconds), source
         self._scratch, self._dtype = scratch, dtype
 
     def send(self, tensors: NamedTensors, version: str, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
-        """Raises UserError when the folder cannot be written."""
+        """Write the folder, then let the servers read it. Raises UserError if it cannot be written."""
         folder = self.folder(version)
         write_hf(tensors, self._source, folder, self._dtype)
         for other in self._scratch.glob("version_*"):
@@ -44,13 +48,13 @@ class DiskTransport(Transport):
         return self.load(version, clients)
 
     def load(self, version: str, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
-        """Give servers a version that is in the folder already. Returns those that have not got it, with the reason."""
-        push = WeightUpdate(self._run, clients)
-        push.call_all(lambda client: self._session.load_from_disk(client, self.folder(version).resolve(), version))
-        return push.failed
+        """Let servers read a version that is already written. Return those that failed, each with the reason."""
+        update = WeightUpdate(self._run, clients)
+        update.call_all(lambda client: self._session.load_from_disk(client, self.folder(version).resolve(), version))
+        return update.failed
 
     def folder(self, version: str) -> Path:
-        """Where a version is."""
+        """Return the folder of a version."""
         return self._scratch / f"version_{version}"
 
     def close(self) -> None:
@@ -58,42 +62,42 @@ class DiskTransport(Transport):
 
 
 DEVICE_INDEX = 6
-"""The place of the device among the arguments with which torch rebuilds a CUDA tensor."""
+"""Position of the device among the arguments with which torch rebuilds a CUDA tensor."""
 
 
 class TensorTransport(BucketTransport[PendingCalls]):
-    """See the module."""
+    """Sends the tensors in the requests themselves."""
 
     _ranks: Mapping[SGLangClient, int]
 
-    def connect(self, push: WeightUpdate, ranks: Mapping[SGLangClient, int]) -> None:
+    def connect(self, update: WeightUpdate, ranks: Mapping[SGLangClient, int]) -> None:
         self._ranks = ranks
 
-    def start(self, push: WeightUpdate, bucket: Bucket) -> PendingCalls:
+    def start(self, update: WeightUpdate, bucket: Bucket) -> PendingCalls:
         async def send(client: SGLangClient) -> Any:
-            # each rank of a server opens the handles of its own string, once
+            # one string per rank of the server, since CUDA IPC handles can be opened once
             strings = [serialize_bucket(bucket) for _ in range(self._ranks[client])]
             body = {"serialized_named_tensors": strings}
             return await self._session.post(client, "/update_weights_from_tensor", body)
 
-        return push.start(send)
+        return update.start(send)
 
-    def finish(self, push: WeightUpdate, sent: PendingCalls) -> None:
-        push.finish(sent)
+    def finish(self, update: WeightUpdate, sent: PendingCalls) -> None:
+        update.finish(sent)
 
 
 def serialize_bucket(bucket: Bucket) -> str:
-    """The tensors as SGLang's own unpickler takes them, in base64."""
+    """Serialize the tensors for SGLang's unpickler, in base64."""
     if bucket.data.is_cuda:
         stream = io.BytesIO()
         _HandlePickler(stream).dump(list(bucket.tensors()))
         return base64.b64encode(stream.getvalue()).decode()
-    # a view would bring all of its bucket along, and torch's own pickler shares memory with its own children alone
+    # clone: pickling a view would include the bucket, and torch's own pickler shares memory with children only
     return base64.b64encode(pickle.dumps([(name, view.clone()) for name, view in bucket.tensors()])).decode()
 
 
 class _HandlePickler(ForkingPickler):
-    """Names the GPU by its UUID, as SGLang does: its index differs between processes that see other GPUs."""
+    """Names the GPU by its UUID, as SGLang does: its index differs between processes."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What is said to one server when it gets weights, in the order in which SGLang 0.5.21 demands it."""
+"""Requests of a weight update to one server, in the order that SGLang 0.5.21 requires."""
 
 from __future__ import annotations
 
@@ -11,85 +11,85 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.http import SGLangClient
 
 ABORTED_UPDATE = "broken off"
-"""The version of weights of which an update may have changed a part."""
+"""Weight version of a server whose weights an aborted update may have changed in part."""
 
 
 @dataclass(frozen=True)
 class UpdateSession:
-    """seconds: limit on what takes as long as a model is large; the rest is up to the clients' patience.
+    """seconds: limit of requests whose time depends on the model's size; the others have the client's timeouts.
 
-    All raise ServerGone, Busy or UserError; nothing is said twice.
+    All methods raise ServerGone, Busy or UserError, and send each request once.
     """
 
     seconds: float
 
     async def post(self, client: SGLangClient, path: str, body: Mapping[str, Any]) -> Any:
-        """The server's answer to what takes long."""
+        """Send a request whose time depends on the model's size and return the answer."""
         return await client.request("POST", path, body, seconds=self.seconds, attempts=1)
 
     async def tp_size(self, client: SGLangClient) -> int:
-        """How many processes share its weights. Refuses (UserError) servers that take weights from a folder alone."""
+        """Return the number of ranks with weights. Raises UserError if the server supports disk updates only."""
         info = await client.server_info()
         if info["dp_size"] != 1:
             raise UserError(f"{client.url} has dp_size {info['dp_size']}, which takes weight_sync.transport=disk")
         return int(info["tp_size"])
 
     async def begin_update(self, client: SGLangClient) -> None:
-        """From now on it generates nothing and takes weights."""
+        """Pause generation and prepare for weights."""
         await self._pause(client)
         try:
             await post_once(client, "/begin_weight_update", {})
         except UserError as refusal:
             if "already open" not in str(refusal):
                 raise
-            await post_once(client, "/end_weight_update", {})  # of an update that broke off
+            await post_once(client, "/end_weight_update", {})  # of an aborted update
             await post_once(client, "/begin_weight_update", {})
 
     async def end_update(self, client: SGLangClient, version: str) -> None:
-        """It has all weights: they are `version`, and it generates again."""
+        """Declare the received weights complete as `version` and resume generation."""
         await post_once(client, "/end_weight_update", {})
         await post_once(client, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
         await self._resume(client, version)
 
     async def load_from_disk(self, client: SGLangClient, folder: Path, version: str) -> None:
-        """It reads weights from a folder, whatever it did before, and generates again."""
+        """Load weights from a folder, whatever the server's state, and resume generation."""
         await self._pause(client)
-        await _end_broken_off(client)
+        await _end_aborted_update(client)
         body = {"model_path": str(folder), "weight_version": version}
         await self.post(client, "/update_weights_from_disk", body)
         await self._resume(client, version)
 
     async def checksum(self, client: SGLangClient) -> str:
-        """Of the weights that it has, over all of its ranks."""
+        """Return the checksum of the weights over all ranks of the server."""
         try:
             answer = await self.post(client, "/weights_checker", {"action": "checksum"})
         except UserError as refusal:
             raise UserError(
-                f"{refusal}: this server cannot compute checksums (0.5.21 does it on GPUs alone): set "
+                f"{refusal}: this server cannot compute checksums (0.5.21 does so on GPUs only): set "
                 "weight_sync.verify=version"
             ) from None
         return str(answer["per_engine_checksum"])
 
     async def _pause(self, client: SGLangClient) -> None:
-        # retracted, what may still run gives its cache back: the server ends itself if that is in use afterwards
+        # retract running requests: the server ends itself if their cache is still in use afterwards
         await post_once(client, "/pause_generation", {"mode": "retract"})
 
     async def _resume(self, client: SGLangClient, version: str) -> None:
         await post_once(client, "/continue_generation", {})
-        found = (await client.model_info()).get("weight_version")
-        if found != version:
-            raise UserError(f"it has weights '{found}' after an update to '{version}'")
+        actual = (await client.model_info()).get("weight_version")
+        if actual != version:
+            raise UserError(f"it has weights '{actual}' after an update to '{version}'")
 
 
 async def resume_generation(client: SGLangClient) -> None:
-    """A server that an update which broke off left paused generates again. Raises as `Session` does."""
-    await _end_broken_off(client)
+    """Resume a server that an aborted update left paused. Raises as `UpdateSession` does."""
+    await _end_aborted_update(client)
     await post_once(client, "/update_weight_version", {"new_version": ABORTED_UPDATE, "abort_all_requests": False})
     await post_once(client, "/continue_generation", {})
 
 
-async def _end_broken_off(client: SGLangClient) -> None:
-    """End the session of an update that broke off, if there is one."""
+async def _end_aborted_update(client: SGLangClient) -> None:
+    """End the session of an aborted update, if there is one."""
     try:
         await post_once(client, "/end_weight_update", {})
     except UserError as refusal:
@@ -98,5 +98,5 @@ async def _end_broken_off(client: SGLangClient) -> None:
 
 
 async def post_once(client: SGLangClient, path: str, body: Mapping[str, Any]) -> None:
-    """What does not take long. Raises as `Session` does."""
+    """Send a short request. Raises as `UpdateSession` does."""
     await client.request("POST", path, body, attempts=1)

@@ -1,4 +1,4 @@
-"""The servers get the model's current weights, and are asked for what they have."""
+"""Send the model's current weights to the rollout servers and verify what they received."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from eaopd_megatron.utils.log import log_rank0
 
 
 class WeightUpdater:
-    """Used on all ranks; the servers' clients are the main rank's, and live in the event loop that `run` reaches.
+    """Used on all ranks. The servers' clients live on the main rank, in the event loop that `run` reaches.
 
-    A server that could not be given the weights is not the others' concern: it is named, with a reason of one line.
+    A server that cannot be updated does not affect the others: it is returned with a one-line reason.
     """
 
     def __init__(
@@ -41,8 +41,7 @@ class WeightUpdater:
         run: RunCoroutine | None = None,
         report: Callable[[str], None] = log_rank0,
     ) -> None:
-        """folder: of the student, whose tensors' names and shapes the servers expect. scratch: a folder that the
-        servers share with the trainer, for `disk`. run: on the main rank."""
+        """folder: the student's. scratch: shared with the servers, for `disk`. run: given on the main rank."""
         if not model.gpts[-1].share_embeddings_and_output_weights and folder.config.tie_word_embeddings:
             raise ValueError("a model with an output layer of its own cannot be given to servers of a tied one")
         self._model, self._folder, self._parallel, self._options = model, folder, parallel, options
@@ -51,23 +50,23 @@ class WeightUpdater:
         seconds = options.timeout_seconds
         self._session = UpdateSession(seconds)
         self._disk = DiskTransport(self._run, seconds, folder, scratch, model.dtype)
-        self._transport = self._made()
+        self._transport = self._create_transport()
 
     def update(self, version: int, clients: Sequence[SGLangClient] = ()) -> dict[SGLangClient, str]:
-        """Give all servers the model's current weights as `version`, while none of them generates. Collective.
+        """Send the current weights to all servers as `version`, while none generates. Collective.
 
-        Returns those that have not got them. One that is still there after the update broke off gets them by disk.
-        Raises, on all ranks, UserError when the folder cannot be written, or where servers' checksums differ.
+        Returns the servers that failed; one that is still reachable after a failed update is updated by disk. Raises
+        UserError on all ranks if the folder cannot be written or the servers' checksums differ.
         """
         failed = self._send(self._transport, version, clients)
         if self._transport is not self._disk:
             answers = WeightUpdate(self._run, failed).call_all(lambda client: client.reachable())
-            there = [client for client, found in answers.items() if found]
+            reachable = [client for client, answer in answers.items() if answer]
             for client in failed:
                 self._report(f"rollout server {client.url}: no weights {version}: {failed[client]}")
-            if self._any(there):
-                again = self.update_from_disk(version, there)
-                failed = {client: again.get(client, failed[client]) for client in failed if client not in there} | again
+            if self._any(reachable):
+                retried = self.update_from_disk(version, reachable)
+                failed = {client: failed[client] for client in failed if client not in reachable} | retried
         if self._options.verify == "checksum":
             run_on_all_or_raise(
                 self._parallel, lambda: self._compare([client for client in clients if client not in failed])
@@ -75,34 +74,36 @@ class WeightUpdater:
         return failed
 
     def update_from_disk(self, version: int, clients: Sequence[SGLangClient] = ()) -> dict[SGLangClient, str]:
-        """Give servers that came back the current weights, by disk, while others may generate. Collective.
+        """Update servers that came back by disk, while others may generate. Collective; returns and raises as `update`.
 
-        The folder is written once a version. Returns and raises as `push`.
+        The folder is written once per version.
         """
         if self._written != version:
             return self._send(self._disk, version, clients)
         return self._disk.load(str(version), clients)
 
     def forget(self, client: SGLangClient) -> None:
-        """The server is dead: its part in an update group is ended."""
+        """Release what is kept for a dead server."""
         self._transport.forget(client)
 
     def close(self) -> None:
-        """The folder of `disk` goes, and so do the groups. Of the main rank."""
+        """Remove the scratch folder and leave the groups, on the main rank."""
         if self._parallel.is_main:
             self._transport.close()
             self._disk.close()
 
-    def _made(self) -> Transport:
+    def _create_transport(self) -> Transport:
         options, seconds = self._options, self._options.timeout_seconds
         config = self._folder.config
-        entries = self._folder.family.params(config, own_output=not config.tie_word_embeddings)
-        numbers = [sum(math.prod(shape) for _, shape in entry.hf_tensors) for entry in entries]
-        room = bucket_capacity(options.bucket_mib * 2**20, [number * self._model.dtype.itemsize for number in numbers])
+        params = self._folder.family.params(config, own_output=not config.tie_word_embeddings)
+        sizes = [
+            sum(math.prod(shape) for _, shape in param.hf_tensors) * self._model.dtype.itemsize for param in params
+        ]
+        capacity = bucket_capacity(options.bucket_mib * 2**20, sizes)
         if options.transport == "distributed":
             backend = "nccl" if self._parallel.device.type == "cuda" else "gloo"
-            return DistributedTransport(self._run, seconds, room, backend=backend, address=options.address)
-        return TensorTransport(self._run, seconds, room) if options.transport == "tensor" else self._disk
+            return DistributedTransport(self._run, seconds, capacity, backend=backend, address=options.address)
+        return TensorTransport(self._run, seconds, capacity) if options.transport == "tensor" else self._disk
 
     def _send(self, transport: Transport, version: int, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         by_disk = transport is self._disk
@@ -116,18 +117,18 @@ class WeightUpdater:
             self._written = version
         return failed or {}
 
-    def _any(self, there: Sequence[SGLangClient]) -> bool:
-        """Whether the main rank names any, on all ranks."""
-        found = [bool(there)]
+    def _any(self, clients: Sequence[SGLangClient]) -> bool:
+        """Return on all ranks whether the main rank's list is not empty."""
+        flag = [bool(clients)]
         if self._parallel.world_size > 1:
-            dist.broadcast_object_list(found, src=0)
-        return found[0]
+            dist.broadcast_object_list(flag, src=0)
+        return flag[0]
 
     def _compare(self, clients: Sequence[SGLangClient]) -> None:
-        push = WeightUpdate(self._run, clients)
-        sums = push.call_all(self._session.checksum)
-        if push.failed:
-            raise UserError(next(iter(push.failed.values())))
+        update = WeightUpdate(self._run, clients)
+        sums = update.call_all(self._session.checksum)
+        if update.failed:
+            raise UserError(next(iter(update.failed.values())))
         for client in clients[1:]:
             if sums[client] != sums[clients[0]]:
                 raise UserError(
@@ -137,7 +138,7 @@ class WeightUpdater:
 
 
 def _checked(tensors: NamedTensors, expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors, each of which is expected as it is: a server ends itself over any other. Raises ValueError."""
+    """Yield the tensors after checking names and shapes: a server ends itself over any other. Raises ValueError."""
     missing = dict(expected)
     for name, tensor in tensors:
         if missing.pop(name, None) != tuple(tensor.shape):
@@ -148,6 +149,6 @@ def _checked(tensors: NamedTensors, expected: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _no_clients(work: Coroutine[Any, Any, Any]) -> Any:
-    """Of the ranks without clients."""
+    """Replace `run` on ranks without clients."""
     work.close()
     raise ValueError("a rank with clients needs `run`")
