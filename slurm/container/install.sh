@@ -4,8 +4,7 @@
 #   python3.11 -m venv .venv
 #   bash slurm/container/install.sh .venv/bin/python slurm/container/requirements.lock
 #
-# Needs nvcc of CUDA 13 and cuDNN's headers: Transformer Engine's torch part is compiled, beside the torch that it is for.
-# It has not been run on a machine with a GPU.
+# Needs nvcc of CUDA 13 and cuDNN's headers, to compile Transformer Engine's torch extension against the installed torch.
 set -euo pipefail
 python="$1" lock="$2"
 compiled='^transformer-engine-torch=='
