@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -38,18 +39,12 @@ class Alert:
 def alert_rules(rollout: RolloutConfig, updates: int, teachers: Collection[str] = ()) -> list[Alert]:
     """Return the rules that the recipe leaves on. updates: per iteration. teachers: names, if there are several."""
     gap, truncated, lag = rollout.warn_logprob_gap, rollout.warn_truncated, rollout.max_staleness * updates
-    rules = [
-        Alert(
-            f"{f'teachers/{name}' if name else 'teacher'}/terminal_logprob",
-            TERMINAL_LOGPROB_FLOOR,
-            f"{f'teacher {name}' if name else 'the teacher'}'s log-probability of the stopping token is below "
-            f"{TERMINAL_LOGPROB_FLOOR:g} nats",
-            "teacher and student may end with different ids: see "
-            f"{f'teachers.{name}' if name else 'teacher'}.terminal_map",
-            floor=True,
-        )
-        for name in teachers or [""]
-    ]
+    rules = []
+    for label, key in [(f"teacher {name}", f"teachers.{name}") for name in teachers] or [("the teacher", "teacher")]:
+        text = f"{label}'s log-probability of the stopping token is below {TERMINAL_LOGPROB_FLOOR:g} nats"
+        remedy = f"teacher and student may end with different ids: see {key}.terminal_map"
+        metric = f"{key.replace('.', '/', 1)}/terminal_logprob"
+        rules.append(Alert(metric, TERMINAL_LOGPROB_FLOOR, text, remedy, floor=True))
     rules += [
         Alert(
             "objective/kl_min",
@@ -108,7 +103,7 @@ class AlertMonitor:
 def find_warnings(run: RunData) -> list[str]:
     """Return the warnings about a run, a line each: unreadable files, metrics beyond limits, gate, evaluations."""
     lines = list(run.problems)
-    for rule in alert_rules(_rollout_config(run), _updates_per_iteration(run), run.setting("teachers") or ()):
+    for rule in _recipe_rules(run):
         iterations, values = run.series(rule.metric)
         amount = rule.excess(values)
         if values.size and (amount > 0).any():
@@ -120,20 +115,15 @@ def find_warnings(run: RunData) -> list[str]:
     return lines + _gate_warnings(run) + _evaluation_warnings(run)
 
 
-def _rollout_config(run: RunData) -> RolloutConfig:
-    """Return the recipe's rollout section, or the defaults if it has none or one of another version."""
-    section = run.setting("rollout")
-    try:
-        return RolloutConfig.model_validate({k: v for k, v in section.items() if k in RolloutConfig.model_fields})
-    except (AttributeError, ValueError):
-        return RolloutConfig()
-
-
-def _updates_per_iteration(run: RunData) -> int:
-    try:
-        return TrainConfig.model_validate(run.setting("train")).updates_per_iteration
-    except ValueError:
-        return 1
+def _recipe_rules(run: RunData) -> list[Alert]:
+    """Return the rules of the run's recipe; sections that are missing or of another version count as the defaults."""
+    rollout, updates = RolloutConfig(), 1
+    with contextlib.suppress(AttributeError, ValueError):
+        known = {key: value for key, value in run.setting("rollout").items() if key in RolloutConfig.model_fields}
+        rollout = RolloutConfig.model_validate(known)
+    with contextlib.suppress(ValueError):
+        updates = TrainConfig.model_validate(run.setting("train")).updates_per_iteration
+    return alert_rules(rollout, updates, run.setting("teachers") or ())
 
 
 def _gate_warnings(run: RunData) -> list[str]:

@@ -1,5 +1,6 @@
 """A run's metrics: metrics.jsonl (one JSON object per iteration), TensorBoard events and Weights & Biases."""
 
+import contextlib
 import importlib
 import json
 import logging
@@ -8,7 +9,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.files import atomic_write
@@ -46,12 +47,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class _Sink(Protocol):
-    def write(self, record: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     """Appends records to folder/metrics.jsonl and passes them to TensorBoard and Weights & Biases. Rank 0 owns it.
 
     resume_iteration: iteration of the checkpoint that the run resumes from; later records are removed first, because
@@ -66,7 +62,7 @@ class MetricsWriter:
         self, folder: Path, tensorboard: bool, wandb: dict[str, Any] | None, resume_iteration: int | None
     ) -> None:
         self.dropped: Counter[str] = Counter()
-        self._sinks: list[_Sink] = []
+        self._sinks: list[_TensorBoard | _Wandb] = []
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
         if tensorboard:
@@ -85,11 +81,13 @@ class MetricsWriter:
         for name, value in record.items():
             if name in _COUNTERS:
                 continue
-            number = float(value)
-            if math.isfinite(number):
-                clean[name] = number
-            else:
-                self._drop(name, number, int(record["iteration"]))
+            clean[name] = float(value)
+            if not math.isfinite(clean[name]):
+                self.dropped[name] += 1
+                number, times = clean.pop(name), self.dropped[name]
+                if times & (times - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time, so that the log stays readable
+                    message = "%s is %s at iteration %d and is left out (time %d)"
+                    logger.warning(message, name, number, record["iteration"], times)
         self._file.write(json.dumps(clean, allow_nan=False) + "\n")
         self._file.flush()
         for sink in self._sinks:
@@ -101,17 +99,8 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.close()
 
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _drop(self, name: str, number: float, iteration: int) -> None:
-        self.dropped[name] += 1
-        count = self.dropped[name]
-        if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time, so that the log stays readable
-            logger.warning("%s is %s at iteration %d and is left out (time %d)", name, number, iteration, count)
 
 
 def _truncate_after(path: Path, iteration: int | None) -> None:

@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from eaopd_megatron.evaluation.estimators import FloatArray, estimate_mean
-from eaopd_megatron.evaluation.results import BenchmarkResult
 from eaopd_megatron.plotting.curves import draw_pass_curves, make_panels, style_axes
-from eaopd_megatron.reporting.run_data import RunData
+from eaopd_megatron.reporting.run_data import History, RunData
 
 _TEACHER, _STUDENT, _FORWARD, _REVERSE, _NEUTRAL = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#333333"
 _SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
@@ -29,10 +28,7 @@ _LineStyle = str | tuple[int, tuple[int, int]]
 
 
 class MissingMetrics(Exception):
-    """Raised with the names of the metrics that a figure needs."""
-
-    def __init__(self, *names: str) -> None:
-        super().__init__(", ".join(names))
+    """Names the metrics that a figure needs and the run has not recorded."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +37,8 @@ class Plot:
 
     name: str
     title: str
-    caption: str
     draw: Callable[[RunData], Figure]
+    caption: str
 
 
 def smooth(values: FloatArray) -> FloatArray:
@@ -131,14 +127,7 @@ def _draw_evaluation(run: RunData) -> Figure:
 
 
 def _history_line(
-    axes: Axes,
-    history: list[tuple[int, BenchmarkResult]],
-    figure: str,
-    colour: str,
-    *,
-    bars: bool,
-    label: str = "",
-    end: str = "",
+    axes: Axes, history: History, figure: str, colour: str, *, bars: bool, label: str = "", end: str = ""
 ) -> None:
     """Draw a figure over the evaluations. bars: with intervals. label: in the legend; end: beside the last point."""
     iterations = [iteration for iteration, _ in history]
@@ -213,9 +202,8 @@ def _draw_time(run: RunData) -> Figure:
     left.stackplot(iterations, heights, colors=[colours[name] for name in regular], linewidth=0)
     left.set_xlim(min(iterations[0], iterations[-1] - 1), iterations[-1])
     rare = [name.removeprefix("time/") for name in names if name not in regular]
-    style_axes(
-        left, "One iteration" + (f", without {' and '.join(rare)}" if rare else ""), "s", floor=True, legend=False
-    )
+    title = "One iteration" + (f", without {' and '.join(rare)}" if rare else "")
+    style_axes(left, title, "s", floor=True, legend=False)
     totals = np.array([run.series(name)[1].sum() for name in names])
     positions = np.arange(len(names))[::-1]
     right.barh(positions, totals, color=list(colours.values()))
@@ -233,7 +221,7 @@ def _draw_time(run: RunData) -> Figure:
 def _draw_throughput(run: RunData) -> Figure:
     names = run.names("throughput/") + run.names("rollout/tokens_per_second")
     if not names:
-        raise MissingMetrics("rollout/tokens_per_second", "throughput/*")
+        raise MissingMetrics("rollout/tokens_per_second, throughput/*")
     tokens = [name for name in names if name.endswith("tokens_per_second")]
     others = [name for name in names if name not in tokens]
     figure, axes = make_panels(bool(tokens) + len(others))
@@ -249,48 +237,26 @@ def _draw_throughput(run: RunData) -> Figure:
     return figure
 
 
-PLOTS: tuple[Plot, ...] = (
-    Plot(
-        "evaluation",
-        "Evaluation over training",
-        "Bars and bands: 95 % bootstrap intervals over problems. Pass@k is the unbiased estimate.",
-        _draw_evaluation,
-    ),
-    Plot(
-        "pass_at_k",
-        "Pass@k before and after",
-        "A model whose pass@k rises at k = 1 but not at large k has become more certain, not more able.",
-        _draw_pass_at_k,
-    ),
-    Plot(
-        "objective",
-        "Loss terms",
-        "Means over response tokens. The loss includes the sampled policy-gradient term, which is no distance: "
-        "judge progress by the divergences.",
-        _draw_objective,
-    ),
-    Plot(
-        "entropy",
-        "Entropies of teacher and student",
-        "On gated tokens the student should stay close to the teacher; far below it, answers become alike.",
-        _draw_entropy,
-    ),
-    Plot(
-        "gate",
-        "Gate and clipping",
-        "Gate: share of response tokens whose teacher entropy is above the threshold.",
-        _draw_gate,
-    ),
-    Plot("rollout", "Rollouts", "Truncated responses teach the student nothing about stopping.", _draw_rollout),
-    Plot("optimizer", "Optimiser", "Learning rate, and gradient norm before clipping.", _draw_optimizer),
-    Plot(
-        "time",
-        "Where the time goes",
-        "Left: seconds of each phase of an iteration, stacked. Right: their sums (same colours).",
-        _draw_time,
-    ),
-    Plot("throughput", "Throughput", "Tokens per second over all ranks.", _draw_throughput),
-)
+# fmt: off
+PLOTS = tuple(Plot(*row) for row in (
+    ("evaluation", "Evaluation over training", _draw_evaluation,
+     "Bars and bands: 95 % bootstrap intervals over problems. Pass@k is the unbiased estimate."),
+    ("pass_at_k", "Pass@k before and after", _draw_pass_at_k,
+     "A model whose pass@k rises at k = 1 but not at large k has become more certain, not more able."),
+    ("objective", "Loss terms", _draw_objective,
+     "Means over response tokens. The loss includes the sampled policy-gradient term, which is no distance: judge "
+     "progress by the divergences."),
+    ("entropy", "Entropies of teacher and student", _draw_entropy,
+     "On gated tokens the student should stay close to the teacher; far below it, answers become alike."),
+    ("gate", "Gate and clipping", _draw_gate,
+     "Gate: share of response tokens whose teacher entropy is above the threshold."),
+    ("rollout", "Rollouts", _draw_rollout, "Truncated responses teach the student nothing about stopping."),
+    ("optimizer", "Optimiser", _draw_optimizer, "Learning rate, and gradient norm before clipping."),
+    ("time", "Where the time goes", _draw_time,
+     "Left: seconds of each phase of an iteration, stacked. Right: their sums (same colours)."),
+    ("throughput", "Throughput", _draw_throughput, "Tokens per second over all ranks."),
+))
+# fmt: on
 
 
 def _line(axes: Axes, run: RunData, name: str, label: str, colour: str, style: _LineStyle = "-") -> None:
@@ -300,19 +266,17 @@ def _line(axes: Axes, run: RunData, name: str, label: str, colour: str, style: _
         axes.plot(iterations, values, color=colour, alpha=0.25, linewidth=0.7)
         axes.plot(iterations, smooth(values), color=colour, linewidth=1.8, linestyle=style, label=label)
     elif len(values):
-        marker = "o" if len(values) < 15 else ""
-        axes.plot(
-            iterations, values, color=colour, linewidth=1.6, linestyle=style, marker=marker, markersize=3, label=label
-        )
+        axes.plot(iterations, values, color=colour, linewidth=1.6, linestyle=style, label=label,
+                  marker="o" if len(values) < 15 else "", markersize=3)  # fmt: skip
 
 
 def _require(run: RunData, *names: str) -> None:
     """Raise MissingMetrics unless one of the metrics was recorded."""
     if not any(map(run.has, names)):
-        raise MissingMetrics(*names)
+        raise MissingMetrics(", ".join(names))
 
 
-def _benchmarks(run: RunData) -> dict[str, list[tuple[int, BenchmarkResult]]]:
+def _benchmarks(run: RunData) -> dict[str, History]:
     benchmarks = run.benchmarks()
     if not benchmarks:
         raise MissingMetrics("evaluation/*.json")

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,8 @@ class Progress:
             TextColumn("distilling"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
         )
         self._task = self._bar.add_task("distilling", total=total, completed=start, left="")
-        self._live = (
-            Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
-            if self._console.is_terminal
-            else None
-        )
+        live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
+        self._live = live if self._console.is_terminal else None
 
     def __enter__(self) -> "Progress":
         if self._live:
@@ -87,11 +84,8 @@ class Progress:
         evaluated = _evaluation_text(record)
         if evaluated:
             self._evaluation = evaluated
-            self.message(
-                f"evaluation after {iteration} iterations: {evaluated}"
-                if iteration
-                else f"before training: {evaluated}"
-            )
+            prefix = f"evaluation after {iteration} iterations" if iteration else "before training"
+            self.message(f"{prefix}: {evaluated}")
         self._figures = [
             (label, form.format(record[name])) for label, name, form in _FIGURES if name in record
         ] or self._figures
@@ -105,18 +99,15 @@ class Progress:
         if now >= self._next_line or iteration >= self._total:
             self._next_line = now + _LINE_INTERVAL
             figures = "  ".join(f"{label} {value}" for label, value in self._figures)
-            self._write(
-                f"iteration {iteration}/{self._total}  {figures}  {self._left()}".rstrip(), show=self._live is None
-            )
+            line = f"iteration {iteration}/{self._total}  {figures}  {self._left()}"
+            self._write(line.rstrip(), show=self._live is None)
 
     def _left(self) -> str:
         """Estimate the remaining time from the last iterations; "" before there are two."""
         if len(self._ends) < 2 or self._done >= self._total:
             return ""
         remaining = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._total - self._done)
-        minutes, seconds = divmod(round(remaining), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{seconds:02d} left"
+        return f"{timedelta(seconds=round(remaining))} left"
 
     def _write(self, text: str, *, show: bool) -> None:
         stamp = datetime.now()
@@ -143,8 +134,7 @@ def _evaluation_text(record: Mapping[str, Any]) -> str:
         parts = name.rsplit("/", 1)
         if name.startswith("evaluation/") and parts[1].startswith("pass@"):
             passes.setdefault(parts[0].removeprefix("evaluation/"), {})[int(parts[1].removeprefix("pass@"))] = value
-    texts = []
-    for benchmark, by_k in passes.items():
-        ends = dict.fromkeys((min(by_k), max(by_k)))
-        texts.append(f"{benchmark} " + " ".join(f"pass@{k} {by_k[k]:.3f}" for k in ends))
-    return ", ".join(texts)
+    return ", ".join(
+        f"{benchmark} " + " ".join(f"pass@{k} {by_k[k]:.3f}" for k in dict.fromkeys((min(by_k), max(by_k))))
+        for benchmark, by_k in passes.items()
+    )

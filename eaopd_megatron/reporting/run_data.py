@@ -17,6 +17,10 @@ from eaopd_megatron.reporting.metrics_log import METRICS_FILE, read_metrics
 _WINDOW = 10  # records averaged at the start and at the end of a run; at most half of all
 
 
+History = list[tuple[int, BenchmarkResult]]
+"""A benchmark's (iteration, result) pairs by iteration."""
+
+
 @dataclass(frozen=True)
 class RunData:
     """Contents of a run's folder. problems: a line for each part that could not be read; the others are reported."""
@@ -106,13 +110,13 @@ class RunData:
         except (ValueError, TypeError):  # a recipe that was edited afterwards, or one of another version
             return None
 
-    def benchmarks(self) -> dict[str, list[tuple[int, BenchmarkResult]]]:
-        """Return {benchmark: its (iteration, result) pairs by iteration}."""
-        names = dict.fromkeys(name for evaluation in self.evaluations for name in evaluation.benchmarks)
-        return {
-            name: [(one.iteration, one.benchmarks[name]) for one in self.evaluations if name in one.benchmarks]
-            for name in names
-        }
+    def benchmarks(self) -> dict[str, History]:
+        """Return the evaluations by benchmark."""
+        histories: dict[str, History] = {}
+        for evaluation in self.evaluations:
+            for name, benchmark in evaluation.benchmarks.items():
+                histories.setdefault(name, []).append((evaluation.iteration, benchmark))
+        return histories
 
     def series(self, name: str) -> tuple[FloatArray, FloatArray]:
         """Return iterations and values of a metric, both [n], for the records that have it."""

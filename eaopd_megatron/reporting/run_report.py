@@ -82,15 +82,10 @@ def write_run_report(run: Path) -> Path:
     metrics.
     """
     data = RunData.read(run)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["interval"] = _interval
-    page = environment.get_template("report.html.j2").render(
+    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    page = jinja2.Template(template, **options).render(  # type: ignore[arg-type]
+        interval=_interval,
         name=data.folder.resolve().name,
         state=_state(data),
         summary=_summary(data),
@@ -139,11 +134,11 @@ def _draw(plot: Plot, run: RunData) -> dict[str, Any]:
     path = run.folder / "report" / f"{plot.name}.png"
     try:
         png = to_png(plot.draw(run))
-    except MissingMetrics as missing:
+    except MissingMetrics as error:
         path.unlink(missing_ok=True)
-        return {"title": plot.title, "caption": plot.caption, "missing": str(missing)}
+        return {"title": plot.title, "missing": error}
     atomic_write(path, png)
-    return {"title": plot.title, "caption": plot.caption, "png": base64.b64encode(png).decode("ascii"), "missing": ""}
+    return {"title": plot.title, "caption": plot.caption, "png": base64.b64encode(png).decode("ascii")}
 
 
 def _state(run: RunData) -> str:
@@ -208,10 +203,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
 def _teachers(run: RunData) -> dict[str, list[str]]:
     """Return {teacher: a cell per column, early -> recent} of a run with several teachers."""
     names = dict.fromkeys(name.split("/")[1] for name in run.names("teachers/"))
-    return {
-        name: [_change(run, f"teachers/{name}/{figure}", form) for _, figure, form in _TEACHER_COLUMNS]
-        for name in names
-    }
+    columns = _TEACHER_COLUMNS
+    return {name: [_change(run, f"teachers/{name}/{figure}", form) for _, figure, form in columns] for name in names}
 
 
 def _change(run: RunData, name: str, form: str) -> str:
@@ -221,8 +214,8 @@ def _change(run: RunData, name: str, form: str) -> str:
 
 def _interval(value: Estimate, sign: str = "") -> tuple[str, str]:
     """Return the estimate and its interval as text; adding 0.0 avoids "-0.000"."""
-    numbers = [format(number + 0.0, f"{sign}.3f") for number in value]
-    return numbers[0], f"[{numbers[1]}, {numbers[2]}]"
+    number, low, high = (format(number + 0.0, f"{sign}.3f") for number in value)
+    return number, f"[{low}, {high}]"
 
 
 def _duration(seconds: float) -> str:
