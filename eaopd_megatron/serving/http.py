@@ -14,7 +14,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -23,13 +23,12 @@ import yarl
 from eaopd_megatron.errors import UserError
 
 T = TypeVar("T")
+_Json = dict[str, Any]
 FUTURE_POLL_SECONDS = 0.2
-"""How long a rank waits for background work before it looks for signals and other events."""
-_KEEP_ALIVE_SECONDS = 2.0
-"""SGLang closes connections that were idle for 5 s; a request sent at that moment would look dropped."""
+"""How long a rank waits for background work before it looks for other events."""
+_KEEP_ALIVE_SECONDS = 2.0  # SGLang closes connections after 5 idle seconds; a request at that moment looks dropped
 _READ_BUFFER_BYTES = 2**20
 _MAX_BACKOFF_SECONDS = 10.0
-_MAX_ERROR_CHARACTERS = 500
 
 
 class ServerGone(Exception):
@@ -52,25 +51,17 @@ class Timeouts:
     backoff: float = 0.5  # first retry after a random time of at most this; doubles each time, up to 10 s
 
 
-@dataclass(frozen=True)
-class HttpResponse:
-    """Status, content type and body of an answer."""
-
+class HttpResponse(NamedTuple):
     status: int
-    content_type: str
+    headers: Mapping[str, str]
     content: bytes | bytearray
-    router_error: str | None = None  # set by sglang-router when the servers behind it failed
 
 
 class HttpClient:
-    """Client of one server at http(s)://HOST:PORT. Use it from one event loop.
+    """Client of one server, for one event loop. The API key appears in no message; proxies are not used; certificates
+    are verified against the system's authorities or those in SSL_CERT_FILE."""
 
-    The API key is sent in the Authorization header and appears in no message. Proxy variables are ignored: servers are
-    addressed directly. Certificates are verified against the system's authorities or those in SSL_CERT_FILE.
-    """
-
-    key_setting = "servers.api_key_file"
-    """Recipe key that messages about a wrong API key name."""
+    key_setting = "servers.api_key_file"  # named in messages about a wrong API key
 
     def __init__(
         self,
@@ -82,11 +73,8 @@ class HttpClient:
         ready_path: str = "/ready",
         key_setting: str | None = None,
     ) -> None:
-        """connections: concurrent long requests that a pool sends; not enforced here. ready_path: path that answers 200
-        when the server is ready. key_setting: overrides the class's.
-
-        Raises UserError for an invalid URL.
-        """
+        """connections: concurrent calls of a pool; not enforced here. ready_path: answers 200 when the server is ready.
+        Raises UserError for an invalid URL."""
         self.url, self.connections, self.ready_path = url.rstrip("/"), connections, ready_path
         self.timeouts = timeouts or Timeouts()
         self._base, self._secure = _parse_url(self.url)
@@ -105,15 +93,15 @@ class HttpClient:
         seconds: float | None = None,
         attempts: int | None = None,
     ) -> Any:
-        """Return the JSON answer, None where the answer is not JSON.
+        """Return the JSON answer; None if it is not JSON.
 
-        seconds: limit on one attempt, `timeouts.control` by default. attempts: `timeouts.attempts` by default; pass 1
-        for requests that must not be repeated. Raises ServerGone at once, Busy after the last attempt, and UserError
-        for a request that the server refuses.
+        seconds: limit on one attempt, `timeouts.control` by default. attempts: `timeouts.attempts` by default, 1 for
+        what must not be repeated. Raises ServerGone at once, Busy after the last attempt, UserError for a refusal.
         """
         content = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
         response = await self.fetch(method, path, content, seconds=seconds, attempts=attempts)
-        return json.loads(response.content) if response.content_type.startswith("application/json") else None
+        is_json = response.headers.get("Content-Type", "").startswith("application/json")
+        return json.loads(response.content) if is_json else None
 
     async def ready(self) -> bool:
         """Return whether the server works on requests now (False while it loads or is paused). Raises ServerGone."""
@@ -121,10 +109,8 @@ class HttpClient:
         return response.status == 200
 
     async def reachable(self) -> bool:
-        """Return whether the server answers at all, even busy or paused.
-
-        A dropped connection alone does not tell: servers also drop the connection of a request that failed.
-        """
+        """Return whether the server answers at all, even busy or paused. (A server that failed one request drops its
+        connection.)"""
         with suppress(ServerGone):
             await self.ready()
             return True
@@ -140,8 +126,8 @@ class HttpClient:
         attempts: int | None = None,
         size: int | None = None,
     ) -> HttpResponse:
-        """Return a successful answer. size: number of bytes of a large answer, read into a bytearray without another
-        copy. Other arguments and errors as in `request`."""
+        """Return a successful answer. size: bytes of a large answer, read into a bytearray without another copy. Other
+        arguments and errors as in `request`."""
         limit, attempts = seconds or self.timeouts.control, attempts or self.timeouts.attempts
         for attempt in range(attempts):  # by hand: tenacity would cost half as much processor time as the request
             try:
@@ -175,13 +161,7 @@ class HttpClient:
                 timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=connect),
                 allow_redirects=False,
             ) as response:
-                headers = response.headers
-                return HttpResponse(
-                    response.status,
-                    headers.get("Content-Type", ""),
-                    await _read(response, size),
-                    headers.get("x-smg-error-code"),
-                )
+                return HttpResponse(response.status, response.headers, await _read(response, size))
         except aiohttp.ConnectionTimeoutError:
             raise ServerGone(f"no answer to {path} within {connect:g} s") from None
         except TimeoutError:
@@ -205,29 +185,26 @@ class HttpClient:
         if response.status in (401, 403):
             what = "refuses the API key" if "Authorization" in self._headers else "asks for an API key"
             return UserError(f"{self.url} {what}: put the key that it was started with into {self.key_setting}")
-        if response.router_error:
-            return ServerGone(f"the router says {response.router_error}")
+        if code := response.headers.get("x-smg-error-code"):  # from sglang-router, about the servers behind it
+            return ServerGone(f"the router says {code}")
         message = f"{self.url}{path} answered {response.status}: {_error_text(response.content)}"
         return Busy(message) if response.status == 429 or response.status >= 500 else UserError(message)
 
 
 class SGLangClient(HttpClient):
-    """Client of one SGLang server, or of a router in front of several (which has its own `ready_path`)."""
+    """Client of one SGLang server, or of a router in front of several."""
 
-    async def generate(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def generate(self, body: Mapping[str, Any]) -> _Json:
         """POST /generate with a validated body (`LengthLimits.validate`). Raises ServerGone, Busy, UserError."""
-        answer: dict[str, Any] = await self.request("POST", "/generate", body, seconds=self.timeouts.generate)
-        return answer
+        return cast(_Json, await self.request("POST", "/generate", body, seconds=self.timeouts.generate))
 
-    async def model_info(self) -> dict[str, Any]:
+    async def model_info(self) -> _Json:
         """Return the model's path and architecture and the current version of its weights."""
-        answer: dict[str, Any] = await self.request("GET", "/model_info")
-        return answer
+        return cast(_Json, await self.request("GET", "/model_info"))
 
-    async def server_info(self) -> dict[str, Any]:
+    async def server_info(self) -> _Json:
         """Return the server's settings. They include its API key: never print them."""
-        answer: dict[str, Any] = await self.request("GET", "/server_info")
-        return answer
+        return cast(_Json, await self.request("GET", "/server_info"))
 
 
 def _parse_url(url: str) -> tuple[str, bool]:
@@ -243,18 +220,13 @@ def _parse_url(url: str) -> tuple[str, bool]:
 
 
 def _new_session(headers: Mapping[str, str], secure: bool) -> aiohttp.ClientSession:
-    connector = aiohttp.TCPConnector(
-        limit=0,  # pools limit the number of running requests
-        keepalive_timeout=_KEEP_ALIVE_SECONDS,
-        ssl=ssl.create_default_context() if secure else True,
-    )
-    return aiohttp.ClientSession(
-        connector=connector,
+    tls = ssl.create_default_context() if secure else True
+    return aiohttp.ClientSession(  # limit: pools limit the number of running requests
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS, ssl=tls),
         headers=headers,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
-        trust_env=False,
         read_bufsize=_READ_BUFFER_BYTES,
     )
 
@@ -277,11 +249,11 @@ def _error_text(content: bytes | bytearray) -> str:
         if isinstance(answer, dict):
             error = answer.get("error", answer.get("message", answer.get("detail", text)))
             text = str(error.get("message", error) if isinstance(error, dict) else error)
-    return " ".join(text.split())[:_MAX_ERROR_CHARACTERS]
+    return " ".join(text.split())[:500]
 
 
 def server_is_ready(url: str, api_key: str | None = None) -> bool:
-    """Return whether GET /ready answers 200 within 5 s. Blocks; call it from a thread without an event loop."""
+    """Return whether GET /ready answers 200 within 5 s. Blocks, so not for threads with an event loop."""
 
     async def check() -> bool:
         client = HttpClient(url, api_key=api_key, timeouts=Timeouts(connect=5.0, health=5.0))

@@ -17,50 +17,31 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.http import Busy, ServerGone
+from eaopd_megatron.serving.http import Busy, HttpClient, ServerGone
 from eaopd_megatron.utils.log import log_rank0
 
-_MAX_ATTEMPTS = 8
-"""After this many servers died under one call or gave it up, the call is the likelier cause."""
-
-
-class PoolClient(Protocol):
-    """What the pool needs of a server's client."""
-
-    @property
-    def url(self) -> str: ...
-
-    @property
-    def connections(self) -> int:
-        """Maximum number of concurrent calls."""
-
-    async def reachable(self) -> bool:
-        """Return whether the server answers."""
-
-    async def close(self) -> None: ...
+_MAX_ATTEMPTS = 8  # after this many servers that died under a call or gave it up, the call is the likelier cause
 
 
 class PoolLimits(Protocol):
-    """What a server accepts."""
-
     def intersect(self, other: Self) -> Self:
-        """Return what both servers accept."""
+        """Return what two servers both accept."""
 
 
-C = TypeVar("C", bound=PoolClient)
+C = TypeVar("C", bound=HttpClient)
 L = TypeVar("L", bound=PoolLimits)
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-C_contra = TypeVar("C_contra", bound=PoolClient, contravariant=True)
+C_contra = TypeVar("C_contra", bound=HttpClient, contravariant=True)
 L_contra = TypeVar("L_contra", bound=PoolLimits, contravariant=True)
 
 
 class StaleServer(Exception):
-    """The server answers, but not with what it was admitted with (e.g. older weights); it must be admitted again."""
+    """The server has other weights than when it was admitted; it must be admitted again."""
 
 
 class NotYet(Busy):
-    """The server answers, and can be admitted once the pool's user has acted (e.g. sent weights). Not downtime."""
+    """The server can be admitted once the pool's user has acted (e.g. sent weights). Not downtime."""
 
 
 class PoolCall(Protocol[C_contra, L_contra, T_co]):
@@ -74,14 +55,11 @@ class PoolCall(Protocol[C_contra, L_contra, T_co]):
         """Raise UserError for a call that a server with these limits cannot take."""
 
     async def attempt(self, client: C_contra, number: int) -> T_co:
-        """Return the answer. Raises ServerGone, Busy (try again), StaleServer, UserError. Cancelled when the server is
-        lost."""
+        """Return the answer. Raises ServerGone, Busy (try again), StaleServer, UserError."""
 
 
 @dataclass(eq=False)
 class _Member(Generic[C]):
-    """A server and its calls."""
-
     client: C
     alive: bool = False
     not_yet: bool = False  # not alive, and `NotYet` was the reason
@@ -90,10 +68,6 @@ class _Member(Generic[C]):
     readmission: asyncio.Task[bool] | None = None  # running after a dropped connection
     running: int = 0  # number of calls
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
-
-    @property
-    def load(self) -> float:
-        return self.running / self.client.connections
 
 
 class ServerPool(Generic[C, L]):
@@ -212,8 +186,7 @@ class ServerPool(Generic[C, L]):
         raise UserError(f"request {call.id} failed on {_MAX_ATTEMPTS} attempts, the last time: {reasons[-1]}")
 
     async def _readmit(self, member: _Member[C]) -> bool:
-        """Admit the server again after a dropped connection, because another one may answer now. Runs once for all
-        calls that saw the connection drop."""
+        """Admit the server again after a dropped connection, once for all calls that saw it: another may answer now."""
         if member.readmission is None or member.readmission.done():
             member.readmission = asyncio.create_task(self._try_to_admit(member))
         return await asyncio.shield(member.readmission)
@@ -249,7 +222,7 @@ class ServerPool(Generic[C, L]):
                 return
             slot = self._waiting.popleft()
             if not slot.done():
-                member = min(free, key=lambda m: m.load)
+                member = min(free, key=lambda m: m.running / m.client.connections)
                 member.running += 1
                 slot.set_result(member)
 
@@ -289,10 +262,9 @@ class ServerPool(Generic[C, L]):
                     self._lose(member, "it does not answer any more")
                 continue
             wait = wait_random_exponential(multiplier=self._readmission_wait, max=5.0)
+            retrying = AsyncRetrying(retry=retry_if_result(lambda admitted: not admitted), wait=wait)
             try:
-                await AsyncRetrying(retry=retry_if_result(lambda admitted: not admitted), wait=wait)(
-                    self._try_to_admit, member
-                )
+                await retrying(self._try_to_admit, member)
             except Exception as error:
                 self._fail(error)
                 return
@@ -312,9 +284,8 @@ class ServerPool(Generic[C, L]):
 
     def _report_if_all_down(self) -> None:
         if not any(member.alive for member in self._members):
-            self._report(
-                f"all {self._kind}s are down: waiting for one of them, for {self._unavailable_timeout:g} s at the most"
-            )
+            limit = f"{self._unavailable_timeout:g} s"
+            self._report(f"all {self._kind}s are down: waiting for one of them, for {limit} at the most")
             self._update_timer()
 
     def _update_timer(self) -> None:
@@ -329,7 +300,6 @@ class ServerPool(Generic[C, L]):
     def _give_up(self) -> None:
         self._timer = None
         reasons = "; ".join(f"{m.client.url}: {m.reason}" for m in self._members)
-        self._timeout_failure = UserError(
-            f"no {self._kind} has been there for {self._unavailable_timeout:g} s ({reasons})"
-        )
-        self._fail(self._timeout_failure)
+        error = UserError(f"no {self._kind} has been there for {self._unavailable_timeout:g} s ({reasons})")
+        self._timeout_failure = error
+        self._fail(error)

@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
 import psutil
@@ -25,9 +25,8 @@ def node_address(environment: Mapping[str, str] = os.environ) -> str:
         if addresses is None:
             available = ", ".join(sorted(psutil.net_if_addrs()))
             raise UserError(f"{INTERFACE_VARIABLE} is {interface}, which this node has not (it has {available})")
-        for one in addresses:
-            if one.family == socket.AF_INET:
-                return str(one.address)
+        if ipv4 := [one.address for one in addresses if one.family == socket.AF_INET]:
+            return str(ipv4[0])
         raise UserError(f"{INTERFACE_VARIABLE} is {interface}, which has no IPv4 address")
     name = environment.get("SLURMD_NODENAME") or socket.gethostname()
     try:
@@ -39,11 +38,8 @@ def node_address(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def reserve_port() -> tuple[socket.socket, int]:
-    """Reserve a free port of 127.0.0.1 for as long as the returned socket is open.
-
-    Only a process that binds with SO_REUSEADDR, as servers do, can use it. Without the reservation, a server that is
-    restarted may find an outgoing connection on its port.
-    """
+    """Reserve a free port of 127.0.0.1 for as long as the returned socket is open, for processes that bind it with
+    SO_REUSEADDR, as servers do. A restarted server might otherwise find an outgoing connection on its port."""
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))
@@ -62,10 +58,10 @@ class PortClaim:
 
 
 def claim_port(address: str, *, first: int | None = None, seed: int = 0, wait_seconds: float = 20.0) -> PortClaim:
-    """Claim a port of this node that nothing listens on and no other job's process has claimed.
+    """Claim a port of this node that nothing listens on and no other job has claimed. Raises UserError.
 
-    first: claim this port and no other, waiting up to `wait_seconds` for its previous owner to end. seed: where the
-    search through $EAOPD_PORTS begins. Raises UserError if there is none.
+    first: this port and no other, waiting up to `wait_seconds` for its previous owner to end. seed: where the search
+    through $EAOPD_PORTS begins.
     """
     if first is not None:
         deadline = time.monotonic() + wait_seconds
@@ -75,8 +71,9 @@ def claim_port(address: str, *, first: int | None = None, seed: int = 0, wait_se
             time.sleep(0.2)
         return claim
     low, high = port_range()
-    for port in _search_order(low, high, seed):
-        if claim := _try_port(address, port):
+    count = high - low + 1
+    for i in range(count):
+        if claim := _try_port(address, low + (seed * _JOB_STRIDE + i) % count):
             return claim
     raise UserError(f"every port of {PORT_RANGE_VARIABLE}={low}-{high} is taken on {address}: name others")
 
@@ -91,11 +88,6 @@ def port_range(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     raise UserError(
         f"{PORT_RANGE_VARIABLE} is {text}; it must be two ports between 1024 and 65535, such as {_DEFAULT_PORT_RANGE}"
     )
-
-
-def _search_order(low: int, high: int, seed: int) -> Iterator[int]:
-    count = high - low + 1
-    return (low + (seed * _JOB_STRIDE + i) % count for i in range(count))
 
 
 def _try_port(address: str, port: int) -> PortClaim | None:

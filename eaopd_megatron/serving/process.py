@@ -21,12 +21,10 @@ from eaopd_megatron.serving.ports import reserve_port
 from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
-BIND_ATTEMPTS = 3
-"""A port that was free when it was chosen may be taken before the server binds it."""
+BIND_ATTEMPTS = 3  # a port that was free when it was chosen may be taken before the server binds it
 _STOP_SECONDS = 15.0  # from SIGTERM to SIGKILL
 _REDACTED = "***"
-# Becomes the program in argv[2:]. The parent-death signal survives exec, so that a program of another environment has
-# it too.
+# Becomes the program in argv[2:], of any environment: the parent-death signal survives exec.
 _DIE_WITH_PARENT_PRELUDE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -44,32 +42,29 @@ _RANK_VARIABLES = (
 class ServerProcess(ABC):
     """One server: its process, port and log. Start it from a thread that outlives it."""
 
-    kind = "server"
-    """Name of such a server in messages."""
-    key_suffix = ""
-    """Suffix of the file that holds the API key."""
+    kind = "server"  # in messages
+    key_suffix = ""  # of the file that holds the API key
 
     def __init__(self, log: Path, *, api_key: str | None = None, host: str = "127.0.0.1") -> None:
-        """host: address to listen on. log: file that output is appended to. The API key appears neither there nor on a
-        command line: the server reads it from a file."""
+        """host: address to listen on. log: output is appended. The server reads its API key from a file: the
+        key is in no log and on no command line."""
         self.log, self.api_key, self.host = log, api_key, host
         self.port = 0
-        self.on_exit: Callable[[str], None] | None = None
-        """Called from another thread with the exit reason, before the server can be started again."""
+        self.on_exit: Callable[[str], None] | None = None  # called in another thread with the exit reason
         self._process: subprocess.Popen[bytes] | None = None
         self._log_thread: threading.Thread | None = None
         self._exit_thread: threading.Thread | None = None
         self._last_lines: deque[str] = deque(maxlen=200)
         self._key_file: Path | None = None
-        self._reserved: socket.socket | None = None  # keeps the port from others while the server is down
+        self._reserved = socket.socket()  # keeps the port from others while the server is down
 
     @abstractmethod
     def command(self) -> list[str]:
-        """Return the command line for `port`, without the API key. Raises UserError if the server cannot be started."""
+        """Return the command line for `port`, without the API key. Raises UserError."""
 
     @abstractmethod
     def key_arguments(self, file: Path) -> list[str]:
-        """Return the arguments that name the file of the API key; they are appended to the command line."""
+        """Return arguments, for the end of the command line, that name the file of the API key."""
 
     def key_file_contents(self, key: str) -> str:
         return f"{key}\n"
@@ -91,7 +86,7 @@ class ServerProcess(ABC):
         if self._exit_thread is not None:
             self._exit_thread.join()
         if not self.port:
-            self._release_port()
+            self._reserved.close()
             self._reserved, self.port = reserve_port()
         self._last_lines.clear()
         command = self.command()
@@ -145,10 +140,10 @@ class ServerProcess(ABC):
         return f"{ended}: {line.strip()[:300]} (log: {self.log})"
 
     def stop(self) -> None:
-        """Stop the process: SIGTERM, then SIGKILL for whatever is left of its process group."""
+        """SIGTERM, then SIGKILL for whatever is left of its process group."""
         self.on_exit = None
         self.remove_key_file()
-        self._release_port()
+        self._reserved.close()
         if self._process is None:
             return
         self._process.terminate()
@@ -172,11 +167,6 @@ class ServerProcess(ABC):
         """Exempt the server's address from proxies: SGLang requests its own address to see whether it serves."""
         inherited = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
         return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{inherited},{self.host}" if inherited else self.host)
-
-    def _release_port(self) -> None:
-        if self._reserved is not None:
-            self._reserved.close()
-            self._reserved = None
 
     def _copy_output(self, process: subprocess.Popen[bytes]) -> None:
         key = self.api_key

@@ -8,26 +8,25 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from typing import Self, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.http import Busy, ServerGone
+from eaopd_megatron.serving.http import Busy, HttpClient, ServerGone
 from eaopd_megatron.serving.process import BIND_ATTEMPTS, ServerProcess, stop_servers
 from eaopd_megatron.utils.log import log_rank0
 
 _POLL_SECONDS = 0.2
 _READY_REPORT_ATTEMPTS = 15  # one a second
+C = TypeVar("C", bound=HttpClient)
 T = TypeVar("T")
 
 
 @dataclass
 class RestartPolicy:
-    """Whether one process that died is restarted: up to `max_restarts` times in a row.
-
-    reset_after_ready: the count starts anew once the server answers that it is ready; otherwise only `reset` does that.
-    """
+    """Restart a process that died up to `max_restarts` times in a row. reset_after_ready: once the process is ready,
+    the count starts anew; otherwise only `reset` does that."""
 
     max_restarts: int
     reset_after_ready: bool = True
@@ -36,7 +35,7 @@ class RestartPolicy:
     def allows_restart(self) -> bool:
         """Count a death; return whether to restart the process."""
         self.deaths += 1
-        return self.deaths <= self.max_restarts
+        return not self.exhausted
 
     @property
     def exhausted(self) -> bool:
@@ -47,10 +46,8 @@ class RestartPolicy:
 
 
 class Supervisor:
-    """Runs servers in the background. As a context manager it waits until all serve, and stops them at the end.
-
-    One thread starts all servers, because the kernel kills a server when the thread that started it ends.
-    """
+    """Runs servers in the background; as a context manager, from when all serve. One thread starts them all, because
+    the kernel kills a server when the thread that started it ends."""
 
     def __init__(
         self,
@@ -62,8 +59,7 @@ class Supervisor:
     ) -> None:
         """minutes: limit on the first start of all servers. policy: of each server, by default 2 restarts in a row."""
         self.servers = servers
-        self.ready: Future[None] = Future()
-        """Done once all servers have served; holds a UserError if one failed to start."""
+        self.ready: Future[None] = Future()  # done once all servers served; holds a UserError if one failed to start
         policy = policy or RestartPolicy(2)
         self._policies = {server: RestartPolicy(policy.max_restarts, policy.reset_after_ready) for server in servers}
         self._minutes, self._report = minutes, report
@@ -99,7 +95,7 @@ class Supervisor:
             self._thread.join(_POLL_SECONDS)
 
     def reset(self, server: ServerProcess) -> None:
-        """The server works: its deaths so far no longer count."""
+        """Forget the deaths of a server that works."""
         self._policies[server].reset()
 
     def pause(self, servers: Iterable[ServerProcess]) -> None:
@@ -194,58 +190,46 @@ def wait_until_serving(
     report(f"{len(servers)} {kind}{plural} ready after {time.monotonic() - started:.0f} s")
 
 
-class _HasUrl(Protocol):
-    @property
-    def url(self) -> str: ...
-
-
-C = TypeVar("C", bound=_HasUrl)
-
-
-async def wait_until_ready(
-    client: C, check: Callable[[C], Awaitable[T]], *, kind: str, minutes: float, report: Callable[[str], None]
-) -> T:
-    """Return what `check` returns once the server answers. Raises ServerGone or Busy after `minutes`, and UserError."""
-
-    def waiting(state: RetryCallState) -> None:
-        if state.attempt_number % _READY_REPORT_ATTEMPTS == 1 and state.outcome is not None:
-            report(f"waiting for {kind} {client.url}: {state.outcome.exception()}")
-
-    retrying = AsyncRetrying(
-        retry=retry_if_exception_type((ServerGone, Busy)),
-        stop=stop_after_delay(60 * minutes),
-        wait=wait_fixed(1.0),
-        before_sleep=waiting,
-        reraise=True,
-    )
-    return await retrying(check, client)
-
-
 async def wait_until_any_ready(
     clients: Sequence[C],
-    check: Callable[[C], Awaitable[object]],
+    check: Callable[[C], Awaitable[T]],
     *,
     kind: str,
     minutes: float,
     report: Callable[[str], None],
-) -> None:
-    """Wait for all servers; after `minutes` go on without those that are not ready.
+) -> list[T]:
+    """Return the results of `check` for the servers that answer within `minutes`.
 
-    Raises UserError if none is ready, and whatever else `check` raises.
+    Raises UserError if none answers, and whatever `check` raises but ServerGone and Busy.
     """
-    ready = (wait_until_ready(client, check, kind=kind, minutes=minutes, report=report) for client in clients)
-    results = await asyncio.gather(*ready, return_exceptions=True)
-    missing = []
-    for client, result in zip(clients, results, strict=True):
+
+    async def wait(client: C) -> T:
+        def waiting(state: RetryCallState) -> None:
+            if state.attempt_number % _READY_REPORT_ATTEMPTS == 1 and state.outcome is not None:
+                report(f"waiting for {kind} {client.url}: {state.outcome.exception()}")
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type((ServerGone, Busy)),
+            stop=stop_after_delay(60 * minutes),
+            wait=wait_fixed(1.0),
+            before_sleep=waiting,
+            reraise=True,
+        )
+        return await retrying(check, client)
+
+    results, missing = [], []
+    for client, result in zip(clients, await asyncio.gather(*map(wait, clients), return_exceptions=True), strict=True):
         if isinstance(result, ServerGone | Busy):
             missing.append(f"{client.url}: {result}")
         elif isinstance(result, BaseException):
             raise result
-    if not missing:
-        return
-    reasons = "; ".join(missing)
-    if len(missing) == len(clients):
+        else:
+            results.append(result)
+    reasons, limit = "; ".join(missing), f"{minutes:g} minutes"
+    if missing and not results:
         raise UserError(
-            f"no {kind} is there after {minutes:g} minutes ({reasons}): start one, or raise its startup_timeout_minutes"
+            f"no {kind} is there after {limit} ({reasons}): start one, or raise its startup_timeout_minutes"
         )
-    report(f"going on without {kind}s that are not there after {minutes:g} minutes: {reasons}")
+    if missing:
+        report(f"going on without {kind}s that are not there after {limit}: {reasons}")
+    return results

@@ -35,7 +35,7 @@ _IDLE_SECONDS = 30.0  # for requests that nobody waits for any more to end
 async def release_memory_occupation(
     client: SGLangClient, tags: Sequence[MemoryTag], *, idle: float = _IDLE_SECONDS
 ) -> None:
-    """Make the server free this memory once no request runs. Also empties its prefix cache.
+    """Make the server free this memory, and empty its prefix cache, once no request runs.
 
     Raises ServerGone, Busy, and UserError if a request still runs after `idle` seconds.
     """
@@ -49,10 +49,8 @@ async def resume_memory_occupation(client: SGLangClient, tags: Sequence[MemoryTa
 
 
 class ColocatedServers:
-    """The memory that each server has released. A server that has just started has released none.
-
-    Every method returns {client: reason in one line} for the servers that are gone.
-    """
+    """The memory that each server has released: none when it has just started. All methods return {client: reason in
+    one line} for the servers that are gone."""
 
     def __init__(self) -> None:
         self._released: dict[SGLangClient, set[MemoryTag]] = {}
@@ -117,7 +115,7 @@ class ColocationScheduler:
         """Offload the trainer's memory; servers that start from now on allocate all of theirs."""
         if not self.servers_hold_memory:
             self._trainer.offload()
-            run_on_all_or_raise(self._parallel, self._restart_stopped)
+            run_on_all_or_raise(self._parallel, self._manager.restart_stopped if self._manager else lambda: None)
             self.servers_hold_memory = True
 
     def resume_weights(self) -> None:
@@ -135,12 +133,8 @@ class ColocationScheduler:
             self.servers_hold_memory = False
 
     def forget(self, client: SGLangClient) -> None:
-        """The server died."""
+        """As `ColocatedServers.forget`."""
         self._servers.forget(client)
-
-    def _restart_stopped(self) -> None:
-        if self._manager is not None:
-            self._manager.restart_stopped()
 
     def _release_servers(self) -> None:
         if self._manager is not None:

@@ -18,10 +18,8 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.http import Busy, EventLoopThread, SGLangClient
 from eaopd_megatron.serving.pool import ServerPool, StaleServer
 
-RESERVED_TOKENS = 2
-"""Positions of the context that a server reserves: it cuts responses at context_length - 2."""
-_PROMPT_SLACK_TOKENS = 6
-"""A server refuses prompts that are not shorter than its context by this much beside RESERVED_TOKENS."""
+RESERVED_TOKENS = 2  # a server cuts responses at context_length - 2
+_PROMPT_SLACK_TOKENS = 6  # a server refuses prompts that are not shorter than its context by this much more
 
 
 def required_context_length(total_tokens: int) -> int:
@@ -48,11 +46,8 @@ class LengthLimits:
 
     def intersect(self, other: LengthLimits) -> LengthLimits:
         """Return what two servers of the same vocabulary both accept."""
-        return LengthLimits(
-            self.vocab_size,
-            min(self.prompt_tokens, other.prompt_tokens),
-            min(self.total_tokens, other.total_tokens),
-        )
+        prompt, total = min(self.prompt_tokens, other.prompt_tokens), min(self.total_tokens, other.total_tokens)
+        return LengthLimits(self.vocab_size, prompt, total)
 
     def validate(self, body: Mapping[str, Any]) -> None:
         """Raise UserError for a body of POST /generate that would kill the server or be cut by it."""
@@ -103,15 +98,9 @@ class GenerationOutput:
         except ValueError:
             versions = ", ".join(sorted({span.version for span in self.weight_spans}))
             raise UserError(f"{self.server} answered with weights '{versions}', which no trainer sent") from None
-        return Sample(
-            prompt,
-            self.token_ids,
-            self.finish_reason,
-            self.logprobs,
-            min(version for version, _, _ in spans),
-            index=index,
-            weight_versions=spans,
-        )
+        oldest = min(version for version, _, _ in spans)
+        response = self.token_ids, self.finish_reason, self.logprobs
+        return Sample(prompt, *response, oldest, index=index, weight_versions=spans)
 
 
 class RequestAborted(Busy):
@@ -167,7 +156,6 @@ class GenerateRequest:
         }
 
     def validate(self, limits: LengthLimits) -> None:
-        """Raise UserError for a request that a server with these limits cannot take."""
         limits.validate(self.body())
 
     async def attempt(self, client: SGLangClient, number: int) -> GenerationOutput:
@@ -175,10 +163,9 @@ class GenerateRequest:
         body = self.body(number)
         output = self.parse(body["rid"], await client.generate(body), client.url)
         allowed = self.allowed_versions()
-        if allowed is not None and (
-            old := next((span.version for span in output.weight_spans if span.version not in allowed), None)
-        ):
-            raise StaleServer(f"it has weights of version '{old}'")
+        old = [span.version for span in output.weight_spans if allowed is not None and span.version not in allowed]
+        if old:
+            raise StaleServer(f"it has weights of version '{old[0]}'")
         return output
 
     def parse(self, rid: str, answer: Mapping[str, Any], server: str) -> GenerationOutput:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,22 +39,15 @@ _PROBE_TOKENS = 32
 
 @dataclass(frozen=True)
 class ServedRolloutContext:
-    """What the trainer provides for rollouts by servers.
+    """What the trainer provides for rollouts by servers."""
 
-    vocab_size: common to student and teachers; responses end before an id that is not below it. batch_tokens: tokens
-    that a rank collects at a time, about a micro-batch. precision: of the student, "bf16" or "fp32". logs: folder of
-    the logs of servers started here. scratch: folder of exported weights, visible to the servers. compute_logprobs:
-    returns the student's log-probs (nats) of every token of a sequence after the first; collective. stop_signal:
-    returns the number of the signal that asks the run to stop, or 0.
-    """
-
-    vocab_size: int
-    batch_tokens: int
-    precision: str
-    logs: Path
-    scratch: Path
-    compute_logprobs: Callable[[Sequence[int]], list[float]]
-    stop_signal: Callable[[], int]
+    vocab_size: int  # common to student and teachers; responses end before an id that is not below it
+    batch_tokens: int  # that a rank collects at a time, about a micro-batch
+    precision: str  # of the student: "bf16" | "fp32"
+    logs: Path  # folder of the logs of servers started here
+    scratch: Path  # folder of exported weights, visible to the servers
+    compute_logprobs: Callable[[Sequence[int]], list[float]]  # nats, of every token after the first; collective
+    stop_signal: Callable[[], int]  # number of the signal that asks the run to stop, or 0
     report: Callable[[str], None]
 
 
@@ -114,18 +108,18 @@ class ServedRollout:
         if verify or (before is None and version == 0):
             self._set_probe(version)
         if before is None:
-            self._wait(ServerManager.wait_until_ready)
+            deque(self._receive(ServerManager.wait_until_ready), maxlen=0)
         elif self._pending is not None:
             if self._manager is not None:
                 self._manager.set_allowed_versions([before, version])  # a server that comes back gets the new ones
-            self._wait(partial(_wait_until_generated, self._pending))
+            deque(self._receive(partial(_wait_until_generated, self._pending)), maxlen=0)
         # servers started here have the student's original weights as version 0
         if before is not None or version > 0 or not self._config.launched_by_trainer:
             self._update(version)
         if self._manager is not None:
             self._manager.set_allowed_versions([version])
         if verify:
-            run_on_all_or_raise(self._parallel, self._probe_weights)
+            run_on_all_or_raise(self._parallel, self._manager.probe_weights if self._manager else lambda: None)
 
     def submit(self, request: GenerationRequest) -> RolloutHandle:
         """Start generating at once."""
@@ -171,14 +165,6 @@ class ServedRollout:
                 self._mark_updated(clients, self._updater.update_from_disk(self._version or 0, clients))
             else:
                 yield event
-
-    def _wait(self, events: Callable[[ServerManager], Iterator[Any]]) -> None:
-        for _ in self._receive(events):
-            pass
-
-    def _probe_weights(self) -> None:
-        if self._manager is not None:
-            self._manager.probe_weights()
 
     def _update(self, version: int) -> None:
         if self._scheduler is not None:

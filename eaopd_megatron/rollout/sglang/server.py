@@ -83,12 +83,6 @@ class SGLangSettings:
             )
         return ["--base-gpu-id", str(first_gpu)]
 
-    def environment(self, *, cuda: bool) -> dict[str, str]:
-        if not cuda:
-            threads = {"SGLANG_CPU_OMP_THREADS_BIND": _one_core_per_rank(self.tensor_parallel)}
-            return {**CPU_ENVIRONMENT, **(threads if self.tensor_parallel > 1 else {})}
-        return {}
-
 
 class SGLangServer(ServerProcess):
     """One SGLang server."""
@@ -112,16 +106,17 @@ class SGLangServer(ServerProcess):
         return f"api-key: '{key.replace(chr(39), 2 * chr(39))}'\n"
 
     def environment(self) -> Mapping[str, str | None]:
-        cuda = torch.cuda.is_available()
-        overrides: dict[str, str | None] = {**self.settings.environment(cuda=cuda)}
-        return overrides if cuda else {**overrides, "PYTHONPATH": None}  # SGLang's environment is another one
+        if torch.cuda.is_available():
+            return {}
+        cores, ranks = sorted(os.sched_getaffinity(0)), self.settings.tensor_parallel
+        one_core_per_rank = "|".join(str(cores[i % len(cores)]) for i in range(ranks))
+        threads = {"SGLANG_CPU_OMP_THREADS_BIND": one_core_per_rank} if ranks > 1 else {}
+        return {**CPU_ENVIRONMENT, **threads, "PYTHONPATH": None}  # SGLang's environment is another one
 
 
 def sglang_servers(settings: SGLangSettings, count: int, logs: Path, *, first_gpu: int = 0) -> list[SGLangServer]:
-    """Return the servers of a run, for a `Supervisor` to start.
-
-    logs: folder of server_N.log. first_gpu: index of the first server's first GPU; the others follow.
-    """
+    """Return the servers of a run, for a `Supervisor` to start. logs: folder of server_N.log. first_gpu: of the first
+    server; the others follow."""
     return [
         SGLangServer(settings, logs / f"server_{i}.log", first_gpu=first_gpu + i * settings.tensor_parallel)
         for i in range(count)
@@ -137,8 +132,3 @@ def sglang_command(cuda: bool) -> list[str]:
         return [str(python), "-m", "sglang.launch_server"]
     remedy = "pip install 'eaopd-megatron[sglang]'" if cuda else "bash tools/install_sglang_cpu.sh"
     raise UserError(f"SGLang is not installed ({'in this environment' if cuda else python}): {remedy}")
-
-
-def _one_core_per_rank(ranks: int) -> str:
-    cores = sorted(os.sched_getaffinity(0))
-    return "|".join(str(cores[i % len(cores)]) for i in range(ranks))

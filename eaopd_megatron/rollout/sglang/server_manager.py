@@ -24,18 +24,10 @@ from eaopd_megatron.rollout.sglang.identity import (
 from eaopd_megatron.rollout.sglang.requests import BackgroundGeneration, LengthLimits, required_context_length
 from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings, sglang_servers
 from eaopd_megatron.rollout.weight_sync.session import resume_generation
-from eaopd_megatron.serving.http import (
-    Busy,
-    EventLoopThread,
-    ServerGone,
-    SGLangClient,
-    poll_until_done,
-    read_api_key,
-)
+from eaopd_megatron.serving.http import Busy, EventLoopThread, ServerGone, SGLangClient, poll_until_done, read_api_key
 from eaopd_megatron.serving.pool import NotYet, ServerPool
-from eaopd_megatron.serving.supervisor import RestartPolicy, Supervisor, wait_until_any_ready, wait_until_ready
+from eaopd_megatron.serving.supervisor import RestartPolicy, Supervisor, wait_until_any_ready
 
-_KIND = "rollout server"
 _RESTARTS = RestartPolicy(4, reset_after_ready=False)  # reset once a server took weights or was admitted
 
 
@@ -52,12 +44,15 @@ class ServerManager:
         first_gpu: int,
         report: Callable[[str], None],
     ) -> None:
-        """precision: "bf16" or "fp32". logs: folder of the logs of servers started here. first_gpu: index, among the
-        visible GPUs, of the first server's first GPU."""
+        """logs: folder of the logs of servers started here. first_gpu: of the first server, among the visible ones."""
         self._config, self._student, self._precision, self._logs = config, student, precision, logs
         self._first_gpu, self._report = first_gpu, report
         self.loop = EventLoopThread()
-        self._startup: dict[str, Any] = {"kind": _KIND, "minutes": config.startup_timeout_minutes, "report": report}
+        self._startup: dict[str, Any] = {
+            "kind": "rollout server",
+            "minutes": config.startup_timeout_minutes,
+            "report": report,
+        }
         self._started: list[SGLangServer] = []
         self.expected: ExpectedModel
         self.clients: list[SGLangClient] = []  # one per server, also behind a router
@@ -98,8 +93,8 @@ class ServerManager:
             self.clients = [self._client(url) for url in config.urls]
         else:
             self._router = self._client(config.router, ROUTER_READY_PATH)
-            waiting = wait_until_ready(self._router, worker_urls, **self._startup)
-            urls = yield from poll_until_done(self.loop.submit(waiting))
+            waiting = wait_until_any_ready([self._router], worker_urls, **self._startup)
+            (urls,) = yield from poll_until_done(self.loop.submit(waiting))
             self.clients = [self._client(url) for url in urls]
             self._router.connections *= max(1, len(urls))  # it is one client for the work of all servers
         yield from poll_until_done(self.loop.submit(self._verify_all()))
@@ -108,7 +103,7 @@ class ServerManager:
             server.on_exit = partial(self._server_died, client)
 
     def set_allowed_versions(self, versions: Iterable[int]) -> None:
-        """Accept answers of weights of these versions from now on; servers with others wait for an update."""
+        """Accept responses of these weights from now on; servers with others wait for an update."""
         self._allowed_versions = frozenset(map(str, versions))
         if self._pool is None:
             self._pool = ServerPool(
@@ -120,7 +115,6 @@ class ServerManager:
             self.loop.run(self._pool.open())
 
     def submit(self, request: GenerationRequest) -> BackgroundGeneration:
-        """Start generating the responses."""
         assert self._pool is not None, "set_allowed_versions comes first"
         return BackgroundGeneration(
             self.loop, self._pool, request.prompts, request.sampling, lambda: self._allowed_versions
@@ -156,22 +150,21 @@ class ServerManager:
     def probe_weights(self) -> None:
         """Compare the log-probs of the probe on every available server. Raises UserError for other weights."""
 
-        async def probe() -> None:
+        async def probe() -> list[Any]:
             checks = (verify_server(client, self.expected) for client in self.available())
-            for result in await asyncio.gather(*checks, return_exceptions=True):
-                if isinstance(result, UserError):
-                    raise result
+            return await asyncio.gather(*checks, return_exceptions=True)
 
-        self.loop.run(probe())
+        for result in self.loop.run(probe()):
+            if isinstance(result, UserError):
+                raise result
 
     def restart_stopped(self) -> None:
-        """Start the servers that `stop_unreachable` stopped or that died since, and restart dead ones from now on."""
+        """Start the servers that `stop_unreachable` stopped or that died since; restart dead ones from now on."""
         if self._supervisor is not None:
             self._supervisor.resume()
 
     def stop_unreachable(self) -> None:
-        """Stop the servers that are not available, such as those that are starting; start none until
-        `restart_stopped`."""
+        """Stop servers that are not available, e.g. starting; start none until `restart_stopped`."""
         if self._supervisor is None:
             return
         unreachable = set(self._server_of) - set(self.available())
