@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,8 @@ async def ask(server: Server) -> str:
 def wait_for(*servers: Server) -> list[str]:
     """Return what is reported."""
     reported: list[str] = []
-    asyncio.run(wait_until_any_ready(servers, ask, kind="replica", minutes=0.0, report=reported.append))
+    clients: Any = servers
+    asyncio.run(wait_until_any_ready(clients, ask, kind="replica", minutes=0.0, report=reported.append))
     return reported
 
 
