@@ -29,7 +29,8 @@ def wait_for(*servers: Server) -> list[str]:
     """Return what is reported."""
     reported: list[str] = []
     clients: Any = servers
-    asyncio.run(wait_until_any_ready(clients, ask, kind="replica", minutes=0.0, report=reported.append))
+    check: Any = ask
+    asyncio.run(wait_until_any_ready(clients, check, kind="replica", minutes=0.0, report=reported.append))
     return reported
 
 
