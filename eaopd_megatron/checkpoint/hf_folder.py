@@ -15,7 +15,7 @@ import torch
 
 from eaopd_megatron.checkpoint.safetensors_io import SAFETENSORS_DTYPES, LazyTensor, TensorFiles
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.models import family_of
+from eaopd_megatron.models.families import family_of
 from eaopd_megatron.models.mapping import Family
 from eaopd_megatron.utils.files import read_json
 

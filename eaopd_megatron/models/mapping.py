@@ -106,14 +106,14 @@ class QKVMapping(ParamMapping):
     name = "qkv"
 
     def shard(self, tensors: Sequence[Any], spec: ShardSpec) -> torch.Tensor:
-        groups = spec.sizes["groups"] // spec.tp_size
+        groups = spec.sizes["kv_heads"] // spec.tp_size
         parts = [_rows(tensor, spec) for tensor in tensors]
         fused = _cat([part.reshape(groups, -1, *part.shape[1:]) for part in parts], dim=1)
         return fused.reshape(-1, *fused.shape[2:])
 
     def merge(self, shards: Sequence[torch.Tensor], spec: ShardSpec) -> list[torch.Tensor]:
         fused = _cat(shards)
-        fused = fused.reshape(spec.sizes["groups"], -1, *fused.shape[1:])
+        fused = fused.reshape(spec.sizes["kv_heads"], -1, *fused.shape[1:])
         head = spec.sizes["head_dim"]
         parts = fused.split([fused.shape[1] - 2 * head, head, head], dim=1)
         return [part.reshape(-1, *part.shape[2:]) for part in parts]
@@ -172,7 +172,7 @@ class MappedParam:
 
 
 class MappingRule:
-    """A line of a family's table: `MappingRule(QKV, "decoder.layers.{layer}…", ("model.layers.{layer}…", "q hidden"))`.
+    """A line of a family's table: `MappingRule(ROW, "decoder.layers.{layer}…", ("model.layers.{layer}…", "hidden vocab"))`.
 
     `{layer}` in the names runs over the layers, `{expert}` over the experts of each. A shape lists the names of its
     sizes, outermost first.
@@ -233,15 +233,16 @@ class Family:
                 raise ValueError(f"config.json has {names[0]}={value!r}; it must be a whole number from 1")
             return value
 
-        found = {"layers": size("num_hidden_layers"), "hidden": size("hidden_size")}
-        found["heads"] = size("num_attention_heads")
-        found["groups"] = size("num_key_value_heads", default=found["heads"])
-        found["head_dim"] = size("head_dim", default=found["hidden"] // found["heads"])
-        found |= {"ffn": size("intermediate_size"), "vocab": size("vocab_size")}
-        found |= {"q": found["heads"] * found["head_dim"], "kv": found["groups"] * found["head_dim"]}
+        layers, hidden, heads = size("num_hidden_layers"), size("hidden_size"), size("num_attention_heads")
+        kv_heads = size("num_key_value_heads", default=heads)
+        head_dim = size("head_dim", default=hidden // heads)
+        found = {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        found |= {"query_width": heads * head_dim, "kv_width": kv_heads * head_dim}
+        found |= {"intermediate": size("intermediate_size"), "vocab": size("vocab_size")}
         if self.has_experts:
             found["experts"] = size("num_experts", "num_local_experts")  # transformers 5 renames it
-            found |= {"topk": size("num_experts_per_tok"), "moe_ffn": size("moe_intermediate_size")}
+            found["experts_per_token"] = size("num_experts_per_tok")
+            found["expert_intermediate"] = size("moe_intermediate_size")
         return found
 
     def params(self, config: Any, *, own_output: bool) -> list[MappedParam]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.models import FAMILIES, family_of
+from eaopd_megatron.models.families import FAMILIES, family_of
 from eaopd_megatron.models.mapping import EMBEDDING, OUTPUT, Family, MappingRule, config_values
 
 _VOCAB_DIVISOR = 128
@@ -47,14 +47,16 @@ class ModelShape:
     """The sizes of a decoder with grouped-query attention, RMSNorm and gated MLPs, dense or of experts."""
 
     architecture: str
+    tied: bool
     layers: int
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
+    query_width: int
+    kv_width: int  # of the keys, and of the values
     intermediate: int
     vocab: int
-    tied: bool
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate: int = 0
@@ -68,43 +70,13 @@ class ModelShape:
         values = config_values(config)
         family = family_of(values.get("architectures"), label)
         try:
-            sizes = family.sizes(values)
+            return cls(family.architecture, bool(values.get("tie_word_embeddings", False)), **family.sizes(values))
         except ValueError as error:
             raise UserError(f"{label}: {error}") from None
-        return cls(
-            architecture=family.architecture,
-            layers=sizes["layers"],
-            hidden=sizes["hidden"],
-            heads=sizes["heads"],
-            kv_heads=sizes["groups"],
-            head_dim=sizes["head_dim"],
-            intermediate=sizes["ffn"],
-            vocab=sizes["vocab"],
-            tied=bool(values.get("tie_word_embeddings", False)),
-            experts=sizes.get("experts", 0),
-            experts_per_token=sizes.get("topk", 0),
-            expert_intermediate=sizes.get("moe_ffn", 0),
-        )
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.architecture]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The sizes by the names that the family's rules use."""
-        dense = {"hidden": self.hidden, "ffn": self.intermediate, "head_dim": self.head_dim, "vocab": self.vocab}
-        experts = {"experts": self.experts, "moe_ffn": self.expert_intermediate}
-        return {**dense, "q": self.query_width, "kv": self.kv_width, **experts}
-
-    @property
-    def query_width(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Width of the keys, and of the values."""
-        return self.kv_heads * self.head_dim
 
     @property
     def qk_norm(self) -> bool:
@@ -162,7 +134,7 @@ class ModelShape:
     ) -> ParameterCounts:
         """Count a rank's part of the rules' parameters. vocab: rows of a vocabulary, padded; None: as they are."""
         layout = layout or ParallelLayout()
-        sizes: Mapping[str, int] = {**self.sizes, "vocab": vocab or self.vocab}
+        sizes: Mapping[str, Any] = {**vars(self), "vocab": vocab or self.vocab}
         dense = expert = 0
         for rule in rules:
             count = sum(math.prod(shape) for shape in rule.shapes(sizes))

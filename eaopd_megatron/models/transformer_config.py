@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from eaopd_megatron.config.parallel import ParallelLayout, Recompute
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.models import family_of
+from eaopd_megatron.models.families import family_of
 
 
 def transformer_config(

@@ -10,13 +10,7 @@ from typing import Literal
 from eaopd_megatron.models.shapes import ModelShape, ParameterCounts, padded_vocab_size
 from eaopd_megatron.objective.settings import GPU_TILE_ELEMENTS, LOGITS_CHUNK_ELEMENTS, MAX_EXCHANGE_BYTES_PER_TOKEN
 from eaopd_megatron.planning.activations import FP32_BYTES, INDEX_BYTES, Activations, LayerPath
-from eaopd_megatron.planning.workload import (
-    PlannedLayout,
-    PlannedMicroBatch,
-    PlannedTeacher,
-    Workload,
-    kv_cache_bytes,
-)
+from eaopd_megatron.planning.workload import PlannedLayout, PlannedMicroBatch, PlannedTeacher, Workload, kv_cache_bytes
 
 MemoryPhase = Literal["always", "training", "generation", "scoring", "update", "step"]
 """training: in all phases but generation."""
@@ -125,11 +119,6 @@ class StudentGpus:
         return GpuMemory(stage, tuple(part for part in parts if part.bytes), self.reserve)
 
     @property
-    def _vocab_columns(self) -> float:
-        """Logits per token on a tensor-parallel rank."""
-        return _vocab_columns(self.student, self.layout)
-
-    @property
     def _activations(self) -> Activations:
         return Activations(self.student, self.layout, self.work.student_element, self.path, self.work.recompute)
 
@@ -153,7 +142,7 @@ class StudentGpus:
     def _objective(self, batch: PlannedMicroBatch) -> float:
         """Return a micro-batch's bytes: fp32 gradient of the output layer, tiles of logits, hidden states twice."""
         work, shape, element = self.work, self.student, self.work.student_element
-        rows, columns = work.response_rows(batch, self.layout), self._vocab_columns
+        rows, columns = work.response_rows(batch, self.layout), _vocab_columns(self.student, self.layout)
         hidden = rows * shape.hidden * element
         signals = {teacher.signal for teacher in self.teachers}
         logits = hidden + rows * columns * (2 * element + 2.5) if "logits" in signals else 0.0
@@ -183,7 +172,7 @@ class StudentGpus:
         """Yield the weights of all teachers and the largest of what each needs to score: they score in turns."""
         last = stage == self.layout.pipeline_parallel - 1
         for teacher in self.teachers:
-            head = self._vocab_columns * teacher.shape.hidden * teacher.element
+            head = _vocab_columns(self.student, self.layout) * teacher.shape.hidden * teacher.element
             if teacher.colocated and not teacher.offloaded:
                 yield _teacher("weights", teacher.weights(self.layout, stage, self.student.vocab), "always")
             elif last and teacher.signal != "topk":
@@ -195,7 +184,7 @@ class StudentGpus:
         if teacher.offloaded:
             weights = teacher.weights(self.layout, stage, self.student.vocab)
             yield _teacher("weights, else in host memory", weights, "scoring")
-        yield from scoring_parts(teacher, self.layout, self.work, self.path)
+        yield from _scoring_parts(teacher, self.layout, self.work, self.path)
 
     def _payload(self, teacher: PlannedTeacher, last: bool) -> MemoryPart:
         """Return the teacher payload on the GPU: of the iteration, one update, or (remote teacher) one micro-batch."""
@@ -219,8 +208,8 @@ def _vocab_columns(shape: ModelShape, layout: PlannedLayout) -> float:
     return padded_vocab_size(shape.vocab, layout.tensor_parallel) / layout.tensor_parallel
 
 
-def scoring_parts(
-    teacher: PlannedTeacher, layout: PlannedLayout, work: Workload, path: LayerPath
+def _scoring_parts(
+    teacher: PlannedTeacher, layout: PlannedLayout, work: Workload, path: LayerPath = "fused"
 ) -> Iterator[MemoryPart]:
     """Yield what a teacher's forward pass over a micro-batch needs besides its weights."""
     batch = work.micro_batch(layout)
@@ -231,22 +220,22 @@ def scoring_parts(
         yield _teacher("logits, a part at a time", logits * (teacher.element + FP32_BYTES), "scoring")
 
 
-def separate_teacher_memory(teacher: PlannedTeacher, work: Workload, reserve: float) -> GpuMemory:
-    """Return the memory of a GPU of a separate teacher: weights, and a forward pass."""
-    memories, layout = [], teacher.layout
+def remote_teacher_memory(teacher: PlannedTeacher, work: Workload, reserve: float, limit: float) -> GpuMemory:
+    """Return the memory of the fullest GPU of a teacher on GPUs of `limit` bytes of its own.
+
+    SGLang (served) fills its share with weights and KV cache; a separate teacher has weights and a forward pass.
+    """
+    layout = teacher.layout
+    if teacher.placement == "served":
+        weights = _teacher("weights", teacher.weights(layout, 0), "always")
+        share = teacher.memory_fraction * limit
+        cache = _teacher("key-value cache", max(0.0, share - weights.bytes), "always")
+        return GpuMemory(0, (weights, cache), limit - share)
+    memories = []
     for stage in range(layout.pipeline_parallel):
-        parts = [_teacher("weights", teacher.weights(layout, stage), "always")]
-        parts += scoring_parts(teacher, layout, work, "fused")
+        parts = [_teacher("weights", teacher.weights(layout, stage), "always"), *_scoring_parts(teacher, layout, work)]
         if teacher.signal == "hidden":
             rows = work.micro_batch(layout).tokens / layout.context_parallel
             parts.append(_teacher("hidden states", rows * teacher.bytes_per_token, "scoring"))
         memories.append(GpuMemory(stage, tuple(parts), reserve))
     return max(memories, key=lambda memory: memory.peak)
-
-
-def served_teacher_memory(teacher: PlannedTeacher, limit: float) -> GpuMemory:
-    """Return the memory of a GPU of an SGLang teacher: weights and KV cache within its share of `limit` bytes."""
-    weights = teacher.weights(teacher.layout, 0)
-    cache = max(0.0, teacher.memory_fraction * limit - weights)
-    parts = _teacher("weights", weights, "always"), _teacher("key-value cache", cache, "always")
-    return GpuMemory(0, parts, (1 - teacher.memory_fraction) * limit)

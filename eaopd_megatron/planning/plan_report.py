@@ -13,31 +13,17 @@ from rich.table import Table
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.models.supported import find_model
+from eaopd_megatron.models.supported import ModelInfo, find_model
 from eaopd_megatron.planning import traffic
 from eaopd_megatron.planning.memory import GpuMemory
-from eaopd_megatron.planning.planner import (
-    TEACHER_GPUS,
-    LayoutOption,
-    LayoutSearch,
-    Plan,
-    Planner,
-    SeparateTeacherPlan,
-)
+from eaopd_megatron.planning.planner import TEACHER_GPUS, LayoutOption, LayoutSearch, Plan, Planner, SeparateTeacherPlan
 from eaopd_megatron.planning.times import GiB, find_gpu
 from eaopd_megatron.planning.workload import PlannedLayout, PlannedServers, PlannedTeacher, Workload
 
 _WIDTH = 100
 _MAX_ROWS = 5  # layouts
 _TIMED_PHASES = ("generation", "teacher", "student")  # those that differ between layouts
-_SHORT_NAMES = (
-    ("TP", "tensor_parallel"),
-    ("PP", "pipeline_parallel"),
-    ("CP", "context_parallel"),
-    ("EP", "expert_parallel"),
-    ("ETP", "expert_tensor_parallel"),
-    ("DP", "data_parallel"),
-)
+_SHORT_NAMES = {"TP": "tensor", "PP": "pipeline", "CP": "context", "EP": "expert", "ETP": "expert_tensor", "DP": "data"}
 
 
 def plan_recipe(
@@ -83,9 +69,8 @@ def print_plan(plan: Plan) -> None:
         counts = model.shape.hf_parameters().total, model.shape.active_parameters()
         active = f", {counts[1]:,} a token" if counts[1] != counts[0] else ""
         console.print(f"{role} {model.name}: {counts[0]:,} parameters{active} ({model.source})")
-    console.print(
-        f"{plan.gpus} x {planner.gpu.name}, {planner.limit:g} GiB a GPU; sizes in GiB a GPU, times estimates\n"
-    )
+    gpus = f"{plan.gpus} x {planner.gpu.name}, {planner.limit:g} GiB a GPU"
+    console.print(f"{gpus}; sizes in GiB a GPU, times estimates\n")
     if plan.own is not None:
         console.print(f"recipe's layout: {_short(plan.layout)}")
         stage = f" (stage {plan.own.memory.stage})" if plan.layout.pipeline_parallel > 1 else ""
@@ -114,7 +99,8 @@ def print_plan(plan: Plan) -> None:
 
 def _short(layout: PlannedLayout) -> str:
     """Return the sizes above one, such as TP2 SP DP4."""
-    parts = [f"{name}{getattr(layout, key)}" for name, key in _SHORT_NAMES if getattr(layout, key) > 1]
+    sizes = {name: getattr(layout, f"{kind}_parallel") for name, kind in _SHORT_NAMES.items()}
+    parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
     if layout.sequence_parallel:
         parts.insert(1, "SP")
     return " ".join(parts) or "one GPU"
@@ -221,8 +207,6 @@ def _print_separate(console: Console, plan: Plan) -> None:
     largest = plan.planner.largest_teacher
     if not largest.colocated:
         return
-    if largest.shape.experts and not plan.planner.student.shape.experts:
-        console.print("beside a student without experts only pipeline stages can share the teacher's experts")
     console.print(f"\n{largest.role} on GPUs of its own ({largest.key}.placement=separate):")
     line = f"none on up to {TEACHER_GPUS[-1]} GPUs" if plan.separate is None else _separate_line(plan.separate)
     console.print(f"  {line}", soft_wrap=True)
@@ -277,15 +261,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "gpu_memory": planner.limit,
         "fits": plan.fits,
         "refusals": plan.refusals,
-        "models": {
-            key: {
-                "name": model.name,
-                "source": model.source,
-                "parameters": model.shape.hf_parameters().total,
-                "active_parameters": model.shape.active_parameters(),
-            }
-            for key, model in models.items()
-        },
+        "models": {key: _model_as_json(model) for key, model in models.items()},
         "servers": planner.servers and _servers_as_json(planner.servers, plan),
         "elsewhere": [_separate_as_json(each) for each in plan.elsewhere],
         "recipe": plan.own and _option_as_json(plan.own, plan),
@@ -295,6 +271,11 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "separate_teacher": separate and _separate_as_json(separate),
         "assumptions": list(planner.assumed.lines(planner.gpu)),
     }
+
+
+def _model_as_json(model: ModelInfo) -> dict[str, Any]:
+    counts = {"parameters": model.shape.hf_parameters().total, "active_parameters": model.shape.active_parameters()}
+    return {"name": model.name, "source": model.source, **counts}
 
 
 def _servers_as_json(servers: PlannedServers, plan: Plan) -> dict[str, Any]:
@@ -324,10 +305,6 @@ def _separate_as_json(separate: SeparateTeacherPlan) -> dict[str, Any]:
 
 
 def _option_as_json(option: LayoutOption, plan: Plan) -> dict[str, Any]:
-    parts = option.memory.parts
-    return {
-        "overrides": plan.overrides(option),
-        "peak_bytes": option.memory.peak,
-        "parts": [{"role": part.role, "part": part.name, "bytes": part.bytes, "phase": part.phase} for part in parts],
-        "estimated_seconds": option.seconds,
-    }
+    parts = [{"role": p.role, "part": p.name, "bytes": p.bytes, "phase": p.phase} for p in option.memory.parts]
+    numbers = {"peak_bytes": option.memory.peak, "parts": parts, "estimated_seconds": option.seconds}
+    return {"overrides": plan.overrides(option), **numbers}

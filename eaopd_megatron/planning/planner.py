@@ -8,13 +8,7 @@ from functools import cached_property
 
 from eaopd_megatron.models.supported import ModelInfo, separate_layout
 from eaopd_megatron.planning import traffic
-from eaopd_megatron.planning.memory import (
-    MEMORY_PHASES,
-    GpuMemory,
-    StudentGpus,
-    separate_teacher_memory,
-    served_teacher_memory,
-)
+from eaopd_megatron.planning.memory import MEMORY_PHASES, GpuMemory, StudentGpus, remote_teacher_memory
 from eaopd_megatron.planning.times import GiB, GpuSpec, TimeAssumptions, TimeEstimates
 from eaopd_megatron.planning.workload import (
     PlannedLayout,
@@ -102,10 +96,6 @@ class Planner:
     assumed: TimeAssumptions = field(default_factory=TimeAssumptions)
     servers: PlannedServers | None = None  # None: the trainer generates
 
-    @property
-    def reserve(self) -> float:
-        return self.assumed.reserve * GiB
-
     def fits(self, memory: GpuMemory) -> bool:
         return memory.peak <= self.limit * GiB
 
@@ -118,21 +108,19 @@ class Planner:
 
     def memory(self, layout: PlannedLayout, work: Workload, *, apart: bool = False) -> GpuMemory:
         """Return the memory of the student's fullest GPU."""
-        ours = StudentGpus(self.student.shape, self._placed_teachers(apart), layout, work, self.reserve)
-        if self.servers is None:
-            return ours.memory()
-        if not self.servers.colocated:
-            return replace(ours, writer="servers elsewhere").memory()
-        server, process = self.servers.memory_fraction * self.limit * GiB, self.assumed.server_process * GiB
-        return replace(ours, writer="colocated servers", server=server, process=process).memory()
+        ours = StudentGpus(self.student.shape, self._placed_teachers(apart), layout, work, self.assumed.reserve * GiB)
+        if self.servers and self.servers.colocated:
+            server, process = self.servers.memory_fraction * self.limit * GiB, self.assumed.server_process * GiB
+            ours = replace(ours, writer="colocated servers", server=server, process=process)
+        elif self.servers:
+            ours = replace(ours, writer="servers elsewhere")
+        return ours.memory()
 
     def option(self, layout: PlannedLayout, work: Workload, *, apart: bool = False) -> LayoutOption:
         """Return memory and time of one choice. Remote teachers take no time: they score during generation."""
         clock, student, servers = self.clock(work), self.student.shape, self.servers
-        if servers is None:
-            seconds = {"generation": clock.generation(student, layout)}
-        else:
-            seconds = {"generation": clock.served(student, servers, self.limit * GiB)}
+        generation = clock.served(student, servers, self.limit * GiB) if servers else clock.generation(student, layout)
+        seconds = {"generation": generation}
         if here := [teacher for teacher in self._placed_teachers(apart) if teacher.colocated]:
             seconds["teacher"] = sum(self._scoring(teacher, layout, clock, len(here)) for teacher in here)
         seconds["student"] = work.updates * clock.update(student, layout)
@@ -183,9 +171,10 @@ class Planner:
             if reasons := self.refusals(layout, apart=apart):
                 unsupported[layout] = reasons[0]
                 continue
-            workloads = (work for work in _smaller_workloads(self.work) if self._fits(layout, work, apart))
-            if (work := next(workloads, None)) is not None:
-                fitting.append(self.option(layout, work, apart=apart))
+            for work in _smaller_workloads(self.work):
+                if self.fits(self.memory(layout, work, apart=apart)):
+                    fitting.append(self.option(layout, work, apart=apart))
+                    break
             else:
                 too_large.append(self.option(layout, self.work, apart=apart))
         fastest = min((option.total for option in fitting), default=1.0)
@@ -195,9 +184,6 @@ class Planner:
             return int((option.total / fastest - 1) / _EQUAL_TIME_SHARE), excess, option.total
 
         return LayoutSearch(sorted(fitting, key=rank), unsupported, too_large)
-
-    def _fits(self, layout: PlannedLayout, work: Workload, apart: bool) -> bool:
-        return self.fits(self.memory(layout, work, apart=apart))
 
     @property
     def largest_teacher(self) -> PlannedTeacher:
@@ -217,10 +203,7 @@ class Planner:
     def elsewhere(self, teacher: PlannedTeacher) -> SeparateTeacherPlan:
         """Return the plan of a teacher that is not colocated, in its own layout."""
         work, layout, clock = self.work, teacher.layout, self.clock(self.work)
-        if teacher.placement == "served":
-            memory = served_teacher_memory(teacher, self.limit * GiB)
-        else:
-            memory = separate_teacher_memory(teacher, work, self.reserve)
+        memory = remote_teacher_memory(teacher, work, self.assumed.reserve * GiB, self.limit * GiB)
         tokens = work.prompts * clock.sequence / layout.data_parallel / teacher.replicas
         rows, gpus = work.prompts * clock.response, layout.gpus * teacher.replicas
         payload = traffic.payload_traffic(rows, teacher.bytes_per_token, gpus)
@@ -244,9 +227,8 @@ class Plan:
         found = []
         if self.gpus != self.layout.gpus:
             ranks = self.layout.gpus // self.layout.data_parallel
-            found.append(
-                f"the recipe's {ranks} GPUs a copy (tensor x pipeline x context parallel) do not divide {self.gpus}"
-            )
+            product = f"{ranks} GPUs a copy (tensor x pipeline x context parallel)"
+            found.append(f"the recipe's {product} do not divide {self.gpus}")
         for teacher in self.planner.teachers:
             if not teacher.colocated:
                 found += layout_refusals(teacher.shape, teacher.layout, teacher.label)
@@ -351,11 +333,9 @@ class Plan:
 
     def _separate_remedy(self, plan: SeparateTeacherPlan) -> str:
         key, found = plan.teacher.key, self.planner.separate(plan.teacher)
-        size = "none tried" if found is None else f"{found.gpus}"
-        return (
-            f"{key}: a GPU of its own needs {plan.memory.peak / GiB:.1f} GiB of {self.planner.limit:g}; change "
-            f"{key}.tensor_parallel; the fewest GPUs that hold it: {size}"
-        )
+        needed = f"{key}: a GPU of its own needs {plan.memory.peak / GiB:.1f} GiB of {self.planner.limit:g}"
+        size = "none tried" if found is None else found.gpus
+        return f"{needed}; change {key}.tensor_parallel; the fewest GPUs that hold it: {size}"
 
 
 def _smaller_workloads(work: Workload) -> Iterator[Workload]:

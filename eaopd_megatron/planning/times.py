@@ -72,21 +72,21 @@ class TimeAssumptions:
 
     def lines(self, gpu: GpuSpec) -> Sequence[str]:
         """Return the assumptions in words."""
+        links = f"{gpu.host_link / 1e9:.0f} within a host, {gpu.network / 1e9:.0f} between hosts"
+        memory = f"memory {gpu.bandwidth / 1e12:.2f} TB/s; GB/s: {links}, {gpu.processor / 1e9:.0f} to host memory"
+        mfu = f"{self.training_mfu:.0%} of the peak in training, {self.scoring_mfu:.0%} in scoring"
+        shares = f"{self.bandwidth_share:.0%} of the memory's bandwidth, {self.link_share:.0%} of links'"
+        decoding = (
+            f"{self.decode_layer * 1e3:g} ms per layer and token in process, {self.graph_layer * 1e3:g} on a server"
+        )
+        reserve = f"{self.reserve:g} GiB per GPU for CUDA, NCCL and fragmentation"
         return (
-            f"{gpu.name}: {gpu.peak / 1e12:.0f} TFLOP/s bf16, memory {gpu.bandwidth / 1e12:.2f} TB/s; GB/s: "
-            f"{gpu.host_link / 1e9:.0f} within a host, {gpu.network / 1e9:.0f} between hosts, "
-            f"{gpu.processor / 1e9:.0f} to host memory",
-            f"{self.training_mfu:.0%} of the peak in training, {self.scoring_mfu:.0%} in scoring "
-            f"(x{self.expert_factor:g} with experts)",
-            f"{self.bandwidth_share:.0%} of the memory's bandwidth, {self.link_share:.0%} of links'; "
-            "communication does not overlap with computation",
+            f"{gpu.name}: {gpu.peak / 1e12:.0f} TFLOP/s bf16, {memory}",
+            f"{mfu} (x{self.expert_factor:g} with experts); {shares}, no overlap",
             f"mean prompt: {self.prompt_share:.0%}, mean response: {self.response_share:.0%} of the longest allowed",
-            "the longest response of a batch is the longest allowed",
-            f"decoding takes at least {self.decode_layer * 1e3:g} ms per layer and token in process, "
-            f"{self.graph_layer * 1e3:g} on a server",
-            f"{self.reserve:g} GiB per GPU for CUDA, NCCL and fragmentation; "
-            f"a colocated server keeps {self.server_process:g} more",
-            "experts get equal numbers of tokens",
+            "the longest response of a batch is the longest allowed; experts get equal numbers of tokens",
+            f"decoding takes at least {decoding}",
+            f"{reserve}; a colocated server keeps {self.server_process:g} more",
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor, TensorWriter
-from eaopd_megatron.models import FAMILIES
+from eaopd_megatron.models.families import FAMILIES
 from tests.ranks import ROOT
 
 SCRIPT = Path(__file__).with_name("memory_of_conversion.py")

@@ -22,7 +22,7 @@ from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import layers
 from eaopd_megatron.megatron.model import global_param_name
-from eaopd_megatron.models import FAMILIES, family_of
+from eaopd_megatron.models.families import FAMILIES, family_of
 from eaopd_megatron.models.supported import check_supported
 from eaopd_megatron.models.transformer_config import rotary_base, set_attention_factor, transformer_config
 from tests import tiny_models

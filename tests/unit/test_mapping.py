@@ -24,7 +24,7 @@ from eaopd_megatron.models.mapping import (
     ShardSpec,
 )
 
-SIZES = {"groups": 4, "head_dim": 3, "vocab": 10}
+SIZES = {"kv_heads": 4, "head_dim": 3, "vocab": 10}
 Q, KV = 8 * 3, 4 * 3  # two query heads a group
 
 

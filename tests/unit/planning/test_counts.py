@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.models import family_of
+from eaopd_megatron.models.families import family_of
 from eaopd_megatron.models.shapes import ModelShape, ParameterCounts
 from eaopd_megatron.models.supported import ModelInfo, built_in_shape, find_model
 from eaopd_megatron.planning import times as flops
@@ -92,7 +92,7 @@ def test_ranks_lose_or_repeat_parameters(kind: str) -> None:
         (
             {"architectures": ["GPT2LMHeadModel"]},
             "architecture GPT2LMHeadModel is not supported; supported: Qwen3ForCausalLM, Qwen3MoeForCausalLM, "
-            "Qwen2ForCausalLM, LlamaForCausalLM (another one needs a mapping file in eaopd_megatron/models/)",
+            "Qwen2ForCausalLM, LlamaForCausalLM (another one needs a mapping in eaopd_megatron/models/families.py)",
         ),
         (
             {"architectures": ["LlamaForCausalLM"]},
