@@ -172,10 +172,10 @@ class MappedParam:
 
 
 class MappingRule:
-    """A line of a family's table: `MappingRule(ROW, "decoder.layers.{layer}…", ("model.layers.{layer}…", "hidden vocab"))`.
+    """A line of a family's table: how a Megatron parameter is sharded, and its Hugging Face tensors.
 
-    `{layer}` in the names runs over the layers, `{expert}` over the experts of each. A shape lists the names of its
-    sizes, outermost first.
+    `{layer}` in the names runs over the layers, `{expert}` over the experts of each. Each tensor's shape lists the
+    names of its sizes, outermost first: ("model.embed_tokens.weight", "vocab hidden").
     """
 
     def __init__(self, mapping: ParamMapping, megatron_name: str, *hf_tensors: tuple[str, str]) -> None:
