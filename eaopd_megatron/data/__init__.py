@@ -1,1 +1,1 @@
-"""Prompts, samples, packing and the prompt cursor."""
+"""Problems, prompts, samples, and their packing into micro-batches."""

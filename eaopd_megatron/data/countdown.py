@@ -1,14 +1,12 @@
-"""Countdown: the task that the repository carries, small enough for a laptop and exact enough to measure with.
+"""Countdown: the built-in task, small enough for a laptop and exact enough for measurements.
 
-A problem gives three numbers (1..12) and a target (1..99). An answer has two steps and uses each number exactly once::
+A problem has three numbers (1..12) and a target (1..99). An answer has two steps and uses each number exactly once::
 
     use 3 5 7 make 50 :   3 + 7 = 10 ; 5 * 10 = 50 ;
 
-The first step takes two of the numbers; the second takes its result and the number that is left, and gives the target.
-Every value in an answer is a whole number in 0..99, because a number is one token of a vocabulary of 112.
-Most problems have several right answers, so a good model is truly undecided at some tokens.
-
-Only `tokenizer` needs more than the standard library.
+The first step combines two of the numbers; the second combines its result and the third number into the target. Every
+value is an integer in 0..99, because a number is one token of a vocabulary of 112. Most problems have several right
+answers, so a good model is undecided at some tokens. Only `countdown_tokenizer` needs more than the standard library.
 """
 
 import hashlib
@@ -46,7 +44,7 @@ _VALUES: dict[str, int] = {str(value): value for value in range(MAX_VALUE + 1)}
 
 
 def calculate(left: int, operator: str, right: int) -> int | None:
-    """The value of `left operator right`; None where that is no whole number in 0..99 or the operator is unknown."""
+    """Return `left operator right`; None if it is not an integer in 0..99 or the operator is unknown."""
     if operator == "+":
         value = left + right
     elif operator == "-":
@@ -61,7 +59,7 @@ def calculate(left: int, operator: str, right: int) -> int | None:
 
 
 def _steps(one: int, other: int) -> Iterator[tuple[str, int]]:
-    """Every valid step that takes two values, in either order: its text and its value."""
+    """Yield text and value of every valid step that combines two values, in either order."""
     for left, right in {(one, other), (other, one)}:
         for operator in OPERATORS:
             value = calculate(left, operator, right)
@@ -71,42 +69,37 @@ def _steps(one: int, other: int) -> Iterator[tuple[str, int]]:
 
 @lru_cache(maxsize=1)
 def _answers() -> dict[tuple[Operands, int], tuple[str, ...]]:
-    """Every solvable problem (its numbers ascending, its target) and its right answers in alphabetical order."""
-    found: defaultdict[tuple[Operands, int], set[str]] = defaultdict(set)
+    """Return every solvable problem (numbers ascending, target) with its right answers in alphabetical order."""
+    answers: defaultdict[tuple[Operands, int], set[str]] = defaultdict(set)
     for a, b, c in combinations_with_replacement(range(1, MAX_OPERAND + 1), 3):
         for one, other, rest in {(a, b, c), (a, c, b), (b, c, a)}:
             for first_step, middle in _steps(one, other):
                 for last_step, target in _steps(middle, rest):
                     if target > 0:
-                        found[(a, b, c), target].add(f"{first_step} {last_step}")
-    return {problem: tuple(sorted(answers)) for problem, answers in found.items()}
-
-
-def _digest(problem_id: str) -> int:
-    """A number that depends on the id alone: the same in every process, on every machine."""
-    return int.from_bytes(hashlib.sha256(problem_id.encode()).digest()[:8])
+                        answers[(a, b, c), target].add(f"{first_step} {last_step}")
+    return {problem: tuple(sorted(texts)) for problem, texts in answers.items()}
 
 
 @lru_cache(maxsize=2)
 def _split(split: str) -> tuple[tuple[str, Operands, int], ...]:
-    """(id, numbers, target) of a split, in the order of the ids' digests: any first N are a fair sample of it."""
+    """Return (id, numbers, target) of a split in the order of the ids' hashes: the first N are a random sample."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', not {split!r}")
     rows = []
     for numbers, target in _answers():
         problem_id = f"{numbers[0]}-{numbers[1]}-{numbers[2]}-makes-{target}"
-        digest = _digest(problem_id)
+        digest = int.from_bytes(hashlib.sha256(problem_id.encode()).digest()[:8])
         if (digest % HELD_OUT_ONE_IN == 0) == (split == "heldout"):
             rows.append((digest, problem_id, numbers, target))
     return tuple((problem_id, numbers, target) for _, problem_id, numbers, target in sorted(rows))
 
 
 def problems(split: Split) -> list[dict[str, Any]]:
-    """The solvable problems of a split, always in the same order.
+    """Return the solvable problems of a split, always in the same order.
 
     Each is `{"id": str, "numbers": [a, b, c] ascending, "target": int, "problem": the prompt's text}`. One in
-    `HELD_OUT_ONE_IN` is held out, chosen by the SHA-256 of its id; the prompts never show the same numbers in another
-    order, so no held-out problem is a training problem in disguise. Raises ValueError for an unknown split.
+    `HELD_OUT_ONE_IN` is held out, chosen by the SHA-256 of its id. Numbers are always ascending, so no held-out problem
+    is a reordered training problem. Raises ValueError for an unknown split.
     """
     return [
         {
@@ -120,16 +113,16 @@ def problems(split: Split) -> list[dict[str, Any]]:
 
 
 def solve(numbers: list[int] | Operands, target: int) -> list[str]:
-    """Every right answer's text, in alphabetical order, both orders of commuted operands; [] where there is none."""
+    """Return all right answers in alphabetical order, with both orders of commuting operands."""
     a, b, c = sorted(numbers)
     return list(_answers().get(((a, b, c), target), ()))
 
 
 def check_answer(problem: Mapping[str, Any], response_text: str) -> tuple[bool, str | None]:
-    """Whether a response is exactly a right answer, and the key under which equal right answers are counted once.
+    """Return whether a response is exactly a right answer, and the answer's canonical form, None for a wrong one.
 
-    A response is its two steps and nothing else, separated by white space. The key is the answer with the operands of
-    + and * in ascending order, so that `3 + 7` and `7 + 3` share it; None for a wrong answer. No text makes it raise.
+    A response is its two steps and nothing else, separated by white space. The canonical form has the operands of + and
+    * in ascending order, so that `3 + 7` and `7 + 3` share it. Never raises.
     """
     words = response_text.split()
     if len(words) != 12:
@@ -156,7 +149,7 @@ def check_answer(problem: Mapping[str, Any], response_text: str) -> tuple[bool, 
 
 
 def supervised_examples(seed: int, split: Split = "train") -> Iterator[tuple[dict[str, Any], str]]:
-    """An endless, seeded stream of (problem, answer): any problem, then any of its right answers, both uniformly."""
+    """Yield (problem, answer) forever: a uniformly drawn problem, then a uniformly drawn right answer to it."""
     generator = random.Random(seed)
     chosen = problems(split)
     while True:
@@ -166,9 +159,9 @@ def supervised_examples(seed: int, split: Split = "train") -> Iterator[tuple[dic
 
 
 def countdown_tokenizer() -> "PreTrainedTokenizerFast":
-    """One token a word of `VOCABULARY`, split at white space; adds nothing to a text, has no chat template.
+    """Return a tokenizer with one token per word of `COUNTDOWN_VOCABULARY`, split at white space, no chat template.
 
-    `decode(ids, skip_special_tokens=True)` gives text that `check` reads. The padding token serves batches alone: no
+    `decode(ids, skip_special_tokens=True)` returns text for `check_answer`. The padding token serves only batches: no
     model of the pair names it in its config, because transformers zeroes the embedding of a config's `pad_token_id`.
     """
     from tokenizers import Tokenizer

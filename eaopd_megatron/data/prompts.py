@@ -1,4 +1,4 @@
-"""Problems → prompts as token ids."""
+"""Problems → prompts as token ids, the order of the prompts, and seeded random numbers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from eaopd_megatron.errors import RecipeError, UserError
 
 
 def seeded_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by a hash of `key`, such as (seed, "prompts", epoch)."""
+    """Return a CPU generator seeded by a hash of `key`, such as (seed, "prompts", epoch)."""
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def seeded_uniforms(count: int, *key: int | str) -> torch.Tensor:
-    """[count] fp64 in [0, 1)."""
+    """Return [count] fp64 in [0, 1)."""
     return torch.rand(count, dtype=torch.float64, generator=seeded_generator(*key))
 
 
 @dataclass(frozen=True)
 class PromptCursor:
-    """Epochs over `count` prompts in batches of `batch`, in a new order each epoch where `shuffle`.
+    """Epochs over `count` prompts in batches of `batch`, with `shuffle` in a new order each. Iterations and epochs
+    count from 0.
 
-    last_batch: what becomes of an epoch's last, smaller batch: "drop" (its prompts wait for another epoch's order) or
-    "keep".
+    last_batch: "drop" an epoch's last, smaller batch (its prompts wait for another epoch's order) or "keep" it.
     """
 
     count: int
@@ -51,20 +51,18 @@ class PromptCursor:
         return self.count // self.batch if self.last_batch == "drop" else -(-self.count // self.batch)
 
     def epoch(self, iteration: int) -> int:
-        """The epoch, from 0, of the iteration, from 0."""
         return iteration // self.batches_per_epoch
 
     def indices(self, iteration: int) -> list[int]:
-        """Indices of the prompts of the iteration (from 0)."""
+        """Return the indices of the iteration's prompts."""
         start = iteration % self.batches_per_epoch * self.batch
-        return self._order(self.epoch(iteration))[start : start + self.batch]
+        epoch = self.epoch(iteration)
+        order = _permutation(self.count, self.seed, epoch) if self.shuffle else list(range(self.count))
+        return order[start : start + self.batch]
 
     def size(self, iteration: int) -> int:
-        """Number of prompts of the iteration (from 0)."""
+        """Return the number of the iteration's prompts."""
         return min(self.batch, self.count - iteration % self.batches_per_epoch * self.batch)
-
-    def _order(self, epoch: int) -> list[int]:
-        return _permutation(self.count, self.seed, epoch) if self.shuffle else list(range(self.count))
 
 
 @lru_cache(maxsize=2)
@@ -73,15 +71,12 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
 
 
 class PromptBuilder:
-    """Turns problems into token ids, once, with the student's tokenizer: the same ids for student and teacher.
+    """Turns problems into token ids with the student's tokenizer, once: the same ids for student and teacher.
 
-    template: `chat`, the tokenizer's own with thinking off (Qwen3: the assistant's turn begins with an empty think
-    block); `base`, question and answer as plain text, for models that know no chat; `raw`, the problem alone. suffix: a
-    line after the problem.
-
-    max_tokens: longer prompts are left out; limit: what sets it, for the message where none is left.
-
-    teachers: names of which each problem has one under teacher_field; of a single one all problems are.
+    template: `chat`, the tokenizer's own without thinking (Qwen3: the assistant's turn starts with an empty think
+    block); `base`, question and answer as plain text, for models without a chat template; `raw`, only the problem.
+    suffix: a line after the problem. max_tokens: longer prompts are dropped; limit: its setting, for messages.
+    teachers: each problem names one of them under teacher_field; a single one has all problems.
     """
 
     def __init__(
@@ -105,6 +100,7 @@ class PromptBuilder:
         self.teachers, self.teacher_field = teachers, teacher_field
 
     def token_ids(self, text: str) -> list[int]:
+        """Return the prompt of a problem's text."""
         if self.suffix:
             text = f"{text}\n{self.suffix}"
         if self.template == "base":
@@ -116,7 +112,8 @@ class PromptBuilder:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def build(self, problems: Sequence[dict[str, Any]], source: str) -> tuple[list[Prompt], int]:
-        """The prompts, and how many problems were left out because they are longer than `max_tokens` tokens."""
+        """Return the prompts, and the number of problems dropped because they are longer than max_tokens. Raises
+        UserError for a record without text or teacher, and if no prompt is left."""
         prompts: list[Prompt] = []
         dropped = 0
         for number, problem in enumerate(problems, 1):
@@ -137,12 +134,10 @@ class PromptBuilder:
     def _teacher(self, problem: dict[str, Any], where: str) -> str:
         if len(self.teachers) == 1:
             return self.teachers[0]
-        named = problem.get(self.teacher_field)
-        if named not in self.teachers:
-            found = (
-                f"{self.teacher_field!r} is {named!r}"
-                if self.teacher_field in problem
-                else (f"there is no {self.teacher_field!r} (data.teacher_field)")
-            )
-            raise UserError(f"{where}: {found}; the recipe's teachers are {', '.join(self.teachers)}")
-        return str(named)
+        name = problem.get(self.teacher_field)
+        if name in self.teachers:
+            return str(name)
+        what = f"there is no {self.teacher_field!r} (data.teacher_field)"
+        if self.teacher_field in problem:
+            what = f"{self.teacher_field!r} is {name!r}"
+        raise UserError(f"{where}: {what}; the recipe's teachers are {', '.join(self.teachers)}")

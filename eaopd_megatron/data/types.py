@@ -92,19 +92,14 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the form in which an evaluation's settings file holds it."""
-        return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "max_new_tokens": self.max_new_tokens,
-            "stop_ids": list(self.stop_token_ids),
-        }
+        """Return the form in an evaluation's settings file, whose key `stop_ids` is older than the field's name."""
+        values = dict(vars(self))
+        return {**values, "stop_ids": values.pop("stop_token_ids")}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Return what `to_json` was made from."""
-        ids = tuple(values["stop_ids"])
-        return cls(values["temperature"], values["top_p"], values["max_new_tokens"], stop_token_ids=ids)
+        options = dict(values)
+        return cls(**options, stop_token_ids=tuple(options.pop("stop_ids")))
 
 
 @dataclass(frozen=True)

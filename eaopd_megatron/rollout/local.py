@@ -1,4 +1,4 @@
-"""Rollouts in process: generation on the training model itself, at any layout."""
+"""Rollouts in process: generation with the training model itself, at any layout."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from eaopd_megatron.rollout.interface import GenerationRequest, RolloutHandle, S
 
 
 def sample_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, *, temperature: float, top_p: float) -> torch.Tensor:
-    """Inverse-CDF sampling: token ids [b] of log-probs [b, V] (nats, normalised) with uniform [b] fp64 in [0, 1).
+    """Sample token ids [b] from log-probs [b, V] (nats, normalised) by inverse CDF with uniform [b] fp64 in [0, 1).
 
-    top_p keeps the smallest set of most probable tokens whose probability reaches it. temperature 0 is greedy.
-    fp64 sums: over 151,936 tokens an fp32 cumulative sum would misplace the last digits of the distribution.
+    top_p keeps the smallest set of most probable tokens whose probability reaches it. temperature 0 is greedy. Sums are
+    fp64: over 151,936 tokens an fp32 cumulative sum would misplace the distribution's last digits.
     """
     if temperature == 0:
         return logprobs.argmax(-1)
@@ -40,7 +40,8 @@ def sample_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, *, temperature:
 
 
 class LocalRollout:
-    """Generates on this data-parallel rank's model. All ranks of a copy of the model call it with the same prompts."""
+    """`RolloutEngine` on this data-parallel rank's model. All ranks of a copy of the model call it with the same
+    prompts."""
 
     def __init__(self, model: ModelChunks, parallel: ParallelState, *, vocab_size: int, batch_size: int) -> None:
         self.model, self.parallel = model, parallel
@@ -48,14 +49,14 @@ class LocalRollout:
         self._version = 0
 
     def open(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
-        """Nothing: the model is there."""
+        """Do nothing: the model is part of this process."""
 
     def update_weights(self, version: int) -> None:
-        """The model that generates is the one that is trained."""
+        """Note the version: the model that generates is the one that is trained."""
         self._version = version
 
     def submit(self, request: GenerationRequest) -> RolloutHandle:
-        """Nothing happens before the responses are fetched."""
+        """Return a handle; `collect` generates."""
         return RolloutHandle(request)
 
     def collect(self, handle: RolloutHandle) -> Iterator[list[Sample]]:
@@ -66,22 +67,22 @@ class LocalRollout:
         yield [replace(sample, index=index) for index, sample in zip(local, samples, strict=True)]
 
     def finish_generation(self) -> None:
-        """Nothing: training goes on with the same memory."""
+        """Do nothing: training uses the same memory."""
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: no process was started."""
 
     def generate(
         self, prompts: Sequence[Prompt], keys: Sequence[SamplingKey], sampling: SamplingParams, version: int
     ) -> list[Sample]:
-        """One sample a prompt, in order. keys: what each sample's random numbers are a function of (`data.random`).
+        """Return one sample per prompt, in order. keys: one RNG key per sample.
 
-        Context-parallel ranks share the prompts out and exchange their samples. Ranks that share experts decode in
-        step until the last of them is done.
+        Context-parallel ranks divide the prompts and exchange their samples. Ranks that share experts decode in step
+        until the last of them is done.
         """
-        mine = range(self.parallel.cp_rank, len(prompts), self.parallel.cp_size)
-        # longest prompts first keeps padding low; random numbers belong to samples, so the order changes nothing else
-        order = sorted(mine, key=lambda i: -len(prompts[i].token_ids))
+        own = range(self.parallel.cp_rank, len(prompts), self.parallel.cp_size)
+        # longest prompts first, for little padding; random numbers belong to samples, so the order changes nothing else
+        order = sorted(own, key=lambda i: -len(prompts[i].token_ids))
         samples: dict[int, Sample] = {}
         with decode_mode(self.model):
             for start in range(0, self._max_over_expert_ranks(len(order)), self.batch_size):
@@ -92,13 +93,13 @@ class LocalRollout:
         if self.parallel.cp_size > 1:
             gathered = [samples] * self.parallel.cp_size
             dist.all_gather_object(gathered, samples, group=self.parallel.cp_group)
-        everything = {i: sample for part in gathered for i, sample in part.items()}
-        return [everything[i] for i in range(len(prompts))]
+        by_index = {i: sample for part in gathered for i, sample in part.items()}
+        return [by_index[i] for i in range(len(prompts))]
 
     def _batch(
         self, prompts: Sequence[Prompt], keys: Sequence[SamplingKey], sampling: SamplingParams, version: int
     ) -> list[Sample]:
-        """Samples of one batch; without prompts this rank decodes a token of no meaning for as long as the others."""
+        """Return the samples of one batch. Without prompts this rank decodes a dummy token as long as the others."""
         device = self.parallel.device
         texts = [list(p.token_ids) for p in prompts] or [[0]]
         noise = torch.stack([seeded_uniforms(sampling.max_new_tokens, *key) for key in keys or [("idle",)]])
@@ -125,18 +126,18 @@ class LocalRollout:
     def _draw(
         self, logits: torch.Tensor | None, noise: torch.Tensor, sampling: SamplingParams
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [b], the same on every rank of the model's copy, and their log-probs [b], on the last stage alone."""
+        """Return tokens [b], the same on every rank of the model's copy, and their log-probs [b] on the last stage."""
         if logits is None:
             token = torch.empty(len(noise), dtype=torch.long, device=self.parallel.device)
             return broadcast_from_last_stage(token, self.parallel), torch.empty(len(noise), device=self.parallel.device)
         policy = torch.log_softmax(logits[:, : self.vocab_size].float(), -1)
         token = sample_tokens(policy, noise, temperature=sampling.temperature, top_p=sampling.top_p)
-        if self.parallel.tp_size > 1:  # different tokens on different shards would corrupt both
+        if self.parallel.tp_size > 1:  # shards that decode different tokens would corrupt each other
             dist.broadcast(token, self.parallel.tp_src_rank(), group=self.parallel.tp_group)
         return broadcast_from_last_stage(token, self.parallel), policy.gather(-1, token[:, None]).squeeze(-1)
 
     def _max_over_expert_ranks(self, count: int) -> int:
-        """The largest count among the ranks that share experts, whose layers exchange tokens."""
+        """Return the largest count among the ranks that share experts, whose layers exchange tokens."""
         if self.parallel.ep_size * self.parallel.layout.expert_tensor_parallel == 1:
             return count
         most = torch.tensor(count, device=self.parallel.device)

@@ -55,7 +55,8 @@ class TeacherModel(Protocol):
 
 class TeacherRouter:
     """The teachers of a recipe as one: each scores the samples whose `Prompt.teacher` is its name ('' for the only
-    one). All ranks make the same calls, and each goes to the teachers in the same order."""
+    one). Methods are those of `TeacherModel`. All ranks make the same calls, which reach the teachers in
+    the same order."""
 
     def __init__(self, teachers: Mapping[str, TeacherModel]) -> None:
         self.teachers = dict(teachers)
@@ -72,12 +73,10 @@ class TeacherRouter:
             teacher.open()
 
     def submit(self, samples: Sequence[Sample]) -> None:
-        """As `TeacherModel.submit`."""
         for name, group in group_by_teacher(samples, self.names):
             self.teachers[name].submit(group)
 
     def wait(self, samples: Sequence[Sample]) -> list[Sample]:
-        """As `TeacherModel.wait`."""
         groups = group_by_teacher(samples, self.names)
         scored = {name: iter(self.teachers[name].wait(group)) for name, group in groups}
         return [next(scored[sample.prompt.teacher]) for sample in samples]
@@ -91,11 +90,9 @@ class TeacherRouter:
         return lambda index: signals[batches[index].teacher](numbers[batches[index].teacher].index(index))
 
     def target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
-        """As `TeacherModel.target_ids`."""
         return self.teachers[batch.teacher].target_ids(batch)
 
     def close(self) -> None:
-        """As `TeacherModel.close`."""
         for teacher in self.teachers.values():
             teacher.close()
 

@@ -95,7 +95,6 @@ class ColocatedTeacher:
             self._score(samples)
 
     def wait(self, samples: Sequence[Sample]) -> list[Sample]:
-        """As `TeacherModel.wait`."""
         if self.signal != "topk":
             return list(samples)
         if self._weights is not None:
@@ -122,7 +121,6 @@ class ColocatedTeacher:
         return lambda index: TeacherLogits(hidden[index] @ head.T)
 
     def target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
-        """As `TeacherModel.target_ids`."""
         return None if self.signal == "topk" else self.terminal.batch_target_ids(batch)
 
     def _score(self, samples: Sequence[Sample]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from eaopd_megatron.serving.supervisor import wait_until_any_ready
 from eaopd_megatron.teacher.base import TeacherSignal, require_row_count
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import PayloadFormat, TopKPayload, gather_top_k, split_top_k
+from eaopd_megatron.teacher.replicas import REPLICA_KIND, TeacherReplicas
 
 
 def load_teacher_head(
@@ -58,10 +59,6 @@ def load_teacher_head(
         row_map=terminal.row_map(),
     )
     return head.to(parallel.device, DTYPES.get(precision, torch.bfloat16))
-
-
-_KIND = "teacher replica"
-"""What messages call one."""
 
 
 class ScoringBackend(Protocol[C, L]):
@@ -94,23 +91,6 @@ class ScoringBackend(Protocol[C, L]):
         """
 
 
-class ReplicaManager(Protocol):
-    """The servers that the main rank starts."""
-
-    def start(self, longest: int) -> None:
-        """Start them without waiting."""
-
-    def wait_urls(self) -> Generator[None, None, list[str]]:
-        """Yield at least a few times a second until they are ready, then return their URLs. Raises UserError."""
-
-    @property
-    def api_key(self) -> str | None:
-        """Key of the Authorization header."""
-
-    def close(self) -> None:
-        """Stop them. Idempotent."""
-
-
 class RemoteTeacher(Generic[C, L]):
     """`TeacherModel` on servers: requests run while responses are still generated, and `wait` ends them.
 
@@ -125,7 +105,7 @@ class RemoteTeacher(Generic[C, L]):
         config: TeacherConfig,
         *,
         head: torch.Tensor | None = None,
-        replicas: ReplicaManager | None = None,
+        replicas: TeacherReplicas | None = None,
         stop_signal: Callable[[], int],
         report: Callable[[str], None],
     ) -> None:
@@ -173,7 +153,6 @@ class RemoteTeacher(Generic[C, L]):
             self._num_calls += 1
 
     def wait(self, samples: Sequence[Sample]) -> list[Sample]:
-        """As `TeacherModel.wait`."""
         wait_on_all_ranks(self.parallel, lambda: _done(self._fetches), self._stop_signal)
         self._fetches.clear()
         top_k = self._backend.payload_format
@@ -199,7 +178,6 @@ class RemoteTeacher(Generic[C, L]):
         return signal_of
 
     def target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
-        """As `TeacherModel.target_ids`."""
         is_top_k = isinstance(self._backend.payload_format, TopKPayload)
         return None if is_top_k else self._backend.terminal.batch_target_ids(batch)
 
@@ -274,7 +252,7 @@ class RemoteTeacher(Generic[C, L]):
             await wait_until_any_ready(
                 clients,
                 self._validate,
-                kind=_KIND,
+                kind=REPLICA_KIND,
                 minutes=self._config.startup_timeout_minutes,
                 report=self._report,
             )
@@ -284,7 +262,9 @@ class RemoteTeacher(Generic[C, L]):
 
     async def _open_pool(self, clients: Sequence[C]) -> None:
         timeout = 60 * self._config.unavailable_timeout_minutes
-        self._pool = ServerPool(clients, self._validate, kind=_KIND, unavailable_timeout=timeout, report=self._report)
+        self._pool = ServerPool(
+            clients, self._validate, kind=REPLICA_KIND, unavailable_timeout=timeout, report=self._report
+        )
         await self._pool.open()
 
     async def _fetch(

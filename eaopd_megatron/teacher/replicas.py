@@ -12,8 +12,7 @@ import torch
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe, dump_recipe
-from eaopd_megatron.config.schema import TeacherConfig as Options
-from eaopd_megatron.config.schema import teacher_key
+from eaopd_megatron.config.schema import TeacherConfig, teacher_key
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.requests import required_context_length
 from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings
@@ -22,7 +21,7 @@ from eaopd_megatron.serving.process import ServerProcess
 from eaopd_megatron.serving.supervisor import Supervisor
 from eaopd_megatron.utils.files import atomic_write
 
-_KIND = "teacher replica"
+REPLICA_KIND = "teacher replica"
 
 
 class TeacherReplicas:
@@ -33,15 +32,10 @@ class TeacherReplicas:
         among the visible GPUs, of the first replica's first GPU."""
         self._recipe, self._name, self._logs = recipe, name, logs
         self._first_gpu, self._report = first_gpu, report
-        self._options: Options = recipe.named_teachers()[name]
+        self._options: TeacherConfig = recipe.named_teachers()[name]
         self._servers: Sequence[ServerProcess] = ()
         self._supervisor: Supervisor | None = None
-        self._key: str | None = None
-
-    @property
-    def api_key(self) -> str | None:
-        """The key that the replicas expect in the Authorization header."""
-        return self._key
+        self.api_key: str | None = None  # for the Authorization header; set by `start`
 
     def start(self, longest: int) -> None:
         """Start the replicas in the background. longest: maximum tokens of a prompt and its response.
@@ -50,9 +44,10 @@ class TeacherReplicas:
         """
         options = self._options
         key_file = options.api_key_file
-        self._key = secrets.token_urlsafe(24) if key_file is None else read_api_key(Path(key_file))
+        self.api_key = secrets.token_urlsafe(24) if key_file is None else read_api_key(Path(key_file))
         make = self._sglang if options.placement == "served" else self._separate
-        self._servers = [make(number, gpus, longest) for number, gpus in enumerate(self._gpus())]
+        logs = (self._logs / f"{self._name or 'teacher'}_{number}.log" for number in range(options.replicas))
+        self._servers = [make(log, gpus, longest) for log, gpus in zip(logs, self._gpus(), strict=True)]
         self._supervisor = Supervisor(self._servers, minutes=options.startup_timeout_minutes, report=self._report)
         self._supervisor.start()
 
@@ -80,16 +75,13 @@ class TeacherReplicas:
             )
         return gpus
 
-    def _log(self, number: int) -> Path:
-        return self._logs / f"{self._name or 'teacher'}_{number}.log"
-
-    def _separate(self, number: int, gpus: range, longest: int) -> ServerProcess:
+    def _separate(self, log: Path, gpus: range, longest: int) -> ServerProcess:
         recipe = self._logs / "recipe.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(recipe, dump_recipe(self._recipe))
-        return SeparateReplica(recipe, self._name, self._log(number), gpus=gpus, api_key=self._key)
+        return SeparateReplica(recipe, self._name, log, gpus=gpus, api_key=self.api_key)
 
-    def _sglang(self, number: int, gpus: range, longest: int) -> ServerProcess:
+    def _sglang(self, log: Path, gpus: range, longest: int) -> ServerProcess:
         options = self._options
         settings = SGLangSettings(
             HfFolder.open(options.model, f"{teacher_key(self._name)}.model").path,
@@ -98,17 +90,17 @@ class TeacherReplicas:
             precision=options.precision,
             mem_fraction_static=options.mem_fraction_static,
             max_concurrent_requests=options.max_concurrent_requests,
-            api_key=self._key,
+            api_key=self.api_key,
         )
-        server = SGLangServer(settings, self._log(number), first_gpu=gpus.start)
-        server.kind = _KIND
+        server = SGLangServer(settings, log, first_gpu=gpus.start)
+        server.kind = REPLICA_KIND
         return server
 
 
 class SeparateReplica(ServerProcess):
     """One `eaopd teach`, which launches its ranks."""
 
-    kind = _KIND
+    kind = REPLICA_KIND
 
     def __init__(self, recipe: Path, name: str, log: Path, *, gpus: Sequence[int], api_key: str | None) -> None:
         super().__init__(log, api_key=api_key)

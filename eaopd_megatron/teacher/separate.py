@@ -118,12 +118,10 @@ class SeparateBackend:
         return ScoreRequest(request_id, scored, torch.tensor(ids, dtype=torch.int32))
 
     def client(self, url: str, key: str | None) -> TeacherClient:
-        """As `ScoringBackend.client`."""
         setting = f"{self._config_key}.api_key_file"
         return TeacherClient(url, api_key=key, connections=self._connections, key_setting=setting)
 
     async def validate(self, client: TeacherClient, longest: int) -> TokenLimit:
-        """As `ScoringBackend.validate`."""
         if not await client.ready():
             raise Busy("it is not ready to score yet")
         actual = await client.info()

@@ -53,12 +53,10 @@ class ServedBackend:
         return [(ServedScoreCall(f"{number}-{i}", sample, self), [sample]) for i, sample in enumerate(samples)]
 
     def client(self, url: str, key: str | None) -> SGLangClient:
-        """As `ScoringBackend.client`."""
         setting = f"{self._config_key}.api_key_file"
         return SGLangClient(url, api_key=key, connections=self._connections, key_setting=setting)
 
     async def validate(self, client: SGLangClient, longest: int) -> LengthLimits:
-        """As `ScoringBackend.validate`."""
         return await verify_server(client, ExpectedModel.of(self.folder, longest, role="teacher", scores_only=True))
 
 

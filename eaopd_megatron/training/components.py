@@ -12,9 +12,15 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder, common_vocab_size
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.config.schema import DataConfig
-from eaopd_megatron.data.decontamination import Decontamination, summarise_matches, write_decontamination_report
 from eaopd_megatron.data.prompts import PromptBuilder
-from eaopd_megatron.data.sources import FieldNames, Problem, load_problems
+from eaopd_megatron.data.sources import (
+    Decontamination,
+    FieldNames,
+    Problem,
+    load_problems,
+    summarise_matches,
+    write_decontamination_report,
+)
 from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError

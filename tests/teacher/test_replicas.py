@@ -128,7 +128,7 @@ def test_gpus_are_shared_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     layout = ("teacher.placement=separate", "teacher.replicas=2", "teacher.tensor_parallel=2")
     options: dict[str, Any] = {"first_gpu": 0, "report": print}
     fitting = TeacherReplicas(load_recipe(RECIPE, layout), "", tmp_path, **options)
-    made = [fitting._separate(i, gpus, 64).environment() for i, gpus in enumerate(fitting._gpus())]
+    made = [fitting._separate(tmp_path / f"{i}.log", gpus, 64).environment() for i, gpus in enumerate(fitting._gpus())]
     assert made == [{"CUDA_VISIBLE_DEVICES": "3,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}]
     with pytest.raises(
         UserError, match=r"teacher\.replicas=2 of 2 GPUs each take GPUs 2 to 5 of this host, which shows 4"

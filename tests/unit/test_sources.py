@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.config import load_recipe
-from eaopd_megatron.data.decontamination import Decontamination, split_words
 from eaopd_megatron.data.prompts import PromptBuilder
-from eaopd_megatron.data.sources import FieldNames, load_problems, read_jsonl
+from eaopd_megatron.data.sources import Decontamination, FieldNames, load_problems, read_jsonl, split_words
 from eaopd_megatron.errors import RecipeError, UserError
 from eaopd_megatron.evaluation.benchmarks import BENCHMARKS, check_golds, load_benchmark
 from eaopd_megatron.evaluation.runner import Evaluator

@@ -23,16 +23,15 @@ _SOCKET_TIMEOUT_SECONDS = 300.0
 """Seconds without progress in a request or an answer after which the client counts as dead."""
 
 
-class RequestRefused(Exception):
-    """The request cannot be accepted now. Its text says why, in one line."""
-
-
-class QueueFull(RequestRefused):
+class QueueFull(Exception):
     """Too many requests are in progress; the client may ask again."""
 
 
-class ShuttingDown(RequestRefused):
+class ShuttingDown(Exception):
     """The service stops; the client should ask another replica."""
+
+    def __init__(self) -> None:
+        super().__init__("the teacher is stopping")
 
 
 class _Work:
@@ -68,7 +67,7 @@ class RequestQueue:
             work = self._work_of(request)
             work.done.wait()
             if work.payload is None:
-                raise ShuttingDown("the teacher is stopping")
+                raise ShuttingDown
             yield work.payload
         finally:
             with self._change:
@@ -111,7 +110,7 @@ class RequestQueue:
         with self._change:
             free = self._change.wait_for(lambda: self._stopping or self._active < self._capacity, self._timeout)
             if self._stopping:
-                raise ShuttingDown("the teacher is stopping")
+                raise ShuttingDown
             if not free:
                 raise QueueFull(f"{self._capacity} requests are in progress already")
             self._active += 1
@@ -121,7 +120,7 @@ class RequestQueue:
             work = self._unfinished.get(request.id)
             if work is None:
                 if self._stopping:
-                    raise ShuttingDown("the teacher is stopping")
+                    raise ShuttingDown
                 work = self._unfinished[request.id] = _Work(request)
                 self._waiting.append(work)
                 self._change.notify_all()
@@ -144,8 +143,7 @@ def parse_listen_address(listen: str) -> tuple[str, int]:
     raise UserError(f"teacher.listen is {listen}; it must be HOST:PORT, such as 127.0.0.1:0 (0: a free port)")
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this host can reach the address."""
+def _is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
@@ -162,7 +160,7 @@ class TeacherHttpServer(socketserver.ThreadingTCPServer):
         """key: the API key that requests must have; None: none needed. Raises UserError if the address is taken, and if
         other hosts can reach it and there is no key."""
         host, port = parse_listen_address(listen)
-        if key is None and not is_loopback(host):
+        if key is None and not _is_loopback(host):
             raise UserError(
                 f"teacher.listen is {listen}, which other hosts reach: give a key with teacher.api_key_file (a file of "
                 "mode 0600 with one line)"
@@ -238,8 +236,10 @@ class _Handler(BaseHTTPRequestHandler):
                     self.wfile.write(payload.numpy().data.cast("B"))
         except ValueError as error:
             self._refuse(400, str(error))
-        except RequestRefused as error:
-            self._refuse(429 if isinstance(error, QueueFull) else 503, str(error))
+        except QueueFull as error:
+            self._refuse(429, str(error))
+        except ShuttingDown as error:
+            self._refuse(503, str(error))
 
     def _read_body(self) -> bytes | None:
         """Return the body, or None after refusing the request."""

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 
@@ -238,10 +239,8 @@ class TeacherScorer:
 
 def request_samples(request: ScoreRequest) -> list[Sample]:
     """Return the request's samples in the form that `collate` takes."""
-    ids = request.token_ids.tolist()
-    samples, start = [], 0
-    for sample in request.samples:
-        middle, end = start + sample.prompt, start + sample.prompt + sample.response
-        samples.append(Sample(Prompt("", tuple(ids[start:middle]), {}), ids[middle:end], "length", [], 0))
-        start = end
-    return samples
+    ids = iter(request.token_ids.tolist())
+    return [
+        Sample(Prompt("", tuple(islice(ids, one.prompt)), {}), list(islice(ids, one.response)), "length", [], 0)
+        for one in request.samples
+    ]
