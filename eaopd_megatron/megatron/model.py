@@ -80,13 +80,6 @@ def wait_param_gather(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     return parameter
 
 
-def start_param_gathers(chunks: Iterable[Any]) -> None:
-    """Start gathering the weights that other ranks updated, if gathers are overlapped. Collective."""
-    for chunk in chunks:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync()
-
-
 def wait_all_param_gathers(chunks: Iterable[torch.nn.Module]) -> None:
     """Wait for the gathers of all parameters of the chunks."""
     for chunk in chunks:
@@ -96,9 +89,6 @@ def wait_all_param_gathers(chunks: Iterable[torch.nn.Module]) -> None:
 
 class ModelChunks(torch.nn.ModuleList):
     """A rank's share of a model: one GPTModel per virtual pipeline stage, bare or wrapped."""
-
-    def __init__(self, chunks: Iterable[torch.nn.Module]) -> None:
-        super().__init__(chunks)
 
     @property
     def gpts(self) -> list[GPTModel]:

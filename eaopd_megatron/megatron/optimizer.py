@@ -20,7 +20,6 @@ from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.model import (
     ModelChunks,
     prepare_param_gather_waits,
-    start_param_gathers,
     wait_all_param_gathers,
 )
 from eaopd_megatron.megatron.offload import offload_moments_between_steps
@@ -147,7 +146,9 @@ def optimizer_step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
                 if part.config.clip_grad > 0:
                     clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
             updated = bool(optimizer.step_with_ready_grads())
-    start_param_gathers(optimizer.model_chunks)
+    for chunk in optimizer.model_chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync()  # gathers the weights that other ranks updated
     return updated, norm
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches through a model at any layout: Megatron-Core's schedules, with the objective on the last stage."""
+"""Run micro-batches through a model at any layout, by Megatron-Core's pipeline schedules."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from eaopd_megatron.megatron.forward import gather_context_parallel, output_weig
 from eaopd_megatron.megatron.model import ModelChunks, unwrap_gpt
 
 LastStageFn = Callable[[int, torch.Tensor], torch.Tensor | None]
-"""(number of the micro-batch, its rows [n, h]) → the sum of their losses, or, forward only, None."""
+"""(micro-batch index, its `response_hidden_states` [n, h]) -> its summed loss; forward only: None."""
 
 
 def packing_for(layout: ParallelLayout, context_rank: int = 0) -> Packing:
-    """What packing must know of a layout."""
+    """Return what packing needs of a layout: the multiples that sequences are padded to, and the CP shard."""
     tensor = layout.tensor_parallel if layout.sequence_parallel else 1
     return Packing(tensor, layout.context_parallel, context_rank)
 
@@ -29,8 +29,7 @@ def packing_for(layout: ParallelLayout, context_rank: int = 0) -> Packing:
 def micro_batches_by_teacher(
     samples: Sequence[Sample], budget: int, parallel: ParallelState, teachers: Sequence[str]
 ) -> list[MicroBatch]:
-    """Return `micro_batches` of each teacher's samples, in the order of `teachers`: one output head per micro-batch.
-    Collective over the data-parallel group."""
+    """Return the `micro_batches` of each teacher's samples, in the order of `teachers`."""
     return [
         batch
         for name, group in group_by_teacher(samples, teachers)
@@ -41,11 +40,10 @@ def micro_batches_by_teacher(
 def micro_batches(
     samples: Sequence[Sample], budget: int, parallel: ParallelState, teacher: str = ""
 ) -> list[MicroBatch]:
-    """Pack the samples of a data-parallel rank into micro-batches of at most `budget` tokens (at least one sample).
+    """Pack a data-parallel rank's samples into micro-batches of at most `budget` tokens, but at least one sample.
 
-    Every data-parallel rank gets the same number, because experts are shared by them: at least one, and a multiple of
-    the pipeline's stages under an interleaved schedule; the last ones may be empty. Collective over the data-parallel
-    group.
+    Every data-parallel rank gets the same number (they share experts), at least one, padded with empty micro-batches;
+    an interleaved schedule gets a multiple of its pipeline stages. Collective over the data-parallel group.
     """
     packing = packing_for(parallel.layout, parallel.cp_rank)
     parts: list[list[Sample]] = list(split_into_micro_batches(samples, budget, packing))
@@ -59,13 +57,13 @@ def micro_batches(
 
 
 def run_forward(model: ModelChunks, batches: Sequence[MicroBatch], on_last_stage: LastStageFn) -> None:
-    """Run the micro-batches without gradients. `on_last_stage` is called on the last pipeline stage. Collective."""
+    """Run the micro-batches without gradients; `on_last_stage` is called on the last pipeline stage. Collective."""
     with torch.no_grad():
         _run(model, batches, on_last_stage, forward_only=True)
 
 
 def run_forward_backward(model: ModelChunks, batches: Sequence[MicroBatch], on_last_stage: LastStageFn) -> None:
-    """Run the micro-batches and add the gradients of the sum of their losses, undivided, to the model's buffers.
+    """Run the micro-batches and accumulate the gradients of their summed losses in the model's buffers, undivided.
 
     `on_last_stage` runs on the last pipeline stage, also for an empty micro-batch, whose loss must depend on its rows:
     no collective of the backward pass depends on data. Call `optimizer.finalize_gradients` next. Collective.
@@ -75,36 +73,33 @@ def run_forward_backward(model: ModelChunks, batches: Sequence[MicroBatch], on_l
 
 
 def gather_logits(model: ModelChunks, token_ids: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
-    """Logits [b, s, V_padded] of token_ids [b, s], the same on every rank, at any layout. No gradient. Collective.
-
-    The b sequences are one micro-batch on each data-parallel rank; all must give the same token_ids.
-    """
+    """Return the logits [b, s, padded vocab] of token_ids [b, s], equal on every rank, without gradient. Collective."""
     b, s = token_ids.shape
     batch = single_batch(token_ids, parallel)
     batches = [batch] * (parallel.pp_size if parallel.layout.virtual_pipeline > 1 else 1)
-    found: list[torch.Tensor] = []
+    gathered: list[torch.Tensor] = []
 
-    def last(index: int, rows: torch.Tensor) -> None:
-        shard = rows @ output_weight(model).T
+    def on_last_stage(index: int, hidden: torch.Tensor) -> None:
+        shard = hidden @ output_weight(model).T
         parts = [torch.empty_like(shard) for _ in range(parallel.tp_size)]
         dist.all_gather(parts, shard.contiguous(), group=parallel.tp_group)
-        found[:] = [gather_context_parallel(batch, torch.cat(parts, -1), parallel)]
+        gathered[:] = [gather_context_parallel(batch, torch.cat(parts, -1), parallel)]
 
-    run_forward(model, batches, last)
+    run_forward(model, batches, on_last_stage)
     width = unwrap_gpt(model).vocab_size
-    logits = found[0] if found else torch.empty(b * s, width, dtype=model.dtype, device=parallel.device)
+    logits = gathered[0] if gathered else torch.empty(b * s, width, dtype=model.dtype, device=parallel.device)
     return broadcast_from_last_stage(logits, parallel).view(b, s, width)
 
 
 def single_batch(token_ids: torch.Tensor, parallel: ParallelState) -> MicroBatch:
-    """One micro-batch of token_ids [b, s] whose rows are all b·s positions."""
-    # a response token more than there is: it is no input, and its row is the last position
+    """Return one micro-batch of token_ids [b, s] with the logits of all b * s positions."""
+    # one response token too many: it is not an input, and its logits are those of the last position
     samples = [Sample(Prompt("", (row[0],), {}), [*row[1:], 0], "length", [], 0) for row in token_ids.tolist()]
     return collate(samples, parallel.device, packing_for(parallel.layout, parallel.cp_rank))
 
 
 def broadcast_from_last_stage(values: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
-    """The last pipeline stage's tensor on every stage; the others give one of its shape and type to be filled."""
+    """Return the last pipeline stage's tensor on every stage; the others pass a buffer of its shape and dtype."""
     if parallel.pp_size > 1 and values.numel():
         assert parallel.pp_group is not None
         source = dist.get_global_rank(parallel.pp_group, parallel.pp_size - 1)
@@ -121,7 +116,7 @@ def _run(model: ModelChunks, batches: Sequence[MicroBatch], on_last_stage: LastS
 
         def finish(hidden: torch.Tensor, non_loss_data: bool = False) -> tuple[torch.Tensor | None, Any, None] | None:
             loss = on_last_stage(index, response_hidden_states(model, hidden, batch))
-            # three values: Megatron-Core divides no loss then, as the configuration sums per token
+            # with three values Megatron-Core leaves the loss undivided, since the configuration sums per token
             return None if non_loss_data else (loss, torch.zeros((), dtype=torch.int), None)
 
         return stage_output(chunk, batch), finish
@@ -139,8 +134,7 @@ def _run(model: ModelChunks, batches: Sequence[MicroBatch], on_last_stage: LastS
 
 
 def _no_sync(model: ModelChunks) -> Any:
-    """Where gradients are reduced while the backward pass runs: what holds the reduction back until the last
-    micro-batch."""
+    """Return the contexts that defer an overlapped gradient reduction to the last micro-batch; None without overlap."""
     overlapped = [
         chunk.no_sync
         for chunk in model

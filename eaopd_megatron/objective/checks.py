@@ -57,12 +57,12 @@ class InputChecks:
             if len(rows):
                 raise ValueError(message(int(rows[0])))
 
-    def tokens(self, num_tokens: int, vocab_size: int, **ids: Tensor | None) -> None:
-        """Refuse token ids [num_tokens] of another type or shape, and ids outside the vocabulary."""
+    def tokens(self, shape: tuple[int], vocab_size: int, reference: str, **ids: Tensor | None) -> None:
+        """Refuse token ids of another type or shape (which `reference` determines), and ids outside the vocabulary."""
         for name, value in ids.items():
             if value is not None:
                 require_integers(name, value)
-                require_shape(name, value, (num_tokens,), "the student has rows")
+                require_shape(name, value, shape, reference)
                 self.refuse_ids(name, value, vocab_size)
 
     def old_logprobs(self, num_tokens: int, old_logprobs: Tensor | None) -> None:
@@ -82,7 +82,9 @@ class InputChecks:
 
     def refuse_logprobs(self, name: str, values: Tensor) -> None:
         """Refuse NaN and log-probs above 0."""
-        self.refuse(~(values <= _TOLERANCE), lambda row: f"{name}: row {row} holds {_text(values, row)}, no log-prob")
+        self.refuse(
+            ~(values <= _TOLERANCE), lambda row: f"{name}: row {row} holds {values[row].item():.6g}, no log-prob"
+        )
 
     def refuse_non_finite(self, name: str, has_nan_or_inf: Tensor) -> None:
         """Refuse logits whose softmax is undefined."""
@@ -113,7 +115,3 @@ class InputChecks:
         self.refuse(
             ~(entropy >= _MIN_ENTROPY), lambda row: f"{name}: row {row} holds {entropy[row].item():.6g}, no entropy"
         )
-
-
-def _text(values: Tensor, row: int) -> str:
-    return " ".join(f"{value:.6g}" for value in values[row].flatten().tolist())

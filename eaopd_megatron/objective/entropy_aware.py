@@ -72,7 +72,7 @@ def entropy_aware_loss(
         raise ValueError("inplace_backward: student_logits is a leaf, whose values the gradient would destroy")
     shard = VocabShard.from_logits("student_logits", student_logits, vocab_size, group, chunk)
     n, checks = student_logits.shape[0], InputChecks()
-    checks.tokens(n, vocab_size, tokens=tokens, teacher_tokens=teacher_tokens)
+    checks.tokens((n,), vocab_size, "the student has rows", tokens=tokens, teacher_tokens=teacher_tokens)
     checks.old_logprobs(n, old_logprobs)
     top_k, teacher_logits = None, None
     if isinstance(teacher, TeacherTopK):
@@ -112,7 +112,7 @@ def token_statistics(
     """
     shard = VocabShard.from_logits("logits", logits, vocab_size, group, chunk)
     checks = InputChecks()
-    checks.tokens(logits.shape[0], vocab_size, tokens=tokens)
+    checks.tokens((len(logits),), vocab_size, "the student has rows", tokens=tokens)
     checks.raise_first()
     partial, _ = compute_partial_stats(logits.detach(), None, shard, StatsRequest(tokens.long()[:, None]))
     return token_statistics_of(merge_partial_stats(shard.all_gather(partial)), checks, "logits")

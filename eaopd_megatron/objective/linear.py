@@ -87,7 +87,7 @@ def linear_entropy_aware_loss(
         raise ValueError(f"hidden_grad: {hidden_grad!r} is not one of {', '.join(get_args(HiddenGrad))}")
     student, shard = _student(student_hidden, student_head_weight, "student_", vocab_size, group, chunk)
     n, checks = student.hidden.shape[0], InputChecks()
-    checks.tokens(n, vocab_size, tokens=tokens, teacher_tokens=teacher_tokens)
+    checks.tokens((n,), vocab_size, "the student has rows", tokens=tokens, teacher_tokens=teacher_tokens)
     checks.old_logprobs(n, old_logprobs)
     top_k, full = None, None
     if isinstance(teacher, TeacherTopK):
@@ -134,7 +134,7 @@ def linear_token_statistics(
     """
     student, shard = _student(hidden, head_weight, "", vocab_size, group, chunk)
     checks = InputChecks()
-    checks.tokens(len(hidden), vocab_size, tokens=tokens)
+    checks.tokens((len(hidden),), vocab_size, "the student has rows", tokens=tokens)
     checks.raise_first()
     partial = _tiled_partial_stats(student, None, shard, StatsRequest(tokens.long()[:, None]))
     return token_statistics_of(merge_partial_stats(shard.all_gather(partial)), checks, "hidden · head_weight")

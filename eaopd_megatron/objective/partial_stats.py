@@ -168,60 +168,47 @@ class ReducedStats:
 
         names: what errors call the student's and the teacher's logits.
         """
-        student = Softmax(*merged["student"])
-        teacher = Softmax(*merged["teacher"]) if teacher_top_k is None else None
+        student, teacher = Softmax(*merged["student"]), Softmax(*merged["teacher"]) if "teacher" in merged else None
         checks.refuse_non_finite(names[0], student.has_nan_or_inf)
         if teacher is not None:
             checks.refuse_non_finite(names[1], teacher.has_nan_or_inf)
         checks.raise_first()
-        if teacher is not None:
-            return _with_teacher_logits(merged, student, teacher)
-        assert teacher_top_k is not None
-        return _with_teacher_top_k(merged, student, request, teacher_top_k, vocab_size)
+        logprobs = student.logprob(merged["gathered"])
+        student_tail = merged["student_tail"][0] / student.sum_exp if request.with_tail else None
+        if teacher_top_k is not None:
+            return cls._with_top_k(student, logprobs, student_tail, request, teacher_top_k, vocab_size)
+        assert teacher is not None
+        top_k = None
+        if request.top_k:
+            top_k = TopKSet(
+                ids=merged["ids"].T.long(),
+                teacher_logprobs=teacher.logprob(merged["teacher_top_k"]).T,
+                student_logprobs=student.logprob(merged["student_top_k"]).T,
+                teacher_tail=merged["teacher_tail"][0] / teacher.sum_exp if request.with_tail else None,
+                student_tail=student_tail,
+            )
+        teacher_logprob, gaps = teacher.logprob(merged["teacher_token"])[0], (merged["gap"][0], merged["gap"][1])
+        return cls(student, logprobs[0], teacher_logprob, teacher.entropy, teacher.entropy, teacher, gaps, top_k)
 
-
-def _with_teacher_logits(merged: PartialStats, student: Softmax, teacher: Softmax) -> ReducedStats:
-    top_k = None
-    if "ids" in merged:
-        top_k = TopKSet(
-            ids=merged["ids"].T.long(),
-            teacher_logprobs=teacher.logprob(merged["teacher_top_k"]).T,
-            student_logprobs=student.logprob(merged["student_top_k"]).T,
-            teacher_tail=merged["teacher_tail"][0] / teacher.sum_exp if "teacher_tail" in merged else None,
-            student_tail=merged["student_tail"][0] / student.sum_exp if "student_tail" in merged else None,
-        )
-    return ReducedStats(
-        student=student,
-        student_logprob=student.logprob(merged["gathered"])[0],
-        teacher_logprob=teacher.logprob(merged["teacher_token"])[0],
-        teacher_entropy=teacher.entropy,
-        teacher_entropy_upper=teacher.entropy,
-        teacher=teacher,
-        gaps=(merged["gap"][0], merged["gap"][1]),
-        top_k=top_k,
-    )
-
-
-def _with_teacher_top_k(
-    merged: PartialStats, student: Softmax, request: StatsRequest, teacher: TeacherTopK, vocab_size: int
-) -> ReducedStats:
-    dtype, ids = student.sum_exp.dtype, request.gather_ids[:, 1:]
-    k = ids.shape[1]
-    logprobs = teacher.logprobs[:, :k].detach().to(dtype)
-    student_logprobs = student.logprob(merged["gathered"])
-    teacher_tail = student_tail = None
-    if request.with_tail:
-        teacher_tail = (1 - logprobs.exp().sum(1)).clamp_min(0) * (k < vocab_size)
-        student_tail = merged["student_tail"][0] / student.sum_exp
-    if teacher.entropy is None:
-        lower, upper = entropy_bounds(logprobs, vocab_size)
-    else:
-        lower = upper = teacher.entropy.detach().to(dtype)
-    return ReducedStats(
-        student=student,
-        student_logprob=student_logprobs[0],
-        teacher_logprob=teacher.token_logprob.detach().to(dtype),
-        teacher_entropy=lower,
-        teacher_entropy_upper=upper,
-        top_k=TopKSet(ids, logprobs, student_logprobs[1:].T, teacher_tail, student_tail),
-    )
+    @classmethod
+    def _with_top_k(
+        cls,
+        student: Softmax,
+        student_logprobs: Tensor,
+        student_tail: Tensor | None,
+        request: StatsRequest,
+        teacher: TeacherTopK,
+        vocab_size: int,
+    ) -> ReducedStats:
+        dtype, ids = student.sum_exp.dtype, request.gather_ids[:, 1:]
+        k = ids.shape[1]
+        logprobs, teacher_tail = teacher.logprobs[:, :k].detach().to(dtype), None
+        if request.with_tail:
+            teacher_tail = (1 - logprobs.exp().sum(1)).clamp_min(0) * (k < vocab_size)
+        if teacher.entropy is None:
+            lower, upper = entropy_bounds(logprobs, vocab_size)
+        else:
+            lower = upper = teacher.entropy.detach().to(dtype)
+        top_k = TopKSet(ids, logprobs, student_logprobs[1:].T, teacher_tail, student_tail)
+        teacher_logprob = teacher.token_logprob.detach().to(dtype)
+        return cls(student, student_logprobs[0], teacher_logprob, lower, upper, top_k=top_k)

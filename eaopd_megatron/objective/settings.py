@@ -1,4 +1,4 @@
-"""What is minimised: the choice of terms, gate and weights, with the paper's values as defaults (arXiv 2603.07079)."""
+"""The objective's terms, gate and weights, with the values of arXiv 2603.07079 as defaults. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ ForwardKL = Literal["topk", "topk_tail", "exact", "none"]
 Gate = Literal["hard", "soft", "always", "never"]
 Signal = Literal["topk", "logits", "hidden"]
 
-GPU_TILE_ELEMENTS = 1 << 26
-"""Logits in one tile of `linear_entropy_aware_loss` on a GPU."""
-LOGITS_CHUNK_ELEMENTS = 1 << 27
-"""Logits that a teacher computes at once before it reduces them to a `TeacherTopK`."""
-MAX_EXCHANGE_BYTES_PER_TOKEN = 300
-"""Upper bound of the bytes per token and rank in the objective's one all-gather, at top_k = 16."""
-EXCHANGE_FLOATS_PER_TOKEN = 16
-"""Typical number of fp32 values per token and rank in that all-gather."""
+GPU_TILE_ELEMENTS = 1 << 26  # logits per tile of `linear_entropy_aware_loss` on a GPU
+LOGITS_CHUNK_ELEMENTS = 1 << 27  # logits that a teacher computes at once before reducing them to a `TeacherTopK`
+MAX_EXCHANGE_BYTES_PER_TOKEN = 300  # upper bound per token and rank of the objective's all-gather, at top_k = 16
+EXCHANGE_FLOATS_PER_TOKEN = 16  # typical fp32 values per token and rank in that all-gather
 
 PRESETS: dict[str, dict[str, Any]] = {
     "opd": {"reverse_kl": "sampled", "forward_kl": "none"},
@@ -31,19 +27,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """Loss of a token: reverse_weight · reverse term + forward_weight · gate(H) · forward term, with H the teacher's
-    entropy.
+    """Loss per token: reverse_weight * R + forward_weight * gate(H) * F, with H the teacher's entropy in nats.
 
-    reverse_kl      "sampled": the clipped policy-gradient term of the paper; "exact": KL(student || teacher); "none"
-    forward_kl      "topk": KL over the teacher's top_k ids, renormalised (the paper); "topk_tail": the same ids and one
-                    bucket for the rest; "exact": KL(teacher || student); "none"
-    gate            "hard": 1 where H > threshold (the paper); "soft": sigmoid((H - threshold) / gate_width); "always";
-                    "never"
-    threshold       nats; +inf closes a hard gate, -inf opens it
+    reverse_kl      R: "sampled", the paper's clipped on-policy term; "exact", KL(student || teacher); "none"
+    forward_kl      F: "topk", KL over the teacher's top_k ids, renormalised (the paper); "topk_tail", the same ids and
+                    one bucket for the rest; "exact", KL(teacher || student); "none"
+    gate            "hard", H > threshold (the paper); "soft", sigmoid((H - threshold) / gate_width); "always"; "never"
+    threshold       tau in nats; +inf closes a hard gate, -inf opens it
     gate_width      nats
     clip            epsilon of the ratio's range [1 - epsilon, 1 + epsilon]; inf: no clipping
 
-    Raises ValueError naming the field.
+    Raises ValueError, naming the field.
     """
 
     reverse_kl: ReverseKL = "sampled"
@@ -80,26 +74,23 @@ class Objective:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Objective:
-        """A named objective: "opd", "eopd" (the paper), "eopd_exact", "rkl", "fkl"; ``changes`` replace fields."""
+        """Return a named objective: "opd", "eopd" (the paper), "eopd_exact", "rkl", "fkl"; `changes` replace fields."""
         if name not in PRESETS:
             raise ValueError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
     @property
     def has_reverse(self) -> bool:
-        """Whether the reverse term can add to the loss."""
+        """Whether the reverse term contributes to the loss."""
         return self.reverse_kl != "none" and self.reverse_weight > 0
 
     @property
     def has_forward(self) -> bool:
-        """Whether the forward term can add to the loss."""
+        """Whether the forward term can contribute to the loss."""
         return self.forward_kl != "none" and self.forward_weight > 0 and self.gate != "never"
 
     def refusal(self, signal: Signal) -> str | None:
-        """Why a teacher that gives ``signal`` cannot serve this objective, in one line; None when it can.
-
-        "topk" is `TeacherTopK`, "logits" `TeacherLogits`, "hidden" `TeacherHidden`.
-        """
+        """Return why a teacher with this signal cannot serve the objective, in one line; None if it can."""
         if signal not in get_args(Signal):
             raise ValueError(f"signal: {signal!r} is not one of {', '.join(get_args(Signal))}")
         if signal == "topk":

@@ -120,11 +120,7 @@ def summarise_teacher(
     shard = VocabShard.from_logits("logits", logits, vocab_size, group, chunk)
     n, k = logits.shape[0], min(k, vocab_size)
     checks = InputChecks()
-    for name, ids in (("tokens", tokens), ("teacher_tokens", teacher_tokens)):
-        if ids is not None:
-            require_integers(name, ids)
-            require_shape(name, ids, (n,), "logits have rows")
-            checks.refuse_ids(name, ids, vocab_size)
+    checks.tokens((n,), vocab_size, "logits have rows", tokens=tokens, teacher_tokens=teacher_tokens)
     checks.raise_first()
     token_ids = (tokens if teacher_tokens is None else teacher_tokens).long()[:, None]
     logits = logits.detach()

@@ -23,7 +23,7 @@ from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.megatron import overlap
+from eaopd_megatron.megatron import model as megatron_model
 from eaopd_megatron.megatron.forward import response_logits
 from eaopd_megatron.megatron.generation import Decoder, decode_mode
 from eaopd_megatron.megatron.model import ModelChunks, build_model
@@ -107,7 +107,7 @@ def check_export_waits_for_gathers(group: dist.ProcessGroup, folder: str, out: s
             for parameter in model.parameters():
                 arriving = parameter.clone()
                 parameter.zero_()
-                setattr(parameter, overlap._WAIT, functools.partial(parameter.data.copy_, arriving))
+                setattr(parameter, megatron_model._WAIT, functools.partial(parameter.data.copy_, arriving))
         export_hf(model, parallel, source, Path(out))
         if parallel.is_main:
             same_tensors(Path(folder), Path(out))
