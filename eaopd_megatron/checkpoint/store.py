@@ -43,29 +43,27 @@ class AsyncSaver:
     """Runs one task at a time on a daemon thread. `start` and `wait` raise the error of the task before."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._task: concurrent.futures.Future[None] | None = None
 
     def start(self, work: Callable[[], object]) -> None:
         """Wait for the previous task, then start `work`."""
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
-        self._thread.start()
+        task = self._task = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                work()
+                task.set_result(None)
+            except BaseException as error:
+                task.set_exception(error)
+
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
 
     def wait(self) -> None:
         """Wait for the running task, if any, and raise its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _run(self, work: Callable[[], object]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            self._error = error
+        task, self._task = self._task, None
+        if task is not None:
+            task.result()
 
 
 _SHARDED, _STATE, _MANIFEST = "sharded", "state.json", "manifest.json"
@@ -238,16 +236,8 @@ class CheckpointStore:
 
 
 _FINGERPRINT = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "num_experts",
-    "moe_intermediate_size",
-    "vocab_size",
-    "tie_word_embeddings",
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "num_experts", "moe_intermediate_size", "vocab_size", "tie_word_embeddings"),
 )
 
 

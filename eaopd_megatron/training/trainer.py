@@ -335,11 +335,7 @@ class Trainer:
         self.folder.write_config(self.recipe)
         atomic_write(self.folder.path / "environment.json", json.dumps(describe_environment(), indent=1) + "\n")
         options = self.recipe.reporting
-        wandb = {
-            "project": options.wandb_project,
-            "name": options.wandb_name,
-            "config": self.recipe.model_dump(),
-        }
+        wandb = {"project": options.wandb_project, "name": options.wandb_name, "config": self.recipe.model_dump()}
         resumed = self.iteration if self.iteration else None
         self._writer = MetricsWriter(self.folder.path, options.tensorboard, wandb if options.wandb else None, resumed)
         if resumed:
