@@ -13,8 +13,8 @@ from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.objective import Objective, TeacherLogits
 from eaopd_megatron.objective.dense_reference import dense_loss
 from eaopd_megatron.training.measurement import MetricAccumulator
-from tests.distributed.checks_training import Built, built, grad, samples
 from tests.distributed.groups import model_parallel
+from tests.distributed.training_cases import Built, built, grad, samples
 from tests.tiny_models import on_disk
 
 CLIP = 1.5

@@ -22,8 +22,8 @@ from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.protocol import TeacherInfo
 from eaopd_megatron.teacher.remote import RemoteTeacher, load_teacher_head
 from eaopd_megatron.teacher.separate import SeparateBackend
-from tests.distributed.checks_training import compare, reference, samples, teacher_logprobs, trained
 from tests.distributed.groups import model_parallel
+from tests.distributed.training_cases import compare, reference, samples, teacher_logprobs, trained
 
 LAYOUTS = {
     "narrow": (ParallelLayout(2), ParallelLayout(1)),
