@@ -25,7 +25,6 @@ from eaopd_megatron.teacher.colocated import ColocatedTeacher
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.training.measurement import MetricAccumulator
 from eaopd_megatron.training.step import StudentTrainer
-from tests.distributed.training_cases import compare, reference, samples, teacher_logprobs, trained
 from tests.tiny_models import on_disk
 
 TENSOR_LAYOUTS = (ParallelLayout(2), ParallelLayout(4))
