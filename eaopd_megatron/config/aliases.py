@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -54,6 +54,7 @@ the learning-rate schedule is optimizer.schedule: lr_scheduler lr_scheduler_type
 the warmup, in updates, is optimizer.warmup_updates: warmup_steps lr_warmup_steps warmup_iters lr_warmup_iters
     num_warmup_steps warmup_ratio lr_warmup_steps_ratio lr_warmup_fraction
 the lowest learning rate, as a fraction of optimizer.lr, is optimizer.min_lr_ratio: min_lr
+the weight decay is optimizer.weight_decay: wd
 the largest gradient norm is optimizer.clip_grad: grad_clip max_grad_norm gradient_clipping
 Adam's decay rates are optimizer.beta1 and optimizer.beta2: betas optimizer.beta adam_beta1 adam_beta2
 Adam's epsilon is optimizer.eps: adam_eps adam_epsilon optimizer.epsilon
@@ -118,7 +119,6 @@ FOREIGN = {
     for name in names.split()
 }
 """Another framework's name -> a clause that names our key."""
-_MIN_SIMILARITY = 0.6
 _TEACHER_NAME = re.compile(r"[A-Za-z0-9_-]+")  # part of keys, metric names and file names
 
 
@@ -258,20 +258,5 @@ def unknown_key_message(key: str) -> str:
 
 
 def closest_match(word: str, choices: Iterable[str]) -> str | None:
-    """Return the choice most similar to `word`, the first in alphabetical order among equals; None if none is close."""
-    ranked = sorted((-_similarity(word, choice), choice) for choice in choices)
-    return ranked[0][1] if ranked and -ranked[0][0] >= _MIN_SIMILARITY else None
-
-
-def _similarity(word: str, choice: str) -> float:
-    """Return 0 to 1. Initials ('learning_rate' and 'lr', 'tp' and 'tensor_parallel') count as close."""
-    word, choice = word.lower().replace("-", "_"), choice.lower()
-    if word == choice:
-        return 1.0
-    if _initials(word) == choice or _initials(choice) == word:
-        return 0.95
-    return SequenceMatcher(None, word, choice).ratio()
-
-
-def _initials(word: str) -> str:
-    return "".join(part[:1] for part in word.split("_")) if "_" in word else ""
+    """Return the choice most similar to `word`, or None if none is close."""
+    return next(iter(get_close_matches(word.lower().replace("-", "_"), list(choices), n=1)), None)

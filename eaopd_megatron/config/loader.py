@@ -12,7 +12,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class _Layer:
 
     origin: str  # its name in messages
     tree: dict[str, Any]
-    folder: Path | None  # where its relative paths are looked up first; None for an override
+    folders: tuple[Path, ...] = ()  # where its relative paths are looked up before the working directory
 
 
 def load_recipe(
@@ -57,8 +58,7 @@ def load_with_origins(
     path: str | Path, overrides: Sequence[str] = (), *, report: Callable[[str], None] | None = None
 ) -> tuple[Recipe, dict[str, str]]:
     """Return what `load_recipe` returns, and the file or override that gives each key (no entry: the default)."""
-    recipe_path = Path(path)
-    sources = [*_read_files(recipe_path, ()), *(_read_override(text) for text in overrides)]
+    sources = [*_read_files(Path(path), ()), *(_read_override(text) for text in overrides)]
     layers = [_checked(layer, report or _warn_on_stderr) for layer in sources]
     origins = {key: layer for layer in layers for key, _ in aliases.flatten_keys(layer.tree)}
 
@@ -70,15 +70,9 @@ def load_with_origins(
     for key, value in list(aliases.flatten_keys(merged)):
         if key in origins and (_names_model(key) or key in _FILE_KEYS):
             *parents, leaf = key.split(".")
-            folders = _folders(origins[key], recipe_path.parent)
-            section = merged
-            for parent in parents:
-                section = section[parent]
-            section[leaf] = (
-                [_located(key, item, folders) for item in value]
-                if isinstance(value, list)
-                else _located(key, value, folders)
-            )
+            located = partial(_located, key, folders=[*origins[key].folders, Path.cwd()])
+            section = reduce(getitem, parents, merged)
+            section[leaf] = [located(item) for item in value] if isinstance(value, list) else located(value)
     _complete_teachers(merged)
     try:
         recipe = Recipe.model_validate(merged)
@@ -90,11 +84,9 @@ def load_with_origins(
 
 def _checked(layer: _Layer, report: Callable[[str], None]) -> _Layer:
     """Return the layer with current names, all of which exist. A section without a value counts as empty."""
-    filled = {
-        key: {} if value is None and key in aliases.section_keys() else value for key, value in layer.tree.items()
-    }
+    empty = {key: {} for key, value in layer.tree.items() if value is None and key in aliases.section_keys()}
     try:
-        tree, renamed = aliases.rename_old_keys(filled)
+        tree, renamed = aliases.rename_old_keys(layer.tree | empty)
     except ValueError as error:
         raise RecipeError(f"{layer.origin}: {error}") from None
     if message := aliases.key_error(tree):
@@ -165,7 +157,7 @@ def _read_files(path: Path, parents: tuple[Path, ...]) -> Iterator[_Layer]:
         raise RecipeError(f"{path}: base is {bases!r}; it must be the name of a file or a list of names")
     for base in bases:
         yield from _read_files(path.parent / base, (*parents, path))
-    yield _Layer(str(path), tree, path.parent)
+    yield _Layer(str(path), tree, (path.parent, (*parents, path)[0].parent))
 
 
 def _read(path: Path, parent: Path | None) -> dict[Any, Any]:
@@ -218,7 +210,7 @@ def _read_override(text: str) -> _Layer:
     tree = tree["value"]
     for part in reversed(parts):
         tree = {part: tree}
-    return _Layer(origin, tree, None)
+    return _Layer(origin, tree)
 
 
 def _merge(layers: Sequence[_Layer], origin: str) -> dict[str, Any]:
@@ -232,11 +224,6 @@ def _merge(layers: Sequence[_Layer], origin: str) -> dict[str, Any]:
         source = next(sources, origin)
         raise RecipeError(f"{source}: {f'{key}: ' if key else ''}{_one_line(error)}") from None
     return dict(tree)
-
-
-def _folders(layer: _Layer, recipe_folder: Path) -> list[Path]:
-    """Return the folders in which a relative path is looked up, in order."""
-    return [Path.cwd()] if layer.folder is None else [layer.folder, recipe_folder, Path.cwd()]
 
 
 def _located(key: str, value: Any, folders: Sequence[Path]) -> Any:

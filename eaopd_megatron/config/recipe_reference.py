@@ -10,9 +10,9 @@ import inspect
 import json
 import textwrap
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -43,29 +43,24 @@ A recipe is a YAML file of sections. It gives what differs from the defaults; `e
 """
 
 
-class KeyInfo(NamedTuple):
-    """The documentation of one key."""
-
-    key: str
-    type: str
-    default: str
-    unit: str
-    meaning: str
-    old_name: str
-
-
 def recipe_reference() -> str:
     """Return the text of recipes/README.md."""
-    parts = [_HEAD]
-    top = [name for name in aliases.section_keys()[""] if name not in aliases.section_models()]
-    for section, names in (("", top), *((name, keys) for name, keys in aliases.section_keys().items() if name)):
-        title, text = (
-            (f"`{section}`", _section_text(section)) if section else ("Top level", "Keys outside of sections.")
-        )
-        header = "| key | type | default | unit | meaning |\n| --- | --- | --- | --- | --- |"
-        rows = "\n".join(_row(describe_key(f"{section}.{name}" if section else name)) for name in names)
-        parts.append(f"\n## {title}\n\n{text}\n\n{header}\n{rows}\n")
+    models, parts = aliases.section_models(), [_HEAD]
+    for section in ("", *models):
+        title = f"`{section}`\n\n{_section_text(section)}" if section else "Top level"
+        names = aliases.section_keys()[section] if section else [n for n in Recipe.model_fields if n not in models]
+        keys = [f"{section}.{name}".lstrip(".") for name in names]
+        rows = ["| key | type | default | unit | meaning |", "| --- | --- | --- | --- | --- |", *map(_row, keys)]
+        parts.append("\n".join([f"\n## {title}\n", *rows, ""]))
     return "".join(parts)
+
+
+def _row(key: str) -> str:
+    info = describe_key(key)
+    default = info["default"] if info["default"] == "required" else f"`{info['default']}`"
+    meaning = f"{info['meaning']} Old name: {info['old name']}." if info["old name"] else info["meaning"]
+    cells = (f"`{key}`", info["type"], default, info["unit"], meaning)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def explain_key(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
@@ -77,32 +72,30 @@ def explain_key(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
     kind = "teacher" if key.startswith("teachers.") and key.partition(".")[2] in recipe.teachers else key
     if kind in aliases.section_models():
         keys = [f"{key}.{name}" for name in aliases.section_keys()[kind]]
-        return "\n".join([f"{key}: {_section_text(kind)}\n", *(_explain_one(recipe, origins, one) for one in keys)])
-    return _explain_one(recipe, origins, key)
-
-
-def _explain_one(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
+        return "\n".join([f"{key}: {_section_text(kind)}\n", *(explain_key(recipe, origins, one) for one in keys)])
     schema_key = aliases.teacher_schema_key(key)
     value = recipe.model_dump()["teachers"] if key == "teachers" else recipe_value(recipe, key)
-    if schema_key not in aliases.value_keys():
+    if schema_key not in aliases.value_keys():  # a named teacher, or a key within `teachers`
         raise RecipeError(aliases.unknown_key_message(key))
-    info = describe_key(schema_key)
-    source = origins.get(key) or origins.get(schema_key) or "the default"
-    lines = [("from", source), *((name, getattr(info, name)) for name in ("type", "default", "unit", "meaning"))]
-    lines.append(("old name", info.old_name))
-    body = "\n".join(_indented(name, text) for name, text in lines if text)
-    return f"{key} = {_shown(value)}\n{body}"
+    info = {"from": origins.get(key) or origins.get(schema_key) or "the default", **describe_key(schema_key)}
+    wrap = partial(textwrap.fill, width=100, subsequent_indent=" " * 12)
+    lines = [wrap(text, initial_indent=f"  {name:<9} ") for name, text in info.items() if text]
+    return "\n".join([f"{key} = {_shown(value)}", *lines])
 
 
-def describe_key(key: str) -> KeyInfo:
-    """Return the documentation of a dotted key of the schema (`teacher.x` for that of `teachers.NAME.x`)."""
+def describe_key(key: str) -> dict[str, str]:
+    """Return type, default, unit, meaning and old name of a dotted key (`teacher.x` for `teachers.NAME.x`)."""
     section, _, name = key.rpartition(".")
     field = _model(section).model_fields[name]
     meaning, _, unit = field_docstrings(section).get(name, "").partition(" [")
-    default = "required" if field.is_required() else _shown(field.get_default())
     note = f" (renamed in {aliases.RENAMED_SINCE}, works until {aliases.RENAMED_UNTIL})"
-    old = next((f"{old}{note}" for old, new in aliases.RENAMED.items() if new == key), "")
-    return KeyInfo(key, _type_text(_properties(section)[name]), default, unit.rstrip("]"), meaning, old)
+    return {
+        "type": _type_text(_properties(section)[name]),
+        "default": "required" if field.is_required() else _shown(field.get_default()),
+        "unit": unit.rstrip("]"),
+        "meaning": meaning,
+        "old name": next((f"{old}{note}" for old, new in aliases.RENAMED.items() if new == key), ""),
+    }
 
 
 @cache
@@ -151,17 +144,6 @@ def _type_text(schema: Mapping[str, Any]) -> str:
         return "teachers by name"
     bounds = [f"{sign} {schema[name]:g}" for name, sign in _BOUNDS if name in schema]
     return " ".join([_TYPES[schema["type"]], ", ".join(bounds)]).strip()
-
-
-def _row(info: KeyInfo) -> str:
-    meaning = f"{info.meaning} Old name: {info.old_name}." if info.old_name else info.meaning
-    default = info.default if info.default == "required" else f"`{info.default}`"
-    cells = (f"`{info.key}`", info.type, default, info.unit, meaning)
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _indented(name: str, text: str) -> str:
-    return textwrap.fill(text, 100, initial_indent=f"  {name:<9} ", subsequent_indent=" " * 12)
 
 
 def _shown(value: Any) -> str:

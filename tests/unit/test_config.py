@@ -80,7 +80,7 @@ def test_base_faults(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
-        ("optimizer.learn_rate", "optimizer.lr"),
+        ("optimizer.warmup-update", "optimizer.warmup_updates"),
         ("optimizer.betas1", "optimizer.beta1"),
         ("student.tensor_para", "student.tensor_parallel"),
         ("student.lr", "optimizer.lr"),

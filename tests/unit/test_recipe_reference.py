@@ -65,7 +65,7 @@ def test_a_key_is_missing_from_the_reference() -> None:
 
 def test_types_defaults_and_units_are_wrong() -> None:
     shown = {
-        key: (info.type, info.default, info.unit)
+        key: (info["type"], info["default"], info["unit"])
         for key in ("student.model", "teacher.tensor_parallel", "rollout.warn_truncated", "rollout.max_staleness")
         for info in [describe_key(key)]
     }
@@ -75,9 +75,9 @@ def test_types_defaults_and_units_are_wrong() -> None:
         "rollout.warn_truncated": ("number > 0, < 1 or null", "0.5", ""),
         "rollout.max_staleness": ("integer ≥ 0, ≤ 1", "0", "iterations"),
     }
-    assert describe_key("optimizer.schedule").type == "cosine, linear, constant"
-    assert describe_key("servers.urls").type == "list of text"
-    assert describe_key("run.on_corrupt_checkpoint").old_name == "run.on_damaged (renamed in 0.2, works until 0.3)"
+    assert describe_key("optimizer.schedule")["type"] == "cosine, linear, constant"
+    assert describe_key("servers.urls")["type"] == "list of text"
+    assert describe_key("run.on_corrupt_checkpoint")["old name"] == "run.on_damaged (renamed in 0.2, works until 0.3)"
 
 
 @pytest.mark.parametrize(
