@@ -83,6 +83,14 @@ class Finding:
     remedy: str = ""
 
 
+def _ok(subject: str, detail: str) -> Finding:
+    return Finding("ok", subject, detail)
+
+
+def _problem(subject: str, detail: str, remedy: str) -> Finding:
+    return Finding("problem", subject, detail, remedy)
+
+
 def check_machine() -> int:
     """Print the findings. Return 1 if one of them is a problem, else 0."""
     findings = judge_facts(gather_facts())
@@ -111,7 +119,7 @@ def gather_facts() -> MachineFacts:
 
 def _requirements() -> tuple[str, ...]:
     """Return the dependencies in pyproject.toml, read from the checkout or else from the installed package."""
-    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if project.is_file():
         return tuple(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"])
     try:
@@ -166,26 +174,19 @@ def judge_facts(facts: MachineFacts) -> list[Finding]:
 def _machine(facts: MachineFacts) -> list[Finding]:
     python = ".".join(map(str, facts.python))
     findings = [
-        Finding("ok", "python", f"{python} on {platform.system()} {platform.machine()}")
+        _ok("python", f"{python} on {platform.system()} {platform.machine()}")
         if facts.python >= (3, 11)
-        else Finding(
-            "problem", "python", python, "use Python 3.11: set EAOPD_PYTHON to it and make the environment anew"
-        )
+        else _problem("python", python, "use Python 3.11: set EAOPD_PYTHON to it and make the environment anew")
     ]
     memory = f", {facts.memory / 2**30:.0f} GiB of memory" if facts.memory else ""
     threads = facts.environment.get("OMP_NUM_THREADS")
-    findings.append(
-        Finding("ok", "processors", f"{facts.cpus}{memory}" + (f", OMP_NUM_THREADS={threads}" if threads else ""))
-    )
+    findings.append(_ok("processors", f"{facts.cpus}{memory}" + (f", OMP_NUM_THREADS={threads}" if threads else "")))
     free = f"{facts.disk_free / 2**30:.1f} GiB free for {facts.folder}"
     findings.append(
-        Finding("ok", "disk", free)
+        _ok("disk", free)
         if facts.disk_free >= _MIN_FREE_BYTES
-        else Finding(
-            "problem",
-            "disk",
-            free,
-            f"free at least {_MIN_FREE_BYTES / 2**30:.0f} GiB, or put run.folder on another disk",
+        else _problem(
+            "disk", free, f"free at least {_MIN_FREE_BYTES / 2**30:.0f} GiB, or put run.folder on another disk"
         )
     )
     return findings
@@ -199,14 +200,14 @@ def _packages(facts: MachineFacts) -> list[Finding]:
         install = f'python -m pip install "{requirement}"'
         if version is None:
             why = ": without it Megatron-Core's checkpoints hang" if name == "psutil" else ""
-            findings.append(Finding("problem", name, f"not installed{why}", install))
+            findings.append(_problem(name, f"not installed{why}", install))
         elif not requirement.specifier.contains(version, prereleases=True):
-            findings.append(Finding("problem", name, f"{version}, but {requirement} is needed", install))
+            findings.append(_problem(name, f"{version}, but {requirement} is needed", install))
         elif name in _SHOWN_PACKAGES:
-            findings.append(Finding("ok", name, version))
+            findings.append(_ok(name, version))
     needed = {Requirement(text).name for text in facts.requirements}
     return findings + [
-        Finding("ok", name, facts.packages[name] or "")
+        _ok(name, facts.packages[name] or "")
         for name in _SHOWN_PACKAGES
         if name not in needed and facts.packages.get(name)
     ]
@@ -215,49 +216,39 @@ def _packages(facts: MachineFacts) -> list[Finding]:
 def _devices(facts: MachineFacts) -> list[Finding]:
     probe, listed = facts.probe, facts.driver_gpus
     if "torch" not in probe:
-        return [
-            Finding(
-                "problem", "devices", f"{len(listed)} GPUs by nvidia-smi; torch cannot be asked", "mend torch first"
-            )
-        ]
+        return [_problem("devices", f"{len(listed)} GPUs by nvidia-smi; torch cannot be asked", "mend torch first")]
     gpus, build = probe.get("gpus", []), probe.get("cuda_build")
     backends = probe.get("backends", [])
     if gpus:
         names = ", ".join(f"{gpus.count(name)} x {name}" for name in sorted(set(gpus)))
-        findings = [Finding("ok", "devices", f"{names}, CUDA {build}")]
+        findings = [_ok("devices", f"{names}, CUDA {build}")]
     elif listed and build is None:
         remedy = "install the CUDA build of the same torch version (`eaopd` uses the GPUs that torch sees)"
-        findings = [
-            Finding("problem", "devices", f"{len(listed)} GPUs by nvidia-smi, but torch is a CPU build", remedy)
-        ]
+        findings = [_problem("devices", f"{len(listed)} GPUs by nvidia-smi, but torch is a CPU build", remedy)]
     elif listed:
         remedy = f"update the driver to one for CUDA {build}, and look at CUDA_VISIBLE_DEVICES"
-        findings = [Finding("problem", "devices", f"{len(listed)} GPUs by nvidia-smi, but torch sees none", remedy)]
+        findings = [_problem("devices", f"{len(listed)} GPUs by nvidia-smi, but torch sees none", remedy)]
     else:
-        findings = [Finding("ok", "devices", "CPU only")]
+        findings = [_ok("devices", "CPU only")]
     missing = [name for name in ("gloo", *(["nccl"] if gpus else [])) if name not in backends]
     if missing:
         remedy = "install the torch of pyproject.toml from its official wheels"
-        findings.append(Finding("problem", "backends", f"{', '.join(missing)} missing in this torch", remedy))
+        findings.append(_problem("backends", f"{', '.join(missing)} missing in this torch", remedy))
     else:
-        findings.append(Finding("ok", "backends", ", ".join(backends)))
+        findings.append(_ok("backends", ", ".join(backends)))
     return findings
 
 
 def _imports(facts: MachineFacts) -> list[Finding]:
     probe = facts.probe
     if "torch_error" in probe:
-        return [
-            Finding("problem", "import torch", _short(probe["torch_error"]), "install the torch of pyproject.toml anew")
-        ]
+        return [_problem("import torch", _short(probe["torch_error"]), "install the torch of pyproject.toml anew")]
     if "megatron" in probe:
-        return [Finding("ok", "import megatron.core", "works")]
+        return [_ok("import megatron.core", "works")]
     detail = _short(probe.get("megatron_error") or probe.get("probe_error") or "no answer")
     if facts.packages.get("transformer-engine") and re.search("transformer.engine|cudnn", detail, re.IGNORECASE):
-        return [Finding("problem", "import megatron.core", detail, "python -m pip uninstall transformer-engine")]
-    return [
-        Finding("problem", "import megatron.core", detail, "mend the packages above, then make the environment anew")
-    ]
+        return [_problem("import megatron.core", detail, "python -m pip uninstall transformer-engine")]
+    return [_problem("import megatron.core", detail, "mend the packages above, then make the environment anew")]
 
 
 def _optional(facts: MachineFacts) -> list[Finding]:
@@ -268,9 +259,9 @@ def _optional(facts: MachineFacts) -> list[Finding]:
             findings.append(Finding("note", name, f"not installed ({use})"))
         elif name == "transformer-engine" and not (facts.probe.get("gpus") or facts.driver_gpus):
             remedy = "python -m pip uninstall transformer-engine: without a GPU it breaks the import of Megatron-Core"
-            findings.append(Finding("problem", name, f"{version} on a machine without a GPU", remedy))
+            findings.append(_problem(name, f"{version} on a machine without a GPU", remedy))
         else:
-            findings.append(Finding("ok", name, version))
+            findings.append(_ok(name, version))
     return findings
 
 
