@@ -219,20 +219,36 @@ def built_in_shape(name: str) -> ModelShape | None:
     return ModelShape.of({"architectures": [architecture], **config}, name)
 
 
+def _download(url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+    """Return the status and content of a GET, through the site's proxy. Raises OSError."""
+    import asyncio
+
+    import aiohttp
+
+    async def get() -> tuple[int, bytes]:
+        timeout = aiohttp.ClientTimeout(total=_HUB_TIMEOUT)
+        session = aiohttp.ClientSession(trust_env=True, timeout=timeout)
+        async with session, session.get(url, headers=headers) as answer:
+            return answer.status, await answer.read()
+
+    try:
+        return asyncio.run(get())
+    except aiohttp.ClientError as error:
+        raise ConnectionError(str(error)) from None
+
+
 def _from_hub(name: str) -> tuple[dict[str, Any] | None, str]:
     """Return config.json from the hub in one request; or None and the reason."""
-    import httpx
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
     if constants.HF_HUB_OFFLINE:
         return None, "HF_HUB_OFFLINE is set"
     try:
-        url = hf_hub_url(name, "config.json")
-        answer = httpx.get(url, headers=build_hf_headers(), follow_redirects=True, timeout=_HUB_TIMEOUT)
-        if answer.status_code != httpx.codes.OK:
-            return None, f"the Hugging Face hub answers {answer.status_code}"
-        config = answer.json()
-    except (httpx.HTTPError, ValueError) as error:
+        status, content = _download(hf_hub_url(name, "config.json"), build_hf_headers())
+        if status != 200:
+            return None, f"the Hugging Face hub answers {status}"
+        config = json.loads(content)
+    except (OSError, ValueError) as error:
         return None, f"the Hugging Face hub cannot be reached ({type(error).__name__})"
     return (config, "") if isinstance(config, dict) else (None, "the Hugging Face hub's config.json is broken")

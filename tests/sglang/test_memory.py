@@ -16,7 +16,7 @@ from eaopd_megatron.rollout.sglang.colocation import ColocatedServers, release_m
 from eaopd_megatron.serving.http import ServerGone, SGLangClient, Timeouts
 from tools.sglang_double.server import Double
 
-PATIENCE = Timeouts(attempts=1)
+TIMEOUTS = Timeouts(attempts=1)
 BODY = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4}}
 BOTH = {"weights", "kv_cache"}
 
@@ -25,7 +25,7 @@ BOTH = {"weights", "kv_cache"}
 async def two_servers() -> AsyncIterator[tuple[list[Double], list[SGLangClient]]]:
     async with Double() as one, Double() as other:
         doubles = [one, other]
-        clients = [SGLangClient(double.url, timeouts=PATIENCE) for double in doubles]
+        clients = [SGLangClient(double.url, timeouts=TIMEOUTS) for double in doubles]
         yield doubles, clients
         for client in clients:
             await client.close()

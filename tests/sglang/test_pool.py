@@ -41,17 +41,17 @@ async def admit(client: SGLangClient) -> LengthLimits:
 async def pool_of(
     *doubles: Double,
     connections: int = 4,
-    patience: Timeouts = QUICK,
-    said: list[str] | None = None,
-    all_down: float = 60.0,
+    timeouts: Timeouts = QUICK,
+    reported: list[str] | None = None,
+    unavailable: float = 60.0,
     heartbeat: float = 60.0,
 ) -> AsyncIterator[ServerPool[SGLangClient, LengthLimits]]:
-    clients = [SGLangClient(double.url, connections=connections, timeouts=patience) for double in doubles]
-    report = (said if said is not None else []).append
+    clients = [SGLangClient(double.url, connections=connections, timeouts=timeouts) for double in doubles]
+    report = (reported if reported is not None else []).append
     pool = ServerPool(
         clients,
         admit,
-        unavailable_timeout=all_down,
+        unavailable_timeout=unavailable,
         heartbeat_interval=heartbeat,
         readmission_wait=0.001,
         report=report,
@@ -112,8 +112,8 @@ def test_a_response_waits_for_the_slowest_one() -> None:
 
 def test_a_killed_server_takes_requests_with_it() -> None:
     async def work() -> None:
-        said: list[str] = []
-        async with Double() as one, Double() as two, pool_of(one, two, said=said) as pool:
+        reported: list[str] = []
+        async with Double() as one, Double() as two, pool_of(one, two, reported=reported) as pool:
             one.hold()
             two.hold()
             wanted = requests(16)
@@ -126,26 +126,26 @@ def test_a_killed_server_takes_requests_with_it() -> None:
             each_once(completions, wanted)
             assert {c.server for c in completions} == {two.url}
             assert pool.available() and [client.url for client in pool.available()] == [two.url]
-            assert sum("is gone" in line for line in said) == 1, said
+            assert sum("is gone" in line for line in reported) == 1, reported
 
     run(work())
 
 
 def test_a_server_that_came_back_gets_no_work() -> None:
     async def work() -> None:
-        said: list[str] = []
-        async with Double() as one, pool_of(one, said=said) as pool:
+        reported: list[str] = []
+        async with Double() as one, pool_of(one, reported=reported) as pool:
             one.hold()
             wanted = requests(8)
             answers = asyncio.create_task(collect(pool, wanted))
             await one.until_running(4)
             await one.die()
             one.released.set()
-            while not any("all rollout servers are down" in line for line in said):
+            while not any("all rollout servers are down" in line for line in reported):
                 await asyncio.sleep(0.001)
             await one.start()
             each_once(await answers, wanted)
-            assert sum("is back" in line for line in said) == 1, said
+            assert sum("is back" in line for line in reported) == 1, reported
 
     run(work())
 
@@ -154,7 +154,7 @@ def test_waiting_for_dead_servers_has_no_end() -> None:
     async def work() -> None:
         one = Double()
         await one.start()
-        async with pool_of(one, all_down=0.05) as pool:
+        async with pool_of(one, unavailable=0.05) as pool:
             await one.die()
             with pytest.raises(UserError, match=rf"no rollout server has been there for 0.05 s \({one.url}: .*refused"):
                 await collect(pool, requests(3))
@@ -166,8 +166,8 @@ def test_waiting_for_dead_servers_has_no_end() -> None:
 
 def test_a_server_that_is_down_while_nobody_asks_ends_the_run() -> None:
     async def work() -> None:
-        said: list[str] = []
-        async with Double() as one, pool_of(one, all_down=5.0, said=said) as pool:
+        reported: list[str] = []
+        async with Double() as one, pool_of(one, unavailable=5.0, reported=reported) as pool:
             await one.die()
             pool.mark_lost(pool.available()[0], "it was killed by 9")
             await asyncio.sleep(5.5)  # the trainer trains
@@ -175,7 +175,7 @@ def test_a_server_that_is_down_while_nobody_asks_ends_the_run() -> None:
             await asyncio.sleep(0.1)
             await one.start()
             each_once(await answers, requests(2))
-            assert sum("all rollout servers are down" in line for line in said) == 1, said
+            assert sum("all rollout servers are down" in line for line in reported) == 1, reported
 
     run(work())
 
@@ -210,13 +210,13 @@ def test_a_server_that_waits_for_weights_counts_as_down() -> None:
 
 def test_a_server_that_comes_back_after_the_pool_gave_up_gets_no_work() -> None:
     async def work() -> None:
-        said: list[str] = []
-        async with Double() as one, pool_of(one, all_down=0.05, said=said) as pool:
+        reported: list[str] = []
+        async with Double() as one, pool_of(one, unavailable=0.05, reported=reported) as pool:
             await one.die()
             with pytest.raises(UserError, match="no rollout server"):
                 await collect(pool, requests(1))
             await one.start()
-            while not any("is back" in line for line in said):
+            while not any("is back" in line for line in reported):
                 await asyncio.sleep(0.001)
             each_once(await collect(pool, requests(2)), requests(2))
 
@@ -239,8 +239,8 @@ def test_no_server_at_the_start_is_an_error_of_the_first_request_only() -> None:
 
 def test_a_hanging_server_holds_its_requests_for_ever() -> None:
     async def work() -> None:
-        patience = Timeouts(connect=5.0, health=0.05, control=5.0, generate=60.0, attempts=3, backoff=0.001)
-        async with Double() as one, Double() as two, pool_of(one, two, patience=patience, heartbeat=0.01) as pool:
+        timeouts = Timeouts(connect=5.0, health=0.05, control=5.0, generate=60.0, attempts=3, backoff=0.001)
+        async with Double() as one, Double() as two, pool_of(one, two, timeouts=timeouts, heartbeat=0.01) as pool:
             one.faults.mute = True
             each_once(await collect(pool, requests(12)), requests(12))
             assert [client.url for client in pool.available()] == [two.url]
@@ -264,11 +264,11 @@ def test_a_process_known_to_be_dead_is_asked_until_its_connection_fails() -> Non
 @pytest.mark.parametrize("fault", ["drop", "fail", "abort"])
 def test_a_living_server_is_given_up_for_one_bad_answer(fault: str) -> None:
     async def work() -> None:
-        said: list[str] = []
-        async with Double() as one, pool_of(one, said=said) as pool:
+        reported: list[str] = []
+        async with Double() as one, pool_of(one, reported=reported) as pool:
             setattr(one.faults, fault, 3)
             each_once(await collect(pool, requests(6)), requests(6))
-            assert said == []
+            assert reported == []
 
     run(work())
 

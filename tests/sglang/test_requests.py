@@ -159,8 +159,10 @@ def test_another_server_is_taken_for_the_students(
     async def look(client: SGLangClient) -> None:
         with pytest.raises(UserError) as raised:
             await verify_server(client, expected)
-        said = str(raised.value)
-        assert message in said and said.startswith(client.url) and "\n" not in said and "wrong" not in said
+        reported = str(raised.value)
+        assert (
+            message in reported and reported.startswith(client.url) and "\n" not in reported and "wrong" not in reported
+        )
 
     with_client(double, look, api_key="wrong")
 

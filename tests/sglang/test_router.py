@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 class RouterDouble(PlainServer):
-    """Sends /generate to its workers by turns, dead or not, and calls itself ready."""
+    """Sends /generate to its workers by scheduler, dead or not, and calls itself ready."""
 
     def __init__(self, *workers: Double) -> None:
         super().__init__()
@@ -47,32 +47,34 @@ class RouterDouble(PlainServer):
 
 
 async def pool_through(
-    router: RouterDouble, said: list[str], all_down: float = 60.0
+    router: RouterDouble, reported: list[str], unavailable: float = 60.0
 ) -> ServerPool[SGLangClient, LengthLimits]:
     async def admit_router(client: SGLangClient) -> LengthLimits:
         return await verify_workers(client, admit, lambda url: SGLangClient(url, timeouts=QUICK))
 
     client = SGLangClient(router.url, connections=8, timeouts=QUICK, ready_path=ROUTER_READY_PATH)
-    pool = ServerPool([client], admit_router, unavailable_timeout=all_down, readmission_wait=0.001, report=said.append)
+    pool = ServerPool(
+        [client], admit_router, unavailable_timeout=unavailable, readmission_wait=0.001, report=reported.append
+    )
     await pool.open()
     return pool
 
 
 def test_a_dead_server_behind_a_router_fails_its_requests() -> None:
     async def work() -> None:
-        said: list[str] = []
+        reported: list[str] = []
         async with Double() as one, Double() as two:
             router = RouterDouble(one, two)
             await router.start()
-            pool = await pool_through(router, said)
+            pool = await pool_through(router, reported)
             each_once(await collect(pool, requests(10)), requests(10))
             assert one.finished and two.finished
             await one.die()
             each_once(await collect(pool, requests(10)), requests(10))
-            assert said == []  # the router itself is there
+            assert reported == []  # the router itself is there
             await two.die()
             answers = asyncio.create_task(collect(pool, requests(4)))
-            while not any("all rollout servers are down" in line for line in said):
+            while not any("all rollout servers are down" in line for line in reported):
                 await asyncio.sleep(0.001)
             await one.start()
             each_once(await answers, requests(4))

@@ -106,13 +106,13 @@ def test_a_server_that_never_serves_is_waited_for_without_end(
     program: Callable[..., None], server: SGLangServer
 ) -> None:
     program("-u", "-c", "import time; print('loading weights', flush=True); time.sleep(1000)")
-    said: list[str] = []
+    reported: list[str] = []
     server.start()
     while server.last_line() != "loading weights":
         time.sleep(0.01)
     with pytest.raises(UserError, match=r"rollout server 0 does not serve after 0\.1 s; it runs: loading weights"):
-        wait_until_serving([server], limit=0.1, interval=0.0, report=said.append)
-    assert any("loading weights" in line for line in said)
+        wait_until_serving([server], limit=0.1, interval=0.0, report=reported.append)
+    assert any("loading weights" in line for line in reported)
 
 
 def test_the_death_of_a_server_is_noticed_late(server: SGLangServer) -> None:

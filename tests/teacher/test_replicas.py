@@ -78,18 +78,18 @@ def until(condition: object) -> None:
 
 
 def test_a_dead_replica_is_not_started_again_or_for_ever(tmp_path: Path) -> None:
-    server, said = Program(tmp_path, lives=2), list[str]()
-    supervisor = Supervisor([server], minutes=1, report=said.append)
+    server, reported = Program(tmp_path, lives=2), list[str]()
+    supervisor = Supervisor([server], minutes=1, report=reported.append)
     supervisor.start()
     supervisor.ready.result(60)
     port = server.port
     server.die()
     until(lambda: server.starts == 2 and server.ready())
     assert server.port == port
-    assert f"teacher replica {server.url} is started again: it ended with exit code 3" in said[-1]
+    assert f"teacher replica {server.url} is started again: it ended with exit code 3" in reported[-1]
     server.die()
-    until(lambda: "is not started again" in said[-1])
-    assert "died 3 times in a row and is not started again: it ended with exit code 1: Error: no" in said[-1]
+    until(lambda: "is not started again" in reported[-1])
+    assert "died 3 times in a row and is not started again: it ended with exit code 1: Error: no" in reported[-1]
     supervisor.stop()
     supervisor.stop()
 

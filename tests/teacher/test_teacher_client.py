@@ -34,13 +34,13 @@ def made(count: int, response: int = 3) -> list[Sample]:
     ]
 
 
-def served(work: Work, *, key: str | None = None, given: str | None = None, patience: Timeouts = QUICK) -> None:
+def served(work: Work, *, key: str | None = None, given: str | None = None, timeouts: Timeouts = QUICK) -> None:
     """given: the key that the client shows."""
 
     async def run() -> None:
         double = ScoringDouble(INFO, key=key)
         await double.start()
-        client = TeacherClient(double.url, api_key=given, connections=4, timeouts=patience)
+        client = TeacherClient(double.url, api_key=given, connections=4, timeouts=timeouts)
         try:
             await work(double, client)
         finally:
@@ -119,7 +119,7 @@ def test_a_teacher_that_hangs_is_waited_for() -> None:
         with pytest.raises(ServerGone, match=r"no answer to /score within 0\.05 s"):
             await scored(client)
 
-    served(work, patience=Timeouts(generate=0.05))
+    served(work, timeouts=Timeouts(generate=0.05))
 
 
 def test_a_request_that_is_given_up_keeps_its_thread() -> None:

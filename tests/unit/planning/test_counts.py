@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -123,26 +123,26 @@ def test_a_model_is_guessed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "source"),
     [
-        (httpx.Response(200, json=of_family("qwen3")), "config.json from the hub"),
-        (httpx.Response(404), "built-in table: the Hugging Face hub answers 404"),
+        ((200, json.dumps(of_family("qwen3"))), "config.json from the hub"),
+        ((404, ""), "built-in table: the Hugging Face hub answers 404"),
         (
-            httpx.Response(200, text="<html>"),
+            (200, "<html>"),
             "built-in table: the Hugging Face hub cannot be reached (JSONDecodeError)",
         ),
-        (httpx.Response(200, json=[]), "built-in table: the Hugging Face hub's config.json is broken"),
+        ((200, "[]"), "built-in table: the Hugging Face hub's config.json is broken"),
     ],
 )
 def test_the_hub_is_asked_for_more_than_the_configuration(
-    monkeypatch: pytest.MonkeyPatch, answer: httpx.Response, source: str
+    monkeypatch: pytest.MonkeyPatch, answer: tuple[int, str], source: str
 ) -> None:
     asked: list[str] = []
 
-    def get(url: str, **options: Any) -> httpx.Response:
+    def download(url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
         asked.append(url)
-        return answer
+        return answer[0], answer[1].encode()
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("httpx.get", get)
+    monkeypatch.setattr("eaopd_megatron.models.supported._download", download)
     found = find_model("Qwen/Qwen3-4B", "student.model")
     assert [url.rpartition("/")[2] for url in asked] == ["config.json"]
     assert found.source == source

@@ -1,4 +1,4 @@
-"""The turns of a trainer and its colocated servers, whose program is the double."""
+"""The scheduler of a trainer and its colocated servers, whose program is the double."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def test_a_run_that_is_stopped_while_servers_write_cannot_be_saved(
     manager = ServerManager(recipe.servers, student, "fp32", tmp_path, first_gpu=0, report=lambda _: None)
     memory, parallel = Memory(), SimpleNamespace(world_size=1)
     stand_ins: tuple[Any, Any] = parallel, memory
-    turns = ColocationScheduler(*stand_ins, manager)
+    scheduler = ColocationScheduler(*stand_ins, manager)
     try:
-        turns.offload_trainer()
+        scheduler.offload_trainer()
         manager.start(32)
         for _ in manager.wait_until_ready():
             pass
         manager.set_allowed_versions([0])
         for _ in range(2):
-            turns.offload_trainer()
+            scheduler.offload_trainer()
             assert not memory.there
-            turns.resume_weights()
-            turns.resume_kv_cache()
-            turns.onload_trainer()
+            scheduler.resume_weights()
+            scheduler.resume_kv_cache()
+            scheduler.onload_trainer()
             assert memory.there
-        turns.offload_trainer()
+        scheduler.offload_trainer()
     finally:
         manager.close()
-    turns.onload_trainer()
+    scheduler.onload_trainer()
     assert memory.there
