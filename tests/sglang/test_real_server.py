@@ -133,7 +133,8 @@ def test_the_double_is_another_server(real: SGLangServer, make: Callable[..., Do
                 assert ours.content == theirs.content
         except AssertionError as error:
             first = str(error).splitlines()[:1]
-            differences.append(f"{method} {path} {body}: {first}\n  double: {ours.text}\n  real: {theirs.text[:2000]}")
+            answers = f"  double: {ours.content!r}\n  real: {theirs.content[:2000]!r}"
+            differences.append(f"{method} {path} {body}: {first}\n{answers}")
     assert not differences, "\n".join(differences)
 
 
