@@ -31,9 +31,12 @@ class Activations:
 
     def of_stage(self, batch: PlannedMicroBatch, stage: int) -> float:
         """Return one micro-batch's bytes on a pipeline stage: layers, token ids and (last stage) the final norm."""
-        kept = len(self.layout.layers_of(stage, self.shape.layers)) * self.kept(batch)
-        if self.recompute == "full":
-            kept += self._tokens(batch) * self.shape.head_dim * FP32_BYTES  # the rotary angles
+        layers = len(self.layout.layers_of(stage, self.shape.layers))
+        if self.recompute == "full":  # the layers' inputs, and the rotary angles
+            kept = layers * self._between(batch) * self.shape.hidden * self.element
+            kept += self._tokens(batch) * self.shape.head_dim * FP32_BYTES
+        else:
+            kept = layers * self.layer(batch)
         last = stage == self.layout.pipeline_parallel - 1
         indices = 1 + (stage == 0) + last  # positions of the padded tokens; token ids; rows of the loss
         return kept + self._tokens(batch) * INDEX_BYTES * indices + (self.norm(batch) if last else 0)
@@ -42,12 +45,6 @@ class Activations:
         """Return a stage's bytes for all micro-batches in flight and for the one layer that backward recomputes."""
         recomputed = self.layer(batch) if self.recompute == "full" else 0.0
         return self.layout.in_flight(stage, micro_batches) * self.of_stage(batch, stage) + recomputed
-
-    def kept(self, batch: PlannedMicroBatch) -> float:
-        """Return a layer's bytes under the chosen recompute; full keeps only the layer's input."""
-        if self.recompute == "full":
-            return self._between(batch) * self.shape.hidden * self.element
-        return self.layer(batch)
 
     def layer(self, batch: PlannedMicroBatch) -> float:
         """Return the bytes of a complete layer."""

@@ -140,14 +140,9 @@ class TimeEstimates:
         return self.assumed.response_share * self.work.longest_response
 
     @property
-    def prompt(self) -> float:
-        """Tokens of a mean prompt."""
-        return self.assumed.prompt_share * self.work.longest_prompt
-
-    @property
     def sequence(self) -> float:
         """Tokens of a mean prompt and response."""
-        return self.prompt + self.response
+        return self.assumed.prompt_share * self.work.longest_prompt + self.response
 
     def generation(self, shape: ModelShape, layout: PlannedLayout) -> float:
         """Estimate decoding in process, one token per step until the longest response ends; stages run in turn."""
@@ -155,7 +150,8 @@ class TimeEstimates:
         batches = -(-work.prompts // (layout.generating_replicas * together))
         step = self._decode_step(shape, layout, together, self.assumed.decode_layer)
         return batches * (
-            work.longest_response * step + self.scoring(shape, layout, together * self.prompt, head=False)
+            work.longest_response * step
+            + self.scoring(shape, layout, together * (self.sequence - self.response), head=False)
         )
 
     def served(self, shape: ModelShape, servers: PlannedServers, limit: float) -> float:
@@ -166,7 +162,7 @@ class TimeEstimates:
         together = max(1, min(servers.max_running, each, int(room)))
         step = self._decode_step(shape, layout, together, self.assumed.graph_layer)
         steps = max(work.longest_response, each * self.response / together)
-        return steps * step + self.scoring(shape, layout, each * self.prompt, head=False)
+        return steps * step + self.scoring(shape, layout, each * (self.sequence - self.response), head=False)
 
     def _decode_step(self, shape: ModelShape, layout: PlannedLayout, together: int, layer_seconds: float) -> float:
         """Estimate one token of `together` sequences; at least `layer_seconds` per layer."""
