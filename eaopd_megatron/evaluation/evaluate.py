@@ -95,9 +95,8 @@ def _generate(request: EvaluationRequest, folder: EvaluationFolder) -> int:
             log_rank0(f"{name}: {len(indices)} of {count * request.samples} responses are to be generated")
     code = 0
     if missing and request.engine == "local":
-        code = local_generation.generate_on_ranks(
-            folder, model.path, missing, request.tensor_parallel, request.batch_size
-        )
+        ranks, batch_size = request.tensor_parallel, request.batch_size
+        code = local_generation.generate_on_ranks(folder, model.path, missing, ranks, batch_size)
     elif missing:
         generate_on_servers(folder, model, missing, request.servers, log_rank0)
     if exported and not code:

@@ -43,7 +43,8 @@ class ResponseFile:
     def read(self) -> dict[SampleIndex, DecodedResponse]:
         """Return the responses by index. Raise UserError for a file that is damaged elsewhere than at its end."""
         responses: dict[SampleIndex, DecodedResponse] = {}
-        for number, line in enumerate(self._complete_lines(), 1):
+        data = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(data.decode("utf-8", errors="replace").split("\n")[:-1], 1):
             try:
                 response = DecodedResponse(**json.loads(line))
             except (ValueError, TypeError):
@@ -69,11 +70,6 @@ class ResponseFile:
         """Cut off a last line without its end, before anything is appended."""
         if self.path.exists():
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
-
-    def _complete_lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        return self.path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
@@ -133,10 +129,8 @@ class EvaluationFolder:
     def grade(self) -> EvaluationResult:
         """Grade every stored response. Raise UserError if some are missing."""
         settings = self.settings()
-        graded = {
-            name: self._grade(name, source, settings["samples"]) for name, source in settings["benchmarks"].items()
-        }
-        return EvaluationResult(0, graded)
+        sources, samples = settings["benchmarks"].items(), settings["samples"]
+        return EvaluationResult(0, {name: self._grade(name, source, samples) for name, source in sources})
 
     def _grade(self, name: str, source: str, samples: int) -> BenchmarkResult:
         prompts, responses = read_prompts(self.prompts(name)), self.response_file(name).read()

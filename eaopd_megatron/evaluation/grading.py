@@ -25,16 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.answers import (
-    boxed_contents,
-    exact_number,
-    has_huge_power,
-    leniently_equal,
-    normalise,
-    reads_e_as_euler,
-    split_answers,
-    strip_font,
-)
+from eaopd_megatron.evaluation import answers
 from eaopd_megatron.evaluation.results import Grade, Grader, ProblemResult
 
 if TYPE_CHECKING:
@@ -65,15 +56,12 @@ def grade_problems(
     by_problem: dict[int, list[tuple[Grade, DecodedResponse]]] = {}
     for grade, response in zip(grades, responses, strict=True):
         by_problem.setdefault(response.problem, []).append((grade, response))
-    return {
-        problem: ProblemResult.from_grades(
-            prompts[problem].id,
-            [grade for grade, _ in samples],
-            [response.finish_reason == "length" for _, response in samples],
-            [response.tokens for _, response in samples],
-        )
-        for problem, samples in by_problem.items()
-    }
+    results = {}
+    for problem, samples in by_problem.items():
+        truncated = [response.finish_reason == "length" for _, response in samples]
+        lengths = [response.tokens for _, response in samples]
+        results[problem] = ProblemResult.from_grades(prompts[problem].id, [g for g, _ in samples], truncated, lengths)
+    return results
 
 
 def grade_responses(grader: Grader, items: Sequence[tuple[Problem, str]]) -> list[Grade]:
@@ -91,11 +79,7 @@ def _grade_safely(grader: Grader, problem: Problem, text: str) -> Grade:
 
 
 def grade_countdown(problem: Problem, text: str) -> Grade:
-    """Grade a Countdown response.
-
-    The key of a right one is its normalised solution, so that different solutions can be counted; of a wrong one, its
-    text.
-    """
+    """Grade a Countdown response. The key of a right one is its normalised solution, of a wrong one its text."""
     from eaopd_megatron.data.countdown import check_answer
 
     try:
@@ -122,7 +106,7 @@ class MathGrader:
         owned = [MathWorker(seconds) for _ in range(workers)]
         for worker in owned:
             self._idle.put(worker)
-        self._finalizer = weakref.finalize(self, _close_all, owned)
+        self._finalizer = weakref.finalize(self, lambda: [worker.close() for worker in owned])
 
     def __call__(self, problem: Problem, text: str) -> Grade:
         return self.grade_many([(problem, text)])[0]
@@ -158,24 +142,26 @@ class MathGrader:
 
     def _grade(self, question: _Question) -> Grade:
         gold, answer, boxes = question
-        key = normalise(answer)[:_MAX_KEY_LENGTH]
+        key = answers.normalise(answer)[:_MAX_KEY_LENGTH]
         if not answer or not gold:
             return Grade(False, key or None, error=not gold)
         if len(answer) > MAX_ANSWER_LENGTH:
             return Grade(False, key)
         strict = _quick_verdict(gold, answer)
         if strict is None:
-            strict = False if reads_e_as_euler(gold) else self.verify(gold=gold, answer=answer)
+            strict = False if answers.reads_e_as_euler(gold) else self.verify(gold=gold, answer=answer)
             if strict is None:
                 return Grade(False, key, error=True)
         if strict:
-            return Grade(True, normalise(gold)[:_MAX_KEY_LENGTH])
-        lenient = leniently_equal(gold, boxes, lambda one, other: self.verify(gold=one, answer=other, relations=True))
+            return Grade(True, answers.normalise(gold)[:_MAX_KEY_LENGTH])
+        lenient = answers.leniently_equal(
+            gold, boxes, lambda one, other: self.verify(gold=one, answer=other, relations=True)
+        )
         return Grade(False, key, error=lenient is None, lenient=bool(lenient))
 
     def _gold_kind(self, gold: str) -> str:
-        gold = strip_font(gold)
-        if exact_number(gold) is not None:
+        gold = answers.strip_font(gold)
+        if answers.exact_number(gold) is not None:
             return "mathematics"
         return {True: "mathematics", False: "text", None: "nothing"}[self.verify(gold=gold)]
 
@@ -189,14 +175,14 @@ def shared_math_grader() -> MathGrader:
 
 
 def _question(problem: Problem, text: str) -> _Question | None:
-    contents, gold = boxed_contents(text), problem.get("answer")
+    contents, gold = answers.boxed_contents(text), problem.get("answer")
     if not contents or gold is None:
         return None
-    gold, answer = strip_font(str(gold).strip()), contents[-1]
+    gold, answer = answers.strip_font(str(gold).strip()), contents[-1]
     if len(answer) <= MAX_ANSWER_LENGTH:
-        answer = strip_font(answer)
-    expected = len(split_answers(gold))
-    if len(answer) > MAX_ANSWER_LENGTH or not 1 < expected <= len(contents) or len(split_answers(answer)) != 1:
+        answer = answers.strip_font(answer)
+    expected = len(answers.split_answers(gold))
+    if len(answer) > MAX_ANSWER_LENGTH or not 1 < expected <= len(contents) or len(answers.split_answers(answer)) != 1:
         return gold, answer, answer
     boxes = ", ".join(contents[-expected:])
     return gold, answer, boxes if len(boxes) <= MAX_ANSWER_LENGTH else answer
@@ -207,12 +193,12 @@ def _quick_verdict(gold: str, answer: str) -> bool | None:
 
     The same text is right, another number is wrong, and so is a number too large to expand if the gold has none.
     """
-    if normalise(gold) == normalise(answer):
+    if answers.normalise(gold) == answers.normalise(answer):
         return True
-    if has_huge_power(answer) and not has_huge_power(gold):
+    if answers.has_huge_power(answer) and not answers.has_huge_power(gold):
         return False
-    numbers = exact_number(gold), exact_number(answer)
-    if numbers[0] is None or numbers[1] is None or reads_e_as_euler(gold) or reads_e_as_euler(answer):
+    numbers = answers.exact_number(gold), answers.exact_number(answer)
+    if numbers[0] is None or numbers[1] is None or answers.reads_e_as_euler(gold) or answers.reads_e_as_euler(answer):
         return None
     if numbers[0] == numbers[1]:
         return True
@@ -230,7 +216,10 @@ class MathWorker:
         """Return its verdict on a request of `math_worker`; None if it raised, or if it was ended at its limits."""
         try:
             process = self.process if self.process and self.process.poll() is None else self._start()
-            reply = self._exchange(process, json.dumps(request))
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            reply = self._read(process)
         except (OSError, ValueError):  # the process is gone, or its line is incomplete
             self.close()
             return None
@@ -240,8 +229,8 @@ class MathWorker:
     def _start(self) -> subprocess.Popen[str]:
         self.close()
         script = str(Path(__file__).with_name("math_worker.py"))
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", script, str(self._seconds)],  # -P: this folder's names must not hide packages
+        self.process = subprocess.Popen(  # -P: this folder's names must not hide packages
+            [sys.executable, "-P", script, str(self._seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -252,20 +241,13 @@ class MathWorker:
         self._read(self.process)
         return self.process
 
-    def _exchange(self, process: subprocess.Popen[str], line: str) -> dict[str, Any]:
-        assert process.stdin is not None
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        return self._read(process)
-
     @staticmethod
     def _read(process: subprocess.Popen[str]) -> dict[str, Any]:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line.endswith("\n"):
             raise ValueError("the process ended")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        return dict(json.loads(line))
 
     def close(self) -> None:
         process, self.process = self.process, None
@@ -278,8 +260,3 @@ class MathWorker:
             if pipe is not None:
                 with contextlib.suppress(OSError):  # unread input cannot be flushed to a dead process
                     pipe.close()
-
-
-def _close_all(workers: list[MathWorker]) -> None:
-    for worker in workers:
-        worker.close()

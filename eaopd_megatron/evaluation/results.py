@@ -12,17 +12,8 @@ import numpy as np
 
 from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.estimators import (
-    Estimate,
-    FloatArray,
-    IntArray,
-    avg_at_k,
-    estimate_mean,
-    estimate_mean_of_groups,
-    majority,
-    pass_at_k,
-    pass_ks,
-)
+from eaopd_megatron.evaluation import estimators
+from eaopd_megatron.evaluation.estimators import Estimate, FloatArray, IntArray
 from eaopd_megatron.utils.files import atomic_write
 
 _MEAN = "mean"
@@ -78,15 +69,9 @@ class ProblemResult:
         cls, id: str, grades: Sequence[Grade], truncated: Sequence[bool], lengths: Sequence[int]
     ) -> ProblemResult:
         """Collect a problem's grades with truncated[s] and lengths[s] (tokens) of each sample."""
-        return cls(
-            id=id,
-            correct=tuple(grade.correct for grade in grades),
-            lenient=tuple(grade.lenient for grade in grades),
-            keys=tuple(grade.key for grade in grades),
-            truncated=tuple(truncated),
-            lengths=tuple(lengths),
-            errors=sum(grade.error for grade in grades),
-        )
+        correct, lenient = tuple(one.correct for one in grades), tuple(one.lenient for one in grades)
+        keys, errors = tuple(one.key for one in grades), sum(one.error for one in grades)
+        return cls(id, correct, lenient, keys, tuple(truncated), tuple(lengths), errors)
 
     @property
     def distinct_correct(self) -> int:
@@ -117,12 +102,12 @@ class BenchmarkResult:
         """Return a figure per problem [problems]; any k from 1 to `samples` is valid in "pass@k"."""
         name, _, k = figure.partition("@")
         if name == "pass":
-            return pass_at_k(self.samples, self._counts([result.correct for result in self.results]), int(k))
+            return estimators.pass_at_k(self.samples, self._counts([result.correct for result in self.results]), int(k))
         if name in ("avg", "lenient_avg"):
             right = [result.correct if name == "avg" else result.lenient for result in self.results]
-            return avg_at_k(self._counts(right), self.samples)
+            return estimators.avg_at_k(self._counts(right), self.samples)
         values: dict[str, Callable[[ProblemResult], float]] = {
-            "majority": lambda result: majority(result.keys, result.correct),
+            "majority": lambda result: estimators.majority(result.keys, result.correct),
             "distinct_correct": lambda result: result.distinct_correct,
             "truncated": lambda result: sum(result.truncated) / self.samples,
             "length": lambda result: sum(result.lengths) / self.samples,
@@ -132,7 +117,7 @@ class BenchmarkResult:
 
     def pass_curve(self) -> list[Estimate]:
         """Return pass@k with its interval for k = 1 ... `samples`."""
-        return [estimate_mean(self.per_problem(f"pass@{k}")) for k in range(1, self.samples + 1)]
+        return [estimators.estimate_mean(self.per_problem(f"pass@{k}")) for k in range(1, self.samples + 1)]
 
     @staticmethod
     def _counts(flags: Sequence[Sequence[bool]]) -> IntArray:
@@ -151,7 +136,12 @@ def summarise(name: str, samples: int, results: Sequence[ProblemResult]) -> Benc
         if any(len(part) != samples for part in parts):
             raise ValueError(f"problem {result.id} of {name} has {len(result.correct)} grades, not {samples}")
     names = [
-        *(f"avg@{samples}", *(f"pass@{k}" for k in pass_ks(samples)), f"lenient_avg@{samples}", f"majority@{samples}"),
+        *(
+            f"avg@{samples}",
+            *(f"pass@{k}" for k in estimators.pass_ks(samples)),
+            f"lenient_avg@{samples}",
+            f"majority@{samples}",
+        ),
         *("distinct_correct", "truncated", "length"),
     ]
     benchmark = BenchmarkResult(name, samples, {}, tuple(results))
@@ -169,22 +159,19 @@ class EvaluationResult:
 
     def to_metrics(self) -> dict[str, float]:
         """Return {"evaluation/<benchmark>/<figure>": value} for the run's metrics."""
-        return {
-            f"evaluation/{name}/{figure}": value
-            for name, benchmark in self.benchmarks.items()
-            for figure, value in benchmark.figures.items()
-        }
+        pairs = self.benchmarks.items()
+        return {f"evaluation/{name}/{figure}": value for name, one in pairs for figure, value in one.figures.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values of the figures and of every sample's grade."""
         benchmarks = {
             name: {
-                "samples": benchmark.samples,
-                "problems": benchmark.problems,
-                **benchmark.figures,
-                "results": [asdict(result) for result in benchmark.results],
+                "samples": one.samples,
+                "problems": one.problems,
+                **one.figures,
+                "results": list(map(asdict, one.results)),
             }
-            for name, benchmark in self.benchmarks.items()
+            for name, one in self.benchmarks.items()
         }
         return {"iteration": self.iteration, "benchmarks": benchmarks}
 
@@ -214,8 +201,7 @@ def result_file_name(iteration: int) -> str:
 
 
 def _problem_from_json(row: Mapping[str, Any]) -> ProblemResult:
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
-    return ProblemResult(**values)
+    return ProblemResult(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
 
 
 def figures_json(result: EvaluationResult) -> dict[str, dict[str, Any]]:
@@ -274,7 +260,9 @@ def paired_changes(before: EvaluationResult, after: EvaluationResult) -> dict[st
     for name, row in _with_mean(pairs).items():
         k = min(benchmark.samples for pair in row for benchmark in pair)
         changes[name] = {
-            figure: estimate_mean_of_groups([_values(other, figure) - _values(one, figure) for one, other in row])
+            figure: estimators.estimate_mean_of_groups(
+                [_values(other, figure) - _values(one, figure) for one, other in row]
+            )
             for figure in ("avg", f"pass@{k}")
         }
     return changes
@@ -295,7 +283,7 @@ def _with_mean(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _mean(benchmarks: Sequence[BenchmarkResult], figure: str) -> Estimate:
-    return estimate_mean_of_groups([_values(benchmark, figure) for benchmark in benchmarks])
+    return estimators.estimate_mean_of_groups([_values(benchmark, figure) for benchmark in benchmarks])
 
 
 def _values(benchmark: BenchmarkResult, figure: str) -> FloatArray:

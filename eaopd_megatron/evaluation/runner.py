@@ -31,9 +31,8 @@ class Benchmark:
         cls, source: str, builder: PromptBuilder, first: int | None, report: Callable[[str], None] | None
     ) -> Benchmark:
         """Load a benchmark, or its `first` problems, as `load_prompts` does."""
-        return cls(
-            benchmark_name(source), load_prompts(source, builder, first=first, report=report), grader_for(source)
-        )
+        prompts = load_prompts(source, builder, first=first, report=report)
+        return cls(benchmark_name(source), prompts, grader_for(source))
 
 
 @dataclass(frozen=True)
