@@ -54,10 +54,7 @@ def normalise(answer: str) -> str:
 
 
 def strip_font(answer: str) -> str:
-    r"""Return `17` for `\mathbf{17}`, `\bf 17`, `\text{17}` or `\textbf{(17)}`, any other answer unchanged.
-
-    \text stays around words: math-verify knows it, and `\text{east}` is no product of four symbols.
-    """
+    r"""Return `17` for `\mathbf{17}`, `\bf 17`, `\text{17}` or `\textbf{(17)}`; \text stays around words."""
     text = answer.strip().rstrip(".")
     if len(text) > 1 and text[0] == text[-1] == "$":
         text = text[1:-1].strip()
@@ -116,8 +113,7 @@ EqualityCheck = Callable[[str, str], bool | None]
 
 _MAX_EXPONENT = 400
 _MAX_POWER = 10_000
-_MAX_ANSWERS = 8
-"""Longer lists get the strict comparison only."""
+_MAX_ANSWERS = 8  # longer lists get the strict comparison only
 
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _DECIMAL = re.compile(rf"({_NUMBER})(?:[eE]([-+]?\d{{1,4}}))?")

@@ -116,13 +116,9 @@ def _begin(request: EvaluationRequest, folder: EvaluationFolder, model: HfFolder
     prompts = {}
     for name, source in sources.items():
         suffixes[name] = ("" if name == "countdown" else _MATH_SUFFIX) if request.suffix is None else request.suffix
+        limit = "the model's positions less --max-response-tokens"
         builder = PromptBuilder(
-            tokenizer,
-            template=template,
-            suffix=suffixes[name],
-            field="problem",
-            max_tokens=longest,
-            limit="the model's positions less --max-response-tokens",
+            tokenizer, template=template, suffix=suffixes[name], field="problem", max_tokens=longest, limit=limit
         )
         prompts[name] = load_prompts(source, builder, names=request.fields, first=request.problems, report=log_rank0)
     folder.begin(

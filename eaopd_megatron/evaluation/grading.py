@@ -154,9 +154,8 @@ class MathGrader:
                 return Grade(False, key, error=True)
         if strict:
             return Grade(True, answers.normalise(gold)[:_MAX_KEY_LENGTH])
-        lenient = answers.leniently_equal(
-            gold, boxes, lambda one, other: self.verify(gold=one, answer=other, relations=True)
-        )
+        verify = functools.partial(self.verify, relations=True)
+        lenient = answers.leniently_equal(gold, boxes, lambda one, other: verify(gold=one, answer=other))
         return Grade(False, key, error=lenient is None, lenient=bool(lenient))
 
     def _gold_kind(self, gold: str) -> str:

@@ -1,19 +1,15 @@
-r"""A child process that compares mathematical answers, one JSON line in, one out.
+r"""A child process that compares mathematical answers, one JSON line in, one out; run by `grading.MathWorker`.
 
-Request: {"gold", "answer", "relations": whether a set may equal a relation}, or {"gold"} alone to ask whether it parses
-as mathematics rather than as text. Reply: {"equal": bool} or {"error": why there is no verdict}. {"ready": true} comes
-first.
+Request: {"gold", "answer", "relations": whether a set may equal a relation}, or {"gold"} alone: whether it parses as
+mathematics, not text. Reply: {"equal": bool} or {"error": why there is no verdict}; first of all {"ready": true}.
 
-The verdict is math-verify's, with three of its faults corrected. It rounds decimals to six places, so that 2.88e-19
-equals 2.89e-19: here six significant digits must agree, too. It takes the last letter of `6m` for a unit: here units
-are left out only if that removes no symbol of the gold. From an expression that it cannot parse it takes a number:
-here such an expression is text, which only the same text equals.
+Three faults of math-verify are corrected. It rounds decimals to six places, so that 2.88e-19 equals 2.89e-19: here six
+significant digits must agree. It takes the last letter of `6m` for a unit: here units are dropped only if that removes
+no symbol of the gold. It takes a number out of an expression that it cannot parse: here that is text.
 
-`grading.MathWorker` runs it as a script; it imports only math-verify. A symbolic comparison can run forever inside one
-big multiplication (`10^{10^{10}}`), where no Python signal handler runs, hence not math-verify's own time limit either.
-So comparisons run in a fork of this process, in which the kernel's timers keep their default action, which ends it
-whatever it is doing; the next one is forked at once. No answer exceeds its limit, whichever thread of the caller asks,
-and none outlives a caller that was killed.
+Comparing `10^{10^{10}}` can run forever inside one multiplication, where no Python signal handler runs and so no time
+limit of math-verify's. Comparisons therefore run in a fork of this process, in which the kernel's timers keep their
+default action and end it; the next one is forked at once. No comparison exceeds its limit or outlives its caller.
 """
 
 import contextlib

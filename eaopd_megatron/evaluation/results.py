@@ -135,15 +135,9 @@ def summarise(name: str, samples: int, results: Sequence[ProblemResult]) -> Benc
         parts = (result.correct, result.lenient, result.keys, result.truncated, result.lengths)
         if any(len(part) != samples for part in parts):
             raise ValueError(f"problem {result.id} of {name} has {len(result.correct)} grades, not {samples}")
-    names = [
-        *(
-            f"avg@{samples}",
-            *(f"pass@{k}" for k in estimators.pass_ks(samples)),
-            f"lenient_avg@{samples}",
-            f"majority@{samples}",
-        ),
-        *("distinct_correct", "truncated", "length"),
-    ]
+    passes = [f"pass@{k}" for k in estimators.pass_ks(samples)]
+    names = [f"avg@{samples}", *passes, f"lenient_avg@{samples}", f"majority@{samples}"]
+    names += ["distinct_correct", "truncated", "length"]
     benchmark = BenchmarkResult(name, samples, {}, tuple(results))
     figures = {figure: float(benchmark.per_problem(figure).mean()) for figure in names}
     figures["grader_errors"] = float(benchmark.per_problem("grader_errors").sum())
@@ -259,12 +253,9 @@ def paired_changes(before: EvaluationResult, after: EvaluationResult) -> dict[st
     changes: dict[str, dict[str, Estimate]] = {}
     for name, row in _with_mean(pairs).items():
         k = min(benchmark.samples for pair in row for benchmark in pair)
-        changes[name] = {
-            figure: estimators.estimate_mean_of_groups(
-                [_values(other, figure) - _values(one, figure) for one, other in row]
-            )
-            for figure in ("avg", f"pass@{k}")
-        }
+        for figure in ("avg", f"pass@{k}"):
+            differences = [_values(other, figure) - _values(one, figure) for one, other in row]
+            changes.setdefault(name, {})[figure] = estimators.estimate_mean_of_groups(differences)
     return changes
 
 

@@ -20,16 +20,9 @@ def make_panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, grid
 
 
-def style_axes(
-    axes: Axes,
-    title: str,
-    ylabel: str,
-    *,
-    floor: bool = False,
-    percent: bool = False,
-    legend: bool = True,
-    xlabel: str = "iteration",
-) -> None:
+# fmt: off
+def style_axes(axes: Axes, title: str, ylabel: str, *, floor: bool = False, percent: bool = False,
+               legend: bool = True, xlabel: str = "iteration") -> None:
     """Set titles, units, a light grid and the legend; floor: start the y axis at 0 if no value lies below."""
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(xlabel)
@@ -45,6 +38,7 @@ def style_axes(
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
+# fmt: on
 
 
 def draw_pass_curves(

@@ -82,6 +82,7 @@ def write_run_report(run: Path) -> Path:
     metrics.
     """
     data = RunData.read(run)
+    environment = json.dumps(data.environment, indent=2, ensure_ascii=False) if data.environment else ""
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     page = jinja2.Template(template, **options).render(  # type: ignore[arg-type]
@@ -95,10 +96,7 @@ def write_run_report(run: Path) -> Path:
         teacher_heads=[label for label, *_ in _TEACHER_COLUMNS],
         teachers=_teachers(data),
         plots=[_draw(plot, data) for plot in PLOTS],
-        appendix={
-            "Resolved recipe": data.recipe_text,
-            "Environment": json.dumps(data.environment, indent=2, ensure_ascii=False) if data.environment else "",
-        },
+        appendix={"Resolved recipe": data.recipe_text, "Environment": environment},
     )
     target = run / "report.html"
     atomic_write(target, page)
@@ -154,8 +152,7 @@ def _state(run: RunData) -> str:
 
 def _summary(run: RunData) -> str:
     """Return the main figures before -> after, means over benchmarks, and the student's entropy on gated tokens."""
-    parts = []
-    rows = compare_evaluations(run)
+    parts, rows = [], compare_evaluations(run)
     benchmarks = len({row.benchmark for row in rows})
     for figure in _main_figures({row.figure for row in rows}):
         chosen = [row for row in rows if row.figure == figure]
