@@ -103,10 +103,12 @@ class MathGrader:
     def __init__(self, *, workers: int = 2, seconds: float = 2.0) -> None:
         self._workers = workers
         self._idle: queue.SimpleQueue[MathWorker] = queue.SimpleQueue()
-        owned = [MathWorker(seconds) for _ in range(workers)]
-        for worker in owned:
+        children = contextlib.ExitStack()
+        for _ in range(workers):
+            worker = MathWorker(seconds)
+            children.callback(worker.close)
             self._idle.put(worker)
-        self._finalizer = weakref.finalize(self, lambda: [worker.close() for worker in owned])
+        self._finalizer = weakref.finalize(self, children.close)
 
     def __call__(self, problem: Problem, text: str) -> Grade:
         return self.grade_many([(problem, text)])[0]
