@@ -24,7 +24,7 @@ SMALL_BUCKETS = 3000
 
 def tensors(folder: str) -> dict[str, torch.Tensor]:
     source = HfFolder.open(folder)
-    return {name: source.tensor(name) for entry in _entries(source) for name, _ in entry.sources}
+    return {name: source.tensor(name) for entry in _entries(source) for name, _ in entry.hf_tensors}
 
 
 def _entries(source: HfFolder) -> Any:
