@@ -1,4 +1,4 @@
-"""Checks of the student's ranks with a teacher that lives elsewhere, at a URL, against transformers on one process."""
+"""Checks of the student's ranks with a remote teacher, against transformers in one process."""
 
 from __future__ import annotations
 
@@ -43,30 +43,30 @@ def remote(
     *,
     info: dict[str, Any],
     urls: Sequence[str],
-    asked: Callable[[], int] = lambda: 0,
-    said: list[str] | None = None,
+    stop_signal: Callable[[], int] = lambda: 0,
+    log: list[str] | None = None,
     **options: Any,
 ) -> RemoteTeacher[Any, Any]:
-    wanted = TeacherInfo.from_json(dict(info))
-    terminal = TerminalMap(*wanted.terminal)
+    expected = TeacherInfo.from_json(dict(info))
+    terminal = TerminalMap(*expected.terminal)
     head = None
-    if wanted.signal == "hidden":
-        sizes = {"student_rows": student.vocab_size, "vocab_size": wanted.vocab_size}
-        head = load_teacher_head(teacher, parallel, precision=wanted.dtype, terminal=terminal, **sizes)
+    if expected.signal == "hidden":
+        sizes = {"student_rows": student.vocab_size, "vocab_size": expected.vocab_size}
+        head = load_teacher_head(teacher, parallel, precision=expected.dtype, terminal=terminal, **sizes)
     return RemoteTeacher(
         parallel,
-        SeparateBackend(wanted, budget=BUDGET, terminal=terminal, connections=2),
+        SeparateBackend(expected, budget=BUDGET, terminal=terminal, connections=2),
         TeacherConfig(model="unused", placement="separate", urls=list(urls), **options),
         head=head,
-        stop_signal=asked,
-        report=(said if said is not None else []).append,
+        stop_signal=stop_signal,
+        report=(log if log is not None else []).append,
     )
 
 
 def check_a_separate_teacher_changes_no_update(
     group: dist.ProcessGroup, student: str, teacher: str, preset: str, info: dict[str, Any], urls: list[str], where: str
 ) -> None:
-    """Three updates of one iteration: its requests are dealt over the ranks of a stage, its rows exchanged."""
+    """Three updates of one iteration: requests are distributed over the ranks of a stage, payloads exchanged."""
     objective = Objective.preset(preset)
     expected = reference(student, {"": teacher}, objective)
     for layout in LAYOUTS[where]:
@@ -81,7 +81,7 @@ def check_a_separate_teacher_changes_no_update(
 def check_a_service_changes_no_update(
     group: dist.ProcessGroup, student: str, teacher: str, info: dict[str, Any], services: dict[str, str], key: str
 ) -> None:
-    """services: layout of a teacher's own ranks → where it is. key: the file of their key."""
+    """services: layout of a teacher's own ranks → its URL. key: file with their API key."""
     for preset in ("eopd", "eopd_exact"):
         objective = Objective.preset(preset)
         expected = reference(student, {"": teacher}, objective)
@@ -102,7 +102,7 @@ def check_a_service_changes_no_update(
 def check_terminal_maps(
     group: dist.ProcessGroup, student: str, teacher: str, info: dict[str, Any], urls: list[str]
 ) -> None:
-    """Under swap and label the stop gets the teacher's log-prob of its own stop, whatever is handed over."""
+    """Under swap and label the stop has the teacher's log-prob of its own stop, with either payload."""
     folders = HfFolder.open(student), HfFolder.open(teacher)
     kind, mine, theirs = info["terminal"]
     frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
@@ -119,19 +119,19 @@ def check_terminal_maps(
         batch = collate(everything, torch.device("cpu"))
         found = teacher_logprobs(scorer, scorer.micro_batch_signals([batch])(0), batch, folders[0].vocab_size, parallel)
         scorer.close()
-    for sample, said in zip(everything, batch.split_by_sample(found), strict=True):
+    for sample, logprobs in zip(everything, batch.split_by_sample(found), strict=True):
         with torch.no_grad():
             exact = frozen(torch.tensor([sample.token_ids])).logits[0, 1:-1].log_softmax(-1)
         labels = list(sample.response_ids)
         stops = kind == "swap" or sample.finish_reason == "stop"
         labels[-1] = theirs if labels[-1] == mine and stops else labels[-1]
-        assert torch.allclose(said, exact[range(3), labels], atol=1e-5), (kind, info["signal"], sample)
+        assert torch.allclose(logprobs, exact[range(3), labels], atol=1e-5), (kind, info["signal"], sample)
 
 
 def check_a_row_that_is_not_there_is_never_zero(
     group: dist.ProcessGroup, student: str, teacher: str, info: dict[str, Any], urls: list[str]
 ) -> None:
-    """Rows leave the host's memory when they are used; those of a sample that nobody asked for are missed."""
+    """Payloads are freed when they are used; the payload of a sample that was not submitted is missing."""
     folders = HfFolder.open(student), HfFolder.open(teacher)
     everything = samples(112)[:4]
     with model_parallel(ParallelLayout(2)) as parallel:
@@ -141,8 +141,8 @@ def check_a_row_that_is_not_there_is_never_zero(
         scorer.submit(everything[:3])
         scorer.wait(everything[:3])
         batch = collate(everything[:3], parallel.device)
-        said = scorer.micro_batch_signals([batch])(0)
-        assert isinstance(said, TeacherHidden) and said.hidden.any(1).all()
+        signal = scorer.micro_batch_signals([batch])(0)
+        assert isinstance(signal, TeacherHidden) and signal.hidden.any(1).all()
         with pytest.raises(RuntimeError, match="prompt 0: the teacher scored 0 of 1 tokens"):
             scorer.micro_batch_signals([batch])(0)
         with pytest.raises(RuntimeError, match="prompt 3: the teacher scored 0 of 8 tokens"):
@@ -153,15 +153,15 @@ def check_a_row_that_is_not_there_is_never_zero(
 def check_all_ranks_stop_together(
     group: dist.ProcessGroup, student: str, teacher: str, info: dict[str, Any], gone: str, held: str
 ) -> None:
-    """gone: a replica that dies of its first request; held: one that never answers. One rank alone sees the failure, or
-    is asked to stop."""
+    """gone: a replica that dies of its first request; held: one that never answers. Only one rank sees the failure
+    or the signal."""
     folders = HfFolder.open(student), HfFolder.open(teacher)
     with model_parallel(ParallelLayout(pipeline_parallel=2, context_parallel=2)) as parallel:
         for url, number, expected in ((gone, 0, ServiceUnavailable), (held, 15, StopRequested)):
-            said: list[str] = []
+            log: list[str] = []
             signals = [0]
-            asked: Callable[[], int] = partial(signals.__getitem__, 0)
-            options: dict[str, Any] = {"asked": asked, "said": said, "unavailable_timeout_minutes": 1e-3}
+            stop_signal: Callable[[], int] = partial(signals.__getitem__, 0)
+            options: dict[str, Any] = {"stop_signal": stop_signal, "log": log, "unavailable_timeout_minutes": 1e-3}
             scorer = remote(*folders, parallel, info=info, urls=[url], **options)
             scorer.start(32)
             scorer.open()
@@ -171,5 +171,5 @@ def check_all_ranks_stop_together(
                 scorer.wait(samples(112)[:1])
             text = f"no teacher replica has been there for 0.06 s ({url}"
             assert caught.value.args == (15,) if number else text in str(caught.value)
-            assert parallel.is_main or not said  # one rank tells the user
+            assert parallel.is_main or not log  # one rank reports to the user
             scorer.close()

@@ -1,4 +1,4 @@
-"""Checks of a teacher on a server, asked by ranks, against the same one on the ranks themselves."""
+"""Checks of a teacher on an SGLang server against the same teacher on the ranks themselves."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tests.distributed.groups import model_parallel
 
 MAPS_AND_K = (("none", 112), ("swap", 16), ("label", 4))
 OTHER_STOP = 20
-"""An id by which the teacher is said to stop."""
+"""End token of the teacher under the maps."""
 WIDTH = 8
-Said = tuple[TokenLosses, torch.Tensor, torch.Tensor]
-"""Losses of a micro-batch, and the hidden states [n, WIDTH] and the head that they are of."""
+Losses = tuple[TokenLosses, torch.Tensor, torch.Tensor]
+"""Losses of a micro-batch, its hidden states [n, WIDTH] and the head."""
 
 
 def responses(folder: HfFolder, parallel: ParallelState) -> list[Sample]:
-    """This data-parallel rank's share of 24 responses, and an empty one."""
+    """Return this data-parallel rank's share of 24 responses, and an empty response."""
     builder = PromptBuilder(folder.tokenizer(), template="raw", suffix="", field="problem", max_tokens=64)
     prompts, _ = builder.build(load_problems("countdown", "train")[:24], "countdown")
     model = build_model(folder.config, parallel.layout, torch.float32)
@@ -51,8 +51,8 @@ def responses(folder: HfFolder, parallel: ParallelState) -> list[Sample]:
 
 def losses(
     teacher: TeacherModel, samples: Sequence[Sample], objective: Objective, parallel: ParallelState
-) -> list[Said]:
-    """Of each micro-batch, for a student with random hidden states."""
+) -> list[Losses]:
+    """Return the losses of each micro-batch for a student with random hidden states."""
     teacher.submit(samples)
     batches = micro_batches(teacher.wait(samples), 100, parallel)
     signal_of = teacher.micro_batch_signals(batches)
@@ -80,8 +80,8 @@ def losses(
 
 
 def check_a_served_teacher_says_another_loss(group: dist.ProcessGroup, student: str, teacher: str, url: str) -> None:
-    """Loss and gradient are a colocated teacher's on each token whose gate its bounds make certain; on all of them
-    where the top-k is the whole vocabulary."""
+    """Loss and gradient equal a colocated teacher's on each token whose gate the bounds decide: on all tokens if the
+    top-k is the whole vocabulary."""
     folder, teacher_folder = HfFolder.open(student), HfFolder.open(teacher)
     for layout in (ParallelLayout(2, sequence_parallel=True, context_parallel=2), ParallelLayout(pipeline_parallel=2)):
         with model_parallel(layout) as parallel:
@@ -115,7 +115,7 @@ def check_a_served_teacher_says_another_loss(group: dist.ProcessGroup, student: 
                     served.close()
 
 
-def compare(found: Sequence[Said], expected: Sequence[Said], k: int) -> None:
+def compare(found: Sequence[Losses], expected: Sequence[Losses], k: int) -> None:
     counts = torch.zeros(3)
     for (one, hidden, head), (other, other_hidden, other_head) in zip(found, expected, strict=True):
         certain = ~one.gate_ambiguous
@@ -130,4 +130,4 @@ def compare(found: Sequence[Said], expected: Sequence[Said], k: int) -> None:
         counts += torch.tensor([certain.sum(), (~certain).sum(), one.gate[certain].sum()]).float()
     dist.all_reduce(counts)
     assert counts[0] > counts[1] and counts[2] > 0, counts
-    assert k > 4 or counts[1] > 0, counts  # or the bounds would not have been tried
+    assert k > 4 or counts[1] > 0, counts  # else the bounds are not tested

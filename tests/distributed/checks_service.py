@@ -1,4 +1,4 @@
-"""Checks of test_service.py: what the service's ranks say of a request, against transformers."""
+"""Checks of test_service.py: payloads of the service's ranks against transformers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TOP_K = 5
 def check_rows(
     group: dist.ProcessGroup, folder: str, values: str, layout: dict[str, Any], swap: tuple[int, int], vocab_size: int
 ) -> None:
-    """values: file of tokens [b, s], hidden [b, s, h] and logits [b, s, V], the latter without any map. Each sequence
-    is a sample; the prompt's length differs. The last response token is looked up under id 1 in the first of them."""
+    """values: file of tokens [b, s], hidden [b, s, h] and logits [b, s, V], the latter without a map. Each sequence is
+    a sample with a prompt of another length. The first sample's last response token is looked up under id 1."""
     source = HfFolder.open(folder)
     expected = load_file(values)
     tokens = expected["tokens"]
@@ -36,8 +36,8 @@ def check_rows(
     with model_parallel(ParallelLayout(**layout)) as parallel:
         model = build_model(source.config, parallel.layout, torch.float32, untie=True)
         load_hf(model, source, parallel, row_map={swap[0]: swap[1]})
-        for rows in (HiddenStatePayload(source.config.hidden_size, torch.float32), TopKPayload(TOP_K)):
-            scorer = TeacherScorer(model, parallel, rows, vocab_size=vocab_size)
+        for payload_format in (HiddenStatePayload(source.config.hidden_size, torch.float32), TopKPayload(TOP_K)):
+            scorer = TeacherScorer(model, parallel, payload_format, vocab_size=vocab_size)
             together = scorer.score([alone, prompt_only, whole])
             single = scorer.score([whole])
             if not parallel.is_main:
@@ -46,22 +46,22 @@ def check_rows(
             assert torch.equal(together[2], single[0]), "other requests change an answer"
             for request, answer in ((alone, together[0]), (whole, together[2])):
                 places = [slice(s.prompt - 1, s.prompt + s.response - 1) for s in request.samples]
-                if isinstance(rows, HiddenStatePayload):
+                if isinstance(payload_format, HiddenStatePayload):
                     hidden = torch.cat([expected["hidden"][i, place] for i, place in enumerate(places)])
-                    torch.testing.assert_close(rows.decode(answer), hidden, rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(payload_format.decode(answer), hidden, rtol=1e-4, atol=1e-5)
                     continue
                 logits = torch.cat([expected["logits"][i, place] for i, place in enumerate(places)])
                 logits[:, list(swap)] = logits[:, list(swap[::-1])]
-                asked = torch.cat([tokens[i, s.prompt :] for i, s in enumerate(request.samples)])
-                asked[request.samples[0].response - 1] = 1
-                _compare(rows, answer, logits[:, :vocab_size].log_softmax(-1), asked)
+                targets = torch.cat([tokens[i, s.prompt :] for i, s in enumerate(request.samples)])
+                targets[request.samples[0].response - 1] = 1
+                _compare(payload_format, answer, logits[:, :vocab_size].log_softmax(-1), targets)
 
 
-def _compare(rows: TopKPayload, answer: torch.Tensor, logprobs: torch.Tensor, asked: torch.Tensor) -> None:
-    said, best = rows.decode(answer), logprobs.topk(TOP_K)
-    assert torch.equal(said.ids, best.indices)
-    assert said.entropy is not None
+def _compare(payload_format: TopKPayload, answer: torch.Tensor, logprobs: torch.Tensor, targets: torch.Tensor) -> None:
+    top_k, best = payload_format.decode(answer), logprobs.topk(TOP_K)
+    assert torch.equal(top_k.ids, best.indices)
+    assert top_k.entropy is not None
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
-    close(said.logprobs, best.values)
-    close(said.token_logprob, logprobs.gather(1, asked[:, None])[:, 0])
-    close(said.entropy, -(logprobs.exp() * logprobs).sum(1))
+    close(top_k.logprobs, best.values)
+    close(top_k.token_logprob, logprobs.gather(1, targets[:, None])[:, 0])
+    close(top_k.entropy, -(logprobs.exp() * logprobs).sum(1))

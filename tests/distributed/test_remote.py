@@ -1,4 +1,4 @@
-"""Teachers that live elsewhere, as four gloo ranks of the student see them (one launch)."""
+"""Remote teachers, used by four gloo ranks of the student (one launch)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ MINE, THEIRS = 7, 90
 RECIPE = str(Path(__file__).resolve().parents[2] / "recipes/countdown/eopd.yaml")
 
 
-class Elsewhere:
-    """Replicas of the teacher, all with its weights."""
+class RemotePair:
+    """A student and its teacher, with replicas of the teacher as doubles."""
 
     def __init__(self, pair: dict[str, str]) -> None:
         self.pair = pair
@@ -40,27 +40,27 @@ class Elsewhere:
         return ScoringDouble(replace(info, width=model.config.hidden_size), model)
 
     def arguments(self, double: ScoringDouble) -> dict[str, Any]:
-        """For every check."""
+        """Return the arguments that every check takes."""
         return {**self.pair, "info": double.info.to_json()}
 
 
 @pytest.fixture(scope="module")
-def elsewhere(pair: dict[str, str]) -> Elsewhere:
-    return Elsewhere(pair)
+def remote_pair(pair: dict[str, str]) -> RemotePair:
+    return RemotePair(pair)
 
 
 @pytest.mark.parametrize("where", ["narrow", "wide", "mixed"])
 @pytest.mark.parametrize(("preset", "info"), [("eopd", TOPK), ("eopd_exact", HIDDEN)])
 def test_rows_are_exchanged_wrongly_at_a_layout(
-    ranks: Ranks, elsewhere: Elsewhere, preset: str, info: TeacherInfo, where: str
+    ranks: Ranks, remote_pair: RemotePair, preset: str, info: TeacherInfo, where: str
 ) -> None:
-    one, other = elsewhere.replica(info), elsewhere.replica(info)
+    one, other = remote_pair.replica(info), remote_pair.replica(info)
     one.faults.deaths = 1
     with running(one, other):
         ranks.run(
             CHECKS,
             "check_a_separate_teacher_changes_no_update",
-            **elsewhere.arguments(other),
+            **remote_pair.arguments(other),
             preset=preset,
             urls=[one.url, other.url],
             where=where,
@@ -71,11 +71,11 @@ def test_rows_are_exchanged_wrongly_at_a_layout(
 def test_a_teacher_of_more_rows_gives_students_probability_away(
     ranks: Ranks, pairs: Callable[[int, int], dict[str, str]]
 ) -> None:
-    """The same tokenizer in another padding: rows beyond the smaller vocabulary are nobody's."""
-    elsewhere = Elsewhere(pairs(112, 300))
-    with running(double := elsewhere.replica(HIDDEN)):
+    """The same tokenizer with another padding: rows beyond the smaller vocabulary are unused."""
+    remote_pair = RemotePair(pairs(112, 300))
+    with running(double := remote_pair.replica(HIDDEN)):
         check, options = "check_a_separate_teacher_changes_no_update", {"preset": "eopd_exact", "where": "narrow"}
-        ranks.run(CHECKS, check, **elsewhere.arguments(double), **options, urls=[double.url])
+        ranks.run(CHECKS, check, **remote_pair.arguments(double), **options, urls=[double.url])
 
 
 @pytest.mark.server
@@ -92,48 +92,48 @@ def test_a_teachers_own_layout_changes_an_update(ranks: Ranks, pair: dict[str, s
     key.touch(0o600)
     key.write_text("a-key")
     services = {}
-    with ExitStack() as ending:
+    with ExitStack() as stack:
         for tensor, pipeline in ((1, 2), (2, 1)):
             layout = (f"teacher.tensor_parallel={tensor}", f"teacher.pipeline_parallel={pipeline}")
             recipe = load_recipe(RECIPE, [*changes, *layout, f"teacher.api_key_file={key}"])
             logs = tmp_path / f"{tensor}x{pipeline}"
             replicas = TeacherReplicas(recipe, "", logs, first_gpu=0, report=lambda _: None)
-            ending.callback(replicas.close)
+            stack.callback(replicas.close)
             replicas.start(64)
             services[f"{tensor} x {pipeline}"] = replicas
         folder = HfFolder.open(pair["teacher"])
         info = replace(HIDDEN, fingerprint=folder.fingerprint, width=folder.config.hidden_size)
-        urls = {name: url for name, replicas in services.items() for url in there(replicas)}
+        urls = {name: url for name, replicas in services.items() for url in wait_for(replicas)}
         check, options = "check_a_service_changes_no_update", {"services": urls, "key": str(key)}
         ranks.run(CHECKS, check, **pair, info=info.to_json(), **options)
 
 
-def there(replicas: TeacherReplicas) -> list[str]:
-    arriving = replicas.wait_urls()
+def wait_for(replicas: TeacherReplicas) -> list[str]:
+    waiting = replicas.wait_urls()
     while True:
         try:
-            next(arriving)
-        except StopIteration as arrived:
-            return arrived.value
+            next(waiting)
+        except StopIteration as stop:
+            return stop.value
 
 
 @pytest.mark.parametrize("kind", ["swap", "label"])
 @pytest.mark.parametrize("info", [TOPK, HIDDEN])
-def test_the_students_stop_is_punished(ranks: Ranks, elsewhere: Elsewhere, info: TeacherInfo, kind: str) -> None:
-    with running(double := elsewhere.replica(replace(info, terminal=(kind, MINE, THEIRS)))):
-        ranks.run(CHECKS, "check_terminal_maps", **elsewhere.arguments(double), urls=[double.url])
+def test_the_students_stop_is_punished(ranks: Ranks, remote_pair: RemotePair, info: TeacherInfo, kind: str) -> None:
+    with running(double := remote_pair.replica(replace(info, terminal=(kind, MINE, THEIRS)))):
+        ranks.run(CHECKS, "check_terminal_maps", **remote_pair.arguments(double), urls=[double.url])
 
 
-def test_a_row_that_is_not_there_is_taken_for_zero(ranks: Ranks, elsewhere: Elsewhere) -> None:
-    with running(double := elsewhere.replica(HIDDEN)):
+def test_a_row_that_is_not_there_is_taken_for_zero(ranks: Ranks, remote_pair: RemotePair) -> None:
+    with running(double := remote_pair.replica(HIDDEN)):
         check = "check_a_row_that_is_not_there_is_never_zero"
-        ranks.run(CHECKS, check, **elsewhere.arguments(double), urls=[double.url])
+        ranks.run(CHECKS, check, **remote_pair.arguments(double), urls=[double.url])
 
 
-def test_a_rank_waits_for_ranks_that_have_stopped(ranks: Ranks, elsewhere: Elsewhere) -> None:
-    gone, held = elsewhere.replica(HIDDEN), elsewhere.replica(HIDDEN)
+def test_a_rank_waits_for_ranks_that_have_stopped(ranks: Ranks, remote_pair: RemotePair) -> None:
+    gone, held = remote_pair.replica(HIDDEN), remote_pair.replica(HIDDEN)
     gone.faults.deaths, gone.faults.returns = 1, False
     with running(gone, held):
         held.released.clear()
         urls = {"gone": gone.url, "held": held.url}
-        ranks.run(CHECKS, "check_all_ranks_stop_together", **elsewhere.arguments(held), **urls)
+        ranks.run(CHECKS, "check_all_ranks_stop_together", **remote_pair.arguments(held), **urls)

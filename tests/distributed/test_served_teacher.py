@@ -1,4 +1,4 @@
-"""A teacher on a server against the same one on the ranks, at several layouts of the student."""
+"""A teacher on an SGLang server against the same one on the ranks, at several layouts of the student."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAIR = Path(__file__).resolve().parents[2] / "recipes/countdown"
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """URL of a double that holds the Countdown teacher."""
+    """Yield the URL of a double that serves the Countdown teacher."""
     with EventLoopThread("double") as loop:
         double = StudentDouble(PAIR / "teacher")
         loop.run(double.start())

@@ -1,4 +1,4 @@
-"""The teacher's own ranks against transformers, at every kind of layout that a service has (four gloo ranks)."""
+"""The teacher's own ranks against transformers, at every kind of layout of a service (four gloo ranks)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHECKS = Path(__file__).with_name("checks_service.py")
 def test_a_layout_changes_what_the_teacher_says(
     ranks: Ranks, tmp_path: Path, name: str, layouts: list[dict[str, Any]], vocab_size: int
 ) -> None:
-    """Also: a request that is scored together with others; a terminal map; a student of a smaller vocabulary."""
+    """Also: a request scored together with others, a terminal map, a student with a smaller vocabulary."""
     model = tiny_models.build(name)
     model.save_pretrained(tmp_path)
     torch.manual_seed(0)

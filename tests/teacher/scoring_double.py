@@ -1,4 +1,4 @@
-"""A double of a separate teacher: `teacher/protocol.py` over HTTP, scores by transformers on one process."""
+"""A double of a separate teacher: `teacher/protocol.py` over HTTP, with scores by transformers in one process."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tools.sglang_double.plain_http import Died, PlainServer, Refused
 
 @dataclass
 class Faults:
-    """What a replica does wrong. deaths: requests in which it dies, with all its connections. busy: answers 429."""
+    """Faults of a replica. deaths: requests in which it dies, with all its connections. busy: answers with 429."""
 
     deaths: int = 0
-    returns: bool = True  # after a death, on the same port
+    returns: bool = True  # restarts after a death, on the same port
     busy: int = 0
-    short: bool = False  # a row less than there are tokens
+    short: bool = False  # a row fewer than tokens
     loading: bool = False
 
 
 class ScoringDouble(PlainServer):
-    """model: a transformers model; none: every byte of an answer is that of the token's id."""
+    """model: a transformers model; None: every byte of an answer is the token's id."""
 
     def __init__(self, info: TeacherInfo, model: Any = None, *, key: str | None = None, port: int = 0) -> None:
         super().__init__(port)
@@ -60,7 +60,7 @@ class ScoringDouble(PlainServer):
             raise Died
         if self.faults.busy:
             self.faults.busy -= 1
-            raise Refused(429, {"error": "all places are taken"})
+            raise Refused(429, {"error": "too many requests are in progress"})
         await self.released.wait()
         rows = self.score(request)[int(self.faults.short) :]
         self.answered[request.id] += 1
@@ -68,36 +68,36 @@ class ScoringDouble(PlainServer):
 
     @torch.no_grad()
     def score(self, request: ScoreRequest) -> torch.Tensor:
-        """[response tokens, bytes]."""
-        found, start = [], 0
+        """Return the payload [response tokens, bytes_per_token]."""
+        payloads, start = [], 0
         for sample in request.samples:
             ids = request.token_ids[start : start + sample.prompt + sample.response].long()
-            found.append(self._rows(ids, sample.prompt, sample.target_id))
+            payloads.append(self._rows(ids, sample.prompt, sample.target_id))
             start += len(ids)
-        return torch.cat(found)
+        return torch.cat(payloads)
 
-    def _rows(self, ids: torch.Tensor, prompt: int, label: int) -> torch.Tensor:
-        row_format, tokens = self.info.payload_format, ids[prompt:]
+    def _rows(self, ids: torch.Tensor, prompt: int, target_id: int) -> torch.Tensor:
+        payload_format, tokens = self.info.payload_format, ids[prompt:]
         if self.model is None:
-            return (tokens % 256).to(torch.uint8)[:, None].expand(-1, row_format.bytes_per_token)
+            return (tokens % 256).to(torch.uint8)[:, None].expand(-1, payload_format.bytes_per_token)
         hidden = self.model.model(ids[None]).last_hidden_state[0, prompt - 1 : -1]
-        if isinstance(row_format, HiddenStatePayload):
-            return row_format.encode(hidden)
-        labels = tokens.clone()
-        if label >= 0:
-            labels[-1] = label
+        if isinstance(payload_format, HiddenStatePayload):
+            return payload_format.encode(hidden)
+        targets = tokens.clone()
+        if target_id >= 0:
+            targets[-1] = target_id
         kind, *both = self.info.terminal
         head = self.model.lm_head.weight.clone()
         if kind == "swap":
             head[both] = head[both[::-1]]
         logits, size = hidden @ head.T, self.info.vocab_size
-        said = summarise_teacher(logits[:, :size], tokens, k=row_format.k, vocab_size=size, teacher_tokens=labels)
-        return row_format.encode(said)
+        top_k = summarise_teacher(logits[:, :size], tokens, k=payload_format.k, vocab_size=size, teacher_tokens=targets)
+        return payload_format.encode(top_k)
 
 
 @contextmanager
 def running(*doubles: ScoringDouble) -> Iterator[EventLoopThread]:
-    """They serve in a thread of their own."""
+    """Run the doubles in a thread."""
     with EventLoopThread("doubles") as loop:
         for double in doubles:
             loop.run(double.start())

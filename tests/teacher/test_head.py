@@ -1,4 +1,4 @@
-"""The teacher's output head alone, cut as the student's vocabulary is."""
+"""The teacher's output head, sharded as the student's vocabulary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests import tiny_models
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen3_untied"])
 def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[HfFolder, torch.Tensor]:
-    """A model of 112 tied rows, or of 300 rows of its own, and its output layer."""
+    """A model with 112 tied rows or 300 untied ones, and its output weight."""
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny_models.build(request.param)
     model.save_pretrained(folder)
@@ -28,26 +28,26 @@ def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_a_row_stands_for_another_token_than_the_students(
     teacher: tuple[HfFolder, torch.Tensor], ranks: int, rows: int
 ) -> None:
-    """Student and teacher may have other sizes; the smaller is common to both, and the rest is never read."""
+    """Vocabulary sizes may differ: the smaller one is shared, and other rows are never read."""
     folder, weight = teacher
     common = min(rows, len(weight))
     shards = [load_output_head(folder, tp_rank=i, tp_size=ranks, rows=rows, vocab_size=common) for i in range(ranks)]
     assert len({shard.shape for shard in shards}) == 1
-    whole = torch.cat(shards)
-    assert len(whole) == -(-rows // (128 * ranks)) * 128 * ranks
-    assert torch.equal(whole[:common], weight[:common]) and not whole[common:].any()
+    head = torch.cat(shards)
+    assert len(head) == -(-rows // (128 * ranks)) * 128 * ranks
+    assert torch.equal(head[:common], weight[:common]) and not head[common:].any()
 
 
 def test_the_students_stop_keeps_its_row(teacher: tuple[HfFolder, torch.Tensor]) -> None:
-    """The two rows of a swap lie on different ranks where the padding is that of 300 rows."""
+    """With the padding of 300 rows the two swapped rows are on different ranks."""
     folder, weight = teacher
     own: dict[str, Any] = {"tp_size": 2, "rows": 300, "vocab_size": len(weight), "row_map": {3: 109, 109: 3}}
-    whole = torch.cat([load_output_head(folder, tp_rank=i, **own) for i in range(2)])
-    assert torch.equal(whole[[3, 109]], weight[[109, 3]])
-    assert torch.equal(whole[4:109], weight[4:109])
+    head = torch.cat([load_output_head(folder, tp_rank=i, **own) for i in range(2)])
+    assert torch.equal(head[[3, 109]], weight[[109, 3]])
+    assert torch.equal(head[4:109], weight[4:109])
 
 
-def test_the_whole_model_is_read(teacher: tuple[HfFolder, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_model_is_read(teacher: tuple[HfFolder, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = teacher
     read: list[tuple[str, int]] = []
     rows = LazyTensor._rows

@@ -1,4 +1,4 @@
-"""Prompts, cursor, packing: what decides which token is trained with whose logits."""
+"""Prompts, cursor and packing, which decide the logits that a token is trained with."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from eaopd_megatron.data.packing import Packing, collate, cp_shard_indices, split_into_micro_batches
+from eaopd_megatron.data.packing import (
+    Packing,
+    collate,
+    cp_shard_indices,
+    group_by_teacher,
+    split_into_micro_batches,
+)
 from eaopd_megatron.data.prompts import PromptBuilder, PromptCursor, seeded_uniforms
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.errors import RecipeError, UserError
@@ -34,7 +40,7 @@ def test_alignment_to_the_tensor_parallel_size_moves_no_row() -> None:
 
 @pytest.mark.parametrize("context", [2, 4])
 def test_the_context_parts_hold_each_token_once_with_the_row_before_it(context: int) -> None:
-    """A row that is looked for after the cut would belong to another token."""
+    """A position located after the split would belong to another token."""
     samples = [sample([5, 6], [7, 8, 9]), sample([1, 2, 3], [4]), sample([9], list(range(20, 37)))]
     batches = [collate(samples, torch.device("cpu"), Packing(3, context, rank)) for rank in range(context)]
     ends = batches[0].cu_seqlens.long()
@@ -56,9 +62,9 @@ def test_the_context_parts_hold_each_token_once_with_the_row_before_it(context: 
 def test_a_response_ends_before_an_id_that_a_teacher_lacks() -> None:
     one = replace(sample([5], [7, 250, 249]), weight_versions=[(3, 0, 1), (4, 1, 3)])
     assert one.truncated_to_vocab(251) is one
-    found = one.truncated_to_vocab(250)
-    assert (found.response_ids, found.rollout_logprobs, found.finish_reason) == ([7], [-1.0], "length")
-    assert (found.weight_versions, found.foreign_tokens) == ([(3, 0, 1)], 2)
+    cut = one.truncated_to_vocab(250)
+    assert (cut.response_ids, cut.rollout_logprobs, cut.finish_reason) == ([7], [-1.0], "length")
+    assert (cut.weight_versions, cut.foreign_tokens) == ([(3, 0, 1)], 2)
     empty = one.truncated_to_vocab(7)
     assert (empty.response_ids, empty.weight_versions, empty.foreign_tokens) == ([], [], 3)
     assert collate([empty], torch.device("cpu")).num_response_tokens == 0
@@ -68,13 +74,8 @@ def test_a_micro_batch_without_samples_has_tokens_to_run_and_none_to_train() -> 
     for packing in (Packing(), Packing(2), Packing(1, 2, 1), Packing(2, 2, 0)):
         batch = collate([], torch.device("cpu"), packing)
         assert batch.token_ids.numel() * packing.cp_size == packing.total_multiple == int(batch.cu_seqlens[-1])
-        assert (
-            len(batch.logit_positions)
-            == len(batch.target_ids)
-            == len(batch.is_terminal())
-            == batch.num_response_tokens
-            == 0
-        )
+        per_token = (batch.logit_positions, batch.target_ids, batch.is_terminal())
+        assert [len(values) for values in per_token] == [0, 0, 0] and batch.num_response_tokens == 0
 
 
 def test_only_a_response_that_stopped_has_a_terminal_token() -> None:
@@ -96,6 +97,12 @@ def test_no_sample_is_lost_or_repeated_when_micro_batches_are_cut() -> None:
         assert [s for batch in batches for s in batch] == samples
         for batch in batches:
             assert len(batch) == 1 or int(collate(batch, torch.device("cpu"), packing).cu_seqlens[-1]) <= 24
+
+
+def test_each_sample_is_with_its_teacher_in_the_recipes_order() -> None:
+    samples = [replace(sample([1], [i]), prompt=Prompt("p", (1,), {}, name)) for i, name in enumerate("abacb")]
+    groups = {name: [one.response_ids[0] for one in group] for name, group in group_by_teacher(samples, "cbad")}
+    assert list(groups.items()) == [("c", [3]), ("b", [1, 4]), ("a", [0, 2]), ("d", [])]
 
 
 @pytest.mark.parametrize("last_batch", ["drop", "keep"])
@@ -127,7 +134,7 @@ def test_random_numbers_belong_to_their_key_and_not_to_the_order_of_draws() -> N
 
 
 class Words:
-    """A tokenizer of one id a word."""
+    """A tokenizer with one id per word."""
 
     chat_template = None
 

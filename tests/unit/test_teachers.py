@@ -30,13 +30,13 @@ def test_fp8_without_transformer_engine_is_no_traceback_of_megatron(override: st
 
 
 def test_top_k_over_more_tokens_than_another_teacher_has_is_refused(tmp_path: Path) -> None:
-    """A service knows of one teacher: an id that another one lacks would stop the run at some token."""
+    """A service knows only its own teacher: an id that another one lacks would stop the run at some token."""
     recipe = load_recipe(
         COUNTDOWN / "eopd.yaml", ["teachers.math.placement=separate", "teachers.code.placement=separate"]
     )
     student = HfFolder.open(str(COUNTDOWN / "student"), "student.model")
     parallel: Any = SimpleNamespace(world_size=1, is_main=True)
-    around = TeacherContext(
+    context = TeacherContext(
         recipe,
         parallel,
         student,
@@ -48,11 +48,11 @@ def test_top_k_over_more_tokens_than_another_teacher_has_is_refused(tmp_path: Pa
         lambda text: None,
     )
     with pytest.raises(UserError, match=r"^teachers\.math\.signal=topk is computed over 112 tokens, .* has 100: "):
-        build_teachers(around)
+        build_teachers(context)
 
 
-def around(recipe: Recipe, tmp_path: Path, *, ranks: int = 1, end: int | None = None) -> TeacherContext:
-    """end: the teacher's, where it is not the student's."""
+def context_of(recipe: Recipe, tmp_path: Path, *, ranks: int = 1, end: int | None = None) -> TeacherContext:
+    """end: the teacher's end token, if it is not the student's."""
     parallel: Any = SimpleNamespace(world_size=ranks, is_main=True)
     student = HfFolder.open(str(COUNTDOWN / "student"), "student.model")
     folders = open_teacher_folders(recipe, student)
@@ -64,10 +64,10 @@ def around(recipe: Recipe, tmp_path: Path, *, ranks: int = 1, end: int | None = 
 
 @pytest.mark.parametrize("preset", ["eopd_exact", "rkl", "fkl"])
 def test_a_term_over_all_tokens_punishes_the_end_whose_label_alone_is_mapped(preset: str, tmp_path: Path) -> None:
-    """The looked-up log-prob, of which the warning and the doctor are made, looks well meanwhile."""
+    """Meanwhile the looked-up log-prob, which the warning and the doctor use, looks fine."""
     options = [f"objective.preset={preset}", "teacher.terminal_map=label", "teacher.placement=separate"]
     with pytest.raises(UserError, match=r"^teacher\.terminal_map=label .* set teacher\.terminal_map=swap$"):
-        build_teachers(around(load_recipe(COUNTDOWN / "eopd.yaml", options), tmp_path, end=111))
+        build_teachers(context_of(load_recipe(COUNTDOWN / "eopd.yaml", options), tmp_path, end=111))
 
 
 def test_ranks_of_another_host_wait_for_replicas_at_their_own_loopback(
@@ -76,7 +76,7 @@ def test_ranks_of_another_host_wait_for_replicas_at_their_own_loopback(
     monkeypatch.setattr("eaopd_megatron.teacher.build.num_ranks_on_rank0_host", lambda parallel: 4)
     recipe = load_recipe(COUNTDOWN / "eopd.yaml", ["teacher.placement=separate"])
     with pytest.raises(UserError, match=r"where 4 of the 8 ranks are, .* and give teacher\.urls$"):
-        build_teachers(around(recipe, tmp_path, ranks=8))
+        build_teachers(context_of(recipe, tmp_path, ranks=8))
 
 
 def test_megatron_knows_the_settings_of_fp8() -> None:

@@ -1,4 +1,4 @@
-"""Whether a pair agrees on how to stop, found out on ranks."""
+"""The check of a pair's end tokens (`eaopd doctor RECIPE`) on four gloo ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eaopd_megatron.data import countdown
 from tests.other_end import RECIPE, teacher_with_another_end
 from tests.ranks import Ranks
 
-CHECKS = Path(__file__).with_name("checks_agreement.py")
+CHECKS = Path(__file__).with_name("checks_eos_check.py")
 
 
 def test_another_end_goes_unnoticed(ranks: Ranks, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checks of `eaopd doctor RECIPE` on ranks: what the pair's responses show, at several layouts and signals."""
+"""Checks of `eaopd doctor RECIPE` on ranks: the end tokens of a pair, at several layouts and signals."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ CASES = (
 
 
 def check_a_teacher_of_several_has_no_prompt(group: dist.ProcessGroup, recipe: str, folder: str) -> None:
-    """Each is tried on the prompts that name it; one that none names has nothing to say."""
+    """Each teacher is checked on the prompts that name it; one without prompts reports nothing."""
     changes = ["teachers.math.signal=topk", "teachers.code.signal=topk", "teachers.none.signal=topk"]
     loaded = load_recipe(recipe, [*DEEP, *changes, "evaluation.benchmarks=[]", f"run.folder={folder}"])
     with model_parallel(loaded.student.parallel_layout) as parallel:
         parts = build_components(loaded, parallel, RunFolder(Path(folder)), stop_signal=lambda: 0, log=print)
-        found = {one.name: one for one in eos_check_results(loaded, parts, parallel)}
-    assert list(found) == ["math", "code", "none"]
-    assert [one.prompts for one in found.values()] == [PROMPTS, PROMPTS, 0]
-    assert not found["none"].ends and not found["none"].disagrees
-    assert all(len(found[name].ends) > PROMPTS // 2 and not found[name].disagrees for name in ("math", "code"))
+        results = {one.name: one for one in eos_check_results(loaded, parts, parallel)}
+    assert list(results) == ["math", "code", "none"]
+    assert [one.prompts for one in results.values()] == [PROMPTS, PROMPTS, 0]
+    assert not results["none"].ends and not results["none"].disagrees
+    assert all(len(results[name].ends) > PROMPTS // 2 and not results[name].disagrees for name in ("math", "code"))
 
 
 def check_another_end_goes_unnoticed(group: dist.ProcessGroup, recipe: str, teacher: str, folder: str) -> None:
-    """The teacher ends with another id: under either map the student's end is as likely as its own, else not at all."""
-    seen: list[list[float]] = []
+    """The teacher ends with another id: under either map the student's stop is as likely as its own, else not."""
+    all_mapped: list[list[float]] = []
     for layout, kind, preset in CASES:
         changes = [f"teacher.model={teacher}", f"teacher.terminal_map={kind}", f"objective.preset={preset}"]
         loaded = load_recipe(recipe, [*layout, *changes, "evaluation.benchmarks=[]", f"run.folder={folder}"])
         with model_parallel(loaded.student.parallel_layout) as parallel:
             parts = build_components(loaded, parallel, RunFolder(Path(folder)), stop_signal=lambda: 0, log=print)
-            (found,) = eos_check_results(loaded, parts, parallel)
-        assert found.prompts == PROMPTS and len(found.ends) > PROMPTS // 2
-        assert {token for token, _, _ in found.ends} == {EOS_ID}
-        assert found.disagrees is (kind == "none"), found
-        mapped, plain = (sorted(values) for values in list(zip(*found.ends, strict=True))[1:])
+            (result,) = eos_check_results(loaded, parts, parallel)
+        assert result.prompts == PROMPTS and len(result.ends) > PROMPTS // 2
+        assert {token for token, _, _ in result.ends} == {EOS_ID}
+        assert result.disagrees is (kind == "none"), result
+        mapped, plain = (sorted(values) for values in list(zip(*result.ends, strict=True))[1:])
         if preset == "eopd_exact":
             assert sum(plain) / len(plain) < -10
         elif kind == "swap":
             assert all(math.isnan(value) for value in plain)
         if kind != "none":
-            seen.append(mapped)
-    assert all(abs(a - b) < 1e-4 for one in seen for a, b in zip(one, seen[0], strict=True))
+            all_mapped.append(mapped)
+    assert all(abs(a - b) < 1e-4 for one in all_mapped for a, b in zip(one, all_mapped[0], strict=True))
     assert not list(Path(folder).iterdir())
