@@ -1,13 +1,12 @@
-"""What a separate teacher costs a run: bandwidth of its hidden states, bytes a token, and how much hides behind
+"""Measure what a separate teacher costs a run: bandwidth of its hidden states, bytes per token, and overlap with
 generation.
 
     python tools/benchmark_teacher.py [--rounds N] [--connections N] [--requests N] [--iterations N]
 
-The service is its real HTTP side in a process of its own, with a scorer that has its rows ready, or waits for as long
-as it is told; the client is the trainer's. Every figure is a ratio within this run: bandwidth against a plain TCP
-stream of the same bytes over the same loopback, the two by turns; an iteration of the real training loop against
-generation and training alone, all three of them waits of 6 : 2 : 2 (teacher in the middle), which shows the schedule
-and not the speed of anything.
+The service is the real HTTP side in its own process, with a scorer whose payloads are ready, or that sleeps; the
+client is the trainer's. Every figure is a ratio within this run: bandwidth against a plain TCP stream of the same bytes
+over the same loopback, in turns; an iteration of the real training loop against generation and training alone, where
+generation, teacher and training sleep 6 : 2 : 2, which shows the schedule and no speed.
 """
 
 from __future__ import annotations
@@ -63,8 +62,8 @@ def made(count: int) -> list[Sample]:
 
 
 def serve(width: int, seconds_a_token: float, places: int) -> None:
-    """Until stdin ends. Prints the service's URL and the port of a plain stream: who connects gets as many bytes as the
-    8 with which it begins say."""
+    """Serve until stdin ends. Prints the service's URL and the port of a plain stream, which sends as many bytes as the
+    8 bytes of a request say."""
     listener, queue = TeacherHttpServer("127.0.0.1:0", None), RequestQueue(places)
     listener.start(queue, TeacherInfo(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width}))
     ready = torch.ones(BUDGET, 2 * width, dtype=torch.uint8)
@@ -94,7 +93,7 @@ def stream(plain: socket.socket, ready: memoryview) -> None:
 
 @contextlib.contextmanager
 def served(width: int, seconds_a_token: float = 0.0, places: int = 8) -> Iterator[tuple[str, int]]:
-    """URL of a service in a process of its own, and the port of its plain stream."""
+    """Yield the URL of a service in its own process, and the port of its plain stream."""
     command = [sys.executable, __file__, "--serve", str(width), str(seconds_a_token), str(places)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -109,7 +108,7 @@ def served(width: int, seconds_a_token: float = 0.0, places: int = 8) -> Iterato
 
 
 def streamed(port: int, size: int) -> float:
-    """Seconds of a plain stream of so many bytes, which are kept as rows are."""
+    """Return the seconds that a plain stream of `size` bytes takes, received into memory like a payload."""
     started = time.perf_counter()
     left = torch.empty(size, dtype=torch.uint8).numpy().data
     with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -120,17 +119,17 @@ def streamed(port: int, size: int) -> float:
 
 
 def pulled(url: str, connections: int, calls: Sequence[SeparateScoreCall]) -> float:
-    """Seconds that the trainer's client takes for them."""
+    """Return the seconds that the trainer's client takes for the calls."""
 
     async def work() -> float:
         client = TeacherClient(url, connections=connections)
-        seats = asyncio.Semaphore(connections)
+        slots = asyncio.Semaphore(connections)
 
         async def one(call: SeparateScoreCall) -> None:
-            async with seats:
-                kept.append(await call.attempt(client, 0))
+            async with slots:
+                payloads.append(await call.attempt(client, 0))
 
-        kept: list[torch.Tensor] = []
+        payloads: list[torch.Tensor] = []
         started = time.perf_counter()
         await asyncio.gather(*map(one, calls))
         seconds = time.perf_counter() - started
@@ -141,7 +140,7 @@ def pulled(url: str, connections: int, calls: Sequence[SeparateScoreCall]) -> fl
 
 
 def bandwidth(rounds: int, requests: int, connections: int) -> None:
-    """Prints GB/s of both ways and the medians' ratio."""
+    """Print GB/s of both ways and the ratio of their medians."""
     source = SeparateBackend(INFO, budget=BUDGET, terminal=TERMINAL, connections=connections)
     rates: dict[str, list[float]] = {"service": [], "stream": []}
     with served(INFO.width) as (url, port):
@@ -165,7 +164,7 @@ def bandwidth(rounds: int, requests: int, connections: int) -> None:
 
 
 async def counted(url: str, calls: Sequence[SeparateScoreCall]) -> int:
-    """Bytes that requests and answers have, with all that is around them, between the two processes."""
+    """Return the bytes of requests and answers, with all overhead, between the two processes."""
     host, port = url.removeprefix("http://").split(":")
     total = 0
 
@@ -194,7 +193,7 @@ async def counted(url: str, calls: Sequence[SeparateScoreCall]) -> int:
 
 
 def traffic(requests: int) -> None:
-    """Prints bytes a response token, both directions together, against its hidden state's."""
+    """Print bytes per response token, both directions together, against those of its hidden state."""
     source = SeparateBackend(INFO, budget=BUDGET, terminal=TERMINAL, connections=1)
     with served(INFO.width) as (url, _):
         calls = [call for call, _ in source.calls(made(requests * SAMPLES), "t")]
@@ -256,7 +255,7 @@ class SleepingTrainer:
 
 
 def overlap(iterations: int) -> None:
-    """Prints an iteration's seconds against those of its generation and training."""
+    """Print the seconds of an iteration against those of its generation and training."""
     width = 64
     info = TeacherInfo(**{**INFO.to_json(), "terminal": INFO.terminal, "width": width})
     parallel = ParallelState(ParallelLayout(), 0, 1, 0, cast(Any, None), 0, 1, cast(Any, None), torch.device("cpu"))

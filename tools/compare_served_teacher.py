@@ -1,9 +1,9 @@
-"""What a served teacher's gate misses: that of top-k bounds against that of the exact entropy, token by token.
+"""Compare a served teacher's gate, from top-k bounds, with the gate of the exact entropy, token by token.
 
     python tools/compare_served_teacher.py [--student DIR --teacher DIR] [--prompts N] [--k K ...] [--threshold NATS]
 
-It starts an SGLang server of the student, which writes the responses, and one of the teacher, which scores them; the
-exact entropy is that of transformers on the same tokens, in fp32. Prompts are Countdown's.
+It starts an SGLang server of the student, which generates responses, and one of the teacher, which scores them. The
+exact entropy comes from transformers on the same tokens, in fp32. Prompts are Countdown's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
     prompts, _ = builder.build(load_problems("countdown", "train")[: arguments.prompts], "countdown")
     sampling = SamplingParams(1.0, 1.0, arguments.response_tokens, tuple({*student.eos_ids, *teacher.eos_ids}))
     with served(student) as url:
-        samples = asyncio.run(write(url, student, prompts, sampling))
+        samples = asyncio.run(generate(url, student, prompts, sampling))
     with served(teacher) as url:
         scored = {k: asyncio.run(score(url, source(student, teacher, k), samples)) for k in arguments.k}
     show(scored, exact_entropy(teacher, samples), arguments.threshold, common_vocab_size([student, teacher]))
@@ -66,7 +66,7 @@ def main() -> None:
 
 @contextmanager
 def served(folder: HfFolder) -> Iterator[str]:
-    """URL of a server that holds the model."""
+    """Yield the URL of a server of the model."""
     context = required_context_length(LONGEST)
     settings = SGLangSettings(
         folder.path, context, precision="fp32", mem_fraction_static=0.1, max_concurrent_requests=RUNNING
@@ -81,8 +81,8 @@ def source(student: HfFolder, teacher: HfFolder, k: int) -> ServedBackend:
     return ServedBackend(teacher, vocab_size=size, k=min(k, size), terminal=terminal, connections=RUNNING)
 
 
-async def write(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
-    """A response to each prompt."""
+async def generate(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
+    """Return a response to each prompt."""
     expected = ExpectedModel(student.family.architecture, student.vocab_size, LONGEST)
     calls = [GenerateRequest(str(i), prompt.token_ids, sampling) for i, prompt in enumerate(prompts)]
     pool = ServerPool([SGLangClient(url, connections=RUNNING)], partial(verify_server, expected=expected))
@@ -93,7 +93,7 @@ async def write(url: str, student: HfFolder, prompts: Sequence[Prompt], sampling
 
 
 async def score(url: str, source: ServedBackend, samples: Sequence[Sample]) -> TeacherTopK:
-    """What the teacher says of all response tokens, sample after sample."""
+    """Return the teacher's top-k of all response tokens, sample after sample."""
     pool = ServerPool([source.client(url, None)], partial(source.validate, longest=LONGEST))
     await pool.open()
 
@@ -107,31 +107,31 @@ async def score(url: str, source: ServedBackend, samples: Sequence[Sample]) -> T
 
 @torch.no_grad()
 def exact_entropy(teacher: HfFolder, samples: Sequence[Sample]) -> torch.Tensor:
-    """[tokens] nats, by transformers in fp32."""
+    """Return [tokens] nats, computed by transformers in fp32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(teacher.path, dtype=torch.float32)
-    found = []
+    entropies = []
     for sample in samples:
         logits = model(torch.tensor([sample.token_ids])).logits[0, len(sample.prompt.token_ids) - 1 : -1]
-        found.append(torch.distributions.Categorical(logits=logits).entropy())
-    return torch.cat(found)
+        entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+    return torch.cat(entropies)
 
 
 def show(scored: Mapping[int, TeacherTopK], exact: torch.Tensor, threshold: float, vocab_size: int) -> None:
-    """A line for each k: all tokens, those whose gate the bounds leave open, and where the two gates are the same."""
+    """Print a line for each k: shares of tokens whose gate the bounds leave open, and whose gate is the same."""
     objective = Objective.preset("eopd", threshold=threshold)
     truth = compute_gate(objective, exact, exact)[0].bool()
     print(f"{len(exact)} tokens, {truth.float().mean():.2%} of them above {threshold:g} nats")
     print(f"{'k':>5} {'ambiguous':>10} {'agreement':>10} {'where certain':>14} {'widest bounds':>14} {'mass':>8}")
-    for k, said in scored.items():
-        lower, upper = entropy_bounds(said.logprobs, vocab_size)
+    for k, top_k in scored.items():
+        lower, upper = entropy_bounds(top_k.logprobs, vocab_size)
         gate, ambiguous = compute_gate(objective, lower, upper)
         same, certain = gate.bool() == truth, ~ambiguous
         print(
             f"{k:>5} {ambiguous.float().mean():>10.2%} {same.float().mean():>10.2%} "
             f"{same[certain].float().mean():>14.2%} {(upper - lower).max():>14.3g} "
-            f"{said.logprobs.exp().sum(1).mean():>8.4f}"
+            f"{top_k.logprobs.exp().sum(1).mean():>8.4f}"
         )
 
 

@@ -62,9 +62,21 @@ class RequestQueue:
         A repeated request waits for the work in progress. Raises QueueFull or ShuttingDown, and ValueError if another
         request with this id is in progress.
         """
-        self._acquire()
+        with self._change:
+            free = self._change.wait_for(lambda: self._stopping or self._active < self._capacity, self._timeout)
+            if self._stopping:
+                raise ShuttingDown
+            if not free:
+                raise QueueFull(f"{self._capacity} requests are in progress already")
+            work = self._unfinished.get(request.id)
+            if work is None:
+                work = self._unfinished[request.id] = _Work(request)
+                self._waiting.append(work)
+                self._change.notify_all()
+            elif not work.request.has_same_content(request):
+                raise ValueError(f"another request with the id {request.id} is in progress")
+            self._active += 1
         try:
-            work = self._work_of(request)
             work.done.wait()
             if work.payload is None:
                 raise ShuttingDown
@@ -105,28 +117,6 @@ class RequestQueue:
     @property
     def stopping(self) -> bool:
         return self._stopping
-
-    def _acquire(self) -> None:
-        with self._change:
-            free = self._change.wait_for(lambda: self._stopping or self._active < self._capacity, self._timeout)
-            if self._stopping:
-                raise ShuttingDown
-            if not free:
-                raise QueueFull(f"{self._capacity} requests are in progress already")
-            self._active += 1
-
-    def _work_of(self, request: ScoreRequest) -> _Work:
-        with self._change:
-            work = self._unfinished.get(request.id)
-            if work is None:
-                if self._stopping:
-                    raise ShuttingDown
-                work = self._unfinished[request.id] = _Work(request)
-                self._waiting.append(work)
-                self._change.notify_all()
-            elif not work.request.has_same_content(request):
-                raise ValueError(f"another request with the id {request.id} is in progress")
-            return work
 
     def _refuse(self, works: Sequence[_Work]) -> None:
         for work in works:
@@ -277,11 +267,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length))
         self.end_headers()
 
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Do not log single requests."""
-
     def log_message(self, format: str, *arguments: object) -> None:
-        """Do not log what a client may have sent."""
+        """Log no requests, and nothing that a client may have sent."""
 
 
 def check_score_request(request: ScoreRequest, info: TeacherInfo) -> None:

@@ -23,7 +23,6 @@ from eaopd_megatron.distributed.broadcast import broadcast_events
 from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
 from eaopd_megatron.distributed.heartbeat import heartbeat_monitor
 from eaopd_megatron.distributed.parallel_state import (
-    ParallelLayout,
     ParallelState,
     init_distributed,
     shutdown_distributed,
@@ -79,7 +78,8 @@ def _build(
 ) -> tuple[TeacherInfo, TeacherScorer]:
     """Return the description of this teacher for clients, and its model."""
     student = HfFolder.open(recipe.student.model, "student.model")
-    info = build_teacher_info(recipe, config, student, folder, layout=_shown(parallel.layout))
+    sizes = [f"{name} {getattr(parallel.layout, f'{name}_parallel')}" for name in ("tensor", "pipeline", "expert")]
+    info = build_teacher_info(recipe, config, student, folder, layout=" x ".join(sizes))
     # hidden states become logits on the student's ranks, which map their copy of the output layer
     row_map = TerminalMap(*info.terminal).row_map() if info.signal == "topk" else None
     dtype, fp8 = DTYPES[config.precision], config.precision == "fp8"
@@ -145,11 +145,6 @@ class ScoringMeter:
             self._report(f"{self._requests} requests, {self._tokens} tokens in {elapsed:.0f} s: {rate:.0f} tokens/s")
         self._since += elapsed
         self._requests = self._tokens = 0
-
-
-def _shown(layout: ParallelLayout) -> str:
-    sizes = {name: getattr(layout, f"{name}_parallel") for name in ("tensor", "pipeline", "expert")}
-    return " x ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 class TeacherScorer:
