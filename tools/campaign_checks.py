@@ -1,4 +1,4 @@
-"""What a run whose servers were killed must leave behind all the same."""
+"""Check the results of a run whose servers were killed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ COMPARED = (
     *("objective/loss", "objective/reverse_kl", "student/entropy", "rollout/length", "rollout/truncated"),
     *("optimizer/grad_norm", "evaluation/countdown/pass@1"),
 )
-"""Means over the last iterations of a run that are compared with those of runs without faults."""
+"""Means over a run's last iterations that are compared with those of undisturbed runs."""
 LOGPROB_GAP = 1e-4
-"""Nats between the log-probs of servers and trainer, fp32: more of it, and a server wrote with other weights."""
+"""Largest gap in nats between the log-probs of servers and trainer in fp32; above it the weights differ."""
 T_99 = (63.7, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25)
-"""Student's t, two-sided 99 %, of 1 to 9 degrees of freedom: how far one more run lies from few others by chance."""
+"""Student's t, two-sided 99 %, for 1 to 9 degrees of freedom."""
 
 
 def prompts_of(recipe: Recipe) -> list[str]:
-    """Ids of the recipe's prompts in the order that its cursor counts."""
+    """Ids of the recipe's prompts in the order in which its cursor indexes them."""
     from transformers import AutoTokenizer
 
     data = recipe.data
@@ -40,34 +40,34 @@ def prompts_of(recipe: Recipe) -> list[str]:
 
 
 def check_prompts(recipe: Recipe, names: Sequence[str]) -> tuple[int, list[str]]:
-    """How many prompts the run's records have, and where these are not each iteration's prompts, each once, answered by
-    the weights that the iteration began with."""
+    """Return how many prompts the run recorded, and the problems: every iteration must hold each of its prompts once,
+    answered by the weights with which it began."""
     cursor = PromptCursor(
         len(names), recipe.train.prompts_per_iteration, recipe.seed, recipe.data.shuffle, recipe.data.last_batch
     )
-    found, problems, updates = 0, [], 0
+    count, problems, updates = 0, [], 0
     for iteration in range(recipe.train.iterations):
         path = Path(recipe.run.folder) / "rollouts" / f"{iteration + 1:06d}.jsonl"
         samples = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         trained = Counter(sample["prompt_id"] for sample in samples)
-        wanted = Counter(names[index] for index in cursor.indices(iteration))
-        if trained != wanted:
-            lost, more = sum((wanted - trained).values()), sum((trained - wanted).values())
-            problems.append(f"iteration {iteration + 1}: {lost} prompts lost, {more} twice or never asked for")
+        expected = Counter(names[index] for index in cursor.indices(iteration))
+        if trained != expected:
+            lost, more = sum((expected - trained).values()), sum((trained - expected).values())
+            problems.append(f"iteration {iteration + 1}: {lost} prompts lost, {more} twice or not of this iteration")
         versions = {span[0] for sample in samples for span in sample["weight_versions"]}
         if samples and versions != {updates}:
             problems.append(f"iteration {iteration + 1}: weights {sorted(versions)} instead of {updates}")
-        found += len(samples)
+        count += len(samples)
         updates += -(-cursor.size(iteration) // recipe.train.mini_batch)
-    return found, problems
+    return count, problems
 
 
 def check_metrics(recipe: Recipe) -> list[str]:
-    """Iterations that are missing, or that were written by other weights than the trainer's."""
+    """Problems in the metrics: missing iterations, and log-probs that differ from the trainer's."""
     records = read_metrics(Path(recipe.run.folder) / METRICS_FILE)
     problems = []
     if (found := [r["iteration"] for r in records]) != list(range(recipe.train.iterations + 1)):
-        problems.append(f"the metrics have {len(found)} records, {found[:1]} to {found[-1:]}, with gaps or doubles")
+        problems.append(f"the metrics have {len(found)} records, {found[:1]} to {found[-1:]}, with gaps or duplicates")
     for record in records[1:]:
         gap = record.get("rollout/logprob_gap")
         if gap is None or not gap <= LOGPROB_GAP:
@@ -80,17 +80,17 @@ def final_metrics(folder: Path) -> dict[str, float]:
     return {name: value for name in COMPARED if (value := data.recent(name)) is not None}
 
 
-def compare(mine: dict[str, float], references: Sequence[dict[str, float]]) -> tuple[list[list[str]], list[str]]:
-    """A table of the final metrics beside those of runs without faults, and what is not the same but for noise."""
+def compare(metrics: dict[str, float], references: Sequence[dict[str, float]]) -> tuple[list[list[str]], list[str]]:
+    """Return a table of the metrics beside those of undisturbed runs, and the differences beyond noise."""
     rows, problems = [], []
-    for name, value in mine.items():
+    for name, value in metrics.items():
         others = [reference[name] for reference in references]
-        if len(others) < 2:  # of one run, the noise is unknown
+        if len(others) < 2:  # the noise is unknown
             rows.append([name, f"{value:.4g}", "".join(f"{other:.4g}" for other in others)])
             continue
         mean, spread = statistics.mean(others), statistics.stdev(others)
         rows.append([name, f"{value:.4g}", f"{mean:.4g} ± {spread:.2g}"])
         count = len(others)
         if abs(value - mean) > T_99[min(count - 1, len(T_99)) - 1] * spread * math.sqrt(1 + 1 / count):
-            problems.append(f"{name} is {value:.4g}; runs without faults have {mean:.4g} ± {spread:.2g}")
+            problems.append(f"{name} is {value:.4g}; undisturbed runs have {mean:.4g} ± {spread:.2g}")
     return rows, problems

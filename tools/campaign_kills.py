@@ -1,12 +1,12 @@
-"""Kills rollout servers at random moments of a Countdown run, and checks that nothing was lost by it.
+"""Kill rollout servers at random moments of a Countdown run, and check that the run loses nothing.
 
     python tools/campaign_kills.py [--kills N] [--real] [--seed N] [--iterations N] [--references N] [KEY=VALUE ...]
 
 The run is `eaopd train recipes/countdown/eopd.yaml rollout.engine=sglang` with two servers, by default doubles that
-hold a real student; it is as long as the kills need. When, whom, and whether in the middle of an update of weights is
-drawn from the seed. Afterwards every iteration must have trained each of its prompts once, on responses of the right
-weights, and the final metrics must be those of runs without faults (--references of them, other seeds) but for noise.
-Prints a table, writes report.json into --folder, and ends with 1 where something was lost.
+hold a real student, and takes as many iterations as the kills need. The seed determines when to kill, which server, and
+whether to aim at a weight update. Every iteration must have trained each of its prompts once, on responses of the right
+weights, and the final metrics must equal those of undisturbed runs with other seeds (--references of them) up to noise.
+Prints a table, writes report.json to --folder, and exits with 1 if something was lost.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from tools.sglang_double.student import stand_in  # noqa: E402
 RECIPE = ROOT / "recipes/countdown/eopd.yaml"
 PROGRAMS = ("sglang.launch_server", "tools.sglang_double.student")
 SERVES = re.compile(r"^http://|Uvicorn running on")
-"""A line of a server's log, double or real, that says that it serves."""
+"""Matches the line of a server's log, double or real, that says it is ready."""
 AIMED = 0.3
-"""Share of the kills that wait for an update of weights, which is short, and strike then."""
+"""Fraction of the kills that wait for a weight update, which is short."""
 ANY = 0.15
-"""Share of the kills that may hit a server before it serves; the run gives up one that dies too often so early."""
+"""Fraction of the kills that may hit a starting server; one that dies too often while starting is given up."""
 SPACING = {False: 5, True: 40}
-"""Iterations between two kills on average; a real server takes half a minute to come back."""
+"""Mean iterations between two kills; a real server takes half a minute to restart."""
 STALLED_SECONDS = 300.0
-"""A run that goes no further for so long has failed."""
+"""A run without progress for this long has failed."""
 POLL_SECONDS = 0.02
 
 
@@ -56,19 +56,19 @@ POLL_SECONDS = 0.02
 class Kill:
     """One SIGKILL."""
 
-    seconds: float  # since the run began
-    iteration: int  # that were finished
-    server: str  # its log's name
+    seconds: float  # since the run started
+    iteration: int  # completed iterations
+    server: str  # name of its log
     pid: int
-    phase: str  # "starting" | "idle" | "generating" | "updating"; of a real server as its log has it
-    aimed: bool  # at an update
+    phase: str  # "starting" | "idle" | "generating" | "updating"; of a real server according to its log
+    aimed: bool  # at a weight update
 
 
 class Run:
-    """`eaopd train` as a process. A context manager that leaves nothing behind."""
+    """`eaopd train` as a process. A context manager that terminates it."""
 
     def __init__(self, overrides: Sequence[str], recipe: Recipe, servers: Path | None) -> None:
-        """servers: an environment in SGLang's place."""
+        """servers: an environment to use in place of SGLang's."""
         self.folder, self.started = Path(recipe.run.folder), time.monotonic()
         if self.folder.exists():
             raise SystemExit(f"error: {self.folder} exists: give another --folder")
@@ -96,32 +96,32 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        """That are finished; -1 before the evaluation that comes first."""
+        """Completed iterations; -1 before the first evaluation."""
         with suppress(OSError):
             return (self.folder / "metrics.jsonl").read_bytes().count(b"\n") - 1
         return -1
 
     def until(self, iterations: int) -> bool:
-        """Whether so many get finished before the run ends. Raises SystemExit where it goes no further."""
-        seen, since = self.iterations, time.monotonic()
-        while seen < iterations and self.running:
+        """Wait for so many completed iterations; return False if the run ends before. Raise SystemExit if it stalls."""
+        last, since = self.iterations, time.monotonic()
+        while last < iterations and self.running:
             time.sleep(POLL_SECONDS)
-            if (now := self.iterations) != seen:
-                seen, since = now, time.monotonic()
+            if (now := self.iterations) != last:
+                last, since = now, time.monotonic()
             if time.monotonic() - since > STALLED_SECONDS:
-                raise SystemExit(f"error: no iteration after {seen} within {STALLED_SECONDS:g} s: {self.output()}")
-        return seen >= iterations
+                raise SystemExit(f"error: no iteration after {last} within {STALLED_SECONDS:g} s: {self.output()}")
+        return last >= iterations
 
     def output(self) -> str:
         return " | ".join((self.folder / "output.txt").read_text(errors="replace").splitlines()[-3:])
 
     def starts(self) -> int:
-        """How often a server came to serve."""
+        """How often a server became ready."""
         logs = self.folder.glob("servers/server_*.log")
         return sum(SERVES.search(line) is not None for log in logs for line in _text(log).splitlines())
 
     def servers(self) -> list[ServerProcess]:
-        """The servers that live, without their own children."""
+        """The running servers, without their child processes."""
         found = []
         with suppress(psutil.Error):
             for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -139,7 +139,7 @@ def _is_server(command: Sequence[str]) -> bool:
 
 
 class ServerProcess:
-    """One server that lives, and what its log says that it does."""
+    """A running server, and its state according to its log."""
 
     def __init__(self, process: psutil.Process, port: int, logs: Path) -> None:
         self.process, self.port = process, port
@@ -153,11 +153,11 @@ class ServerProcess:
         return False
 
     def doing(self) -> str:
-        """As the log says so far; of a dead one, what it did last."""
+        """Its state according to the log; the last state of a dead server."""
         return doing(_text(self.log).splitlines()) if self.log is not None else "starting"
 
     def kill(self) -> bool:
-        """Whether it lived."""
+        """Kill it; return whether it was running."""
         with suppress(psutil.NoSuchProcess):
             lived = self.process.status() != psutil.STATUS_ZOMBIE
             self.process.kill()
@@ -166,7 +166,7 @@ class ServerProcess:
 
 
 def doing(log: Sequence[str]) -> str:
-    """What a server did when its log ended: a double says so; a real one logs what it has answered and begun."""
+    """A server's state at the end of its log. A double logs it; a real one logs its answers and batches."""
     last, open_update, running = "idle", False, 0
     for line in log:
         if found := re.match(r"(idle|generating|updating) at ", line):
@@ -185,7 +185,7 @@ def doing(log: Sequence[str]) -> str:
 
 
 def kill_one(run: Run, numbers: random.Random, *, aimed: bool) -> Kill | None:
-    """SIGKILL to a random server that lives; None where none did."""
+    """Kill a random running server; None if there was none."""
     servers = run.servers()
     if numbers.random() > ANY:
         servers = [server for server in servers if server.serves] or servers
@@ -197,13 +197,13 @@ def kill_one(run: Run, numbers: random.Random, *, aimed: bool) -> Kill | None:
     served, iteration, seconds = victim.serves, run.iterations, time.monotonic() - run.started
     if not victim.kill():
         return None
-    time.sleep(0.3)  # the last lines reach the log, those of its successor not yet
+    time.sleep(0.3)  # the last lines reach the log, but not yet those of its successor
     phase = victim.doing() if served else "starting"
     return Kill(round(seconds, 1), iteration, victim.log.stem if victim.log else "?", victim.process.pid, phase, aimed)
 
 
 def kill_servers(run: Run, count: int, iterations: int, numbers: random.Random) -> list[Kill]:
-    """`count` kills, if `iterations` suffice: before each comes a random number of them, and a random part of one."""
+    """Kill up to `count` times, a random number of iterations and a random fraction of a second apart."""
     kills: list[Kill] = []
     while len(kills) < count:
         done = max(0, run.iterations)
@@ -220,7 +220,7 @@ def kill_servers(run: Run, count: int, iterations: int, numbers: random.Random) 
 
 
 def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The report. Its `problems` are what was lost."""
+    """Run the campaign and return the report, whose `problems` list what was lost."""
     spacing = arguments.spacing or SPACING[arguments.real]
     iterations = arguments.iterations or spacing * (arguments.kills + 2)
     servers = None if arguments.real else stand_in(arguments.folder / "double")
@@ -249,7 +249,7 @@ def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
         other = overrides(f"reference_{seed}", seed)
         with Run(other, load_recipe(RECIPE, other), servers) as reference:
             if reference.process.wait() != 0:
-                raise SystemExit(f"error: the run without faults failed: {reference.output()}")
+                raise SystemExit(f"error: the undisturbed run failed: {reference.output()}")
         references.append(final_metrics(reference.folder))
     table, different = compare(final_metrics(run.folder), references)
     return {
@@ -287,9 +287,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=45)
     parser.add_argument("--real", action="store_true", help="SGLang's own servers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, help="of the run; by default what the kills take")
-    parser.add_argument("--spacing", type=int, help="iterations between two kills on average")
-    parser.add_argument("--references", type=int, default=0, help="runs without faults to compare with")
+    parser.add_argument("--iterations", type=int, help="of the run; by default as many as the kills take")
+    parser.add_argument("--spacing", type=int, help="mean iterations between two kills")
+    parser.add_argument("--references", type=int, default=0, help="undisturbed runs to compare with")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/campaign")
     parser.add_argument("overrides", nargs="*", help="more settings of the recipe")
     arguments = parser.parse_args()

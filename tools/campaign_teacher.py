@@ -1,12 +1,11 @@
-"""Kills the teacher's process tree at random moments of a Countdown run, and checks that nothing changed by it.
+"""Kill the teacher's process tree at random moments of a Countdown run, and check that nothing changes.
 
     python tools/campaign_teacher.py [--kills N] [--seed N] [--iterations N] [--folder DIR] [KEY=VALUE ...]
 
 The run is `eaopd train recipes/countdown/eopd.yaml teacher.placement=separate`, once undisturbed and once with kills
-(SIGKILL to the launcher and its ranks): while the teacher is idle, while it scores and while it starts, drawn from the
-seed. Both must end well, with the same figures in metrics.jsonl, bit for bit but for times, and the same responses; a
-response token that was scored by nobody, or twice, ends a run with an error. Prints what was hit, writes report.json
-into --folder, and ends with 1 where something differs.
+(SIGKILL to the launcher and its ranks) while the teacher is idle, scoring or starting, drawn from the seed. Both must
+succeed with bit-identical metrics except for times, and with the same responses; a response token scored not at all, or
+twice, ends a run with an error. Prints what was hit, writes report.json to --folder, and exits with 1 on a difference.
 """
 
 from __future__ import annotations
@@ -44,21 +43,21 @@ OPTIONS = (
     ),
     *("evaluation.samples=1", "reporting.tensorboard=false"),
 )
-"""Each response is a request of its own: an iteration has many, and the teacher is busy for much of it."""
+"""One response per request: an iteration has many, and keeps the teacher busy for much of it."""
 STARTING = 0.25
-"""Share of the kills that strike while the teacher starts again; never two in a row, or the run would give it up."""
+"""Fraction of the kills during a restart of the teacher; never two in a row, or the run would give it up."""
 AIMED = 0.5
-"""Share of the others that wait until it is busy."""
+"""Fraction of the other kills that wait until it is busy."""
 ITERATIONS = 2
-"""Iterations that a kill takes on average, with those that pass until the next one."""
+"""Mean iterations per kill, including those until the next kill."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL to the tree."""
+    """One SIGKILL to the process tree."""
 
-    seconds: float  # since the run began
-    iteration: int  # that were finished
+    seconds: float  # since the run started
+    iteration: int  # completed iterations
     processes: int
     phase: str  # "starting" | "idle" | "scoring"
 
@@ -82,7 +81,7 @@ class Victim:
         return False
 
     def wait_until_busy(self, seconds: float) -> None:
-        """Until its ranks have used the processor for two ticks of the clock without a pause, or so long."""
+        """Wait until its ranks use the processor in two successive clock ticks, at most `seconds`."""
         end, before, grown = time.monotonic() + seconds, self._used(), 0
         while grown < 2 and time.monotonic() < end:
             time.sleep(0.01)
@@ -102,8 +101,8 @@ class Victim:
         return total
 
 
-def teacher_of(run: Run) -> Victim | None:
-    """The teacher that lives."""
+def running_teacher(run: Run) -> Victim | None:
+    """The running teacher of a run."""
     with suppress(psutil.Error):
         for process in psutil.Process(run.process.pid).children(recursive=True):  # parents come first
             with suppress(psutil.Error):
@@ -113,10 +112,10 @@ def teacher_of(run: Run) -> Victim | None:
 
 
 def until_serving(run: Run) -> Victim | None:
-    """None where the run ends, or goes no further, before."""
+    """Wait until the teacher is ready; None if the run ends or stalls before."""
     end = time.monotonic() + STALLED_SECONDS
     while run.running and time.monotonic() < end:
-        victim = teacher_of(run)
+        victim = running_teacher(run)
         if victim is not None and victim.serves:
             return victim
         time.sleep(0.1)
@@ -124,7 +123,7 @@ def until_serving(run: Run) -> Victim | None:
 
 
 def unfinished(run: Run) -> int:
-    """How often the run said that requests were lost with the teacher."""
+    """How often the run reported requests lost with the teacher."""
     return (run.folder / "output.txt").read_text(errors="replace").count("unfinished requests")
 
 
@@ -134,7 +133,7 @@ def kill_teacher(run: Run, count: int, numbers: random.Random) -> list[Kill]:
         starting = bool(kills) and kills[-1].phase != "starting" and numbers.random() < STARTING
         if starting:
             time.sleep(numbers.uniform(0.5, 4.0))
-            victim = teacher_of(run)
+            victim = running_teacher(run)
         else:
             if until_serving(run) is None or not run.until(run.iterations + numbers.choice((0, 1, 1))):
                 break
@@ -146,7 +145,7 @@ def kill_teacher(run: Run, count: int, numbers: random.Random) -> list[Kill]:
             continue
         served, lost, iteration = victim.serves, unfinished(run), run.iterations
         victim.kill()
-        time.sleep(0.3)  # the run notices
+        time.sleep(0.3)  # until the run notices
         phase = "starting" if not served else "scoring" if unfinished(run) > lost else "idle"
         kills.append(Kill(round(time.monotonic() - run.started, 1), iteration, len(victim.tree), phase))
         print(f"kill {len(kills)} of {count}: {phase} after iteration {iteration}", flush=True)
@@ -154,10 +153,12 @@ def kill_teacher(run: Run, count: int, numbers: random.Random) -> list[Kill]:
 
 
 def differences(disturbed: Path, undisturbed: Path) -> list[str]:
-    """What of two runs is not the same: figures (but times) and responses."""
-    mine, theirs = records(disturbed), records(undisturbed)
-    found = [] if len(mine) == len(theirs) else [f"{len(mine)} records of metrics, not {len(theirs)}"]
-    for ours, other in zip(mine, theirs, strict=False):
+    """Differences between two runs in metrics (except times) and responses."""
+    disturbed_records, undisturbed_records = records(disturbed), records(undisturbed)
+    found = []
+    if len(disturbed_records) != len(undisturbed_records):
+        found.append(f"{len(disturbed_records)} records of metrics, not {len(undisturbed_records)}")
+    for ours, other in zip(disturbed_records, undisturbed_records, strict=False):
         for name in sorted(ours.keys() | other.keys()):
             if json.dumps(ours.get(name)) != json.dumps(other.get(name)):
                 found.append(f"iteration {other['iteration']}: {name} is {ours.get(name)}, not {other.get(name)}")
@@ -172,7 +173,7 @@ def differences(disturbed: Path, undisturbed: Path) -> list[str]:
 
 
 def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The report. Its `problems` are what differs."""
+    """Run the campaign and return the report, whose `problems` list the differences."""
     iterations = arguments.iterations or ITERATIONS * (arguments.kills + 1)
     shared = (*OPTIONS, f"seed={arguments.seed}", f"train.iterations={iterations}", *arguments.overrides)
 
@@ -212,14 +213,14 @@ def show(report: dict[str, Any]) -> None:
     for problem in report["problems"]:
         print(f"DIFFERS: {problem}")
     if not report["problems"]:
-        print("every figure and every response is that of the undisturbed run, bit for bit")
+        print("every metric and every response equals that of the undisturbed run, bit for bit")
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, help="of the run; by default what the kills take")
+    parser.add_argument("--iterations", type=int, help="of the run; by default as many as the kills take")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/campaign_teacher")
     parser.add_argument("overrides", nargs="*", help="more settings of the recipe")
     arguments = parser.parse_args(words)

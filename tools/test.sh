@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Makes the environment where it is missing and checks the project: lint, format, types, tests.
+# Creates the environment if it is missing and checks the project: lint, format, types, tests.
 #
 #   bash tools/test.sh [--all] [pytest arguments]
 #
-# Without --all: every test that needs nothing but this checkout. With it, also those marked server (an SGLang server),
-# slurm (root, and a one-machine Slurm cluster) and shared_data (the data sets beside the checkout); the servers'
-# environment is made where it is missing, and Slurm installed where apt-get can do it.
+# Without --all: every test that needs only this checkout. With --all, also those marked server (an SGLang server), slurm
+# (root, and a one-machine Slurm cluster) and shared_data (data sets beside the checkout); the servers' environment is
+# created if it is missing, and Slurm installed if apt-get can do it. Example:  bash tools/test.sh tests/unit -k grading
 set -euo pipefail
 # shellcheck source=tools/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
-# Debian's and Ubuntu's packages, for root; elsewhere the tests are skipped and say why. Their daemons are not started:
-# each cluster of the tests has its own.
+# Installs Debian's or Ubuntu's packages as root; elsewhere the tests are skipped with the reason. The packages' daemons
+# stay off: each cluster of the tests starts its own.
 install_slurm() {
     local log policy=/usr/sbin/policy-rc.d
     command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v shellcheck >/dev/null && return
@@ -31,7 +31,7 @@ selection="not server and not slurm and not shared_data and not gpu"
 if [[ "${1:-}" == --all ]]; then
     selection="not gpu"
     shift
-    # on a machine with CUDA the sglang extra of this environment serves instead
+    # on a machine with CUDA the sglang extra of this environment is used instead
     command -v nvidia-smi >/dev/null || bash "$root/tools/install_sglang_cpu.sh"
     install_slurm
 fi
@@ -57,14 +57,14 @@ if (($#)); then
     exit
 fi
 
-# Two sessions side by side: ranks, servers and jobs spend half of their time waiting.
+# Two sessions at a time: ranks, servers and jobs spend half of their time waiting.
 beside=(tests/unit tests/teacher tests/sglang tests/end_to_end)
-said="$(mktemp)"
-pytest -p no:cacheprovider "${beside[@]}" >"$said" 2>&1 &
+output="$(mktemp)"
+pytest -p no:cacheprovider "${beside[@]}" >"$output" 2>&1 &
 second=$!
-trap 'kill "$second" 2>/dev/null || true; rm -f "$said"' EXIT
+trap 'kill "$second" 2>/dev/null || true; rm -f "$output"' EXIT
 code=0
 pytest "${beside[@]/#/--ignore=}" || code=$?
 wait "$second" || code=$?
-cat "$said"
+cat "$output"
 exit "$code"

@@ -88,7 +88,7 @@ def test_metrics_with_a_hole_pass(recipe: Recipe, change: Callable[[Samples], Sa
 def test_another_result_passes_for_noise() -> None:
     references = [{"loss": 1.0, "length": 10.0}, {"loss": 1.1, "length": 11.0}, {"loss": 0.9, "length": 9.0}]
     _, problems = compare({"loss": 2.2, "length": 12.0}, references)
-    assert problems == ["loss is 2.2; runs without faults have 1 ± 0.1"]
+    assert problems == ["loss is 2.2; undisturbed runs have 1 ± 0.1"]
 
 
 REAL_LOG = [

@@ -89,10 +89,10 @@ def test_a_wrong_python_is_reported_in_one_line(prepare: Prepare, tmp_path: Path
     elsewhere = {"EAOPD_VENV": str(tmp_path / "new")}
     done = prepare("run", EAOPD_PYTHON="no-such-python", **elsewhere)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: EAOPD_PYTHON is 'no-such-python', which is no Python of version 3.11 or later\n"
+    assert done.stderr == "error: EAOPD_PYTHON is 'no-such-python', which is not a Python of version 3.11 or later\n"
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").touch()
     done = prepare("run", EAOPD_VENV=str(full))
-    assert done.stderr.startswith(f"error: {full} exists and is no Python environment")
+    assert done.stderr.startswith(f"error: {full} exists and is not a Python environment")
     assert (full / "file").exists()

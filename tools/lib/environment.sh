@@ -1,19 +1,19 @@
 # shellcheck shell=bash
-# Sourced by the tools: finds or makes the Python environment of the project, and installs into it once.
+# Sourced by the tools: finds or creates the project's Python environment, and installs into it once.
 #
-#   prepare_environment run|test     sets $python to the environment's interpreter; exits with one line when it cannot
+#   prepare_environment run|test     sets $python to the environment's interpreter, or exits with one line
 #
-# Any other word KIND, for a tool with an environment of its own: `install_KIND` says what is in it, and the array
-# $installed_from names the files that it was made from, beside pyproject.toml.
+# A tool with its own environment passes another word KIND: it defines `install_KIND`, and lists in the array
+# $installed_from the files, besides pyproject.toml, that determine what is installed.
 #
 # $EAOPD_VENV    the environment's folder (default: .venv at the root)
-# $EAOPD_PYTHON  the Python that makes it (default: a Python 3.11 on the PATH)
+# $EAOPD_PYTHON  the Python that creates it (default: a Python 3.11 on the PATH)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 venv="${EAOPD_VENV:-$root/.venv}"
 [[ "$venv" == /* ]] || venv="$PWD/$venv"
 
-# Ranks share the processors: one thread each, and none that spins while it waits.
+# Ranks share the processors: one thread each, without busy waiting.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" TOKENIZERS_PARALLELISM=false
 
 fail() {
@@ -21,12 +21,12 @@ fail() {
     exit 1
 }
 
-# Prints the command of a Python that may make the environment.
+# Prints the command of a Python that can create the environment.
 find_python() {
     local candidate
     if [[ -n "${EAOPD_PYTHON:-}" ]]; then
         "$EAOPD_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-            fail "EAOPD_PYTHON is '$EAOPD_PYTHON', which is no Python of version 3.11 or later"
+            fail "EAOPD_PYTHON is '$EAOPD_PYTHON', which is not a Python of version 3.11 or later"
         echo "$EAOPD_PYTHON"
         return
     fi
@@ -39,7 +39,7 @@ find_python() {
     fail "no Python 3.11 on the PATH; install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or set EAOPD_PYTHON"
 }
 
-# What an installed environment was made from: pyproject.toml and other files, the place of the checkout, and the Python.
+# Hash of all that determines an environment: pyproject.toml and other files, the checkout's path, the Python version.
 installed_from=()
 environment_stamp() {
     "$python" - "$root" "$root/pyproject.toml" "${installed_from[@]}" <<'PYTHON'
@@ -49,19 +49,19 @@ print(hashlib.sha256(files + str((pathlib.Path(sys.argv[1]), sys.version)).encod
 PYTHON
 }
 
-# The requirement of pyproject.toml that begins so, such as torch==2.13.0.
+# pinned NAME: the requirement in pyproject.toml, such as torch==2.13.0.
 pinned() {
     sed -n "s/.*\"\($1==[^\"]*\)\".*/\1/p" "$root/pyproject.toml"
 }
 
-# step TEXT COMMAND...: one line for the reader, the command's output for the log.
+# step TEXT COMMAND...: prints TEXT, and writes the command's output to $log.
 step() {
     local text="$1" started=$SECONDS
     shift
     echo "[environment] $text ..."
     if ! "$@" >>"$log" 2>&1; then
         tail -n 15 "$log" >&2
-        fail "$text: failed (all of it: $log)"
+        fail "$text: failed (complete output: $log)"
     fi
     echo "[environment] $text: done in $((SECONDS - started)) s"
 }
@@ -72,15 +72,15 @@ prepare_environment() {
     if ! "$python" -c 'import pip' 2>/dev/null; then
         maker="$(find_python)" || exit 1
         [[ ! -e "$venv" || -f "$venv/pyvenv.cfg" || -z "$(ls -A "$venv")" ]] ||
-            fail "$venv exists and is no Python environment; move it away or set EAOPD_VENV"
-        echo "[environment] making $venv with $("$maker" --version)"
+            fail "$venv exists and is not a Python environment; move it away or set EAOPD_VENV"
+        echo "[environment] creating $venv with $("$maker" --version)"
         if ! log="$("$maker" -m venv --clear "$venv" 2>&1)"; then
             echo "$log" >&2
-            fail "no environment could be made in $venv (Debian, Ubuntu: apt-get install python3.11-venv)"
+            fail "cannot create an environment in $venv (Debian, Ubuntu: apt-get install python3.11-venv)"
         fi
     fi
     stamp="$(environment_stamp)"
-    # The tests' environment serves a run too. The stamp is written last, so that an interrupted install is done again.
+    # A run can use the tests' environment. The stamp is written last, so an interrupted installation is repeated.
     for target in test "$kind"; do
         [[ "$(cat "$venv/eaopd-$target.stamp" 2>/dev/null)" != "$stamp" ]] || return 0
     done
@@ -93,9 +93,9 @@ prepare_environment() {
 }
 
 install_run() {
-    step "installing the project and what it needs" "$python" -m pip install --editable "$root"
+    step "installing the project and its dependencies" "$python" -m pip install --editable "$root"
 }
 
 install_test() {
-    step "installing the project and what it needs" "$python" -m pip install --editable "${root}[test]"
+    step "installing the project and its dependencies" "$python" -m pip install --editable "${root}[test]"
 }

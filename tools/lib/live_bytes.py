@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive, exactly, on any device."""
+"""Count the bytes of live tensors, exactly and on any device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, `now()` and `peak` are the bytes of storages that were made inside and are alive, or were at the most.
+    """Bytes of live storages that were created inside the context: `now()` and their `peak`.
 
-    What existed before does not count. Memory that an operator takes and gives back in itself is not seen.
+    Existing storages do not count, and neither does memory that an operator allocates and frees internally.
     """
 
     def __init__(self, *existing: torch.Tensor) -> None:
@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def now(self) -> int:
-        """Bytes alive at this moment."""
+        """Return the bytes that are live now."""
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
         return sum(size for _, size in self._alive.values())
 

@@ -1,12 +1,12 @@
-"""With these, unmodified SGLang imports on a machine without CUDA: what is missing there has a stand-in here.
+"""Stand-ins with which unmodified SGLang imports on a machine without CUDA.
 
-A `.pth` line of the servers' environment imports this module when Python starts. It costs nothing until one of the
-packages is looked for, and a package that is installed is always preferred:
+A `.pth` line of the servers' environment imports this module when Python starts. A stand-in is created when its package
+is imported; an installed package always takes precedence:
 
-* `triton`: a tree of empty modules, whose decorators leave functions as they are. Nothing can be launched with it.
-* `sgl_kernel`: the names that SGLang imports unconditionally for a CPU, each of which raises when it is called. They
-  serve speculative decoding, which the rollout does not use.
-* torchvision's operators: where its compiled library does not load, the signatures of two that it registers shapes for.
+* `triton`: a tree of empty modules whose decorators return functions unchanged. No kernel can be launched.
+* `sgl_kernel`: the names that SGLang imports unconditionally for a CPU, each of which raises when called. They are
+  for speculative decoding, which the rollout does not use.
+* torchvision's operators: if its compiled library does not load, signatures of the two that have shapes registered.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TORCHVISION_OPERATORS = {
 
 
 class _Name(type):
-    """Any name of triton: a class without instances, which also serves as a decorator and as a maker of decorators."""
+    """Any name of triton: a class without instances, usable as a decorator and as a decorator factory."""
 
     def __getattr__(cls, name: str) -> _Name:
         if name.startswith("__"):

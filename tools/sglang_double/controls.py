@@ -1,5 +1,4 @@
-"""What a server is told to do besides generating: to pause, to release memory, to take new weights, and, a double, to
-fail."""
+"""Control requests of a server: pausing, releasing memory, weight updates and, for a double, faults."""
 
 from __future__ import annotations
 
@@ -66,19 +65,19 @@ class Controlled(PlainServer):
         self.running: set[str] = set()  # ids of requests
         self.aborting: set[str] = set()
         self.session = self.paused = False
-        self.going = asyncio.Event()  # not while it is paused
+        self.going = asyncio.Event()  # cleared while it is paused
         self.going.set()
-        self.away: set[str] = set()  # memory that is released
+        self.away: set[str] = set()  # tags of released memory
         self.weights: dict[str, torch.Tensor] = {}
 
     @cached_property
     def _receiver(self) -> Receiver:
-        from tools.sglang_double.weights import Receiver  # torch, which a double that is given no weights does without
+        from tools.sglang_double.weights import Receiver  # imports torch, which a double without weights does not need
 
         return Receiver(self.load_weights)
 
     def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """What an update brought. Called in a thread; raises ValueError for a tensor that the model cannot take."""
+        """Take the tensors of an update, in a thread. Raise ValueError for a tensor that does not fit the model."""
         for name, tensor in tensors.items():
             if name not in self.weights:
                 self.weights[name] = tensor

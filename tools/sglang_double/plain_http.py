@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server in an event loop that can end as a killed process does."""
+"""A small HTTP/1.1 server in an event loop that can stop as abruptly as a killed process."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Refused(Exception):
 
 
 class Died(Exception):
-    """The server ends while it serves this request."""
+    """The server dies while it serves this request."""
 
 
 class PlainServer:
-    """Answers with what `answer` returns: None (empty), NULL, text, bytes without a kind, or anything that JSON has.
+    """Sends what `answer` returns: None (empty), NULL, text, bytes without a content type, or a JSON value.
 
-    `answer` may raise Refused, Died, ConnectionError (the connection is reset); anything else becomes a 500, after
+    `answer` may raise Refused, Died or ConnectionError (the connection is reset); any other error becomes a 500, after
     which the connection is reset.
     """
 
@@ -47,7 +47,7 @@ class PlainServer:
         raise NotImplementedError
 
     async def start(self) -> None:
-        """Serves; after `die` on the same port as before."""
+        """Start serving; after `die`, on the same port."""
         self._server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, limit=2**24, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -56,12 +56,12 @@ class PlainServer:
         return self._server is not None
 
     async def die(self) -> None:
-        """Every connection is reset, and new ones are refused."""
+        """Reset every connection and refuse new ones."""
         if self._server is not None:
             server, self._server = self._server, None
             for listening in server.sockets:
                 asyncio.get_running_loop().remove_reader(listening.fileno())
-            for _ in range(2):  # asyncio forgets, and leaves open, what it has accepted for a server that closes now
+            for _ in range(2):  # asyncio would leak connections that it has just accepted
                 await asyncio.sleep(0)
             server.close()
         for task in self._connections - {asyncio.current_task()}:
@@ -113,7 +113,7 @@ def _json(body: Any) -> bytes:
 
 
 async def _read(reader: asyncio.StreamReader) -> tuple[str, str, dict[str, str], bytes] | None:
-    """(method, path, headers, body) of the next request of a connection; None at its end."""
+    """Read (method, path, headers, body) of the next request; None at the end of the connection."""
     with suppress(asyncio.IncompleteReadError):
         lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, target, _ = lines[0].split(" ")

@@ -1,4 +1,4 @@
-"""What a server says of log-probs: of the prompt's tokens, of the most probable ones, and of ids that are named."""
+"""The log-prob fields of a response: of the prompt's tokens, the top-k tokens, and requested ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Row = Sequence[float]
-"""Log-probs over the vocabulary, nats."""
+"""Log-probs (nats) over the vocabulary."""
 
 
 def logprob_fields(
@@ -18,13 +18,12 @@ def logprob_fields(
     written: Sequence[list[Any]],
     following: Row | None,
 ) -> dict[str, Any]:
-    """Of meta_info, in the server's order.
+    """Return the log-prob fields of meta_info in the server's order.
 
-    tokens: the prompt's, from `logprob_start_len` on; rows: the distributions of all of them but the first. written:
-    the response's tokens with their log-probs. following: the distribution of the token after the prompt, known where
-    none is written.
+    tokens: the prompt's from `logprob_start_len` on. rows: distributions of all but the first of them. written: the
+    response's tokens with their log-probs. following: distribution after the prompt, if no token is written.
     """
-    # the server says 0 for the last id of its vocabulary, though the log-prob is that one.s
+    # the server reports id 0 for the last id of its vocabulary, with the right log-prob
     names = [0 if token == len(row) - 1 else token for row, token in zip(rows, tokens[1:], strict=True)]
     known = zip(rows, tokens[1:], names, strict=True)
     found: dict[str, Any] = {

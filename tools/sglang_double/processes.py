@@ -1,4 +1,4 @@
-"""Doubles as processes of their own, and an event loop for their clients."""
+"""Doubles as separate processes, and an event loop for their clients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def in_a_loop() -> Iterator[RunCoroutine]:
-    """A function that runs coroutines in the event loop of another thread."""
+    """Yield a function that runs coroutines in the event loop of another thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -32,7 +32,7 @@ def in_a_loop() -> Iterator[RunCoroutine]:
 
 
 class DoubleProcess:
-    """A double that can be killed, and started again on its port. A context manager."""
+    """A double that can be killed and restarted on its port. A context manager."""
 
     def __init__(self) -> None:
         self.url, self._port = "", 0
@@ -56,7 +56,7 @@ class DoubleProcess:
         self._port = int(self.url.rpartition(":")[2])
 
     def wait(self) -> None:
-        """Until it has ended."""
+        """Wait until it has exited."""
         assert self._process is not None and self._process.stdout is not None
         self._process.wait(timeout=30)
         self._process.stdout.close()

@@ -1,18 +1,19 @@
-"""A double of an SGLang server: the part of its HTTP interface that the rollout uses, quick, and faulty on command.
+"""A double of an SGLang server: the part of its HTTP interface that the rollout uses, fast, with injectable faults.
 
-`test_double.py` holds it against the real server, field by field. In a test it runs in the event loop of the test::
+`tests/sglang/test_real_server.py` compares it with the real server, field by field. In a test it runs in the test's
+event loop::
 
     async with Double() as double:
-        ... Client(double.url) ...
+        ... SGLangClient(double.url) ...
 
-and as a process of its own, which can be killed: `python -m tools.sglang_double.server [--port N] [--config FILE]`. It
-prints its URL when it serves, takes faults (POST /faults, fields of `Faults`) and gives the weights that it got away
+or as a process that can be killed: `python -m tools.sglang_double.server [--port N] [--config FILE]`. It prints its URL
+when it is ready, accepts faults (POST /faults, fields of `Faults`), and saves and forgets the weights it received
 (POST /weights, {"path": FILE} for torch.save).
 
-Like the real one it dies of a token id outside of its vocabulary, drops the connection after an internal error, cuts
-responses at two positions less than its context, and keeps requests waiting while it is paused. It dies, as
-every one does, where it is asked to resume memory that it has or to release some while it generates, and, as one with
-CUDA would, where it needs or releases what it has released.
+Like the real one it dies on a token id outside its vocabulary, drops the connection after an internal error, truncates
+responses two positions before the end of its context, and queues requests while it is paused. It also dies when told to
+resume memory that it has or to release memory while it generates, and, like a server with CUDA, when it needs or
+releases memory that it has released.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ from tools.sglang_double.prefill import logprob_fields
 SAMPLING_KEYS = {"max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos"}
 
 Policy = Callable[[Sequence[int]], list[float]]
-"""Token ids so far → log-probs of the next one over the vocabulary, nats."""
+"""Token ids so far → log-probs (nats) of the next token over the vocabulary."""
 
 
 def toy_policy(vocab_size: int, spread: float = 1.0) -> Policy:
-    """A fixed distribution for each last token."""
+    """Return a policy with a fixed distribution for each last token."""
 
     @cache
     def after(token: int) -> list[float]:
@@ -62,7 +63,7 @@ def _error(message: str) -> Refused:
 
 
 def _spans(versions: Sequence[str]) -> list[dict[str, Any]]:
-    """The versions of tokens, as a server tells them."""
+    """Version spans of the tokens in the server's format."""
     spans: list[dict[str, Any]] = []
     for version, tokens in groupby(versions):
         start = spans[-1]["end"] if spans else 0
@@ -71,7 +72,7 @@ def _spans(versions: Sequence[str]) -> list[dict[str, Any]]:
 
 
 class Double(Controlled):
-    """See the module. The arguments are the real server's settings, and the distribution that it samples from."""
+    """See the module. The arguments are the real server's settings and the distribution to sample from."""
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class Double(Controlled):
         self.context_length, self.max_total_num_tokens = context_length, max_total_num_tokens
         self.architecture = architecture
         self.version, self.api_key = version, api_key
-        self.finished: list[str] = []  # ids of the requests that were answered in full
+        self.finished: list[str] = []  # ids of the finished requests
         self.released = asyncio.Event()
         self.released.set()
         self._random = random.Random(0)
@@ -110,16 +111,16 @@ class Double(Controlled):
         self.dead.set()
 
     def hold(self) -> None:
-        """No response is finished until `released` is set."""
+        """Finish no response until `released` is set."""
         self.released.clear()
 
     async def until_running(self, count: int) -> None:
-        """Returns when so many requests are unfinished."""
+        """Wait until `count` requests are running."""
         while len(self.running) < count:
             await asyncio.sleep(0.001)
 
     async def until_finished(self, count: int) -> None:
-        """Returns when so many have been answered in full."""
+        """Wait until `count` requests are finished."""
         while len(self.finished) < count:
             await asyncio.sleep(0.001)
 
@@ -167,7 +168,7 @@ class Double(Controlled):
         }
 
     async def _post_generate(self, body: dict[str, Any]) -> dict[str, Any]:
-        await self.going.wait()  # before a look at the request, as the real one
+        await self.going.wait()  # before the request is checked, as in the real server
         sampling = body.get("sampling_params") or {}
         ids: list[int] = body.get("input_ids", [])
         new, wanted = sampling.get("max_new_tokens", 128), body.get("token_ids_logprob") or []
@@ -248,13 +249,13 @@ class Double(Controlled):
             )
 
     async def _next(self, ids: Sequence[int]) -> tuple[list[float], str]:
-        """Log-probs of the token after `ids`, and the version of the weights that gave them."""
+        """Log-probs of the token after `ids`, and the version of the weights."""
         return self.policy(ids), self.weight_version
 
     async def _respond(
         self, rid: str, ids: list[int], sampling: dict[str, Any], new: int
     ) -> tuple[list[int], list[float], dict[str, Any], list[str]]:
-        """Tokens, their log-probs, why they end, and the weights' version of each."""
+        """Tokens, their log-probs, the finish reason, and each token's weight version."""
         temperature = sampling.get("temperature", 1.0)
         stops = set() if sampling.get("ignore_eos") else {self.eos_id, *(sampling.get("stop_token_ids") or ())}
         tokens: list[int] = []
@@ -278,11 +279,11 @@ class Double(Controlled):
         return tokens, logprobs, {"type": "length", "length": len(tokens)}, versions
 
     def _draw(self, probabilities: list[float], top_p: float) -> int:
-        """A token of those whose more probable ones have together no more than top_p."""
+        """Sample from the tokens whose more probable ones sum to at most top_p."""
         tokens = sorted(range(self.vocab_size), key=probabilities.__getitem__, reverse=True)
         weights = [probabilities[token] for token in tokens]
-        kept = sum(before <= top_p for before in accumulate(weights[:-1], initial=0.0))
-        return self._random.choices(tokens[:kept], weights[:kept])[0]
+        count = sum(before <= top_p for before in accumulate(weights[:-1], initial=0.0))
+        return self._random.choices(tokens[:count], weights[:count])[0]
 
     async def _logprobs(self, body: dict[str, Any], ids: list[int], written: list[list[Any]]) -> dict[str, Any]:
         first = body.get("logprob_start_len", -1)
@@ -294,21 +295,21 @@ class Double(Controlled):
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="A double of an SGLang server; it ignores flags that it does not know")
+    parser = argparse.ArgumentParser(description="A double of an SGLang server. Unknown flags are ignored.")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--config", type=Path, help="a YAML file with the api-key")
     return parser
 
 
 def serve(make: Callable[..., Double], arguments: argparse.Namespace) -> None:
-    """Serves until the process is ended. make: a double of its port and API key."""
+    """Serve until the process is killed. make: returns a double for a port and an API key."""
     key = yaml.safe_load(arguments.config.read_text())["api-key"] if arguments.config else None
 
     async def run() -> None:
         async with make(port=arguments.port, api_key=key) as double:
-            print(double.url, f"{key=}", flush=True)  # the real server tells its key as well
+            print(double.url, f"{key=}", flush=True)  # the real server prints its key, too
             await double.dead.wait()
-            os._exit(1)  # its threads may wait in a group that will never be whole
+            os._exit(1)  # its threads may wait in a process group that never completes
 
     asyncio.run(run())
 

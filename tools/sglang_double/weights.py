@@ -1,7 +1,7 @@
-"""The end of a weight update that a double has: what the real server's ranks do, into tensors by name.
+"""The receiving end of a weight update in a double: what the real server's ranks do, into tensors by name.
 
-It blocks as the real one does: the double calls it from threads. Groups of torch.distributed have names that are used
-once in a process, so a double whose trainer is in the same process takes no `distributed` update.
+It blocks as the real one does; the double calls it from threads. torch.distributed uses a group's name once in a
+process, so a double in its trainer's process takes no `distributed` update.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.distributed.rendezvous import rendezvous
 from eaopd_megatron.rollout.weight_sync import distributed_transport as group
 
 SECONDS = 60.0
-"""Limit on an operation of a group."""
+"""Timeout of a group's operations."""
 
 Load = Callable[[Mapping[str, torch.Tensor]], None]
-"""Takes tensors that arrived, by their Hugging Face names. Raises ValueError for one that the model does not have."""
+"""Takes received tensors by Hugging Face name. Raises ValueError for a tensor that the model does not have."""
 
 
 class Receiver:
