@@ -72,8 +72,8 @@ def test_a_lost_prompt_goes_unnoticed(recipe: Recipe, change: Callable[[Samples]
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda r: r[:2] + r[3:], "with gaps or doubles"),
-        (lambda r: [*r, r[-1]], "with gaps or doubles"),
+        (lambda r: r[:2] + r[3:], "with gaps or duplicates"),
+        (lambda r: [*r, r[-1]], "with gaps or duplicates"),
         (lambda r: [*r[:3], r[3] | {"rollout/logprob_gap": 0.01}], "iteration 3: the servers' log-probs lie 0.01 nats"),
     ],
     ids=["gap", "double", "other weights"],
