@@ -1,10 +1,10 @@
-"""Hugging Face folder → a Megatron-Core checkpoint of its weights (torch_dist), which any layout can load.
+"""Convert a Hugging Face folder into a Megatron-Core checkpoint (torch_dist) that loads at any layout.
 
     python tools/hf_to_mcore.py --hf DIR --out DIR [--tensor-parallel N] [--pipeline-parallel N] [--expert-parallel N]
                                 [--verify] [--dry-run]
 
-Starts the ranks of the layout on this host, or joins those of torchrun or srun. The checkpoint holds the configuration
-and the tokenizer too: tools/mcore_to_hf.py needs nothing else.
+Starts the layout's ranks on this host, or joins those of torchrun or srun. The checkpoint includes configuration and
+tokenizer, so tools/mcore_to_hf.py needs nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.launch import local_ranks as launch
 from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.models.supported import check_local_model
-from eaopd_megatron.utils import files as atomic
+from eaopd_megatron.utils import files
 from eaopd_megatron.utils.lifetime import die_with_parent
 from eaopd_megatron.utils.log import log_rank0
 
@@ -32,38 +32,40 @@ KINDS = ("tensor", "pipeline", "expert")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description="Hugging Face folder → Megatron-Core checkpoint of its weights", allow_abbrev=False
+        description="Convert a Hugging Face folder into a Megatron-Core checkpoint", allow_abbrev=False
     )
     parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder, or a hub id owner/name")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint; appears when complete")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="checkpoint folder, created when complete"
+    )
     for kind in KINDS:
-        parser.add_argument(f"--{kind}-parallel", type=int, default=1, metavar="N", help="ranks, default 1")
+        parser.add_argument(f"--{kind}-parallel", type=int, default=1, metavar="N", help="number of ranks (default 1)")
     parser.add_argument("--verify", action="store_true", help="compare the written weights' logits with transformers'")
-    parser.add_argument("--dry-run", action="store_true", help="list the mapping and its shapes, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the parameter mapping without writing")
     return parser.parse_args(arguments)
 
 
 def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Import, here or on ranks. Returns the exit code; raises UserError."""
+    """Import in this process or on ranks and return the exit code. Raises UserError."""
     sizes = {kind: getattr(options, f"{kind}_parallel") for kind in KINDS}
     for kind, size in sizes.items():
         if size < 1:
             raise UserError(f"--{kind}-parallel: {size} ranks cannot be; give 1 or more")
-    ranks = sizes["pipeline"] * math.lcm(sizes["tensor"], sizes["expert"])  # experts are cut over a stage's ranks
+    ranks = sizes["pipeline"] * math.lcm(sizes["tensor"], sizes["expert"])  # experts are sharded over a stage's ranks
     is_rank = launch.is_started_rank()
     layout = ParallelLayout(
         tensor_parallel=sizes["tensor"],
-        sequence_parallel=sizes["tensor"] > 1,  # weights are the same; experts ask for it
+        sequence_parallel=sizes["tensor"] > 1,  # does not change the weights; experts need it
         pipeline_parallel=sizes["pipeline"],
         expert_parallel=sizes["expert"],
     )
     if not is_rank:
         check_local_model(options.hf, layout, "--hf")
     if not is_rank and not options.dry_run:
-        atomic.require_absent_or_empty(options.out, "--out")
-        HfFolder.open(options.hf, "--hf").check_tensors()  # before any rank is started; also the one download
+        files.require_absent_or_empty(options.out, "--out")
+        HfFolder.open(options.hf, "--hf").check_tensors()  # before a rank starts; downloads once
         if ranks > 1:
             return launch.launch_ranks(arguments, ranks, command=(sys.executable, str(Path(__file__).resolve())))
     from eaopd_megatron.checkpoint import convert as conversion
@@ -84,7 +86,7 @@ def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command; errors of the user are one line."""
+    """Run the command; a user's error is one line."""
     return run_entrypoint(lambda: convert(parse(arguments), arguments))
 
 

@@ -70,25 +70,17 @@ class Trainer:
             self.log(
                 f"{dropped} prompts are longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}: left out"
             )
+        data, train, options, objective = recipe.data, recipe.train, recipe.optimizer, recipe.objective
         self.cursor = PromptCursor(
-            len(self.prompts),
-            recipe.train.prompts_per_iteration,
-            recipe.seed,
-            recipe.data.shuffle,
-            recipe.data.last_batch,
+            len(self.prompts), train.prompts_per_iteration, recipe.seed, data.shuffle, data.last_batch
         )
-        updates = sum(-(-self.cursor.size(i) // recipe.train.mini_batch) for i in range(recipe.train.iterations))
-        options = recipe.optimizer
+        updates = sum(-(-self.cursor.size(i) // train.mini_batch) for i in range(train.iterations))
         self.schedule = LearningRateSchedule(
             options.lr, updates, options.schedule, options.warmup_updates, options.lr * options.min_lr_ratio
         )
-        objective = recipe.objective
+        start, ramp_updates = objective.build_objective(), objective.ramp_updates or updates
         self.objective = ObjectiveSchedule(
-            objective.build_objective(),
-            objective.ramp_updates or updates,
-            objective.ramp,
-            objective.threshold_end,
-            objective.forward_weight_end,
+            start, ramp_updates, objective.ramp, objective.threshold_end, objective.forward_weight_end
         )
         self.metrics = MetricAccumulator()
         self.alerts = AlertMonitor(alert_rules(recipe.rollout, recipe.train.updates_per_iteration, recipe.teachers))
