@@ -176,11 +176,11 @@ class Launcher:
         worker = folder / "worker.py"
         worker.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{HEAD}{body}")
         program = (
-            "import signal, sys; from eaopd_megatron import launch as l\n"
+            "import signal, sys; from eaopd_megatron.launch import local_ranks as l\n"
             # A shell's background job ignores SIGINT, and so would all that it starts.
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"l.STOP_SECONDS, l.FAILURE_SECONDS = {stop_seconds}, 1.0\n"
-            f"sys.exit(l.launch([{str(folder)!r}], 2, command=[sys.executable, {str(worker)!r}]))"
+            f"l.SHUTDOWN_SECONDS, l.FAILURE_GRACE_SECONDS = {stop_seconds}, 1.0\n"
+            f"sys.exit(l.launch_ranks([{str(folder)!r}], 2, command=[sys.executable, {str(worker)!r}]))"
         )
         self.folder = folder
         self.process = subprocess.Popen(
