@@ -175,7 +175,7 @@ def test_a_dependency_is_undeclared_or_idle() -> None:
     imported = {name.partition(".")[0] for file in FILES for name in imports(file)}
     imported -= {*sys.stdlib_module_names, "eaopd_megatron", *OPTIONAL}
     used = {canonicalize_name(distributions.get(name, [name])[0]) for name in imported}
-    used = {PART_OF.get(name, name) for name in used}
+    used = {canonicalize_name(PART_OF.get(name, name)) for name in used}
     assert not used - declared, f"imported, not declared: {sorted(used - declared)}"
     idle = declared - used - set(IMPORTED_ELSEWHERE)
     assert not idle, f"declared, not imported: {sorted(idle)}"
