@@ -24,8 +24,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.ports import port_range
 from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
+from eaopd_megatron.utils.ports import port_range
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import StudentConfig

@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from eaopd_megatron.serving.http import server_is_ready
-from eaopd_megatron.serving.ports import reserve_port
 from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
+from eaopd_megatron.utils.ports import reserve_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIND_ATTEMPTS = 3  # a port that was free when it was chosen may be taken before the server binds it

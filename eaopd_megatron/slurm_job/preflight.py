@@ -22,9 +22,9 @@ from rich.table import Table
 
 from eaopd_megatron.diagnostics import machine
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving.ports import INTERFACE_VARIABLE, claim_port, node_address
 from eaopd_megatron.utils.environment import git_commit
 from eaopd_megatron.utils.log import log_rank0
+from eaopd_megatron.utils.ports import INTERFACE_VARIABLE, claim_port, node_address
 
 _MARK = "eaopd-node "  # before a node's report, among whatever else the node prints
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "sglang")

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.launch.local_ranks import read_error_reports
-from eaopd_megatron.serving.ports import claim_port, node_address
 from eaopd_megatron.utils.files import atomic_write
+from eaopd_megatron.utils.ports import claim_port, node_address
 
 _LISTEN = "{listen}"  # stands for HOST:PORT in the command line of a service
 _RENDEZVOUS_SECONDS = 300.0  # that the other tasks wait for task 0 to publish the address of the ranks' store

@@ -15,11 +15,11 @@ import pytest
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving import ports
-from eaopd_megatron.serving.ports import claim_port, node_address
 from eaopd_megatron.slurm_job.allocate import staged_path
 from eaopd_megatron.slurm_job.preflight import NodeReport, busy_gpus, find_faults, inspect_node, preflight_report
 from eaopd_megatron.slurm_job.ranks import SlurmStep, failure_report
 from eaopd_megatron.slurm_job.services import count_trainer_start, restart_service, stage_model, wait_for_services
+from eaopd_megatron.utils.ports import claim_port, node_address
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_a_name_of_the_loopback_is_taken_for_a_nodes_address(monkeypatch: pytest
 
 
 def test_a_port_stays_taken_when_its_process_has_ended() -> None:
-    code = "from eaopd_megatron.serving.ports import claim_port\nclaim = claim_port('127.0.0.1', seed=3)\n"
+    code = "from eaopd_megatron.utils.ports import claim_port\nclaim = claim_port('127.0.0.1', seed=3)\n"
     code += "claim.keep_across_exec()\nprint(claim.port)"
     port = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert claim_port("127.0.0.1", first=port, wait_seconds=0.3).port == port
