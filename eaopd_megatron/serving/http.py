@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Generator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar, cast
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ FUTURE_POLL_SECONDS = 0.2
 """How long a rank waits for background work before it looks for other events."""
 _KEEP_ALIVE_SECONDS = 2.0  # SGLang closes connections after 5 idle seconds; a request at that moment looks dropped
 _READ_BUFFER_BYTES = 2**20
+_MAX_ERROR_BYTES = 2**20
 _MAX_BACKOFF_SECONDS = 10.0
 
 
@@ -62,6 +64,7 @@ class HttpClient:
     are verified against the system's authorities or those in SSL_CERT_FILE."""
 
     key_setting = "servers.api_key_file"  # named in messages about a wrong API key
+    max_answer_bytes = 2**28  # of an answer whose size the caller does not know; 1M tokens with log-probs are 2**26
 
     def __init__(
         self,
@@ -126,8 +129,11 @@ class HttpClient:
         attempts: int | None = None,
         size: int | None = None,
     ) -> HttpResponse:
-        """Return a successful answer. size: bytes of a large answer, read into a bytearray without another copy. Other
-        arguments and errors as in `request`."""
+        """Return a successful answer.
+
+        size: bytes of a large answer, read into a bytearray without another copy. Other arguments and errors as in
+        `request`; UserError also for an answer of another size. No answer of a wrong or excessive size is read.
+        """
         limit, attempts = seconds or self.timeouts.control, attempts or self.timeouts.attempts
         for attempt in range(attempts):  # by hand: tenacity would cost half as much processor time as the request
             try:
@@ -156,12 +162,12 @@ class HttpClient:
         try:
             async with self._session.request(
                 method,
-                yarl.URL(self._base + path, encoded=True),
-                data=content or None,
-                timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=connect),
+                _url(self._base + path),
+                data=aiohttp.BytesPayload(content) if content else None,  # of bytes it would look for the payload class
+                timeout=_client_timeout(seconds, connect),
                 allow_redirects=False,
             ) as response:
-                return HttpResponse(response.status, response.headers, await _read(response, size))
+                return HttpResponse(response.status, response.headers, await self._read(path, response, size))
         except aiohttp.ConnectionTimeoutError:
             raise ServerGone(f"no answer to {path} within {connect:g} s") from None
         except TimeoutError:
@@ -180,6 +186,33 @@ class HttpClient:
             raise ServerGone(f"the answer to {path} is no HTTP") from None
         except (aiohttp.ClientError, OSError) as error:
             raise ServerGone(f"the connection was dropped ({type(error).__name__})") from None
+
+    async def _read(self, path: str, response: aiohttp.ClientResponse, size: int | None) -> bytes | bytearray:
+        """Return the body, of `size` bytes or at most max_answer_bytes. (Leaving the rest unread drops the
+        connection.)"""
+        length, failed = response.content_length, response.status >= 400
+        if size is not None and not failed:
+            if length is None:
+                raise ServerGone(f"the answer to {path} does not say how long it is")
+            if length != size:
+                raise UserError(f"{self.url}{path} answered {length} bytes, and not {size}: it is another service")
+            content, used = bytearray(size), 0
+            async for chunk in response.content.iter_any():
+                content[used : used + len(chunk)] = chunk
+                used += len(chunk)
+            return content
+        limit = _MAX_ERROR_BYTES if failed else self.max_answer_bytes
+        if length is not None and length <= limit:
+            return await response.read()
+        content = bytearray()
+        if length is None:  # chunked, or up to the connection's end
+            async for chunk in response.content.iter_any():
+                content += chunk
+                if len(content) > limit:
+                    break
+            else:
+                return content
+        raise ServerGone(f"the answer to {path} is larger than {limit} bytes")
 
     def _error(self, path: str, response: HttpResponse) -> Exception:
         if response.status in (401, 403):
@@ -219,6 +252,16 @@ def _parse_url(url: str) -> tuple[str, bool]:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}", parts.scheme == "https"
 
 
+@lru_cache(maxsize=64)
+def _url(text: str) -> yarl.URL:
+    return yarl.URL(text, encoded=True)
+
+
+@lru_cache(maxsize=64)
+def _client_timeout(seconds: float, connect: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=seconds, sock_connect=connect)
+
+
 def _new_session(headers: Mapping[str, str], secure: bool) -> aiohttp.ClientSession:
     tls = ssl.create_default_context() if secure else True
     return aiohttp.ClientSession(  # limit: pools limit the number of running requests
@@ -229,16 +272,6 @@ def _new_session(headers: Mapping[str, str], secure: bool) -> aiohttp.ClientSess
         auto_decompress=False,
         read_bufsize=_READ_BUFFER_BYTES,
     )
-
-
-async def _read(response: aiohttp.ClientResponse, size: int | None) -> bytes | bytearray:
-    if size is None or response.content_length != size:
-        return await response.read()
-    content, used = bytearray(size), 0
-    async for chunk in response.content.iter_any():
-        content[used : used + len(chunk)] = chunk
-        used += len(chunk)
-    return content
 
 
 def _error_text(content: bytes | bytearray) -> str:

@@ -8,13 +8,14 @@ import socket
 import ssl
 import struct
 import subprocess
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving import http
 from eaopd_megatron.serving.http import ServerGone, SGLangClient, Timeouts
 
 pytestmark = pytest.mark.timeout(60)
@@ -66,6 +67,12 @@ class Script:
         writer.close()
 
 
+def has_live_connection(client: SGLangClient) -> bool:
+    """Return whether an idle connection is open, as far as the client's event loop has noticed."""
+    assert client._session is not None and client._session.connector is not None
+    return any(idle.is_connected() for queue in client._session.connector._conns.values() for idle, _ in queue)
+
+
 def served(script: Script, work: Callable[[SGLangClient], Awaitable[None]]) -> None:
     asyncio.run(script.serve(work))
 
@@ -103,7 +110,8 @@ def test_a_connection_that_the_server_closed_is_used_again(answer: str, resets: 
     async def work(client: SGLangClient) -> None:
         for _ in range(3):
             assert await client.request(method, "/model_info") == {"a": 1}
-            await asyncio.sleep(0.05)  # until the end of the connection arrives
+            while has_live_connection(client):  # until its end arrives
+                await asyncio.sleep(0)
 
     script = Script(*[answer] * 3, closes=True, resets=resets)
     served(script, work)
@@ -111,16 +119,19 @@ def test_a_connection_that_the_server_closed_is_used_again(answer: str, resets: 
 
 
 def test_a_connection_that_the_server_is_about_to_close_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    idle_seconds = 0.0
+
     async def work(client: SGLangClient) -> None:
-        await client.model_info()
-        await asyncio.sleep(0.02)
-        await client.model_info()
+        nonlocal idle_seconds
+        for connections, idle in ((1, 1.5), (1, 4.0), (2, 0.0)):  # the server closes idle ones after 5 s
+            await client.model_info()
+            assert script.connections == connections and has_live_connection(client)
+            idle_seconds += idle
 
-    monkeypatch.setattr(http, "_KEEP_ALIVE_SECONDS", 0.01)
-
-    script = Script(WHOLE, WHOLE)
+    started = time.monotonic()
+    monkeypatch.setattr(aiohttp.connector, "monotonic", lambda: started + idle_seconds)
+    script = Script(*[WHOLE] * 3)
     served(script, work)
-    assert script.connections == 2
 
 
 def test_the_answer_to_a_request_that_was_given_up_answers_the_next_one() -> None:
@@ -151,6 +162,27 @@ def test_half_an_answer_is_taken_for_a_whole_one(answer: str, message: str) -> N
             await client.model_info()
 
     served(Script(answer, closes=True), work)
+
+
+@pytest.mark.parametrize(
+    "length", ["Content-Length: 2000000", "Transfer-Encoding: chunked", "X: y"], ids=["length", "chunks", "end"]
+)
+@pytest.mark.parametrize("status", ["200 OK", "503 Service Unavailable"])
+def test_an_answer_without_end_fills_the_memory(status: str, length: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script sends no more than the client may read, and then waits: only a client that refuses ever ends."""
+
+    async def work(client: SGLangClient) -> None:
+        with pytest.raises(ServerGone, match="the answer to /model_info is larger than 1048576 bytes"):
+            await client.request("GET", "/model_info", attempts=1)
+        assert not has_live_connection(client)
+
+    monkeypatch.setattr(SGLangClient, "max_answer_bytes", 2**20)
+    start = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
+    if length == "X: y":
+        start += " " * (2**20 + 1)
+    elif "chunked" in length:
+        start += f"100001\r\n{' ' * (2**20 + 1)}\r\n"
+    served(Script(start), work)
 
 
 @pytest.mark.parametrize("url", ["localhost:30000", "http://", "http://host:port", "ftp://host"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from concurrent.futures import CancelledError
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -248,6 +249,12 @@ def test_a_trainer_gets_samples_of_other_prompts() -> None:
         first = writing.next_sample()
         assert first is not None and first.prompt == prompts[first.index]
         assert len(all_samples(writing)) == len(prompts) - 1
+        given_up = write(prompts, SAMPLING)
+        assert given_up.next_sample() is not None
+        given_up._work.cancel()
+        with pytest.raises(CancelledError):
+            all_samples(given_up)
+        assert given_up.finished
         with pytest.raises(UserError, match="no token id"):
             all_samples(write([Prompt("p", (500,), {})], SAMPLING))
     asyncio.run_coroutine_threadsafe(double.die(), loop).result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_a_busy_teacher_is_given_up_at_once_or_asked_for_ever() -> None:
         double.faults.busy = 2
         assert len(await scored(client)) == 6
         double.faults.busy = 3
-        with pytest.raises(Busy, match="429: all places are taken"):
+        with pytest.raises(Busy, match="429: too many requests are in progress"):
             await scored(client)
 
     served(work)
@@ -111,6 +112,41 @@ def test_an_answer_cut_short_is_taken_for_whole() -> None:
             await scored(client)
 
     served(work)
+
+
+@pytest.mark.parametrize(
+    ("head", "error", "message"),
+    [
+        ("200 OK\r\nContent-Length: 23", UserError, "/score answered 23 bytes, and not 24"),
+        ("200 OK\r\nContent-Length: 25", UserError, "/score answered 25 bytes, and not 24"),
+        ("200 OK\r\nContent-Length: 99999999999", UserError, "/score answered 99999999999 bytes, and not 24"),
+        ("200 OK\r\nTransfer-Encoding: chunked", ServerGone, "the answer to /score does not say how long it is"),
+        ("200 OK", ServerGone, "the answer to /score does not say how long it is"),
+        ("400 Bad Request\r\nContent-Length: 1048577", ServerGone, "the answer to /score is larger than 1048576 bytes"),
+    ],
+)
+def test_an_answer_of_another_size_is_read_into_memory(head: str, error: type[Exception], message: str) -> None:
+    """The server sends the head only and keeps the connection open: only a client that does not read the body ends."""
+    closed = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {head}\r\n\r\n".encode())
+        with suppress(ConnectionError):
+            await reader.read()  # until the client closes
+        writer.close()
+        closed.set()
+
+    async def run() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1")
+        client = TeacherClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeouts=QUICK)
+        with pytest.raises(error, match=message):
+            await scored(client)
+        await closed.wait()
+        await client.close()
+        server.close()
+
+    asyncio.run(run())
 
 
 def test_a_teacher_that_hangs_is_waited_for() -> None:
