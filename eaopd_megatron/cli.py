@@ -182,6 +182,11 @@ class EvaluateOptions:
 @expand_options
 def evaluate_command(options: EvaluateOptions) -> None:
     """Score a model on benchmarks: avg@k, pass@k and majority vote, with confidence intervals."""
+    if options.engine == "local" and not options.regrade and (Path(options.model) / "config.json").is_file():
+        from eaopd_megatron.config.parallel import ParallelLayout
+        from eaopd_megatron.models.supported import check_local_model
+
+        check_local_model(options.model, ParallelLayout(options.tensor_parallel), "MODEL")  # before the slow imports
     from eaopd_megatron.evaluation.evaluate import run_evaluation
 
     if options.max_running is not None:
