@@ -176,6 +176,22 @@ def test_the_students_own_server_is_refused() -> None:
     assert limits == LengthLimits(vocab_size=112, prompt_tokens=121, total_tokens=126)
 
 
+def test_a_server_that_is_updated_while_it_is_verified_holds_other_weights() -> None:
+    """The weights' version is read before the probe is answered: an update in between makes the probe meaningless."""
+
+    class Updated(Double):
+        def _model_info(self) -> dict[str, Any]:
+            return {**super()._model_info(), "weight_version": "0"}
+
+    async def look(client: SGLangClient) -> LengthLimits:
+        probe = LogprobProbe([1, 2, 3], [-9.0, -9.0], versions={"0"})
+        return await verify_server(client, replace(EXPECTED, probe=probe))
+
+    assert with_client(Updated(weight_version="1"), look).vocab_size == 112
+    with pytest.raises(UserError, match="it holds other weights"):
+        with_client(Updated(weight_version="0"), look)
+
+
 def test_a_missing_api_key_reads_like_a_wrong_one() -> None:
     async def look(client: SGLangClient) -> None:
         with pytest.raises(UserError, match=r"asks for an API key: put the key .* into servers\.api_key_file"):

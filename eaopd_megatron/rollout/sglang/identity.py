@@ -104,8 +104,9 @@ async def verify_server(client: SGLangClient, expected: ExpectedModel) -> Length
         )
     probe = expected.probe
     if probe is not None and (probe.versions is None or str(model.get("weight_version")) in probe.versions):
-        gap = await _gap(client, probe, limits)
-        if not gap <= probe.tolerance:
+        gap, answered_with = await _gap(client, probe, limits)
+        updated = probe.versions is not None and answered_with not in probe.versions  # since `model` was read
+        if not gap <= probe.tolerance and not updated:
             raise UserError(
                 f"{serves}, whose log-probs of a probe lie {gap:.3g} nats from the student's on average (at most "
                 f"{probe.tolerance:g}): it holds other weights"
@@ -149,8 +150,8 @@ async def _vocab_size(client: SGLangClient) -> int:
     raise UserError(f"{client.url} takes -1 for a token id: it is not SGLang {SGLANG_VERSION}")
 
 
-async def _gap(client: SGLangClient, probe: LogprobProbe, limits: LengthLimits) -> float:
-    """Return the mean absolute difference (nats) between the server's and the probe's log-probs."""
+async def _gap(client: SGLangClient, probe: LogprobProbe, limits: LengthLimits) -> tuple[float, str]:
+    """Return the mean absolute difference (nats) from the probe's log-probs, and the weights' version."""
     body = {
         "input_ids": list(probe.token_ids),
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0, "top_p": 1.0},
@@ -160,7 +161,8 @@ async def _gap(client: SGLangClient, probe: LogprobProbe, limits: LengthLimits) 
     limits.validate(body)
     answer = await client.generate(body)
     logprobs = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
-    return sum(abs(a - b) for a, b in zip(logprobs, probe.logprobs, strict=True)) / len(logprobs)
+    gap = sum(abs(a - b) for a, b in zip(logprobs, probe.logprobs, strict=True)) / len(logprobs)
+    return gap, str(answer["meta_info"]["weight_version"])
 
 
 ROUTER_READY_PATH = "/readiness"
