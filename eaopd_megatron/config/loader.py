@@ -84,7 +84,9 @@ def load_with_origins(
 
 def _checked(layer: _Layer, report: Callable[[str], None]) -> _Layer:
     """Return the layer with current names, all of which exist. A section without a value counts as empty."""
-    empty = {key: {} for key, value in layer.tree.items() if value is None and key in aliases.section_keys()}
+    empty: dict[str, Any] = {
+        key: {} for key, value in layer.tree.items() if value is None and key in aliases.section_keys()
+    }
     try:
         tree, renamed = aliases.rename_old_keys(layer.tree | empty)
     except ValueError as error:

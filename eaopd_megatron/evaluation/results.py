@@ -195,7 +195,8 @@ def result_file_name(iteration: int) -> str:
 
 
 def _problem_from_json(row: Mapping[str, Any]) -> ProblemResult:
-    return ProblemResult(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return ProblemResult(**values)
 
 
 def figures_json(result: EvaluationResult) -> dict[str, dict[str, Any]]:

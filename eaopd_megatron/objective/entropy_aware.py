@@ -261,7 +261,8 @@ def write_gradient(
 
 def _select_rows(values: PerToken, rows: Tensor) -> PerToken:
     """Return a dataclass of values per token, for some of the tokens."""
-    return replace(values, **{name: value[rows] for name, value in vars(values).items() if isinstance(value, Tensor)})
+    taken: dict[str, Any] = {name: value[rows] for name, value in vars(values).items() if isinstance(value, Tensor)}
+    return replace(values, **taken)
 
 
 def _teacher_slices(saved: BackwardContext, chunks: list[slice]) -> list[tuple[slice, Tensor | None]]:

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.serving import ports
 from eaopd_megatron.slurm_job.allocate import staged_path
 from eaopd_megatron.slurm_job.preflight import NodeReport, busy_gpus, find_faults, inspect_node, preflight_report
 from eaopd_megatron.slurm_job.ranks import SlurmStep, failure_report
 from eaopd_megatron.slurm_job.services import count_trainer_start, restart_service, stage_model, wait_for_services
+from eaopd_megatron.utils import ports
 from eaopd_megatron.utils.ports import claim_port, node_address
 
 
