@@ -58,7 +58,7 @@ class NodeReport:
 def inspect_node(token: Path, content: str, models: Sequence[str], stage: str | None) -> NodeReport:
     """Inspect this node. token: a file in the run's folder, which is shared if the file holds `content` here too."""
     facts = machine.gather_facts()
-    problems = [f"{f.subject}: {f.seen}: {f.remedy}" for f in machine.judge_facts(facts) if f.level == "problem"]
+    problems = [f"{f.subject}: {f.detail}: {f.remedy}" for f in machine.judge_facts(facts) if f.level == "problem"]
     problems += _path_problems(token, content, models, stage)
     address = "?"
     try:
