@@ -189,8 +189,8 @@ def _pool(
         loop = stack.enter_context(EventLoopThread())
         clients = [SGLangClient(url, api_key=key, connections=choice.max_concurrent_requests) for url in urls]
         pool = ServerPool(clients, partial(verify_server, expected=expected), report=report)
-        loop.run(pool.open())
         stack.callback(lambda: loop.run(pool.close()))
+        loop.run(pool.open())
         for server, client in zip(servers, clients, strict=False):
             server.on_exit = partial(loop.call_soon, pool.mark_lost, client)
             stack.callback(setattr, server, "on_exit", None)

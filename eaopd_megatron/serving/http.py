@@ -149,9 +149,9 @@ class HttpClient:
 
     async def close(self) -> None:
         """Close all connections. No request may be running."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
     async def _send(
         self, method: str, path: str, content: bytes, seconds: float, size: int | None = None
@@ -259,7 +259,7 @@ def _url(text: str) -> yarl.URL:
 
 @lru_cache(maxsize=64)
 def _client_timeout(seconds: float, connect: float) -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=seconds, sock_connect=connect)
+    return aiohttp.ClientTimeout(total=seconds, connect=connect)  # of the name's address, too
 
 
 def _new_session(headers: Mapping[str, str], secure: bool) -> aiohttp.ClientSession:

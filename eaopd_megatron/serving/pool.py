@@ -98,6 +98,7 @@ class ServerPool(Generic[C, L]):
         self._heartbeat_interval = heartbeat_interval
         self._waiting: deque[asyncio.Future[_Member[C]]] = deque()  # calls that wait for a server
         self._monitors: list[asyncio.Task[None]] = []
+        self._running: set[asyncio.Task[Any]] = set()  # calls that are not complete
         self._num_waiting = 0
         self._timer: asyncio.TimerHandle | None = None  # runs while calls wait and no server is alive
         self._failure: Exception | None = None
@@ -125,6 +126,7 @@ class ServerPool(Generic[C, L]):
         for call in calls:
             call.validate(self._limits)
         tasks = [asyncio.create_task(self._complete(call)) for call in calls]
+        self._running.update(tasks)
         try:
             for finished in asyncio.as_completed(tasks):
                 yield await finished
@@ -132,6 +134,7 @@ class ServerPool(Generic[C, L]):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._running.difference_update(tasks)
 
     def available(self) -> list[C]:
         """Return the servers that get calls."""
@@ -149,11 +152,13 @@ class ServerPool(Generic[C, L]):
                 self._lose(member, reason)
 
     async def close(self) -> None:
+        """Cancel what still runs: a call whose connection is closed under it would open another one."""
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._monitors:
+        tasks = [*self._monitors, *self._running]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._monitors, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for member in self._members:
             await member.client.close()
 

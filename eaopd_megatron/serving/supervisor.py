@@ -148,7 +148,11 @@ class Supervisor:
             else:
                 self._report(f"{server.kind} {server.url} is started again: it {server.exit_reason()}")
             self._starting.add(server)
-            server.start()
+            try:
+                server.start()
+            except Exception as error:  # the next look counts it as a death; the other servers go on
+                server.remove_key_file()
+                self._report(f"{server.kind} {server.url} could not be started: {error}")
 
 
 def wait_until_serving(

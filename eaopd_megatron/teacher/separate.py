@@ -32,6 +32,15 @@ class TeacherClient(HttpClient):
         answer = await self.fetch("POST", "/score", body, seconds=self.timeouts.generate, size=size)
         return torch.frombuffer(answer.content, dtype=torch.uint8)
 
+    async def ready(self) -> bool:
+        """Return whether it scores. Raises ServerGone, and UserError for a refusal, such as of the API key: waiting
+        would not change it."""
+        try:
+            await self.fetch("GET", self.ready_path, b"", seconds=self.timeouts.health, attempts=1)
+        except Busy:
+            return False
+        return True
+
     async def info(self) -> TeacherInfo:
         """Return what this teacher is. Raises as `score`, and UserError for a server that is no such teacher."""
         answer: HttpResponse = await self.fetch("GET", "/info", b"", attempts=1)

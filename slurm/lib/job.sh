@@ -68,7 +68,7 @@ open_folder() {
     fi
     mkdir -p "$folder" "$allocated_folder/logs" || finish 1 "error: $folder cannot be made"
     lock_run_folder
-    rm -rf "$folder"/{*.url,*.ranks,*.lost,ending,errors}
+    rm -rf "$folder"/{*.url,*.ranks,*.lost,*.deaths,ending,errors}
     echo "$allocation" >"$folder/allocation.sh"
     (umask 077 && head -c 24 /dev/urandom | base64 | tr -d '/+=' >"$folder/key")
 }

@@ -179,8 +179,9 @@ def test_a_request_that_is_given_up_keeps_its_thread() -> None:
 @pytest.mark.parametrize(("given", "message"), [(None, "asks for an API key"), ("other", "refuses the API key")])
 def test_a_wrong_key_is_not_named(given: str | None, message: str) -> None:
     async def work(double: ScoringDouble, client: TeacherClient) -> None:
-        with pytest.raises(UserError, match=f"{double.url} {message}: .* into teacher.api_key_file"):
-            await scored(client)
+        for request in (scored(client), client.ready()):
+            with pytest.raises(UserError, match=f"{double.url} {message}: .* into teacher.api_key_file"):
+                await request
 
     served(work, key="secret", given=given)
 

@@ -173,17 +173,20 @@ async def verify_workers(
     router: SGLangClient,
     admit: Callable[[SGLangClient], Awaitable[LengthLimits]],
     worker: Callable[[str], SGLangClient],
+    keep: Collection[SGLangClient] = (),
 ) -> LengthLimits:
     """Admit every reachable server behind a router; return what all of them accept.
 
-    worker: makes the client of a server's URL; closed after use. Raises ServerGone if none is reachable, and UserError.
+    worker: returns the client of a server's URL; closed after use unless it is in `keep`: closing it would break off
+    its other requests. Raises ServerGone if none is reachable, and UserError.
     """
     clients = [worker(url) for url in await worker_urls(router)]
     try:
         results = await asyncio.gather(*(admit(client) for client in clients), return_exceptions=True)
     finally:
         for client in clients:
-            await client.close()
+            if client not in keep:
+                await client.close()
     limits: LengthLimits | None = None
     for result in results:
         if isinstance(result, LengthLimits):

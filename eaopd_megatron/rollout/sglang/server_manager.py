@@ -222,7 +222,7 @@ class ServerManager:
         if client is not self._router:
             return await self._admit_server(client)
         try:
-            limits = await verify_workers(client, self._admit_server, self._client)
+            limits = await verify_workers(client, self._admit_server, self._client, self.clients)
         except ServerGone:
             if not self._outdated:
                 raise
