@@ -61,8 +61,9 @@ class AsyncSaver:
 
     def wait(self) -> None:
         """Wait for the running task, if any, and raise its error."""
-        task, self._task = self._task, None
-        if task is not None:
+        if self._task is not None:
+            concurrent.futures.wait([self._task])  # if interrupted, the next save still waits for the buffers
+            task, self._task = self._task, None
             task.result()
 
 

@@ -94,12 +94,14 @@ class SamplingParams:
     def to_json(self) -> dict[str, Any]:
         """Return the form in an evaluation's settings file, whose key `stop_ids` is older than the field's name."""
         values = dict(vars(self))
-        return {**values, "stop_ids": values.pop("stop_token_ids")}
+        stop_ids = values.pop("stop_token_ids")  # not inside the display, which copies `values` first
+        return {**values, "stop_ids": stop_ids}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         options = dict(values)
-        return cls(**options, stop_token_ids=tuple(options.pop("stop_ids")))
+        stop_ids = tuple(options.pop("stop_ids"))
+        return cls(**options, stop_token_ids=stop_ids)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,9 @@ def count_trainer_start(folder: Path, checkpoint: str, max_restarts: int) -> Non
 
 def _count(state: Path, max_restarts: int, *, progress: str = "", reset: bool = False) -> RestartPolicy:
     """Count one more in a file that outlives this process, from zero on `reset` or when `progress` has changed."""
-    count, previous = state.read_text().splitlines() if state.exists() else ("0", progress)
+    text = state.read_text() if state.exists() else f"0\n{progress}"
+    count, *rest = text.split(maxsplit=1)  # a space instead of a newline in files of release 0.1
+    previous = "".join(rest).strip()
     policy = RestartPolicy(max_restarts, deaths=int(count))
     if reset or previous != progress:
         policy.reset()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import estimators, results
 from eaopd_megatron.evaluation.estimators import (
@@ -274,3 +275,10 @@ def test_gated_figures_are_means_of_the_forward_kl_over_gated_tokens() -> None:
         rel=1e-5,
     )
     assert np.isnan(token_means([compare_logits(sure[None], sure[None], None, 0.8)])["forward_kl_gated"])
+
+
+def test_sampling_in_an_evaluations_settings_has_the_keys_of_earlier_releases() -> None:
+    sampling = SamplingParams(1.0, 0.8, 64, (7, 8))
+    stored = json.loads(json.dumps(sampling.to_json()))
+    assert stored == {"temperature": 1.0, "top_p": 0.8, "max_new_tokens": 64, "stop_ids": [7, 8]}
+    assert SamplingParams.from_json(stored) == sampling
