@@ -202,9 +202,12 @@ def _shards(sharded: dict[str, Any], stager: BlockingAsyncStager | None) -> dict
 
 
 def _copy_to_host(stager: BlockingAsyncStager, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy tensors into the stager's buffers; the first call allocates them, pinned if there is CUDA."""
-    if not torch.cuda.is_available() and stager.state_dict_cache is None:  # the stager would try to pin them
-        stager.state_dict_cache = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    """Copy tensors into the stager's buffers. The first call allocates them, pinned for tensors on a GPU only: the
+    stager would also pin those of a distributed optimizer's states, which are in host memory already."""
+    if stager.state_dict_cache is None:
+        stager.state_dict_cache = {
+            name: torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for name, tensor in tensors.items()
+        }
     return stager.stage(tensors)
 
 
