@@ -4,7 +4,7 @@ A check is a function ``check_xxx(group, **arguments)`` in a module that can be 
 it; ``group`` is the process group of all ranks (gloo, 127.0.0.1). A check passes when no rank raises. Ranks are forked
 from one process that has imported torch and Megatron-Core, so new ones cost little. A test module looks like this::
 
-    CHECKS = Path(__file__).with_name("checks_pipeline.py")
+    CHECKS = Path(__file__).with_name("checks_models.py")
 
     @pytest.fixture(scope="module")            # or "session", in a conftest.py, to share the ranks between modules
     def two_ranks():

@@ -39,7 +39,8 @@ A recipe is a YAML file of sections. It gives what differs from the defaults; `e
 - **Several teachers.** `teachers: {math: {model: A}, code: {model: B}}` names them; each has the keys of `teacher` and
   inherits those it does not give. The prompt's field `data.teacher_field` chooses one.
 
-`countdown/` runs on two CPU cores (its README has results), `qwen3/` are the paper's pairs, `_base/` what they share.
+`countdown/` runs on two CPU cores (its README has results), `qwen3/` has the paper's pairs and pairs with larger
+teachers, `_base/` what recipes share.
 """
 
 

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What differs between clusters: slurm/site.env, or the file that $EAOPD_SITE names (see site.env.example). A variable
-# that is set when the job is submitted wins over the file.
+# What differs between clusters: slurm/site.env, or the file that $EAOPD_SITE names (see site.env.example). An EAOPD_*
+# variable that is set when the job is submitted wins over the file.
 #
 # Sets $python, $in_container (what stands before a command on this node), $container (srun's options for it).
 
