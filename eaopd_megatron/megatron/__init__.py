@@ -1,1 +1,1 @@
-"""Everything that touches Megatron-Core's models, process groups and optimiser."""
+"""Everything that touches Megatron-Core's models and optimiser."""

@@ -1,1 +1,1 @@
-"""Helpers without knowledge of models and ranks: files, environment, log lines, process lifetime."""
+"""Helpers without knowledge of models and ranks: files, ports, environment, log lines, process lifetime."""

@@ -1,1 +1,1 @@
-"""Rollouts by SGLang servers: requests and answers, one server's client, the pool of them, and servers of our own."""
+"""Rollouts by SGLang servers: requests and answers, which server is the right one, and servers that the run starts."""
