@@ -35,7 +35,7 @@ import torch.distributed as dist  # noqa: E402
 
 from eaopd_megatron.checkpoint.convert import single_process_group  # noqa: E402
 from eaopd_megatron.checkpoint.hf_folder import HfFolder  # noqa: E402
-from eaopd_megatron.config import schema as tree  # noqa: E402
+from eaopd_megatron.config import schema  # noqa: E402
 from eaopd_megatron.megatron.model import build_model  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.distributed_transport import UpdateGroup  # noqa: E402
 from eaopd_megatron.rollout.weight_sync.session import UpdateSession  # noqa: E402
@@ -115,7 +115,7 @@ def measure(url: str, bucket_mib: int, rounds: int) -> None:
             parameter.data.fill_(number)
         shapes = folder.family.hf_shapes(folder.config)
         client = SGLangClient(url)
-        options = tree.WeightSyncConfig(bucket_mib=bucket_mib, timeout_seconds=SECONDS, address="127.0.0.1")
+        options = schema.WeightSyncConfig(bucket_mib=bucket_mib, timeout_seconds=SECONDS, address="127.0.0.1")
         sync = WeightUpdater(model, folder, parallel, options, Path(place), run, report=print)
         version = iter(range(1, 10**6))
 

@@ -64,7 +64,9 @@ class HttpClient:
     are verified against the system's authorities or those in SSL_CERT_FILE."""
 
     key_setting = "servers.api_key_file"  # named in messages about a wrong API key
-    max_answer_bytes = 2**28  # of an answer whose size the caller does not know; 1M tokens with log-probs are 2**26
+    max_answer_bytes = (
+        2**31
+    )  # of an answer whose size the caller does not know: 32k tokens with 750 log-probs are 2**30
 
     def __init__(
         self,

@@ -61,7 +61,11 @@ keep() {
         [[ ! -e $folder/ending ]] || exit 0
         pid=""
         tool restart --name "$name" --folder "$folder" --log "$log" --lived $((SECONDS - started)) \
-            --max-deaths "${EAOPD_DEATHS:-3}" || exit 0
+            --max-deaths "${EAOPD_DEATHS:-3}" || {
+            # also where the decision itself failed: nobody is to wait for a service that never comes back
+            [[ -e $folder/$name.lost ]] || echo "$name: whether to restart it could not be decided" >"$folder/$name.lost"
+            exit 0
+        }
         sleep 1
     done
 }

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
-from eaopd_megatron.config import schema as tree
+from eaopd_megatron.config import schema
 from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
@@ -85,7 +85,7 @@ def trainer(
         run = stack.enter_context(in_a_loop()) if parallel.is_main else None
         patience = Timeouts(health=2.0, control=2.0 if key is None else 60.0)
         clients = [SGLangClient(url, api_key=key, timeouts=patience) for url in urls] if parallel.is_main else []
-        settings = tree.WeightSyncConfig(**{"timeout_seconds": 20.0, **options})
+        settings = schema.WeightSyncConfig(**{"timeout_seconds": 20.0, **options})
         stack.enter_context(mock.patch.object(module, "bucket_capacity", return_value=BUCKET))
         sync = WeightUpdater(model, source, parallel, settings, Path(scratch), run, report=lambda line: None)
         yield Trainer(parallel, source, model, sync, run, clients)

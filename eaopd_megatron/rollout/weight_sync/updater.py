@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_export import NamedTensors, gather_hf_tensors, run_on_main
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.config import schema as tree
+from eaopd_megatron.config import schema
 from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
@@ -36,7 +36,7 @@ class WeightUpdater:
         model: ModelChunks,
         folder: HfFolder,
         parallel: ParallelState,
-        options: tree.WeightSyncConfig,
+        options: schema.WeightSyncConfig,
         scratch: Path,
         run: RunCoroutine | None = None,
         report: Callable[[str], None] = log_rank0,
