@@ -15,6 +15,12 @@ class RecipeError(UserError):
     exit_code = 2
 
 
+def one_line(text: object, limit: int | None = None) -> str:
+    """Return a text in one line, cut off after `limit` characters."""
+    line = " ".join(str(text).split())
+    return line if limit is None or len(line) <= limit else f"{line[:limit]} ..."
+
+
 class StopRequested(Exception):
     """A signal asked the run to stop while it waited for another role. The argument is the signal's number.
 

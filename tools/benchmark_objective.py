@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.launch import local_ranks as launch
 from eaopd_megatron.launch.entrypoint import run_entrypoint
@@ -349,7 +350,7 @@ def plot(figures: Sequence[Figures], path: Path) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """One rank."""
-    parallel, _ = groups.init_distributed(groups.ParallelLayout(options.ranks))
+    parallel, _ = groups.init_distributed(ParallelLayout(options.ranks))
     torch.set_num_threads(1)
     figures: list[Figures] = []
     if parallel.is_main:

@@ -33,9 +33,10 @@ sys.path.insert(0, str(ROOT))
 
 warnings.simplefilter("ignore")  # about optional packages
 
+from eaopd_megatron.config.parallel import ParallelLayout  # noqa: E402
 from eaopd_megatron.config.schema import TeacherConfig  # noqa: E402
 from eaopd_megatron.data.types import Prompt, Sample  # noqa: E402
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState  # noqa: E402
+from eaopd_megatron.distributed.parallel_state import ParallelState  # noqa: E402
 from eaopd_megatron.megatron.pipeline import micro_batches_by_teacher  # noqa: E402
 from eaopd_megatron.teacher.base import TeacherRouter  # noqa: E402
 from eaopd_megatron.teacher.eos_map import TerminalMap  # noqa: E402

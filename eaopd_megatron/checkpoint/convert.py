@@ -26,9 +26,10 @@ from eaopd_megatron.checkpoint.hf_export import HF_DTYPE_NAMES, export_hf
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf, shard_placement, shard_shape
 from eaopd_megatron.checkpoint.store import CheckpointStore
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.pipeline import gather_logits

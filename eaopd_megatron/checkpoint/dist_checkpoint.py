@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from eaopd_megatron.distributed.collective_errors import describe_error, find_os_error, first_error, run_on_all_or_raise
 from eaopd_megatron.distributed.cpu_compat import cuda_as_cpu
 from eaopd_megatron.distributed.parallel_state import ParallelState
-from eaopd_megatron.errors import UserError
+from eaopd_megatron.errors import UserError, one_line
 from eaopd_megatron.megatron.model import ModelChunks, wait_all_param_gathers
 from eaopd_megatron.megatron.optimizer_state import load_optimizer_state, sharded_optimizer_state
 
@@ -142,9 +142,10 @@ def load_sharded(folder: Path, state: dict[str, Any], parallel: ParallelState) -
             return dist_checkpointing.load(_without_missing_extra_state(folder, state), str(folder))
     except checkpoint.CheckpointException as errors:
         error = errors.failures[min(errors.failures)][0]
-        raise UserError(f"{folder}: {_one_line(error)}") from errors
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise UserError(f"{folder}: {one_line(text, 300)}") from errors
     except CheckpointingException as error:
-        raise UserError(f"{folder}: {_one_line(error)}") from error
+        raise UserError(f"{folder}: {one_line(error, 300)}") from error
 
 
 def _without_missing_extra_state(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -217,8 +218,3 @@ def _write_shards(folder: Path, shards: dict[str, Any], group: dist.ProcessGroup
     writer.fs = _ErrnoFileSystem()
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     checkpoint.save(shards, storage_writer=writer, planner=planner, process_group=group)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    return text if len(text) <= 300 else text[:300] + " ..."

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelState, gather_objects
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.models.mapping import EMBEDDING, OUTPUT, MappedParam, PermutedRows, ShardSpec
 from eaopd_megatron.models.shapes import padded_vocab_size
@@ -70,7 +70,7 @@ class RankMap:
     """The coordinates of all ranks. Constructing it is collective."""
 
     def __init__(self, parallel: ParallelState) -> None:
-        mine = RankCoordinates(
+        own = RankCoordinates(
             pp_rank=parallel.pp_rank,
             tp_rank=parallel.tp_rank,
             replica=parallel.dp_rank * parallel.cp_size + parallel.cp_rank,
@@ -78,14 +78,9 @@ class RankMap:
             etp_rank=parallel.etp_rank,
             expert_replica=parallel.expert_dp_rank,
         )
-        coordinates: list[RankCoordinates | None] = [mine]
-        if parallel.world_size > 1:
-            coordinates = [None] * parallel.world_size
-            dist.all_gather_object(coordinates, mine)
         self._dense: dict[int, dict[int, int]] = {}
         self._experts: dict[tuple[int, int], dict[int, int]] = {}
-        for rank, at in enumerate(coordinates):
-            assert at is not None
+        for rank, at in enumerate(gather_objects(own, parallel.world_size)):
             if at.replica == 0:
                 self._dense.setdefault(at.pp_rank, {})[at.tp_rank] = rank
             if at.expert_replica == 0:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
@@ -23,7 +22,7 @@ from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
 from eaopd_megatron.diagnostics.eos_check import RESULTS_FILE, EosCheckResult, ResponseEnd
 from eaopd_megatron.distributed import parallel_state as groups
 from eaopd_megatron.distributed.heartbeat import heartbeat_monitor
-from eaopd_megatron.distributed.parallel_state import ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState, gather_objects
 from eaopd_megatron.megatron.forward import gather_context_parallel
 from eaopd_megatron.megatron.pipeline import micro_batches_by_teacher
 from eaopd_megatron.objective import TeacherHidden, TeacherTopK, linear_token_statistics, token_statistics
@@ -63,8 +62,7 @@ def eos_check_results(recipe: Recipe, components: Components, parallel: Parallel
     """Return the result of each teacher, equal on every rank. Collective."""
     prompts, maps = _prompts(recipe, components), _terminal_maps(recipe, components.student_folder)
     local = _response_ends(recipe, components, parallel, prompts, maps)
-    gathered = [local] * parallel.world_size
-    dist.all_gather_object(gathered, local)
+    gathered = gather_objects(local, parallel.world_size)
     return [
         EosCheckResult(
             name,

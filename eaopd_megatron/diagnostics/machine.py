@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
+from eaopd_megatron.errors import one_line
+
 PROJECT = "eaopd-megatron"
 _SHOWN_PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "psutil")
 _OPTIONAL_PACKAGES = {
@@ -242,10 +244,12 @@ def _devices(facts: MachineFacts) -> list[Finding]:
 def _imports(facts: MachineFacts) -> list[Finding]:
     probe = facts.probe
     if "torch_error" in probe:
-        return [_problem("import torch", _short(probe["torch_error"]), "install the torch of pyproject.toml anew")]
+        return [
+            _problem("import torch", one_line(probe["torch_error"], 160), "install the torch of pyproject.toml anew")
+        ]
     if "megatron" in probe:
         return [_ok("import megatron.core", "works")]
-    detail = _short(probe.get("megatron_error") or probe.get("probe_error") or "no answer")
+    detail = one_line(probe.get("megatron_error") or probe.get("probe_error") or "no answer", 160)
     if facts.packages.get("transformer-engine") and re.search("transformer.engine|cudnn", detail, re.IGNORECASE):
         return [_problem("import megatron.core", detail, "python -m pip uninstall transformer-engine")]
     return [_problem("import megatron.core", detail, "mend the packages above, then make the environment anew")]
@@ -265,32 +269,14 @@ def _optional(facts: MachineFacts) -> list[Finding]:
     return findings
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 160 else line[:157] + "..."
-
-
 def _print(findings: Sequence[Finding]) -> None:
-    problems = [finding for finding in findings if finding.level == "problem"]
-    if sys.stdout.isatty():
-        _print_table(findings)
-    else:
-        for finding in findings:
-            mark = {"ok": "  ", "note": "- ", "problem": "! "}[finding.level]
-            print(f"{mark}{finding.subject}: {finding.detail}")
+    from rich.console import Console
+    from rich.text import Text
+
+    console, problems = Console(), [finding for finding in findings if finding.level == "problem"]
+    for finding in findings:
+        mark, style = {"ok": (" ", ""), "note": ("-", "dim"), "problem": ("!", "bold red")}[finding.level]
+        console.print(Text(f"{mark} {finding.subject}: {finding.detail}", style), soft_wrap=True)
     for finding in problems:
         print(f"! {finding.subject}: {finding.remedy}")
     print("nothing is missing or harmful" if not problems else f"{len(problems)} to mend")
-
-
-def _print_table(findings: Sequence[Finding]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    style = {"ok": "green", "note": "dim", "problem": "bold red"}
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for finding in findings:
-        mark = {"ok": "ok", "note": "-", "problem": "!"}[finding.level]
-        table.add_row(Text(mark, style[finding.level]), Text(finding.subject), Text(finding.detail))
-    Console().print(table)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from eaopd_megatron.distributed.parallel_state import ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState, gather_objects
 from eaopd_megatron.errors import UserError
 
 T = TypeVar("T")
@@ -26,10 +26,7 @@ def run_on_all_or_raise(parallel: ParallelState, work: Callable[[], T], group: d
         result = work()
     except Exception as error:
         cause = error
-    errors: list[ErrorDescription | None] = [describe_error(cause) if cause else None]
-    if parallel.world_size > 1:
-        mine, errors = errors[0], [None] * parallel.world_size
-        dist.all_gather_object(errors, mine, group)
+    errors = gather_objects(describe_error(cause) if cause else None, parallel.world_size, group)
     failed = {rank: error for rank, error in enumerate(errors) if error is not None}
     if failed:
         raise first_error(failed) from cause

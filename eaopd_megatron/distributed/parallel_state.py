@@ -7,6 +7,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,10 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch.distributed.rendezvous import rendezvous
 
-from eaopd_megatron.config.parallel import ParallelLayout as ParallelLayout
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.distributed import cpu_compat as cpu
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -171,8 +174,13 @@ def num_ranks_on_rank0_host(parallel: ParallelState) -> int:
 
     Only torchrun sets LOCAL_WORLD_SIZE; srun and other launchers do not.
     """
-    host = socket.gethostname()
-    hosts = [host] * parallel.world_size
-    if parallel.world_size > 1:
-        dist.all_gather_object(hosts, host)
+    hosts = gather_objects(socket.gethostname(), parallel.world_size)
     return hosts.count(hosts[0])
+
+
+def gather_objects(value: T, size: int, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the picklable values of the group's `size` ranks, in their order. Collective. group None: all ranks."""
+    gathered = [value] * size
+    if size > 1:
+        dist.all_gather_object(gathered, value, group)
+    return gathered

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex, read_prompts
@@ -49,16 +50,14 @@ def generate_on_rank(work: dict[str, Any]) -> None:
     """Run one rank of `generate_on_ranks`. work: what that wrote to work.json."""
     import torch
 
-    from eaopd_megatron.checkpoint.hf_folder import HfFolder
     from eaopd_megatron.checkpoint.hf_import import load_hf
-    from eaopd_megatron.data.types import SamplingParams
     from eaopd_megatron.distributed import parallel_state as groups
     from eaopd_megatron.megatron.model import build_model
     from eaopd_megatron.models.supported import check_supported
     from eaopd_megatron.rollout.local import LocalRollout
 
     tensor_parallel, batch_size = work["tensor_parallel"], work["batch_size"]
-    layout = groups.ParallelLayout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # MoE models require it
+    layout = ParallelLayout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # MoE models require it
     parallel, _ = groups.init_distributed(layout)
     source = HfFolder.open(work["model"], "MODEL")
     check_supported(source.config, layout, f"MODEL: {work['model']}")

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
-from eaopd_megatron.distributed.parallel_state import ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState, gather_objects
 from eaopd_megatron.evaluation.benchmarks import benchmark_name, grader_for, load_prompts
 from eaopd_megatron.evaluation.grading import DecodedResponse, grade_problems
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult, Grader, summarise
@@ -75,9 +73,7 @@ class Evaluator:
                 for pair, one in zip(pairs, samples, strict=True)
             ]
             graded = grade_problems(benchmark.grader, benchmark.prompts, responses)
-            gathered = [graded] * parallel.dp_size
-            if parallel.dp_size > 1:
-                dist.all_gather_object(gathered, graded, group=parallel.dp_group)
+            gathered = gather_objects(graded, parallel.dp_size, parallel.dp_group)
             problems = {problem: result for part in gathered for problem, result in part.items()}
             results[benchmark.name] = summarise(benchmark.name, self.samples, [problems[i] for i in sorted(problems)])
         return EvaluationResult(iteration, results) if parallel.is_main else None

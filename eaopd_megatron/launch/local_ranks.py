@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from eaopd_megatron.errors import UserError
+from eaopd_megatron.errors import UserError, one_line
 from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 from eaopd_megatron.utils.ports import port_range
 
@@ -313,7 +313,7 @@ def _verdict(
     """Return the exit code of the run and the line for stderr, if any."""
     for error in errors:
         if error.get("user"):
-            return int(error.get("exit_code", 1)) or 1, f"error: {_one_line(error['message'])}"
+            return int(error.get("exit_code", 1)) or 1, f"error: {one_line(error['message'])}"
     if received:
         code = 128 + received[0]
         if late:
@@ -337,7 +337,7 @@ def _verdict(
     code = first.process.returncode
     how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     why = reports[first.number]["message"] if first.number in reports else _last_error(first)
-    why = f": {_one_line(why)}" if why and (code >= 0 or first.number in reports) else ""
+    why = f": {one_line(why)}" if why and (code >= 0 or first.number in reports) else ""
     return (128 - code if code < 0 else code), f"error: rank {first.number} {how}{why} (log: {first.log})"
 
 
@@ -357,7 +357,3 @@ def _last_error(rank: _Rank) -> str:
     lines = [line for line in lines if line]
     exceptions = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
     return (exceptions or lines or [""])[-1]
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split("\n")).strip()

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
+from eaopd_megatron.config.schema import OptimizerConfig
 from eaopd_megatron.distributed.cpu_compat import cuda_as_cpu
-from eaopd_megatron.distributed.parallel_state import ParallelState
-from eaopd_megatron.megatron.model import (
-    ModelChunks,
-    prepare_param_gather_waits,
-    wait_all_param_gathers,
-)
+from eaopd_megatron.megatron.model import ModelChunks, prepare_param_gather_waits, wait_all_param_gathers
 from eaopd_megatron.megatron.offload import offload_moments_between_steps
 from eaopd_megatron.megatron.optimizer_state import init_optimizer_states
 
 
 def wrap_ddp(
-    model: ModelChunks,
-    parallel: ParallelState,
-    *,
-    distributed: bool = False,
-    overlap: bool = False,
-    bucket_size: int | None = None,
+    model: ModelChunks, *, distributed: bool = False, overlap: bool = False, bucket_size: int | None = None
 ) -> ModelChunks:
     """Wrap each chunk with an fp32 gradient buffer, summed over micro-batches and finally over data-parallel ranks.
 
@@ -68,36 +56,24 @@ def wrap_ddp(
     return ModelChunks(wrapped)
 
 
-def build_optimizer(
-    model: ModelChunks,
-    *,
-    lr: float,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    clip_grad: float,
-    precision: Literal["fp32", "bf16"],
-    offload: Literal["none", "moments"] = "none",
-) -> ChainedOptimizer:
+def build_optimizer(model: ModelChunks, options: OptimizerConfig) -> ChainedOptimizer:
     """Build AdamW with weight decay on every parameter, and fp32 main parameters of bf16 weights.
 
-    model: chunks from `wrap_ddp`, which determines whether states are distributed. clip_grad: maximum global gradient
-    norm, 0 for none. offload: "moments" keeps Adam's moments in host memory between updates. States exist from the
-    start (zeros), so that a checkpoint can be written before the first update.
+    model: chunks from `wrap_ddp`, which determines whether states are distributed. States exist from the start (zeros),
+    so that a checkpoint can be written before the first update.
     """
     settings = cast(Any, model[0]).ddp_config
-    config = OptimizerConfig(
+    config = MegatronOptimizerConfig(
         optimizer="adam",
-        lr=lr,
-        weight_decay=weight_decay,
-        adam_beta1=beta1,
-        adam_beta2=beta2,
-        adam_eps=eps,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.eps,
         decoupled_weight_decay=True,
-        clip_grad=clip_grad,
-        bf16=precision == "bf16",
-        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        clip_grad=options.clip_grad,
+        bf16=model.dtype == torch.bfloat16,
+        params_dtype=model.dtype,
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
     )
@@ -105,7 +81,7 @@ def build_optimizer(
         # no overrides: Megatron-Core's exempt norms from decay, which only its own scheduler would apply
         optimizer = get_megatron_optimizer(config, list(model), config_overrides={}, use_gloo_process_groups=False)
     init_optimizer_states(optimizer)
-    if offload == "moments":
+    if options.offload == "moments":
         for part in optimizer.chained_optimizers:
             offload_moments_between_steps(part.optimizer)
     return optimizer

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.data.packing import Packing, collate, group_by_teacher, split_into_micro_batches
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.forward import gather_context_parallel, output_weight, response_hidden_states, stage_output
 from eaopd_megatron.megatron.model import ModelChunks, unwrap_gpt
 

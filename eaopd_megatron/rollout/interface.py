@@ -33,7 +33,10 @@ class RolloutHandle:
 
 
 class RolloutEngine(Protocol):
-    """All ranks make the same calls with the same arguments, except for `GenerationRequest.local_indices`."""
+    """All ranks make the same calls with the same arguments, except for `GenerationRequest.local_indices`.
+
+    An engine without processes of its own inherits `open`, `finish_generation` and `close`, which do nothing.
+    """
 
     def open(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
         """Start the engine. Call it first.

@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from eaopd_megatron.data.prompts import seeded_uniforms
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
-from eaopd_megatron.distributed.parallel_state import ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState, gather_objects
 from eaopd_megatron.megatron.generation import Decoder, decode_mode
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import broadcast_from_last_stage
-from eaopd_megatron.rollout.interface import GenerationRequest, RolloutHandle, SamplingKey
+from eaopd_megatron.rollout.interface import GenerationRequest, RolloutEngine, RolloutHandle, SamplingKey
 
 
 def sample_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, *, temperature: float, top_p: float) -> torch.Tensor:
@@ -39,17 +39,13 @@ def sample_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, *, temperature:
     return torch.minimum(tokens, last_possible)
 
 
-class LocalRollout:
-    """`RolloutEngine` on this data-parallel rank's model. All ranks of a copy of the model call it with the same
-    prompts."""
+class LocalRollout(RolloutEngine):
+    """Generates with this data-parallel rank's model. All ranks of a model's copy call it with the same prompts."""
 
     def __init__(self, model: ModelChunks, parallel: ParallelState, *, vocab_size: int, batch_size: int) -> None:
         self.model, self.parallel = model, parallel
         self.vocab_size, self.batch_size = vocab_size, batch_size
         self._version = 0
-
-    def open(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
-        """Do nothing: the model is part of this process."""
 
     def update_weights(self, version: int) -> None:
         """Note the version: the model that generates is the one that is trained."""
@@ -65,12 +61,6 @@ class LocalRollout:
         prompts, keys = [request.prompts[i] for i in local], [request.sampling_keys[i] for i in local]
         samples = self.generate(prompts, keys, request.sampling, self._version)
         yield [replace(sample, index=index) for index, sample in zip(local, samples, strict=True)]
-
-    def finish_generation(self) -> None:
-        """Do nothing: training uses the same memory."""
-
-    def close(self) -> None:
-        """Do nothing: no process was started."""
 
     def generate(
         self, prompts: Sequence[Prompt], keys: Sequence[SamplingKey], sampling: SamplingParams, version: int
@@ -89,10 +79,7 @@ class LocalRollout:
                 chosen = order[start : start + self.batch_size]
                 batch = self._batch([prompts[i] for i in chosen], [keys[i] for i in chosen], sampling, version)
                 samples.update(zip(chosen, batch, strict=True))
-        gathered = [samples]
-        if self.parallel.cp_size > 1:
-            gathered = [samples] * self.parallel.cp_size
-            dist.all_gather_object(gathered, samples, group=self.parallel.cp_group)
+        gathered = gather_objects(samples, self.parallel.cp_size, self.parallel.cp_group)
         by_index = {i: sample for part in gathered for i, sample in part.items()}
         return [by_index[i] for i in range(len(prompts))]
 

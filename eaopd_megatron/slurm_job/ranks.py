@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eaopd_megatron.errors import UserError
+from eaopd_megatron.errors import UserError, one_line
 from eaopd_megatron.launch.local_ranks import read_error_reports
 from eaopd_megatron.utils.files import atomic_write
 from eaopd_megatron.utils.ports import claim_port, node_address
@@ -140,7 +140,7 @@ def failure_report(srun: str, errors: Path, logs: Path, code: int) -> FailureRep
     users = next((report for report in reports if report.get("user")), None)
     if users is not None:
         code = int(users.get("exit_code", 1)) or 1
-        text = f"error: {_one_line(users['message'])} (rank {users['rank']}, exit code {code})"
+        text = f"error: {one_line(users['message'])} (rank {users['rank']}, exit code {code})"
         return FailureReport(code, text, user=True)
     codes = [int(event["code"] or 0) for event in _SRUN_EVENT.finditer(srun)]
     if not reports and code in _STOP_CODES and all(one in _STOP_CODES for one in codes):
@@ -149,7 +149,7 @@ def failure_report(srun: str, errors: Path, logs: Path, code: int) -> FailureRep
     if rank is None:
         text = "\n".join([f"error: the step ended with exit code {code}", *_last_lines(srun)])
         return FailureReport(code, text, user=False)
-    message = next((f": {_one_line(report['message'])}" for report in reports if report["rank"] == rank), "")
+    message = next((f": {one_line(report['message'])}" for report in reports if report["rank"] == rank), "")
     log = logs / f"rank_{rank}.log"
     tail = log.read_bytes()[-65536:].decode("utf-8", errors="replace") if log.exists() else ""
     head = f"error: rank {rank} {how}{message}; the last lines of {log}:"
@@ -183,7 +183,3 @@ def _first_failure(srun: str, reporting: int | None, code: int) -> tuple[int | N
 
 def _last_lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()][-20:]
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())

@@ -16,7 +16,10 @@ TeacherSignal = TeacherTopK | TeacherHidden | TeacherLogits
 
 class TeacherModel(Protocol):
     """All ranks make the same calls, each with the samples of its data-parallel rank. The signal is on the last
-    pipeline stage, where the objective is computed."""
+    pipeline stage, where the objective is computed.
+
+    A teacher without processes of its own inherits `start`, `open` and `close`, which do nothing.
+    """
 
     def start(self, max_tokens: int) -> None:
         """Start other processes that the teacher needs, without waiting. Call it first.

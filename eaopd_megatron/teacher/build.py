@@ -10,8 +10,9 @@ from typing import Any
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import Recipe
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.config.schema import TeacherConfig, teacher_key
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState, num_ranks_on_rank0_host
+from eaopd_megatron.distributed.parallel_state import ParallelState, num_ranks_on_rank0_host
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.layers import require_fp8_support
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model

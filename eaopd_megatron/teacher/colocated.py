@@ -16,7 +16,7 @@ from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.offload import FrozenWeights
 from eaopd_megatron.megatron.pipeline import micro_batches, run_forward
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
-from eaopd_megatron.teacher.base import TeacherSignal, require_scored
+from eaopd_megatron.teacher.base import TeacherModel, TeacherSignal, require_scored
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import TopKPayload, gather_top_k, split_top_k
 
@@ -52,8 +52,8 @@ def top_k_of_hidden(
     )
 
 
-class ColocatedTeacher:
-    """`TeacherModel` on the student's ranks.
+class ColocatedTeacher(TeacherModel):
+    """The teacher's model on the student's ranks.
 
     signal "topk": each sample is scored once an iteration, and k ids and log-probs, H_t and log p(y_t) are stored: 136
     bytes a token at k = 16. "hidden": the final hidden states, from which the objective computes the full distribution
@@ -83,12 +83,6 @@ class ColocatedTeacher:
         self._weights = FrozenWeights(model) if offload else None
         self._scores: dict[int, TeacherTopK] = {}  # by Sample.index, between `submit` and `wait`
 
-    def start(self, max_tokens: int) -> None:
-        """Do nothing: the model is part of this process."""
-
-    def open(self) -> None:
-        """Do nothing: the model is loaded."""
-
     def submit(self, samples: Sequence[Sample]) -> None:
         """Compute the top-k now, unless the weights are offloaded."""
         if self.signal == "topk" and self._weights is None:
@@ -104,9 +98,6 @@ class ColocatedTeacher:
         if self.parallel.is_last_stage:
             require_scored(scored)
         return scored
-
-    def close(self) -> None:
-        """Do nothing: no process was started."""
 
     def micro_batch_signals(self, batches: Sequence[MicroBatch]) -> Callable[[int], TeacherSignal]:
         """As `TeacherModel.micro_batch_signals`. Except for "topk" it runs the model now: collective over all ranks."""

@@ -113,18 +113,8 @@ def build_components(
         )
     )
 
-    ddp = megatron_optimizer.wrap_ddp(model, parallel, distributed=options.distributed, overlap=options.overlap)
-    optimizer = megatron_optimizer.build_optimizer(
-        ddp,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        beta1=options.beta1,
-        beta2=options.beta2,
-        eps=options.eps,
-        clip_grad=options.clip_grad,
-        precision=precision,
-        offload=options.offload,
-    )
+    ddp = megatron_optimizer.wrap_ddp(model, distributed=options.distributed, overlap=options.overlap)
+    optimizer = megatron_optimizer.build_optimizer(ddp, options)
     student = StudentTrainer(
         ddp,
         optimizer,

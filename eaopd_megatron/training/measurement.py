@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from eaopd_megatron.data.types import Sample
+from eaopd_megatron.distributed.parallel_state import gather_objects
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning.times import GpuSpec, find_gpu, flops_per_token, model_flops_utilization
@@ -51,10 +52,7 @@ class MetricAccumulator:
             {name: float(value) for name, value in self._minima.items()},
             self._totals,
         )
-        gathered = [local]
-        if group is not None and dist.get_world_size(group) > 1:
-            gathered = [local] * dist.get_world_size(group)
-            dist.all_gather_object(gathered, local, group=group)
+        gathered = gather_objects(local, 1 if group is None else dist.get_world_size(group), group)
         result: dict[str, float] = {}
         for name in sorted({name for sums, *_ in gathered for name in sums}):
             parts = [sums[name] for sums, *_ in gathered if name in sums]

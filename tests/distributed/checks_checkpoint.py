@@ -27,7 +27,8 @@ from eaopd_megatron.checkpoint.dist_checkpoint import (
 )
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import build_model
 from tests.distributed.trainer import LEARNING_RATES, Precision, Trainer, world

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.data.types import Sample
-from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.objective import Objective, TeacherLogits
 from eaopd_megatron.objective.dense_reference import dense_loss
 from eaopd_megatron.training.measurement import MetricAccumulator

@@ -21,7 +21,9 @@ from eaopd_megatron.checkpoint.hf_export import export_hf, gather_hf_tensors
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.checkpoint.store import CheckpointStore
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.config.schema import OptimizerConfig
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import model as megatron_model
 from eaopd_megatron.megatron.forward import response_logits
@@ -48,9 +50,10 @@ def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: di
         source = HfFolder.open(folder)
         check_supported(source.config, parallel.layout, folder)
         model = loaded(source, parallel)
-        ddp = wrap_ddp(model, parallel)
+        ddp = wrap_ddp(model)
         optimizer = build_optimizer(
-            ddp, lr=0, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision="fp32"
+            ddp,
+            OptimizerConfig.model_construct(lr=0, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0),
         )
         ddp.zero_grad_buffer()
 
@@ -207,7 +210,7 @@ def check_step_folder(group: dist.ProcessGroup, folder: str, out: str) -> None:
         source = HfFolder.open(folder)
         model = loaded(source, parallel)
         optimizer = build_optimizer(
-            wrap_ddp(model, parallel), lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision="fp32"
+            wrap_ddp(model), OptimizerConfig(lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0)
         )
 
         def companions(step: Path) -> None:

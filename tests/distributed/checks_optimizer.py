@@ -11,8 +11,8 @@ import torch
 from eaopd_megatron.checkpoint.dist_checkpoint import load_training_state, sharded_training_state
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.data.packing import collate
-from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.megatron.forward import output_weight, stage_output
 from eaopd_megatron.megatron.layers import CoreAttention
 from eaopd_megatron.megatron.offload import TrainerMemory

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from eaopd_megatron.config.parallel import Recompute
+from eaopd_megatron.config.parallel import ParallelLayout, Recompute
+from eaopd_megatron.config.schema import OptimizerConfig
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch as Packed
 from eaopd_megatron.data.types import Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.forward import response_hidden_states, stage_output
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, wrap_ddp
@@ -64,9 +65,9 @@ def check_training_state(
 ) -> None:
     """Bytes of weights, gradients and the optimiser's tensors; distributed ones over the ranks that share them."""
     with model_parallel(layout) as (parallel, where):
-        ddp = wrap_ddp(built(config, parallel, precision), parallel, distributed=distributed)
+        ddp = wrap_ddp(built(config, parallel, precision), distributed=distributed)
         optimizer = build_optimizer(
-            ddp, lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0, precision=precision
+            ddp, OptimizerConfig(lr=1, weight_decay=0, beta1=0.9, beta2=0.9, eps=1, clip_grad=0)
         )
         held = ModelShape.of(config).rank_parameters(where, parallel.pp_rank)
         assert memory.weight_bytes(held, BYTES_PER_NUMBER[precision]) == sum(p.nbytes for p in ddp.parameters())

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.config.schema import TeacherConfig
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import ServiceUnavailable, StopRequested
 from eaopd_megatron.objective import Objective, TeacherHidden
 from eaopd_megatron.teacher.eos_map import TerminalMap

@@ -10,12 +10,13 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.config.schema import TeacherConfig
 from eaopd_megatron.data.countdown import EOS_ID
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.sources import load_problems
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.megatron.pipeline import micro_batches
 from eaopd_megatron.objective import Objective, TeacherTopK, TokenLosses, linear_entropy_aware_loss

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
-from eaopd_megatron.distributed.parallel_state import ParallelLayout
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.teacher.payload import HiddenStatePayload, TopKPayload
 from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from eaopd_megatron.checkpoint.hf_export import gather_hf_tensors
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.config.schema import OptimizerConfig
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample, SamplingParams
-from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.model import ModelChunks, build_model, wait_param_gather
 from eaopd_megatron.megatron.pipeline import packing_for, run_forward_backward
@@ -75,11 +76,10 @@ def check_a_rank_without_a_sample_changes_nothing(group: dist.ProcessGroup, stud
             for share, overlap in ((True, False), (False, False), (False, True)):
                 model = build_model(folder.config, layout, torch.float32)
                 load_hf(model, folder, parallel)
-                ddp = megatron_optimizer.wrap_ddp(
-                    model, parallel, distributed=overlap, overlap=overlap, bucket_size=5000
-                )
+                ddp = megatron_optimizer.wrap_ddp(model, distributed=overlap, overlap=overlap, bucket_size=5000)
                 optimizer = megatron_optimizer.build_optimizer(
-                    ddp, lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0, precision="fp32"
+                    ddp,
+                    OptimizerConfig(lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0),
                 )
                 common: dict[str, Any] = {"vocab_size": folder.vocab_size, "micro_batch_tokens": 9}
                 learner = StudentTrainer(ddp, optimizer, parallel, failures_folder=Path("unused"), **common)
@@ -133,7 +133,7 @@ def check_a_packed_sequence_sees_no_other(group: dist.ProcessGroup, student: str
         with model_parallel(layout) as parallel:
             model = build_model(folder.config, layout, torch.float32)
             load_hf(model, folder, parallel)
-            ddp = megatron_optimizer.wrap_ddp(model, parallel)
+            ddp = megatron_optimizer.wrap_ddp(model)
             seen: list[torch.Tensor] = []
             for neighbour in (other, another):
                 packing = packing_for(layout, parallel.cp_rank)

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
 from eaopd_megatron.config import schema
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.rollout.weight_sync import distributed_transport as distributed

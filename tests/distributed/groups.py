@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.distributed import parallel_state as groups
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState
 
 
 @contextlib.contextmanager

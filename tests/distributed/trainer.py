@@ -17,8 +17,10 @@ from megatron.core.optimizer import ChainedOptimizer
 from eaopd_megatron.checkpoint.hf_export import gather_hf_tensors
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.config.schema import OptimizerConfig
 from eaopd_megatron.data.types import Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.forward import response_logits
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import (
@@ -70,9 +72,9 @@ class Trainer:
             self.folder.config, parallel.layout, DTYPES[precision], recompute=recompute
         )
         load_hf(self.model, self.folder, parallel)
-        self.ddp: ModelChunks = wrap_ddp(self.model, parallel, **placed)
+        self.ddp: ModelChunks = wrap_ddp(self.model, **placed)
         chosen = OPTIMIZER | {"lr": 1.0} | options
-        self.optimizer: ChainedOptimizer = build_optimizer(self.ddp, **chosen, precision=precision)
+        self.optimizer: ChainedOptimizer = build_optimizer(self.ddp, OptimizerConfig(**chosen))
         self.samples = json.loads((Path(hf) / "samples.json").read_text())
 
     def update(self, learning_rate: float, scale: float = 1.0) -> tuple[float, float]:

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from eaopd_megatron.checkpoint.hf_export import gather_hf_tensors
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.config.schema import OptimizerConfig
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.objective import Objective, TeacherLogits, entropy_aware_loss, linear_entropy_aware_loss
@@ -182,9 +184,9 @@ def built(
     layout, *layouts = model_layouts(parallel.layout, [folder, *teacher_folders])
     model = build_model(folder.config, layout, torch.float32)
     load_hf(model, folder, parallel)
-    ddp = megatron_optimizer.wrap_ddp(model, parallel)
+    ddp = megatron_optimizer.wrap_ddp(model)
     optimizer = megatron_optimizer.build_optimizer(
-        ddp, lr=1.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=EPS, clip_grad=1.0, precision="fp32"
+        ddp, OptimizerConfig(lr=1.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=EPS, clip_grad=1.0)
     )
     vocab_size = min(one.vocab_size for one in (folder, *teacher_folders))
     common: dict[str, Any] = {"vocab_size": vocab_size, "micro_batch_tokens": budget}

@@ -18,7 +18,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from transformers import AutoConfig
 
-from eaopd_megatron.distributed.parallel_state import ParallelLayout
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import layers
 from eaopd_megatron.megatron.model import global_param_name

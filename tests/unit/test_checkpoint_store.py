@@ -18,7 +18,8 @@ import torch
 
 from eaopd_megatron.checkpoint import store
 from eaopd_megatron.checkpoint.store import CheckpointStore, check_config_fingerprint, config_fingerprint
-from eaopd_megatron.distributed.parallel_state import ParallelLayout, ParallelState
+from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 
 ALONE = ParallelState(

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from eaopd_megatron.config import load_recipe
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import Prompt, Sample
-from eaopd_megatron.distributed.parallel_state import ParallelLayout
 from eaopd_megatron.megatron.generation import decode_mode
 from eaopd_megatron.objective import Objective
 from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules

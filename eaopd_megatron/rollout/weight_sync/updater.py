@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_export import NamedTensors, gather_hf_tensors, run_on_main
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import schema
 from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
-from eaopd_megatron.distributed.parallel_state import ParallelState
+from eaopd_megatron.distributed.parallel_state import ParallelState, gather_objects
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.rollout.weight_sync.distributed_transport import DistributedTransport
@@ -64,7 +63,7 @@ class WeightUpdater:
             reachable = [client for client, answer in answers.items() if answer]
             for client in failed:
                 self._report(f"rollout server {client.url}: no weights {version}: {failed[client]}")
-            if self._any(reachable):
+            if any(gather_objects(bool(reachable), self._parallel.world_size)):
                 retried = self.update_from_disk(version, reachable)
                 failed = {client: failed[client] for client in failed if client not in reachable} | retried
         if self._options.verify == "checksum":
@@ -116,13 +115,6 @@ class WeightUpdater:
         if by_disk:
             self._written = version
         return failed or {}
-
-    def _any(self, clients: Sequence[SGLangClient]) -> bool:
-        """Return on all ranks whether the main rank's list is not empty."""
-        flag = [bool(clients)]
-        if self._parallel.world_size > 1:
-            dist.broadcast_object_list(flag, src=0)
-        return flag[0]
 
     def _compare(self, clients: Sequence[SGLangClient]) -> None:
         update = WeightUpdate(self._run, clients)

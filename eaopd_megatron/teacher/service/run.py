@@ -24,6 +24,7 @@ from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
 from eaopd_megatron.distributed.heartbeat import heartbeat_monitor
 from eaopd_megatron.distributed.parallel_state import (
     ParallelState,
+    gather_objects,
     init_distributed,
     shutdown_distributed,
 )
@@ -160,10 +161,7 @@ class TeacherScorer:
         """vocab_size: ids over which top-k log-probs are normalised. Collective."""
         self.model = model.eval().requires_grad_(False)
         self.parallel, self.payload_format, self._vocab_size = parallel, payload_format, vocab_size
-        ranks: list[tuple[bool, int]] = [(parallel.reports_metrics, parallel.dp_rank)]
-        if parallel.world_size > 1:
-            own, ranks = ranks[0], [(False, 0)] * parallel.world_size
-            dist.all_gather_object(ranks, own)
+        ranks = gather_objects((parallel.reports_metrics, parallel.dp_rank), parallel.world_size)
         self._senders = {dp_rank: rank for rank, (sends, dp_rank) in enumerate(ranks) if sends}
 
     @property

@@ -223,7 +223,7 @@ def test_the_plan_and_the_trainer_refuse_different_layouts(
     """The plan proposes what the trainer lets pass, and nothing else that it has looked at."""
     from transformers import AutoConfig
 
-    from eaopd_megatron.distributed.parallel_state import ParallelLayout as TrainerLayout
+    from eaopd_megatron.config.parallel import ParallelLayout as TrainerLayout
     from eaopd_megatron.models.supported import check_supported
     from eaopd_megatron.teacher.build import model_layouts
 
