@@ -43,6 +43,7 @@ class RolloutEngine(Protocol):
 
         prompts: all that may be requested. max_tokens: upper bound of the tokens of one prompt and its response.
         """
+        return
 
     def update_weights(self, version: int) -> None:
         """Generate with the model's current weights from now on; `version` names them."""
@@ -59,6 +60,8 @@ class RolloutEngine(Protocol):
 
     def finish_generation(self) -> None:
         """Pause until the next `update_weights`; colocated servers free their GPU memory."""
+        return
 
     def close(self) -> None:
         """Stop everything that the engine started. Idempotent."""
+        return

@@ -26,10 +26,12 @@ class TeacherModel(Protocol):
 
         max_tokens: upper bound of the tokens of a prompt and its response together.
         """
+        return
 
     def open(self) -> None:
         """Connect, and verify that the service serves the model that the recipe names. Raises StopRequested or
         ServiceUnavailable on all ranks."""
+        return
 
     def submit(self, samples: Sequence[Sample]) -> None:
         """Start to score these samples. Non-blocking; remote teachers block in `wait`."""
@@ -54,6 +56,7 @@ class TeacherModel(Protocol):
 
     def close(self) -> None:
         """Stop everything that `start` started. Idempotent."""
+        return
 
 
 class TeacherRouter:
