@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from eaopd_megatron.data.packing import cp_shard_indices
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.megatron.varlen_attention import VarlenSegments, varlen_attention, varlen_refusal
 
 
 @dataclass
@@ -64,16 +65,32 @@ class PackedSequences(PackedSeqParams):
             self._parts[size] = [cp_shard_indices(self.cu_seqlens_q.long(), size, rank) for rank in range(size)]
         return self._parts[size]
 
+    def segments(self, size: int, rank: int) -> VarlenSegments:
+        """Return what the queries of context-parallel rank `rank` of `size` attend to."""
+        if size not in self._segments:
+            ends, longest = self.cu_seqlens_q, self.max_seqlen_q
+            self._segments[size] = (
+                VarlenSegments(ends, ends, longest, longest)
+                if size == 1
+                else VarlenSegments.of_context_rank(ends, longest, size, rank, torch.cat(self.parts(size)))
+            )
+        return self._segments[size]
+
     @cached_property
     def _parts(self) -> dict[int, list[torch.Tensor]]:
         return {}
 
+    @cached_property
+    def _segments(self) -> dict[int, VarlenSegments]:
+        return {}
+
 
 class CoreAttention(MegatronModule):
-    """Grouped-query attention by torch's scaled_dot_product_attention.
+    """Grouped-query attention by torch: of packed sequences its variable-length attention where that runs.
 
-    Takes packed sequences at any context-parallel size, or (decoding, without context parallelism) a batch of equal
-    lengths, causal or with a mask.
+    Elsewhere, and in decoding, scaled_dot_product_attention; packed sequences are then padded to the longest. Takes
+    packed sequences at any context-parallel size, or (decoding, without context parallelism) a batch of equal lengths,
+    causal or with a mask.
     """
 
     def __init__(
@@ -98,6 +115,8 @@ class CoreAttention(MegatronModule):
         """
         if packed_seq_params is not None:
             size = self.config.context_parallel_size
+            if varlen_refusal(query.device, query.dtype, query.shape[-1]) is None:
+                return _unpadded(query, key, value, packed_seq_params, size).flatten(1)
             attend = _packed if size == 1 else _packed_over_ranks
             return attend(query, key, value, packed_seq_params).flatten(1)
         s, b, heads, d = query.shape
@@ -110,6 +129,17 @@ class CoreAttention(MegatronModule):
             visible = torch.ones(s, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - s)
         out = _attention(q, k, v, visible, causal=visible is None and s > 1)
         return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+
+def _unpadded(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequences, size: int
+) -> torch.Tensor:
+    rank = 0
+    if size > 1:
+        group = parallel_state.get_context_parallel_group()
+        rank = group.rank()
+        key, value = (gather_from_sequence_parallel_region(x.contiguous(), group=group) for x in (key, value))
+    return varlen_attention(query, key, value, packed.segments(size, rank))
 
 
 def _packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
@@ -158,9 +188,11 @@ def _pack(padded: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, *, causal: bool
 ) -> torch.Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
-    )
+    grouped = k.shape[1] != q.shape[1]
+    if grouped and q.is_cuda and (visible is not None or q.dtype == torch.float32):
+        # flash attention takes no mask and no fp32, and the memory-efficient kernel no groups: all scores would be kept
+        k, v, grouped = *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=grouped)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -177,6 +209,20 @@ class RMSNorm(torch.nn.RMSNorm):
 def uses_transformer_engine() -> bool:
     """Return whether layers are Transformer Engine's: CUDA is available and Megatron-Core imported the package."""
     return torch.cuda.is_available() and gpt_layer_specs.HAVE_TE
+
+
+def attention_in_use(config: TransformerConfig) -> str:
+    """Return one line for a run's log: which attention the layers of such a model use for packed sequences here."""
+    if uses_transformer_engine():
+        return "attention: Transformer Engine's"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refusal = varlen_refusal(device, config.params_dtype, config.kv_channels)
+    if refusal is None:
+        return "attention: torch's varlen_attn, without padding; norms and MLPs are torch's, not Transformer Engine's"
+    return (
+        "attention: torch's scaled_dot_product_attention, which pads the sequences of a micro-batch to its longest "
+        f"(varlen_attn does not run: {refusal})"
+    )
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -28,6 +28,7 @@ from eaopd_megatron.evaluation.benchmarks import load_benchmark, sources_by_name
 from eaopd_megatron.evaluation.generate import check_length
 from eaopd_megatron.evaluation.runner import Benchmark, Evaluator
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
+from eaopd_megatron.megatron.layers import attention_in_use
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.offload import TrainerMemory
 from eaopd_megatron.models.supported import check_supported
@@ -98,6 +99,7 @@ def build_components(
     precision, options = recipe.student.precision, recipe.optimizer
     model = build_model(student_folder.config, student_layout, DTYPES[precision], recompute=recipe.student.recompute)
     load_hf(model, student_folder, parallel)
+    log(attention_in_use(model.config))
     layouts = dict(zip(colocated, others, strict=True))
     teachers = build_teachers(
         TeacherContext(

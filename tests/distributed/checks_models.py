@@ -33,6 +33,7 @@ from eaopd_megatron.megatron.optimizer import build_optimizer, finalize_gradient
 from eaopd_megatron.megatron.pipeline import gather_logits, run_forward_backward, single_batch
 from eaopd_megatron.models.supported import check_supported
 from tests.distributed.groups import model_parallel
+from tests.emulated_varlen import emulated
 
 LIMIT = 1e-5
 
@@ -41,6 +42,13 @@ def loaded(folder: HfFolder, parallel: ParallelState, *, swaps: dict[int, int] |
     model = build_model(folder.config, parallel.layout, folder.dtype, untie=swaps is not None)
     load_hf(model, folder, parallel, row_map=swaps)
     return model
+
+
+def check_varlen_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: dict[str, Any]) -> None:
+    """Through torch's variable-length attention, whose kernel alone is emulated."""
+    with emulated() as stands:
+        check_logits_and_gradients(group, folder, layout)
+    assert stands.called
 
 
 def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: dict[str, Any]) -> None:

@@ -67,6 +67,18 @@ def test_logits_and_gradients_are_transformers(
     ranks.run(CHECKS, "check_logits_and_gradients", folder=str(folders[name]), layout=layout)
 
 
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [(name, "TP1") for name, (kind, _) in tiny_models.MODELS.items() if name not in MORE]
+    + [("qwen3", "TP2+SP"), ("qwen2_yarn", "PP2"), ("llama3", "CP2"), ("qwen3_moe", "CP2, EP2")],
+)
+def test_variable_length_attention_is_transformers(
+    ranks: Ranks, folders: dict[str, Path], name: str, label: str
+) -> None:
+    layout = (EXPERT_LAYOUTS if tiny_models.MODELS[name][0] == "qwen3_moe" else LAYOUTS)[label]
+    ranks.run(CHECKS, "check_varlen_logits_and_gradients", folder=str(folders[name]), layout=layout)
+
+
 @pytest.mark.parametrize("name", ["qwen2_yarn", "llama3", "qwen3_moe"])
 def test_greedy_tokens_are_transformers(ranks: Ranks, folders: dict[str, Path], name: str) -> None:
     """Decoding turns sequence parallelism off, and feeds positions one at a time to scaled rotary positions."""

@@ -30,7 +30,7 @@ from eaopd_megatron.distributed.parallel_state import (
 )
 from eaopd_megatron.errors import StopRequested, UserError
 from eaopd_megatron.megatron.forward import output_weight
-from eaopd_megatron.megatron.layers import require_fp8_support
+from eaopd_megatron.megatron.layers import attention_in_use, require_fp8_support
 from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
 from eaopd_megatron.megatron.pipeline import packing_for, run_forward
 from eaopd_megatron.models.supported import check_supported, separate_layout
@@ -86,6 +86,7 @@ def _build(
     dtype, fp8 = DTYPES[config.precision], config.precision == "fp8"
     model = build_model(folder.config, parallel.layout, dtype, untie=row_map is not None, fp8=fp8)
     load_hf(model, folder, parallel, row_map=row_map)
+    log_rank0(attention_in_use(model.config))
     return info, TeacherScorer(model, parallel, info.payload_format, vocab_size=info.vocab_size)
 
 
