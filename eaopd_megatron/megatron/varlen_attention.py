@@ -73,7 +73,7 @@ def _has_varlen_attn() -> bool:
 def varlen_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: VarlenSegments
 ) -> torch.Tensor:
-    """Return the attention [T, heads, d] of query [T, heads, d] to key and value [T', groups, d], causal per segment."""
+    """Return attention [T, heads, d] of query [T, heads, d] to key and value [T', groups, d], causal per segment."""
     if segments.key_rows is not None:
         key, value = (x.index_select(0, segments.key_rows) for x in (key, value))
     return _torch_varlen_attn(query, key, value, segments)
