@@ -191,7 +191,8 @@ def _attention(
     grouped = k.shape[1] != q.shape[1]
     if grouped and q.is_cuda and (visible is not None or q.dtype == torch.float32):
         # flash attention takes no mask and no fp32, and the memory-efficient kernel no groups: all scores would be kept
-        k, v, grouped = *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)), False
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=grouped)
 
 

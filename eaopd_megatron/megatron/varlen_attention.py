@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -86,7 +86,7 @@ def _torch_varlen_attn(
 
     lengths = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.max_seqlen_q, segments.max_seqlen_k)
     options = _options(inspect.signature(varlen_attn), grouped=query.shape[1] != key.shape[1])
-    return varlen_attn(query, key, value, *lengths, **options)
+    return cast(torch.Tensor, varlen_attn(query, key, value, *lengths, **options))
 
 
 def _options(signature: inspect.Signature, *, grouped: bool) -> dict[str, Any]:

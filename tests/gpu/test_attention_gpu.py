@@ -6,6 +6,7 @@ Needs torch 2.10 or later and Megatron-Core:  python -m pytest -m gpu tests/gpu/
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -27,10 +28,8 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def attention() -> CoreAttention:
-    made = CoreAttention.__new__(CoreAttention)
-    torch.nn.Module.__init__(made)
-    made.config = SimpleNamespace(context_parallel_size=1)
-    return made
+    config: Any = SimpleNamespace(context_parallel_size=1)
+    return CoreAttention(config, 1, AttnMaskType.causal)
 
 
 def packed(lengths: list[int]) -> PackedSequences:
@@ -57,7 +56,8 @@ def test_packed_sequences_against_fp64(groups: int, width: int, dtype: torch.dty
     assert varlen_refusal(torch.device("cuda"), dtype, width) is None
     inputs, sequences = heads_of(sum(LENGTHS), dtype, groups=groups, width=width), packed(LENGTHS)
     leaves = [x.detach().double().requires_grad_() for x in inputs]
-    exact = attention_of_runs(*leaves, sequences.cu_seqlens_q, sequences.cu_seqlens_q).flatten(1)
+    q, k, v = leaves
+    exact = attention_of_runs(q, k, v, sequences.cu_seqlens_q, sequences.cu_seqlens_q).flatten(1)
     upstream = torch.randn_like(exact).to(dtype)
     exact.backward(upstream.double())
     with mock.patch.object(layers, "_packed", side_effect=AssertionError("the sequences were padded")):
@@ -74,7 +74,8 @@ def test_a_context_parallel_ranks_queries_against_fp64(size: int) -> None:
     lengths = [2 * size * n for n in (50, 1, 129)]
     sequences = packed(lengths)
     q, k, v = (x.detach() for x in heads_of(sum(lengths), torch.bfloat16, groups=2, width=128))
-    exact = attention_of_runs(*(x.double() for x in (q, k, v)), sequences.cu_seqlens_q, sequences.cu_seqlens_q)
+    ends = sequences.cu_seqlens_q
+    exact = attention_of_runs(q.double(), k.double(), v.double(), ends, ends)
     gathered = torch.cat(sequences.parts(size))
     for rank in range(size):
         mine = cp_shard_indices(sequences.cu_seqlens_q.long(), size, rank)
@@ -111,8 +112,7 @@ def test_a_prefill_of_padded_prompts_keeps_no_scores() -> None:
     print(f"peak {peak / 2**20:.0f} MiB beyond the inputs")
     assert peak < 3 * 2**30
     two = slice(0, 2)
-    exact = torch.nn.functional.scaled_dot_product_attention(
-        *(x[:, two].permute(1, 2, 0, 3).double() for x in (q, *(y.repeat_interleave(4, dim=2) for y in (k, v)))),
-        attn_mask=~mask[two],
-    )
+    wide = (q, k.repeat_interleave(4, dim=2), v.repeat_interleave(4, dim=2))
+    one, other, third = (x[:, two].permute(1, 2, 0, 3).double() for x in wide)
+    exact = torch.nn.functional.scaled_dot_product_attention(one, other, third, attn_mask=~mask[two])
     close(out[:, two], exact.permute(2, 0, 1, 3).flatten(2), TOLERANCE[torch.bfloat16], "output")

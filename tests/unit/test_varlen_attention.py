@@ -46,11 +46,9 @@ def test_every_torch_gets_the_arguments_that_it_has(signature: inspect.Signature
     signature.bind("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k", 5, 5, **options)
 
 
-def attention(context_parallel: int = 1) -> CoreAttention:
-    made = CoreAttention.__new__(CoreAttention)
-    torch.nn.Module.__init__(made)
-    made.config = SimpleNamespace(context_parallel_size=context_parallel)
-    return made
+def attention() -> CoreAttention:
+    config: Any = SimpleNamespace(context_parallel_size=1)
+    return CoreAttention(config, 1, AttnMaskType.causal)
 
 
 def packed(lengths: list[int]) -> PackedSequences:
