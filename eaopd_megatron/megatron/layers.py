@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -119,16 +119,57 @@ class CoreAttention(MegatronModule):
                 return _unpadded(query, key, value, packed_seq_params, size).flatten(1)
             attend = _packed if size == 1 else _packed_over_ranks
             return attend(query, key, value, packed_seq_params).flatten(1)
-        s, b, heads, d = query.shape
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if attention_mask is not None:
-            visible: torch.Tensor | None = ~attention_mask
-        elif s == 1 or s == k.shape[2]:
-            visible = None
-        else:
-            visible = torch.ones(s, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - s)
-        out = _attention(q, k, v, visible, causal=visible is None and s > 1)
-        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+        return _decoding_attention(query, key, value, attention_mask)
+
+
+@cache
+def _engine_attention() -> type:
+    """Return Transformer Engine's attention for packed sequences, and torch's for decoding.
+
+    Transformer Engine ignores the mask of Megatron-Core's decoding, whose mask types are `causal` and `no_mask`. It
+    reads masks of type `padding` as padding on the right, and those of type `arbitrary` without a fused kernel.
+    """
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    class EngineAttention(TEDotProductAttention):
+        def forward(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            *options: Any,
+            packed_seq_params: PackedSequences | None = None,
+            **more: Any,
+        ) -> torch.Tensor:
+            """Take and return what `CoreAttention.forward` does."""
+            if packed_seq_params is None:
+                return _decoding_attention(query, key, value, attention_mask)
+            return super().forward(
+                query, key, value, attention_mask, *options, packed_seq_params=packed_seq_params, **more
+            )
+
+    return EngineAttention
+
+
+def _decoding_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attend as `CoreAttention.forward` describes for sequences that are not packed."""
+    s, b, heads, d = query.shape
+    t, groups = key.shape[0], key.shape[2]
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    if attention_mask is not None:
+        # The heads of a group as further queries: no fused CUDA kernel takes both a mask and fewer heads of keys.
+        q = q.reshape(b, groups, -1, d)
+        visible = (~attention_mask).expand(b, heads // groups, s, t).reshape(b, 1, -1, t)
+        out = _attention(q, k, v, visible, causal=False).reshape(b, heads, s, d)
+    elif s == 1 or s == t:
+        out = _attention(q, k, v, None, causal=s > 1)
+    else:
+        visible = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
+        out = _attention(q, k, v, visible, causal=False)
+    return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
 
 
 def _unpadded(
@@ -243,6 +284,7 @@ def _engine_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
+    layer.submodules.self_attention.submodules.core_attention = _engine_attention()
     return layer, gpt_layer_specs.TENorm
 
 
