@@ -165,7 +165,7 @@ def _read_files(path: Path, parents: tuple[Path, ...]) -> Iterator[_Layer]:
 def _read(path: Path, parent: Path | None) -> dict[Any, Any]:
     """Return the mapping in a YAML file, unresolved. parent: the file whose `base` names it."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = aliases.closest_match(path.stem, [file.stem for file in path.parent.glob("*.yaml")])
         hint = f"; did you mean '{path.parent / f'{near}.yaml'}'?" if near else ""

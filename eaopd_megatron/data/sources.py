@@ -74,7 +74,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return one JSON object per line. Raises UserError with the number of an invalid line."""
     rows: list[dict[str, Any]] = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue

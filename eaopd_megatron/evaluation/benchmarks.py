@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from eaopd_megatron.evaluation.results import Grader
 if TYPE_CHECKING:
     from eaopd_megatron.data.prompts import PromptBuilder
     from eaopd_megatron.data.types import Prompt
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,24 @@ def sources_by_name(sources: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def grader_for(source: str) -> Grader:
-    """Return the exact checker for Countdown, mathematical equality of answers for any other benchmark.
+def is_countdown(source: str, problems: Sequence[Problem]) -> bool:
+    """Return whether a benchmark is graded by Countdown's exact checker.
+
+    Its problems' own fields decide, not its name: Countdown's have numbers and a target, and no gold.
+    """
+    if source in BENCHMARKS:
+        return False
+    return bool(problems) and all(
+        "numbers" in problem and "target" in problem and problem.get("answer") is None for problem in problems
+    )
+
+
+def grader_for(source: str, problems: Sequence[Problem]) -> Grader:
+    """Return the exact checker for Countdown's problems, mathematical equality of answers for any others.
 
     Raise UserError if math-verify is needed and missing.
     """
-    return grade_countdown if benchmark_name(source) == "countdown" else shared_math_grader()
+    return grade_countdown if is_countdown(source, problems) else shared_math_grader()
 
 
 def load_benchmark(source: str, names: FieldNames | None = None) -> list[Problem]:
@@ -81,6 +97,7 @@ def load_benchmark(source: str, names: FieldNames | None = None) -> list[Problem
     known = BENCHMARKS.get(source)
     if source == "countdown":
         return load_problems(source, "heldout")
+    names_gold = names is not None and names.answer != FieldNames().answer
     if known is not None:
         problems = load_problems(f"hub:{known.name}@{known.revision}", "test", known.fields)
     elif source.startswith("hub:") or source.endswith((".jsonl", ".parquet")):
@@ -88,6 +105,9 @@ def load_benchmark(source: str, names: FieldNames | None = None) -> list[Problem
     else:
         available, other = ", ".join(["countdown", *BENCHMARKS]), SOURCE_KINDS.partition(", ")[2]
         raise RecipeError(f"there is no benchmark {source!r}; those that exist are {available}; or {other}")
+    _require_text(problems, source)
+    if not names_gold and is_countdown(source, problems):
+        return problems
     return [
         {**problem, "answer": _gold(problem, f"{source}, record {number}", known is not None and known.solution)}
         for number, problem in enumerate(problems, 1)
@@ -100,14 +120,15 @@ def load_prompts(
     *,
     names: FieldNames | None = None,
     first: int | None = None,
+    problems: Sequence[Problem] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> list[Prompt]:
     """Load a benchmark, or its `first` problems, and build their prompts.
 
-    report: receives the warnings of `check_golds` and the number of problems too long for the builder's limit; None
-    skips both, as on ranks other than the main one.
+    problems: what `load_benchmark` returned, if it was called before. report: receives the warnings of `check_golds`
+    and the number of problems too long for the builder's limit; None skips both, as on ranks but the main one.
     """
-    problems = load_benchmark(source, names)[:first]
+    problems = (load_benchmark(source, names) if problems is None else problems)[:first]
     if report is not None:
         check_golds(source, problems, report)
     prompts, dropped = builder.build(problems, source)
@@ -122,7 +143,7 @@ def check_golds(source: str, problems: Sequence[Problem], report: Callable[[str]
     Raise UserError for a gold that math-verify cannot parse; report those that it parses as text, which only the same
     text equals.
     """
-    grader = grader_for(source)
+    grader = grader_for(source, problems)
     if not isinstance(grader, MathGrader):
         return
     kinds = grader.gold_kinds([problem["answer"] for problem in problems])
@@ -135,6 +156,18 @@ def check_golds(source: str, problems: Sequence[Problem], report: Callable[[str]
     texts = [problem["answer"] for problem, kind in zip(problems, kinds, strict=True) if kind == "text"]
     if texts:
         report(f"{source}: math-verify does not parse {len(texts)} golds, which are compared as text: {texts}")
+
+
+def _require_text(problems: Sequence[Problem], source: str) -> None:
+    """Raise UserError for a record with half of a surrogate pair, which no tokenizer reads and no file holds."""
+    for number, problem in enumerate(problems, 1):
+        for name, value in problem.items():
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            if match := _SURROGATE.search(text):
+                raise UserError(
+                    f"{source}, record {number} ({problem['id']}): {name!r} holds the lone surrogate "
+                    f"\\u{ord(match[0]):04x}, which is no character: correct the record, or leave it out"
+                )
 
 
 def _gold(problem: Problem, where: str, solution: bool) -> str:

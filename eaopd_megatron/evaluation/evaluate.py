@@ -12,10 +12,11 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.sources import FieldNames
-from eaopd_megatron.data.types import SamplingParams
+from eaopd_megatron.data.types import Prompt, SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import generate as local_generation
-from eaopd_megatron.evaluation.benchmarks import load_prompts, sources_by_name
+from eaopd_megatron.evaluation.benchmarks import is_countdown, load_benchmark, load_prompts, sources_by_name
+from eaopd_megatron.evaluation.comparison import compare_results, numbered, require_common
 from eaopd_megatron.evaluation.folder import (
     EvaluationFolder,
     SampleIndex,
@@ -25,7 +26,7 @@ from eaopd_megatron.evaluation.folder import (
     write_prompts,
 )
 from eaopd_megatron.evaluation.generate import ServerChoice, generate_on_servers
-from eaopd_megatron.evaluation.results import EvaluationResult, changes_markdown, paired_changes, results_markdown
+from eaopd_megatron.evaluation.results import EvaluationResult, results_markdown
 from eaopd_megatron.models.supported import check_local_model
 from eaopd_megatron.utils.log import log_rank0
 
@@ -62,29 +63,34 @@ def run_evaluation(request: EvaluationRequest, *, regrade: bool = False, compare
     regrade: generate nothing. compare: folder of another evaluation; the change from it is printed, too.
     """
     folder = EvaluationFolder(request.out or _default_folder(request.model))
-    before = None if compare is None else EvaluationResult.read(EvaluationFolder(compare).results_file)
-    if not regrade:
-        if not request.benchmarks:
-            raise UserError("no benchmark is named; say which with --benchmarks, for example --benchmarks countdown")
-        if code := _generate(request, folder):
+    other = None if compare is None else EvaluationFolder(compare)
+    before = None if other is None else (other.read_result(), other.settings())
+    if regrade:
+        folder.settings()  # before the lock makes a folder
+    elif not request.benchmarks:
+        raise UserError("no benchmark is named; say which with --benchmarks, for example --benchmarks countdown")
+    with folder.lock():
+        if not regrade and (code := _generate(request, folder, None if before is None else before[0])):
             return code
-    result = folder.grade()
-    folder.write(result)
+        result = folder.grade()
+        folder.write(result)
     print(results_markdown(result))
     if before is not None:
-        print(changes_markdown(paired_changes(before, result)))
+        print(compare_results(before[0], result, (before[1], folder.settings())).to_markdown())
     print(f"written: {folder.path}")
     return 0
 
 
-def _generate(request: EvaluationRequest, folder: EvaluationFolder) -> int:
-    """Generate the missing responses and return the exit code."""
+def _generate(request: EvaluationRequest, folder: EvaluationFolder, before: EvaluationResult | None) -> int:
+    """Generate the missing responses and return the exit code. before: what is compared; checked at the start."""
     path, exported = _hf_folder(request.model, folder)
     if request.engine == "local":
         check_local_model(str(path), ParallelLayout(request.tensor_parallel), "MODEL")
     model = HfFolder.open(str(path), "MODEL")
     sources = sources_by_name(request.benchmarks)
     _begin(request, folder, model, sources)
+    if before is not None:
+        require_common(before, {name: numbered(folder.digests(name)) for name in sources})
     missing: dict[str, list[SampleIndex]] = {}
     for name in sources:
         count = len(read_prompts(folder.prompts(name)))
@@ -115,12 +121,15 @@ def _begin(request: EvaluationRequest, folder: EvaluationFolder, model: HfFolder
     suffixes = {}
     prompts = {}
     for name, source in sources.items():
-        suffixes[name] = ("" if name == "countdown" else _MATH_SUFFIX) if request.suffix is None else request.suffix
+        problems = load_benchmark(source, request.fields)
+        default = "" if is_countdown(source, problems) else _MATH_SUFFIX
+        suffixes[name] = default if request.suffix is None else request.suffix
         limit = "the model's positions less --max-response-tokens"
         builder = PromptBuilder(
             tokenizer, template=template, suffix=suffixes[name], field="problem", max_tokens=longest, limit=limit
         )
-        prompts[name] = load_prompts(source, builder, names=request.fields, first=request.problems, report=log_rank0)
+        prompts[name] = load_prompts(source, builder, first=request.problems, problems=problems, report=log_rank0)
+        _check_vocabulary(prompts[name], source, model)
     folder.begin(
         {
             "model": weights_fingerprint(model.path),
@@ -137,6 +146,17 @@ def _begin(request: EvaluationRequest, folder: EvaluationFolder, model: HfFolder
     )
     for name, some in prompts.items():
         write_prompts(folder.prompts(name), some)
+
+
+def _check_vocabulary(prompts: Sequence[Prompt], source: str, model: HfFolder) -> None:
+    """Raise UserError for a prompt with a token that the model has no embedding for."""
+    for prompt in prompts:
+        largest = max(prompt.token_ids, default=0)
+        if largest >= model.vocab_size:
+            raise UserError(
+                f"{source}, problem {prompt.id}: the tokenizer of {model.path} gives token id {largest}, and the model "
+                f"has {model.vocab_size} embeddings: tokenizer and weights do not belong together"
+            )
 
 
 def _hf_folder(model: str, folder: EvaluationFolder) -> tuple[Path, bool]:

@@ -8,18 +8,21 @@ results.json  table.md  pass_at_k.png
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.data.types import Prompt
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.benchmarks import grader_for
-from eaopd_megatron.evaluation.grading import DecodedResponse, grade_problems
+from eaopd_megatron.evaluation.grading import DecodedResponse, grade_problems, problem_digest
 from eaopd_megatron.evaluation.results import (
     BenchmarkResult,
     EvaluationResult,
@@ -27,11 +30,12 @@ from eaopd_megatron.evaluation.results import (
     results_markdown,
     summarise,
 )
-from eaopd_megatron.utils.files import atomic_write
+from eaopd_megatron.utils.files import atomic_write, read_json
 
 SampleIndex = tuple[int, int]
 """(problem, sample)."""
 _FINGERPRINT_BYTES = 2**20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ResponseFile:
@@ -47,6 +51,7 @@ class ResponseFile:
         for number, line in enumerate(data.decode("utf-8", errors="replace").split("\n")[:-1], 1):
             try:
                 response = DecodedResponse(**json.loads(line))
+                response.check()
             except (ValueError, TypeError):
                 raise UserError(f"{self.path}, line {number}: no response: remove the line and run again") from None
             responses.setdefault((response.problem, response.sample), response)
@@ -60,7 +65,7 @@ class ResponseFile:
     def append(self, finished: Iterable[DecodedResponse]) -> None:
         """Append responses and bring them to the disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        data = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in finished).encode()
+        data = "".join(_json_line(asdict(one)) for one in finished).encode()
         with self.path.open("ab") as file:
             file.write(data)
             file.flush()
@@ -75,13 +80,28 @@ class ResponseFile:
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     """Write a benchmark's prompts, so that responses can be generated and graded without its source."""
     rows = [{"id": p.id, "token_ids": p.token_ids, "problem": p.problem} for p in prompts]
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+    atomic_write(path, "".join(map(_json_line, rows)))
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    """Return a line of UTF-8, with escapes alone if the row has half of a surrogate pair, which UTF-8 has not."""
+    line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    return line if line.isascii() or not _SURROGATE.search(line) else json.dumps(row, default=str) + "\n"
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a file of `write_prompts`."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    return [Prompt(row["id"], tuple(row["token_ids"]), row["problem"]) for row in rows]
+    """Read a file of `write_prompts`. Raise UserError if it is missing or damaged."""
+    prompts: list[Prompt] = []
+    try:
+        for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
+            row = json.loads(line)
+            prompts.append(Prompt(str(row["id"]), tuple(map(int, row["token_ids"])), dict(row["problem"])))
+    except OSError as error:
+        raise UserError(f"{path}: the evaluation's prompts are missing ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError):
+        where = f"{path}, line {len(prompts) + 1}"
+        raise UserError(f"{where}: no prompt: the file is damaged; evaluate into another --out") from None
+    return prompts
 
 
 @dataclass(frozen=True)
@@ -108,10 +128,54 @@ class EvaluationFolder:
 
     def settings(self) -> dict[str, Any]:
         """Return what `begin` wrote. Raise UserError if there is no evaluation."""
-        try:
-            return dict(json.loads(self.settings_file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UserError(f"{self.path} holds no evaluation: {self.settings_file.name} is missing") from None
+        if not self.settings_file.exists():
+            raise UserError(f"{self.path} holds no evaluation: {self.settings_file.name} is missing")
+        settings = read_json(self.settings_file, str(self.path))
+        for name, kind in (("benchmarks", dict), ("samples", int), ("sampling", dict)):
+            if not isinstance(settings.get(name), kind):
+                raise UserError(
+                    f"{self.settings_file} is damaged: {name} is {settings.get(name)!r}: restore the file, or evaluate "
+                    "into another --out"
+                )
+        return settings
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder; raise UserError if another process does. Its death frees the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path}: another eaopd evaluate is writing there: wait for it, or choose another --out"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+
+    def read_result(self) -> EvaluationResult:
+        """Return what `write` wrote, with each problem's digest. Raise UserError if there is none or it is damaged."""
+        if not self.results_file.exists():
+            raise UserError(f"{self.path} holds no results: {self.results_file.name} is missing; evaluate there first")
+        result = EvaluationResult.read(self.results_file)
+        return EvaluationResult(
+            result.iteration, {name: self._with_digests(one) for name, one in result.benchmarks.items()}
+        )
+
+    def _with_digests(self, benchmark: BenchmarkResult) -> BenchmarkResult:
+        """Earlier releases wrote no digests; the prompts have them."""
+        if all(one.digest for one in benchmark.results) or not self.prompts(benchmark.name).exists():
+            return benchmark
+        digests = self.digests(benchmark.name)
+        if len(digests) != benchmark.problems:
+            raise UserError(f"{self.path}: {benchmark.name} has other prompts than results: run --regrade there first")
+        rows = [replace(one, digest=digest) for one, digest in zip(benchmark.results, digests, strict=True)]
+        return summarise(benchmark.name, benchmark.samples, rows)
+
+    def digests(self, name: str) -> list[str]:
+        """Return the digest of each problem of a benchmark."""
+        return [problem_digest(prompt.problem) for prompt in read_prompts(self.prompts(name))]
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Start or resume an evaluation. Raise UserError, naming the first difference, if it has other settings."""
@@ -141,7 +205,9 @@ class EvaluationFolder:
                 f"{self.path}: {missing} of {len(indices)} responses to {name} are missing: run the same command "
                 "without --regrade"
             )
-        graded = grade_problems(grader_for(source), prompts, [responses[index] for index in indices])
+        graded = grade_problems(
+            grader_for(source, [one.problem for one in prompts]), prompts, [responses[index] for index in indices]
+        )
         return summarise(name, samples, list(graded.values()))
 
     def write(self, result: EvaluationResult) -> None:

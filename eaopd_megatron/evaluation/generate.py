@@ -19,7 +19,7 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex, read_prompts
+from eaopd_megatron.evaluation.folder import EvaluationFolder, ResponseFile, SampleIndex, read_prompts
 from eaopd_megatron.evaluation.grading import DecodedResponse
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
 from eaopd_megatron.rollout.sglang.requests import GenerateRequest, LengthLimits, required_context_length
@@ -79,17 +79,21 @@ def generate_on_rank(work: dict[str, Any]) -> None:
             samples = rollout.generate([prompts[problem] for problem, _ in batch], keys, sampling, 0)
             if parallel.is_main:
                 store.append(
-                    DecodedResponse(
-                        *place,
-                        tokenizer.decode(one.response_ids, skip_special_tokens=True),
-                        len(one.response_ids),
-                        one.finish_reason,
-                    )
+                    decode_response(tokenizer, source.vocab_size, place, one.response_ids, one.finish_reason)
                     for place, one in zip(batch, samples, strict=True)
                     if place in missing
                 )
                 print(f"{name}: {min(start + batch_size, len(every))} of {len(every)} responses", flush=True)
     groups.shutdown_distributed()
+
+
+def decode_response(
+    tokenizer: Any, vocab_size: int, place: SampleIndex, token_ids: Sequence[int], finish_reason: str
+) -> DecodedResponse:
+    """Return a response as text. As in training, a token id outside the vocabulary ends it, as cut off."""
+    end = next((i for i, token in enumerate(token_ids) if not 0 <= token < vocab_size), len(token_ids))
+    text = str(tokenizer.decode(list(token_ids[:end]), skip_special_tokens=True))
+    return DecodedResponse(*place, text, end, finish_reason if end == len(token_ids) else "length")
 
 
 def check_length(positions: int, response: int, setting: str = "--max-response-tokens ") -> int:
@@ -136,25 +140,24 @@ def generate_on_servers(
                 GenerateRequest(f"{problem}-{sample}", prompts[name][problem].token_ids, sampling)
                 for problem, sample in places
             ]
-            loop.run(_write(pool.run(calls), folder, name, len(places), tokenizer, report))
+            decode = partial(decode_response, tokenizer, model.vocab_size)
+            loop.run(_write(pool.run(calls), folder.response_file(name), len(places), decode, report))
 
 
 async def _write(
     answers: AsyncGenerator[Any],
-    folder: EvaluationFolder,
-    name: str,
+    store: ResponseFile,
     count: int,
-    tokenizer: Any,
+    decode: Callable[[SampleIndex, Sequence[int], str], DecodedResponse],
     report: Callable[[str], None],
 ) -> None:
-    store, finished = folder.response_file(name), 0
+    finished = 0
     async for answer in answers:
         problem, sample = map(int, answer.id.split("-"))
-        text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-        store.append([DecodedResponse(problem, sample, text, len(answer.token_ids), answer.finish_reason)])
+        store.append([decode((problem, sample), answer.token_ids, answer.finish_reason)])
         finished += 1
         if finished % _REPORT_EVERY == 0 or finished == count:
-            report(f"{name}: {finished} of {count} responses")
+            report(f"{store.path.stem}: {finished} of {count} responses")
 
 
 @contextlib.contextmanager

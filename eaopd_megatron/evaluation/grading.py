@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -47,6 +48,12 @@ class DecodedResponse:
     tokens: int
     finish_reason: str
 
+    def check(self) -> None:
+        """Raise TypeError for a value of another type, as a damaged file may hold it."""
+        texts, numbers = (self.text, self.finish_reason), (self.problem, self.sample, self.tokens)
+        if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+            raise TypeError("no response")
+
 
 def grade_problems(
     grader: Grader, prompts: Sequence[Prompt], responses: Sequence[DecodedResponse]
@@ -60,8 +67,16 @@ def grade_problems(
     for problem, samples in by_problem.items():
         truncated = [response.finish_reason == "length" for _, response in samples]
         lengths = [response.tokens for _, response in samples]
-        results[problem] = ProblemResult.from_grades(prompts[problem].id, [g for g, _ in samples], truncated, lengths)
+        one, grades = prompts[problem], [grade for grade, _ in samples]
+        results[problem] = ProblemResult.from_grades(one.id, grades, truncated, lengths, problem_digest(one.problem))
     return results
+
+
+def problem_digest(problem: Problem) -> str:
+    """Return a digest of a problem's text, whatever its spaces; of all its fields but the gold if it has no text."""
+    rest = {key: value for key, value in problem.items() if key not in ("answer", "id")}
+    text = problem.get("problem") or json.dumps(rest, sort_keys=True, default=str)
+    return hashlib.sha256(" ".join(str(text).split()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def grade_responses(grader: Grader, items: Sequence[tuple[Problem, str]]) -> list[Grade]:

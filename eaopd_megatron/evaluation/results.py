@@ -14,7 +14,7 @@ from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import estimators
 from eaopd_megatron.evaluation.estimators import Estimate, FloatArray, IntArray
-from eaopd_megatron.utils.files import atomic_write
+from eaopd_megatron.utils.files import atomic_write, read_json
 
 _MEAN = "mean"
 """Row of the mean over benchmarks; each benchmark has the same weight."""
@@ -23,7 +23,6 @@ _NOTE = (
     "answers in notations that the strict comparison does not read count as right, too. errors: answers whose "
     "comparison raised or ran out of time; they count as wrong."
 )
-_CHANGE_NOTE = "Differences with 95 % paired bootstrap intervals over problems; bold if the interval excludes 0."
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class ProblemResult:
 
     For sample s: correct[s], lenient[s] (right, possibly in another notation), keys[s] (its answer, None without one),
     truncated[s] (cut off at the length limit) and lengths[s] (tokens). errors: number of samples whose grader raised or
-    ran out of time.
+    ran out of time. digest: of the problem's text, by which evaluations are compared.
     """
 
     id: str
@@ -63,15 +62,16 @@ class ProblemResult:
     truncated: tuple[bool, ...]
     lengths: tuple[int, ...]
     errors: int = 0
+    digest: str = ""
 
     @classmethod
     def from_grades(
-        cls, id: str, grades: Sequence[Grade], truncated: Sequence[bool], lengths: Sequence[int]
+        cls, id: str, grades: Sequence[Grade], truncated: Sequence[bool], lengths: Sequence[int], digest: str = ""
     ) -> ProblemResult:
         """Collect a problem's grades with truncated[s] and lengths[s] (tokens) of each sample."""
         correct, lenient = tuple(one.correct for one in grades), tuple(one.lenient for one in grades)
         keys, errors = tuple(one.key for one in grades), sum(one.error for one in grades)
-        return cls(id, correct, lenient, keys, tuple(truncated), tuple(lengths), errors)
+        return cls(id, correct, lenient, keys, tuple(truncated), tuple(lengths), errors, digest)
 
     @property
     def distinct_correct(self) -> int:
@@ -179,7 +179,7 @@ class EvaluationResult:
     def read(cls, path: Path) -> EvaluationResult:
         """Read a file of `write` and recompute the figures from the grades. Raise UserError if it is damaged."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, str(path.parent))
             benchmarks = {
                 name: summarise(name, entry["samples"], [_problem_from_json(row) for row in entry["results"]])
                 for name, entry in content["benchmarks"].items()
@@ -206,7 +206,7 @@ def figures_json(result: EvaluationResult) -> dict[str, dict[str, Any]]:
     "grader_errors"}}. `stopped` is the share of samples that ended by themselves, 1 - `truncated`.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for name, benchmarks in _with_mean({name: [one] for name, one in result.benchmarks.items()}).items():
+    for name, benchmarks in rows_with_mean({name: [one] for name, one in result.benchmarks.items()}).items():
         samples = min(benchmark.samples for benchmark in benchmarks)
         figures = ["avg", f"pass@{samples}", "majority", "lenient_avg", "truncated", "stopped", "length"]
         rows[name] = {
@@ -235,61 +235,37 @@ def results_markdown(result: EvaluationResult) -> str:
     rows = []
     for name, row in figures_json(result).items():
         samples = row["samples"]
-        shares = [_percent(Estimate(**row[key])) for key in ("avg", f"pass@{samples}", "majority", "lenient_avg")]
+        shares = [format_percent(Estimate(**row[key])) for key in ("avg", f"pass@{samples}", "majority", "lenient_avg")]
         rows.append([name, f"{row['problems']} × {samples}", *shares, f"{row['stopped']['value']:.1%}",
                      f"{row['length']['value']:.0f}", str(row["grader_errors"])])  # fmt: skip
-    return f"{_table(heads, rows)}\n{_NOTE}\n"
+    return f"{markdown_table(heads, rows)}\n{_NOTE}\n"
 
 
-def paired_changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, dict[str, Estimate]]:
-    """Return after - before of avg and of pass at the largest common k, per benchmark and for their mean.
-
-    Benchmarks whose problems differ between the two results are left out.
-    """
-    pairs: dict[str, list[tuple[BenchmarkResult, BenchmarkResult]]] = {}
-    for name, one in before.benchmarks.items():
-        other = after.benchmarks.get(name)
-        if other is not None and [r.id for r in one.results] == [r.id for r in other.results]:
-            pairs[name] = [(one, other)]
-    changes: dict[str, dict[str, Estimate]] = {}
-    for name, row in _with_mean(pairs).items():
-        k = min(benchmark.samples for pair in row for benchmark in pair)
-        for figure in ("avg", f"pass@{k}"):
-            differences = [_values(other, figure) - _values(one, figure) for one, other in row]
-            changes.setdefault(name, {})[figure] = estimators.estimate_mean_of_groups(differences)
-    return changes
-
-
-def changes_markdown(changes: Mapping[str, Mapping[str, Estimate]]) -> str:
-    """Return a table of `paired_changes` with a row per benchmark."""
-    rows = []
-    for name, row in changes.items():
-        cells = [(_percent(change, sign="+"), change.excludes_zero) for change in row.values()]
-        rows.append([name, *(f"**{cell}**" if bold else cell for cell, bold in cells), list(row)[1]])
-    return f"{_table(['benchmark', 'avg@k', 'pass@k', 'k'], rows)}\n{_CHANGE_NOTE}\n"
-
-
-def _with_mean(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def rows_with_mean(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return the rows of benchmarks and, if there are several, the row of their mean."""
     everything = [one for row in rows.values() for one in row]
     return {**rows, _MEAN: everything} if len(everything) > 1 else rows
 
 
 def _mean(benchmarks: Sequence[BenchmarkResult], figure: str) -> Estimate:
-    return estimators.estimate_mean_of_groups([_values(benchmark, figure) for benchmark in benchmarks])
+    return estimators.estimate_mean_of_groups([values_per_problem(benchmark, figure) for benchmark in benchmarks])
 
 
-def _values(benchmark: BenchmarkResult, figure: str) -> FloatArray:
+def values_per_problem(benchmark: BenchmarkResult, figure: str) -> FloatArray:
+    """Return a figure per problem [problems]; `avg` is `avg@n` of its n samples."""
     if figure == "stopped":
         return 1.0 - benchmark.per_problem("truncated")
     of_all = figure in ("avg", "lenient_avg", "majority")
     return benchmark.per_problem(f"{figure}@{benchmark.samples}" if of_all else figure)
 
 
-def _percent(value: Estimate, sign: str = "") -> str:
+def format_percent(value: Estimate, sign: str = "") -> str:
+    """Return an estimate in percent, with its interval."""
     numbers = [format(100 * number + 0.0, f"{sign}.1f") for number in value]
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

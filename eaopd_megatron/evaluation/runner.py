@@ -30,7 +30,7 @@ class Benchmark:
     ) -> Benchmark:
         """Load a benchmark, or its `first` problems, as `load_prompts` does."""
         prompts = load_prompts(source, builder, first=first, report=report)
-        return cls(benchmark_name(source), prompts, grader_for(source))
+        return cls(benchmark_name(source), prompts, grader_for(source, [prompt.problem for prompt in prompts]))
 
 
 @dataclass(frozen=True)

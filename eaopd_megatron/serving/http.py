@@ -306,7 +306,7 @@ def read_api_key(path: Path) -> str:
     """Return the API key in a file that only its owner can read (mode 0600). Raises UserError."""
     try:
         mode = stat.S_IMODE(os.stat(path).st_mode)
-        key = path.read_text(encoding="utf-8").strip()
+        key = path.read_text(encoding="utf-8-sig").strip()
     except OSError as error:
         raise UserError(f"the API key cannot be read from {path}: {error.strerror}") from None
     if mode & 0o077:

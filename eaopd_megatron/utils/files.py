@@ -17,7 +17,7 @@ from eaopd_megatron.errors import UserError
 def read_json(path: Path, label: str) -> dict[str, Any]:
     """Return the object in a JSON file. Raises UserError, starting with `label`, that names the file and the fault."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{label}: {path.name} is missing") from None
     except json.JSONDecodeError as error:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import estimators, results
+from eaopd_megatron.evaluation.comparison import compare_results
 from eaopd_megatron.evaluation.estimators import (
     avg_at_k,
     estimate_mean,
@@ -218,14 +220,76 @@ def test_the_table_shows_the_figures_of_the_results() -> None:
 
 def test_changes_are_paired_and_zero_for_equal_results() -> None:
     one, other = two_benchmarks(0.5), two_benchmarks(0.7)
-    same = results.paired_changes(one, one)
+    same = compare_results(one, one).changes
     assert {(change.value, change.low, change.high) for row in same.values() for change in row.values()} == {(0, 0, 0)}
-    changes = results.paired_changes(one, other)
+    compared = compare_results(one, other)
+    changes = compared.changes
     assert list(changes) == ["easy", "hard", "mean"] and changes["mean"]["avg"].excludes_zero
     unpaired = one.benchmarks["easy"].per_problem("avg@4").std() * 2 * 1.96 / np.sqrt(40)
     assert changes["easy"]["avg"].high - changes["easy"]["avg"].low < 1.5 * unpaired
-    assert "**+" in results.changes_markdown(changes)
-    assert "easy" not in results.paired_changes(one, two_benchmarks(0.7, problems=30))
+    assert "**+" in compared.to_markdown()
+
+
+def renamed(result: EvaluationResult, *, ids: bool = True, digests: bool = True) -> EvaluationResult:
+    """The same results under other ids, or with other problems behind the ids."""
+    found = {}
+    for name, one in result.benchmarks.items():
+        rows = [
+            replace(row, id=str(i) if ids else row.id, digest=f"{'same' if digests else name}-{i}")
+            for i, row in enumerate(one.results)
+        ]
+        found[name] = summarise(name, one.samples, rows)
+    return EvaluationResult(0, found)
+
+
+def test_problems_are_compared_by_their_texts_and_the_others_are_counted() -> None:
+    """Not by ids, which are numbers of rows."""
+    before, after = renamed(two_benchmarks(0.5)), renamed(two_benchmarks(0.7, problems=30), ids=False)
+    last = after.benchmarks["easy"].results[::-1]
+    after = EvaluationResult(0, {"easy": summarise("easy", 4, last), "new": after.benchmarks["hard"]})
+    compared = compare_results(before, after)
+    assert compared.counts == {"easy": (30, 10, 0), "hard": (0, 40, 0), "new": (0, 0, 30)}
+    assert list(compared.changes) == ["easy"]
+    rates = [one.benchmarks["easy"].per_problem("avg@4")[:30] for one in (two_benchmarks(0.5), two_benchmarks(0.7))]
+    assert compared.changes["easy"]["avg"].value == pytest.approx((rates[1] - rates[0]).mean())
+    assert "easy: 30 problems are in both evaluations; left out are 10 of the other one" in compared.to_markdown()
+
+
+def test_a_problem_that_a_benchmark_has_twice_is_compared_twice() -> None:
+    rows = [replace(row, digest="same") for row in two_benchmarks(0.5).benchmarks["easy"].results[:3]]
+    one = EvaluationResult(0, {"easy": summarise("easy", 4, rows)})
+    other = EvaluationResult(0, {"easy": summarise("easy", 4, rows[:2])})
+    assert compare_results(one, other).counts == {"easy": (2, 1, 0)}
+
+
+def test_evaluations_without_a_common_problem_are_not_compared() -> None:
+    one, other = renamed(two_benchmarks(0.5)), renamed(two_benchmarks(0.5), digests=False)
+    with pytest.raises(UserError, match="--compare: the problems of easy, hard are other ones there"):
+        compare_results(one, other)
+    with pytest.raises(UserError, match="--compare: no benchmark is in both evaluations: countdown there, easy, hard"):
+        compare_results(example(), one)
+
+
+def test_settings_that_differ_are_named_beside_a_comparison() -> None:
+    result = two_benchmarks(0.5)
+    before: dict[str, Any] = {
+        "model": "a",
+        "samples": 4,
+        "seed": 1,
+        "template": "chat",
+        "suffixes": {"easy": "", "x": "."},
+    }
+    after = {**before, "model": "b", "template": "raw", "suffixes": {"easy": "Box it."}}
+    before["sampling"] = SamplingParams(1.0, 0.8, 64, (7, 8)).to_json()
+    after["sampling"] = SamplingParams(0.6, 0.8, 64, (7, 8)).to_json()
+    compared = compare_results(result, result, (before, after))
+    assert compared.differences == [
+        "temperature was 1.0, is 0.6",
+        "template was 'chat', is 'raw'",
+        "suffix of easy was '', is 'Box it.'",
+    ]
+    assert "Other settings: temperature was 1.0, is 0.6." in compared.to_markdown()
+    assert compare_results(result, result, (before, before)).differences == []
 
 
 def test_pass_at_k_curves_are_drawn_for_every_k() -> None:

@@ -240,8 +240,8 @@ def test_a_grader_that_raises_scores_0_and_is_counted(monkeypatch: pytest.Monkey
 
 
 def test_countdown_is_graded_by_its_own_checker_and_survives_broken_problems() -> None:
-    countdown = grader_for("countdown")
     problem = {"numbers": [2, 3, 4], "target": 10}
+    countdown = grader_for("countdown", [problem])
     assert countdown(problem, "2 * 3 = 6 ; 6 + 4 = 10 ;").correct
     assert countdown(problem, "3 * 2 = 6 ; 4 + 6 = 10 ;").key == countdown(problem, "2 * 3 = 6 ; 6 + 4 = 10 ;").key
     assert not countdown(problem, "2 + 3 = 5 ; 5 + 4 = 9 ;").correct
@@ -251,7 +251,7 @@ def test_countdown_is_graded_by_its_own_checker_and_survives_broken_problems() -
 def test_a_missing_math_verify_is_named_before_the_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install math-verify"):
-        grader_for("math500")
+        grader_for("math500", [{"answer": "1"}])
 
 
 def test_benchmarks_are_reported_under_a_short_name() -> None:
