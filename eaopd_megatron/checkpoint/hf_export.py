@@ -14,7 +14,7 @@ import torch.distributed as dist
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import RankMap, shard_placement, shard_shape
 from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor, TensorWriter
-from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.collective_errors import raise_on_all
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks
@@ -77,7 +77,7 @@ def run_on_main(tensors: NamedTensors, parallel: ParallelState, work: Callable[[
             error = raised
     for _ in tensors:
         pass
-    run_on_all_or_raise(parallel, lambda: _raise(error))
+    raise_on_all(parallel, error)
     return result
 
 
@@ -102,11 +102,6 @@ def export_hf(
     written = dtype or next(iter(parameters.values())).dtype
     tensors = gather_hf_tensors(parameters, hf_source, parallel)
     run_on_main(tensors, parallel, lambda found: write_hf(found, hf_source, out, written, max_shard_bytes))
-
-
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
 
 
 def _entries(folder: HfFolder) -> list[MappedParam]:

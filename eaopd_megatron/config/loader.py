@@ -106,7 +106,7 @@ def _warn_on_stderr(line: str) -> None:
 
 
 def _names_model(key: str) -> bool:
-    return key in _MODEL_KEYS or (key.startswith("teachers.") and key.endswith(".model"))
+    return aliases.teacher_schema_key(key) in _MODEL_KEYS
 
 
 def _complete_teachers(merged: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from eaopd_megatron.distributed.collective_errors import describe_error, run_on_all_or_raise
+from eaopd_megatron.distributed.collective_errors import describe_error, raise_on_all
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import ServiceUnavailable, StopRequested, UserError
 
@@ -72,20 +72,12 @@ def wait_on_all_ranks(
         if number:
             raise StopRequested(number)
         if failed:
-            _raise_on_all_ranks(parallel, error)
+            try:
+                raise_on_all(parallel, error)
+            except UserError as first:
+                raise ServiceUnavailable(str(first)) from None
         if not any_waiting:
             return
-
-
-def _raise_on_all_ranks(parallel: ParallelState, error: Exception | None) -> None:
-    def raise_local() -> None:
-        if error is not None:
-            raise error
-
-    try:
-        run_on_all_or_raise(parallel, raise_local)
-    except UserError as first:
-        raise ServiceUnavailable(str(first)) from None
 
 
 def _next_event(events: Iterator[T | None], stop_signal: Callable[[], int]) -> tuple[str, Any]:

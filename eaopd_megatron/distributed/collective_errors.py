@@ -33,6 +33,16 @@ def run_on_all_or_raise(parallel: ParallelState, work: Callable[[], T], group: d
     return result
 
 
+def raise_on_all(parallel: ParallelState, error: Exception | None) -> None:
+    """Raise the lowest failed rank's error on all ranks, if any has one. Collective."""
+
+    def raise_own() -> None:
+        if error is not None:
+            raise error
+
+    run_on_all_or_raise(parallel, raise_own)
+
+
 def first_error(failed: Mapping[int, ErrorDescription]) -> Exception:
     """Return the error of the lowest failed rank."""
     rank = min(failed)

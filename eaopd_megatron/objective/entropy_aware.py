@@ -97,7 +97,7 @@ def entropy_aware_loss(
         kept_logits = None
         if teacher_logits is not None and student_logits.requires_grad:
             kept_logits, saved = _keep_needed_rows(teacher_logits, saved)
-    loss = _WithGradient.apply(student_logits, kept_logits, _HiddenLoss(losses.loss), saved, inplace_backward)
+    loss = _WithGradient.apply(student_logits, kept_logits, (losses.loss,), saved, inplace_backward)
     return replace(losses, loss=loss)
 
 
@@ -307,23 +307,17 @@ def _keep_needed_rows(teacher: Tensor, saved: BackwardContext) -> tuple[Tensor |
     return teacher[rows], replace(saved, teacher_rows=rows)
 
 
-@dataclass(frozen=True)
-class _HiddenLoss:
-    """Hides a tensor from autograd, which would treat it as an input."""
-
-    loss: Tensor
-
-
 class _WithGradient(torch.autograd.Function):
-    """Attach the gradient over the student's logits to a loss that is computed already."""
+    """Attach the gradient over the student's logits to a loss that is computed already, in a tuple: autograd would take
+    a bare tensor for an input."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor | None, hidden: _HiddenLoss, saved: BackwardContext, inplace: bool
+        ctx: Any, student: Tensor, teacher: Tensor | None, loss: tuple[Tensor], saved: BackwardContext, inplace: bool
     ) -> Tensor:
         ctx.save_for_backward(student, teacher)
         ctx.saved, ctx.inplace = saved, inplace
-        return hidden.loss
+        return loss[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -112,8 +112,8 @@ def linear_entropy_aware_loss(
     if full is not None and not coefficients.reverse and coefficients.forward is None:
         full = None
     kept = (None, None) if full is None else (full.hidden, full.weight)
-    arguments = _NonTensorArgs(losses.loss, saved, hidden_grad == "all_reduce")
-    loss = _WithGradient.apply(student_hidden, student_head_weight, *kept, arguments)
+    arguments = (losses.loss,), saved, hidden_grad == "all_reduce"
+    loss = _WithGradient.apply(student_hidden, student_head_weight, *kept, *arguments)
     return replace(losses, loss=loss)
 
 
@@ -231,17 +231,9 @@ def _tiled_partial_stats(
     return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
 
 
-@dataclass(frozen=True)
-class _NonTensorArgs:
-    """What backward needs besides the tensors that autograd tracks; also hides the loss from it."""
-
-    loss: Tensor
-    saved: BackwardContext
-    reduce: bool
-
-
 class _WithGradient(torch.autograd.Function):
-    """Attach the gradients over hidden states and head to a loss that is computed already."""
+    """Attach the gradients over hidden states and head to a loss that is computed already, in a tuple: autograd would
+    take a bare tensor for an input."""
 
     @staticmethod
     def forward(
@@ -250,11 +242,13 @@ class _WithGradient(torch.autograd.Function):
         weight: Tensor,
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
-        arguments: _NonTensorArgs,
+        loss: tuple[Tensor],
+        saved: BackwardContext,
+        reduce: bool,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight)
-        ctx.saved, ctx.reduce = arguments.saved, arguments.reduce
-        return arguments.loss
+        ctx.saved, ctx.reduce = saved, reduce
+        return loss[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -271,7 +265,7 @@ class _WithGradient(torch.autograd.Function):
             # not every backend transfers empty tensors
             dist.all_reduce(grad_hidden if grad_hidden.numel() else upstream.new_zeros(1), group=saved.shard.group)
             grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _gradients(

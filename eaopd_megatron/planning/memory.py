@@ -228,7 +228,7 @@ def remote_teacher_memory(teacher: PlannedTeacher, work: Workload, reserve: floa
     layout = teacher.layout
     if teacher.placement == "served":
         weights = _teacher("weights", teacher.weights(layout, 0), "always")
-        share = teacher.memory_fraction * limit
+        share = teacher.mem_fraction_static * limit
         cache = _teacher("key-value cache", max(0.0, share - weights.bytes), "always")
         return GpuMemory(0, (weights, cache), limit - share)
     memories = []

@@ -233,8 +233,8 @@ def _server_line(plan: Plan) -> str:
     servers = planner.servers or PlannedServers()
     tokens = servers.cached_tokens(shape, element, planner.limit * GiB)
     share = (
-        f"{servers.memory_fraction:.0%} of its memory: weights {_gib(servers.weights(shape, element))} GiB, key-value "
-        f"cache of {max(0, tokens):,.0f} tokens"
+        f"{servers.mem_fraction_static:.0%} of its memory: weights {_gib(servers.weights(shape, element))} GiB, "
+        f"key-value cache of {max(0, tokens):,.0f} tokens"
     )
     if planner.servers is None:
         sync = _gib(traffic.weight_sync_traffic(shape, 1, element).bytes)
@@ -245,8 +245,8 @@ def _server_line(plan: Plan) -> str:
     where = "the trainer's GPUs" if servers.colocated else f"{servers.gpus} more GPUs"
     return (
         f"servers: {servers.count} on {where}, {_short(servers.layout)} each, {share}: "
-        f"{int(tokens // planner.work.longest):,} of the longest responses at a time, at most {servers.max_running}; "
-        f"{_gib(planner.weight_sync(servers, plan.layout).bytes)} GiB an iteration for weights"
+        f"{int(tokens // planner.work.longest):,} of the longest responses at a time, at most "
+        f"{servers.max_concurrent_requests}; {_gib(planner.weight_sync(servers, plan.layout).bytes)} GiB an iteration for weights"
     )
 
 

@@ -48,14 +48,6 @@ class LayoutOption:
         generation, total = self.seconds["generation"], sum(self.seconds.values())
         return max(generation, total - generation) if self.ahead else total
 
-    def overrides(self, layout: PlannedLayout, work: Workload) -> str:
-        """Return the overrides that turn a recipe of that layout and workload into this option; changes come first."""
-        ours, theirs = ({**asdict(one), **asdict(other)} for one, other in ((self.layout, self.work), (layout, work)))
-        names = [name for name in _OVERRIDE_KEYS if ours[name] != theirs[name]]
-        if "data_parallel" not in names:
-            names.append("data_parallel")  # the recipe may leave it to the number of ranks
-        return " ".join(f"{_OVERRIDE_KEYS[name]}={str(ours[name]).lower()}" for name in names)
-
 
 @dataclass(frozen=True)
 class LayoutSearch:
@@ -102,32 +94,28 @@ class Planner:
     def clock(self, work: Workload) -> TimeEstimates:
         return TimeEstimates(self.gpu, self.assumed, work)
 
-    def _placed_teachers(self, apart: bool) -> tuple[PlannedTeacher, ...]:
-        """Return the teachers as the recipe places them, or (apart) all on GPUs of their own."""
-        return tuple(teacher.on_own_gpus() for teacher in self.teachers) if apart else self.teachers
-
-    def memory(self, layout: PlannedLayout, work: Workload, *, apart: bool = False) -> GpuMemory:
+    def memory(self, layout: PlannedLayout, work: Workload) -> GpuMemory:
         """Return the memory of the student's fullest GPU."""
-        ours = StudentGpus(self.student.shape, self._placed_teachers(apart), layout, work, self.assumed.reserve * GiB)
+        ours = StudentGpus(self.student.shape, self.teachers, layout, work, self.assumed.reserve * GiB)
         if self.servers and self.servers.colocated:
-            server, process = self.servers.memory_fraction * self.limit * GiB, self.assumed.server_process * GiB
+            server, process = self.servers.mem_fraction_static * self.limit * GiB, self.assumed.server_process * GiB
             ours = replace(ours, writer="colocated servers", server=server, process=process)
         elif self.servers:
             ours = replace(ours, writer="servers elsewhere")
         return ours.memory()
 
-    def option(self, layout: PlannedLayout, work: Workload, *, apart: bool = False) -> LayoutOption:
+    def option(self, layout: PlannedLayout, work: Workload) -> LayoutOption:
         """Return memory and time of one choice. Remote teachers take no time: they score during generation."""
         clock, student, servers = self.clock(work), self.student.shape, self.servers
         generation = clock.served(student, servers, self.limit * GiB) if servers else clock.generation(student, layout)
         seconds = {"generation": generation}
-        if here := [teacher for teacher in self._placed_teachers(apart) if teacher.colocated]:
+        if here := [teacher for teacher in self.teachers if teacher.colocated]:
             seconds["teacher"] = sum(self._scoring(teacher, layout, clock, len(here)) for teacher in here)
         seconds["student"] = work.updates * clock.update(student, layout)
         seconds["optimiser"] = work.updates * clock.step(student, layout)
         seconds["weight sync"] = 0.0 if servers is None else clock.sent([self.weight_sync(servers, layout)])
-        memory = self.memory(layout, work, apart=apart)
-        return LayoutOption(layout, work, memory, seconds, ahead=servers is not None and servers.ahead)
+        ahead = servers is not None and servers.ahead
+        return LayoutOption(layout, work, self.memory(layout, work), seconds, ahead=ahead)
 
     def weight_sync(self, servers: PlannedServers, layout: PlannedLayout) -> traffic.TrafficFlow:
         """Return the traffic of an iteration's weight update."""
@@ -143,40 +131,41 @@ class Planner:
             seconds += times * clock.fetched(teacher.weights(layout, 0, self.student.shape.vocab))
         return seconds
 
-    def refusals(self, layout: PlannedLayout, *, apart: bool = False, names: bool = False) -> list[str]:
+    def refusals(self, layout: PlannedLayout, *, names: bool = False) -> list[str]:
         """Return why the layout cannot hold the student or a colocated teacher. names: with the models' names.
 
         Expert parallelism applies to the models that have experts.
         """
-        models = self._colocated_models(apart)
-        experts = any(model.shape.experts for model in models.values())
-        found = []
-        for key, model in models.items():
+        found, experts = [], self._has_experts
+        for key, model in self._colocated_models.items():
             its = layout.without_experts() if experts and not model.shape.experts else layout
             found += layout_refusals(model.shape, its, f"{key}.model: {model.name}" if names else f"{key}.model")
         return found
 
-    def _colocated_models(self, apart: bool) -> dict[str, ModelInfo]:
-        """Return the models on the student's GPUs by their section of the recipe."""
-        here = {teacher.key: teacher.model for teacher in self._placed_teachers(apart) if teacher.colocated}
-        return {"student": self.student, **here}
+    @property
+    def _colocated_models(self) -> dict[str, ModelInfo]:
+        """The models on the student's GPUs by their section of the recipe."""
+        return {"student": self.student, **{one.key: one.model for one in self.teachers if one.colocated}}
 
-    def search(self, gpus: int, *, apart: bool = False) -> LayoutSearch:
+    @property
+    def _has_experts(self) -> bool:
+        return any(model.shape.experts for model in self._colocated_models.values())
+
+    def search(self, gpus: int) -> LayoutSearch:
         """Try every layout of `gpus` GPUs."""
         fitting: list[LayoutOption] = []
         unsupported: dict[PlannedLayout, str] = {}
         too_large = []
-        experts = any(model.shape.experts for model in self._colocated_models(apart).values())
-        for layout in enumerate_layouts(gpus, experts=experts):
-            if reasons := self.refusals(layout, apart=apart):
+        for layout in enumerate_layouts(gpus, experts=self._has_experts):
+            if reasons := self.refusals(layout):
                 unsupported[layout] = reasons[0]
                 continue
             for work in _smaller_workloads(self.work):
-                if self.fits(self.memory(layout, work, apart=apart)):
-                    fitting.append(self.option(layout, work, apart=apart))
+                if self.fits(self.memory(layout, work)):
+                    fitting.append(self.option(layout, work))
                     break
             else:
-                too_large.append(self.option(layout, self.work, apart=apart))
+                too_large.append(self.option(layout, self.work))
         fastest = min((option.total for option in fitting), default=1.0)
 
         def rank(option: LayoutOption) -> tuple[int, float, float]:
@@ -205,8 +194,8 @@ class Planner:
         work, layout, clock = self.work, teacher.layout, self.clock(self.work)
         memory = remote_teacher_memory(teacher, work, self.assumed.reserve * GiB, self.limit * GiB)
         tokens = work.prompts * clock.sequence / layout.data_parallel / teacher.replicas
-        rows, gpus = work.prompts * clock.response, layout.gpus * teacher.replicas
-        payload = traffic.payload_traffic(rows, teacher.bytes_per_token, gpus)
+        sent = work.prompts * clock.response * teacher.bytes_per_token / (layout.gpus * teacher.replicas)
+        payload = traffic.TrafficFlow("teacher's answers (HTTP)", sent, traffic.ACROSS_HOSTS)
         head = teacher.signal == "topk"
         seconds = clock.scoring(teacher.shape, layout, tokens, head=head, element=teacher.element)
         most = work.prompts * work.longest_response * teacher.bytes_per_token
@@ -249,7 +238,7 @@ class Plan:
             return []
         weights = servers.weights(student, work.student_element) / GiB
         return [
-            f"servers.mem_fraction_static={servers.memory_fraction:g} of {limit:g} GiB holds the student's weights "
+            f"servers.mem_fraction_static={servers.mem_fraction_static:g} of {limit:g} GiB holds the student's weights "
             f"({weights:.1f} GiB a GPU) and {max(0, int(room)):,} tokens, fewer than the {work.longest:,} of a prompt "
             "and its response; raise servers.mem_fraction_static or servers.tensor_parallel"
         ]
@@ -282,8 +271,9 @@ class Plan:
 
     @cached_property
     def alone(self) -> LayoutSearch:
-        """The student's layouts without any teacher."""
-        return self.planner.search(self.gpus, apart=True)
+        """The student's layouts with every teacher on GPUs of its own."""
+        teachers = tuple(teacher.on_own_gpus() for teacher in self.planner.teachers)
+        return replace(self.planner, teachers=teachers).search(self.gpus)
 
     @cached_property
     def separate(self) -> SeparateTeacherPlan | None:
@@ -291,8 +281,12 @@ class Plan:
         return self.planner.separate(self.planner.largest_teacher)
 
     def overrides(self, option: LayoutOption) -> str:
-        """Return the overrides that turn the recipe into this option."""
-        return option.overrides(self.layout, self.planner.work)
+        """Return the overrides that turn the recipe into this option; changes come first."""
+        ours, theirs = {**asdict(self.layout), **asdict(self.planner.work)}, asdict(option.layout) | asdict(option.work)
+        names = [name for name in _OVERRIDE_KEYS if ours[name] != theirs[name]]
+        if "data_parallel" not in names:
+            names.append("data_parallel")  # the recipe may leave it to the number of ranks
+        return " ".join(f"{_OVERRIDE_KEYS[name]}={str(theirs[name]).lower()}" for name in names)
 
     def remedy(self) -> str:
         """Return one line: why the recipe does not fit, the key to change, and its new value."""

@@ -159,7 +159,7 @@ class TimeEstimates:
         work, layout = self.work, servers.layout
         each = -(-work.prompts // servers.count)
         room = servers.cached_tokens(shape, work.student_element, limit) / self.sequence
-        together = max(1, min(servers.max_running, each, int(room)))
+        together = max(1, min(servers.max_concurrent_requests, each, int(room)))
         step = self._decode_step(shape, layout, together, self.assumed.graph_layer)
         steps = max(work.longest_response, each * self.response / together)
         return steps * step + self.scoring(shape, layout, each * (self.sequence - self.response), head=False)

@@ -10,7 +10,7 @@ from eaopd_megatron.objective.settings import EXCHANGE_FLOATS_PER_TOKEN
 from eaopd_megatron.planning.activations import FP32_BYTES
 from eaopd_megatron.planning.workload import PlannedLayout
 
-_ACROSS_HOSTS = 10**6  # GPUs
+ACROSS_HOSTS = 10**6  # GPUs
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,6 @@ def ring_share(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def forward_traffic(shape: ModelShape, layout: PlannedLayout, tokens: float, element: int) -> list[TrafficFlow]:
-    """Return the traffic of a forward pass over `tokens` tokens (before the context-parallel split)."""
-    return _layer_traffic(shape, layout, tokens, element, backward=False)
-
-
 def training_traffic(
     shape: ModelShape, layout: PlannedLayout, tokens: float, rows: float, element: int
 ) -> list[TrafficFlow]:
@@ -41,7 +36,7 @@ def training_traffic(
     exchange = ring_share(tp) * tp * rows * EXCHANGE_FLOATS_PER_TOKEN * FP32_BYTES
     if not layout.sequence_parallel:  # the hidden states' gradient; else a part of the gather's backward
         exchange += 2 * ring_share(tp) * rows * shape.hidden * FP32_BYTES
-    layers = _layer_traffic(shape, layout, tokens, element, backward=True)
+    layers = forward_traffic(shape, layout, tokens, element, backward=True)
     return [*layers, TrafficFlow("objective", exchange, tp)]
 
 
@@ -64,19 +59,16 @@ def gradient_traffic(
     return flows
 
 
-def payload_traffic(rows: float, row_bytes: int, gpus: int) -> TrafficFlow:
-    """Return the traffic of a remote teacher over HTTP, to which each of its GPUs contributes."""
-    return TrafficFlow("teacher's answers (HTTP)", rows * row_bytes / gpus, _ACROSS_HOSTS)
-
-
-def weight_sync_traffic(shape: ModelShape, servers: int, element: int, span: int = _ACROSS_HOSTS) -> TrafficFlow:
+def weight_sync_traffic(shape: ModelShape, servers: int, element: int, span: int = ACROSS_HOSTS) -> TrafficFlow:
     """Return the traffic of the student's weights from the first rank's GPU to each server."""
     return TrafficFlow("weights to servers", shape.hf_parameters().total * element * servers, span)
 
 
-def _layer_traffic(
-    shape: ModelShape, layout: PlannedLayout, tokens: float, element: int, *, backward: bool
+def forward_traffic(
+    shape: ModelShape, layout: PlannedLayout, tokens: float, element: int, *, backward: bool = False
 ) -> list[TrafficFlow]:
+    """Return the traffic of the layers' forward (and backward) pass over `tokens` tokens, before the context-parallel
+    split."""
     tp, pp, cp = layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel
     ep = layout.expert_parallel * layout.expert_tensor_parallel
     states = tokens / cp * shape.hidden * element  # of one rank's tokens before the sequence-parallel split

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from eaopd_megatron.config.parallel import ParallelLayout, Recompute
+from eaopd_megatron.config.schema import teacher_key
 from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.models.supported import ModelInfo, find_model, layout_reasons, separate_layout
 from eaopd_megatron.teacher.payload import hidden_state_bytes, top_k_bytes
@@ -182,14 +183,14 @@ class PlannedTeacher:
     offloaded: bool = False  # weights are in host memory unless it scores
     layout: PlannedLayout = field(default_factory=PlannedLayout)
     replicas: int = 1
-    memory_fraction: float = 1.0
+    mem_fraction_static: float = 1.0
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> tuple[PlannedTeacher, ...]:
         """Return the recipe's teachers. Raises UserError for a model that is unknown or not supported."""
         found = []
         for name, options in recipe.named_teachers().items():
-            key = f"teachers.{name}" if name else "teacher"
+            key = teacher_key(name)
             model = find_model(options.model, f"{key}.model", served=options.placement == "served")
             layout = separate_layout(options.parallel_layout, has_experts=bool(model.shape.experts))
             teacher = cls(
@@ -204,7 +205,7 @@ class PlannedTeacher:
                 offloaded=options.offload == "weights",
                 layout=PlannedLayout(**asdict(layout), data_parallel=layout.min_data_parallel_size),
                 replicas=options.replicas,
-                memory_fraction=options.mem_fraction_static,
+                mem_fraction_static=options.mem_fraction_static,
             )
             found.append(teacher)
         return tuple(found)
@@ -255,8 +256,8 @@ class PlannedServers:
     count: int = 1
     tensor_parallel: int = 1
     placement: Literal["separate", "colocated"] = "separate"
-    memory_fraction: float = 0.8
-    max_running: int = 64  # concurrent requests
+    mem_fraction_static: float = 0.8
+    max_concurrent_requests: int = 64  # concurrent requests
     ahead: bool = False  # the next iteration's responses are generated while this one trains
 
     @classmethod
@@ -269,8 +270,8 @@ class PlannedServers:
             count=len(options.urls) or options.count,
             tensor_parallel=options.tensor_parallel,
             placement=options.placement,
-            memory_fraction=options.mem_fraction_static,
-            max_running=options.max_concurrent_requests,
+            mem_fraction_static=options.mem_fraction_static,
+            max_concurrent_requests=options.max_concurrent_requests,
             ahead=recipe.rollout.max_staleness > 0,
         )
 
@@ -294,7 +295,7 @@ class PlannedServers:
 
     def cached_tokens(self, student: ModelShape, element: int, limit: float) -> float:
         """Return the tokens that fit in a server's KV cache for GPUs of `limit` bytes; negative if weights do not."""
-        free = self.memory_fraction * limit - self.weights(student, element)
+        free = self.mem_fraction_static * limit - self.weights(student, element)
         return free / kv_cache_bytes(student, student.layers, self.layout, element)
 
 

@@ -114,7 +114,7 @@ class RemoteTeacher(Generic[C, L]):
         the signal that asks the run to stop, or 0."""
         self.parallel, self.head = parallel, head
         self._backend, self._config, self._replicas = backend, config, replicas
-        self._stop_signal, self._report = stop_signal, report if parallel.is_main else _discard
+        self._stop_signal, self._report = stop_signal, report if parallel.is_main else lambda text: None
         self._loop = EventLoopThread("teacher")
         self._pool: ServerPool[C, L] | None = None
         self._max_tokens = 0
@@ -291,7 +291,3 @@ def _done(work: Sequence[Future[None]]) -> bool:
     for one in finished:
         one.result()
     return not running
-
-
-def _discard(text: str) -> None:
-    """Report nothing: the main rank does."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.config import Recipe, dump_recipe, load_recipe, recipe_differences
+from eaopd_megatron.config.aliases import teacher_schema_key
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.files import atomic_write
 
@@ -22,15 +22,8 @@ _FREE_KEYS = (
     *(f"optimizer.{key}" for key in ("distributed", "overlap", "offload")),
     *(f"teacher.{key}" for key in ("placement", "offload", "replicas", "urls", "listen", "api_key_file")),
     *(f"teacher.{kind}_parallel" for kind in ("tensor", "pipeline", "expert")),
-    *(
-        f"teacher.{key}"
-        for key in (
-            "max_concurrent_requests",
-            "mem_fraction_static",
-            "startup_timeout_minutes",
-            "unavailable_timeout_minutes",
-        )
-    ),
+    *("teacher.max_concurrent_requests", "teacher.mem_fraction_static"),
+    *("teacher.startup_timeout_minutes", "teacher.unavailable_timeout_minutes"),
 )
 """The same for single keys. Keys of `teacher` apply to `teachers.NAME` too."""
 
@@ -76,18 +69,13 @@ class RunFolder:
         if not self.config.exists():
             return
         before = load_recipe(self.config, report=lambda line: None)
+        bound = (one for one in recipe_differences(before, recipe) if not _is_free(one[0]))
+        different = next((f"with {key}={old}, this recipe has {new}" for key, old, new in bound), "")
         if before.teachers.keys() != recipe.teachers.keys():
             old, new = (", ".join(one.teachers) or "one, without a name" for one in (before, recipe))
-            raise UserError(
-                f"{self.path} holds a run whose teachers are {old}, this recipe's are {new}: "
-                "choose another run.folder, or remove that one"
-            )
-        for key, old, new in recipe_differences(before, recipe):
-            if not _is_free(key):
-                raise UserError(
-                    f"{self.path} holds a run with {key}={old}, this recipe has {new}: "
-                    "choose another run.folder, or remove that one"
-                )
+            different = f"whose teachers are {old}, this recipe's are {new}"
+        if different:
+            raise UserError(f"{self.path} holds a run {different}: choose another run.folder, or remove that one")
 
     def write_config(self, recipe: Recipe) -> None:
         """Write the resolved recipe into the folder."""
@@ -95,7 +83,7 @@ class RunFolder:
 
 
 def _is_free(key: str) -> bool:
-    key = re.sub(r"^teachers\.[^.]*\.", "teacher.", key)
+    key = teacher_schema_key(key)
     return key in _FREE_KEYS or key.startswith(_FREE_SECTIONS)
 
 

@@ -26,6 +26,7 @@ def describe_environment() -> dict[str, Any]:
     import torch
 
     cuda = torch.cuda.is_available()
+    installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -34,9 +35,5 @@ def describe_environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda if cuda else None,
-        "packages": {d.metadata["Name"]: d.version for d in sorted(metadata.distributions(), key=_lower_name)},
+        "packages": dict(sorted(installed.items(), key=lambda item: str(item[0]).lower())),
     }
-
-
-def _lower_name(distribution: metadata.Distribution) -> str:
-    return str(distribution.metadata["Name"]).lower()

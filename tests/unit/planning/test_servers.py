@@ -44,7 +44,7 @@ def test_servers_elsewhere_take_the_trainers_memory() -> None:
 
 def test_both_have_the_memory_at_the_same_time() -> None:
     """Gradients, main parameters and moments are away while colocated servers write; weights and teacher stay."""
-    servers = PlannedServers(8, placement="colocated", memory_fraction=0.5)
+    servers = PlannedServers(8, placement="colocated", mem_fraction_static=0.5)
     alone, shared = plan(None).own, plan(servers).own
     assert alone is not None and shared is not None
     before, memory = alone.memory, shared.memory
@@ -61,14 +61,14 @@ def test_both_have_the_memory_at_the_same_time() -> None:
 
 
 def test_a_server_without_room_starts(planned: Callable[..., Any]) -> None:
-    few = plan(PlannedServers(memory_fraction=0.1))
+    few = plan(PlannedServers(mem_fraction_static=0.1))
     assert not few.fits
     assert few.remedy() == (
         "servers.mem_fraction_static=0.1 of 80 GiB holds the student's weights (7.5 GiB a GPU) and 3,696 tokens, fewer "
         "than the 5,120 of a prompt and its response; raise servers.mem_fraction_static or servers.tensor_parallel"
     )
-    assert "and 0 tokens" in plan(PlannedServers(memory_fraction=0.05)).remedy()
-    assert plan(PlannedServers(tensor_parallel=2, memory_fraction=0.1)).fits
+    assert "and 0 tokens" in plan(PlannedServers(mem_fraction_static=0.05)).remedy()
+    assert plan(PlannedServers(tensor_parallel=2, mem_fraction_static=0.1)).fits
     code, shown, said = planned(str(USUAL), "rollout.engine=sglang", "servers.tensor_parallel=3", "--gpus", "8")
     refusal = "servers: Qwen/Qwen3-4B-Base: tensor_parallel=3 does not divide num_attention_heads=32"
     assert (code, said) == (1, f"error: {refusal}\n")
@@ -89,7 +89,7 @@ def test_the_share_that_servers_may_have_is_not_said(planned: Callable[..., Any]
 def test_generation_by_servers_has_the_trainers_time() -> None:
     times = {count: plan(PlannedServers(count)).own.seconds for count in (1, 8)}  # type: ignore[union-attr]
     assert times[8]["generation"] < times[1]["generation"] < plan(None).own.seconds["generation"]  # type: ignore[union-attr]
-    one = plan(PlannedServers(max_running=1)).own
+    one = plan(PlannedServers(max_concurrent_requests=1)).own
     assert one is not None  # 128 responses one after the other
     assert one.seconds["generation"] > 10 * times[1]["generation"]
     assert times[8]["weight sync"] == pytest.approx(8 * times[1]["weight sync"])
