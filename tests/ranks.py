@@ -69,7 +69,7 @@ CRASHED = f"died with exit code {-signal.SIGSEGV}"
 
 
 class RankFailure(AssertionError):
-    """A check that failed on at least one rank."""
+    """A check failed on at least one rank."""
 
 
 class _Crashed(RankFailure):
@@ -77,7 +77,7 @@ class _Crashed(RankFailure):
 
 
 def checks_in(module: str | Path) -> list[str]:
-    """Names of the functions ``check_*`` of a module, in the order of the file, without importing it."""
+    """Return the names of a module's functions ``check_*``, in the order of the file, without importing it."""
     tree = ast.parse(Path(module).read_text())
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")]
 
@@ -86,8 +86,8 @@ class Ranks:
     """N gloo ranks that wait for checks. A context manager; the ranks start with the first check."""
 
     def __init__(self, world_size: int, *, limit: float = 60.0, environment: Mapping[str, str] | None = None) -> None:
-        """limit: seconds for one check. environment: extra variables for the ranks, which then import all on their
-        own."""
+        """limit: seconds for one check. environment: extra variables for the ranks, which then start without the
+        preloaded process."""
         self.world_size = world_size
         self.limit = limit
         self._environment = dict(environment or {})
@@ -142,7 +142,7 @@ class Ranks:
         raise (_Crashed if CRASHED in dead.values() else RankFailure)("\n".join(report))
 
     def close(self) -> None:
-        """End the ranks; they hold nothing worth a farewell."""
+        """Kill the ranks; they have no state to save."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -178,7 +178,7 @@ class Ranks:
         return [self._folder / f"{rank}.txt" for rank in range(self.world_size)]
 
     def _collect(self, store: dist.TCPStore, order: int) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
-        """Outcomes by rank, and how ranks without one ended."""
+        """Return the outcomes by rank, and how ranks without an outcome ended."""
         outcomes: dict[int, dict[str, Any]] = {}
         deadline = time.monotonic() + self.limit + 60 * (order == 0) + 10  # the first check includes the imports
         while True:
@@ -220,7 +220,7 @@ def _leave_world() -> None:
 
 
 def _serve(rank: int, world_size: int, port: int, limit: float, log: Path) -> None:
-    """A rank's life: take an order, run the check, report."""
+    """Serve on one rank: receive an order, run the check, report the outcome."""
     for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), *[os.open(log, os.O_WRONLY | os.O_APPEND)] * 2)):
         os.dup2(file, number)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

@@ -1,4 +1,4 @@
-"""Tiny random models of every family as Hugging Face folders, with what transformers says of them beside."""
+"""Tiny random models of every family as Hugging Face folders, with transformers' outputs as expected values."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ some valid rows and one none.
 
 
 def build(name: str, **changes: Any) -> Any:
-    """The transformers model, fp32, the same at every call; changes: keys of its configuration."""
+    """Return the transformers model in fp32, the same at every call. changes: keys of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, own = MODELS[name]
@@ -108,7 +108,7 @@ def _expected(model: Any) -> dict[str, torch.Tensor]:
 
 
 def on_disk(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A transformers model's tensors by the names that they have on disk, where each expert has its own."""
+    """Return a transformers model's tensors by their names on disk, where each expert has tensors of its own."""
     found = {}
     for name, tensor in tensors:
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):

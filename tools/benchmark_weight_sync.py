@@ -1,15 +1,15 @@
-"""What an update of a server's weights costs: time and host memory, for a model of 1 GB between two gloo processes.
+"""Measure a server's weight update: time and host memory, for a model of 1 GB between two gloo processes.
 
     python tools/benchmark_weight_sync.py [--bucket-mib N] [--rounds N]
 
-The other process is the double of a server, which takes weights as the real one does: into new memory, and from there
-into its model. Three ways take turns, so that whatever else the machine does meets all alike:
+The other process stands in for a server and receives weights as the real one does: into new memory, then into its
+model. Three methods alternate, so that other load on the machine affects all alike:
 
-    bare    one broadcast of as many bytes, into memory that waits for them
-    plain   one broadcast a tensor, to a process that takes it as the server does; no HTTP, no buckets, nothing gathered
-    update  what the trainer does after every iteration
+    bare    one broadcast of the same number of bytes into allocated memory
+    plain   one broadcast per tensor, received as the server does; no HTTP, no buckets, no gathering
+    update  the trainer's update after every iteration
 
-Memory is the trainer's, above what it was before the first update.
+Memory is the trainer's increase over its use before the first update.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SECONDS = 300.0
 
 
 class Receiving(Double):
-    """Takes the two simple ways beside the real one."""
+    """A server stand-in that also receives the two simple methods."""
 
     async def _post_bare(self, body: dict[str, Any]) -> None:
         self.whole = getattr(self, "whole", None)
@@ -151,7 +151,7 @@ def measure(url: str, bucket_mib: int, rounds: int) -> None:
 
 
 def timed(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round, after one that does not count."""
+    """Return each method's seconds per round, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():

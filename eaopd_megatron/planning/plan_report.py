@@ -243,10 +243,11 @@ def _server_line(plan: Plan) -> str:
     if plan.server_refusals:
         return f"the recipe's servers cannot work: {plan.server_refusals[0]}"
     where = "the trainer's GPUs" if servers.colocated else f"{servers.gpus} more GPUs"
+    sync = _gib(planner.weight_sync(servers, plan.layout).bytes)
     return (
         f"servers: {servers.count} on {where}, {_short(servers.layout)} each, {share}: "
         f"{int(tokens // planner.work.longest):,} of the longest responses at a time, at most "
-        f"{servers.max_concurrent_requests}; {_gib(planner.weight_sync(servers, plan.layout).bytes)} GiB an iteration for weights"
+        f"{servers.max_concurrent_requests}; {sync} GiB an iteration for weights"
     )
 
 

@@ -133,10 +133,10 @@ stopped() {
 end_services() {
     local pid
     [[ -z $folder || -n $dry_run ]] || touch "$folder/ending"
-    for pid in "${keepers[@]}"; do
+    for pid in "${service_pids[@]}"; do
         kill -TERM "$pid" 2>/dev/null
     done
-    for pid in "${keepers[@]}"; do
+    for pid in "${service_pids[@]}"; do
         wait "$pid" 2>/dev/null
     done
 }

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Teachers and SGLang servers, each in a step of its own, which is restarted when it ends.
 
-keepers=()     # processes that run `keep`
+service_pids=() # processes that run `keep`
 connections=() # overrides that tell the trainer the services' addresses
 
 start_services() {
@@ -18,7 +18,7 @@ start_services() {
                 --log "$allocated_folder/servers/$name.log" "$allocated_recipe" "${allocated_overrides[@]}" &
             ;;
         esac
-        keepers+=($!)
+        service_pids+=($!)
         [[ -z $dry_run ]] || wait $!
     done
     [[ -n $dry_run ]] || say "waiting for ${allocated_services[*]}"

@@ -40,8 +40,8 @@ choose_container() {
     python="${EAOPD_VENV:-$root/.venv}/bin/python"
     case "${EAOPD_CONTAINER:=none}" in
     none)
-        [[ -x $python ]] || finish 1 "error: $python is not there: make the environment (slurm/README.md), or set \
-EAOPD_VENV to its folder or EAOPD_CONTAINER to pyxis or apptainer"
+        [[ -x $python ]] || finish 1 "error: $python is not there: make the environment \
+(slurm/container/README.md), or set EAOPD_VENV to its folder or EAOPD_CONTAINER to pyxis or apptainer"
         return 0
         ;;
     pyxis | apptainer) ;;

@@ -1,7 +1,7 @@
-"""A Slurm cluster on this machine: munged, slurmctld, and a slurmd for each of a few nodes whose eight GPUs are none.
+"""Run a Slurm cluster on this machine: munged, slurmctld, and a slurmd for each of a few nodes with eight fake GPUs.
 
-Needs root, because Slurm starts jobs as their users. Nothing outlives `Cluster`: it ends its own processes by their ids
-and takes the nodes' names out of /etc/hosts again.
+Needs root, because Slurm starts jobs as their users. Nothing outlives `Cluster`: it ends its own processes by id and
+removes the nodes' names from /etc/hosts.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF 
 
 @dataclass
 class Cluster:
-    """Used as a context manager. `environment` is what Slurm's commands need.
+    """A running cluster; a context manager. `environment` holds the variables that Slurm's commands need.
 
-    A job in the partition `urgent` preempts those in `main`, which have `grace` seconds then.
+    A job in the partition `urgent` preempts those in `main`, which then have `grace` seconds to end.
     """
 
     folder: Path
@@ -115,7 +115,7 @@ class Cluster:
         self._name_nodes(False)
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
-        """A command's stdout and stderr. Raises AssertionError with them where it fails."""
+        """Return a command's stdout and stderr. Raises AssertionError with both if it fails."""
         done = subprocess.run(
             command, env={**self.environment, **variables}, cwd=cwd, capture_output=True, text=True, timeout=120
         )
@@ -123,7 +123,7 @@ class Cluster:
         return done.stdout + done.stderr
 
     def job(self, number: int) -> dict[str, str]:
-        """What `scontrol` knows of a job; of a heterogeneous one's first component."""
+        """Return what `scontrol` shows of a job; of the first component of a heterogeneous one."""
         line = self.run("scontrol", "show", "job", "-o", str(number)).splitlines()[0]
         return dict(part.partition("=")[::2] for part in line.split() if "=" in part)
 
@@ -131,17 +131,17 @@ class Cluster:
         return self.job(number)["JobState"]
 
     def states(self, number: int) -> list[str]:
-        """Of every component of a heterogeneous job."""
+        """Return the state of each component of a heterogeneous job."""
         lines = self.run("scontrol", "show", "job", "-o", str(number)).splitlines()
         return [part.partition("=")[2] for line in lines for part in line.split() if part.startswith("JobState=")]
 
     def finish(self, number: int, seconds: float = 300) -> str:
-        """The state in which a job ended. Raises AssertionError where it does not end in time."""
+        """Wait for a job and return its final state. Raises AssertionError if it does not end in time."""
         self.wait(lambda: all(s in FINISHED for s in self.states(number)), seconds, f"job {number} to end")
         return self.state(number)
 
     def start_node(self, name: str, hidden: Path | None = None) -> None:
-        """A node's slurmd, also after `kill_node`. hidden: a folder in whose place it sees an empty one of its own."""
+        """Start a node's slurmd, also after `kill_node`. hidden: a folder that appears empty on this node."""
         slurmd = ["slurmd", "-D", "-N", name]
         if hidden is not None:
             mount = f"mount -t tmpfs none {shlex.quote(str(hidden))} && exec {shlex.join(slurmd)}"
@@ -153,7 +153,7 @@ class Cluster:
         return self.run("sinfo", "-h", "-n", name, "-p", "main", "-o", "%T", check=False).strip() == "idle"
 
     def kill_node(self, name: str) -> None:
-        """As a node dies: its slurmd and all that runs under it, at once."""
+        """Kill a node's slurmd and everything that runs under it at once, as when a node dies."""
         doomed = [self._processes.pop(f"slurmd {name}")]
         pids = [pid for process in doomed for pid in [process.pid, *_below(process.pid)]]
         # slurmstepd leaves slurmd's process tree, and its title covers its environment: its node's log is open, though
@@ -227,7 +227,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _below(pid: int) -> list[int]:
-    """All processes under one."""
+    """Return all descendants of a process."""
     try:
         children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:

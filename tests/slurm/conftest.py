@@ -1,4 +1,4 @@
-"""A one-machine Slurm cluster for all tests of the session, and what a job on it needs."""
+"""Fixtures: a one-machine Slurm cluster for the whole session, and the environment of its jobs."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def site(cluster: Cluster, tmp_path: Path) -> Site:
 
 @pytest.fixture(scope="session")
 def doubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment whose SGLang is a double of the student."""
+    """Return an environment in which a stand-in serves the student in SGLang's place."""
     return stand_in(tmp_path_factory.mktemp("doubles"))

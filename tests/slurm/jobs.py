@@ -1,4 +1,4 @@
-"""The repository's own scripts, submitted with a short Countdown run on CPUs through a site's file."""
+"""Submit the repository's scripts with a short Countdown run on CPUs, configured by a site file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORT = (
 
 @dataclass
 class Site:
-    """folder: shared by the nodes; runs are below it. more: lines of the site's file."""
+    """A site. folder: shared by the nodes, contains the runs. more: further lines of the site file."""
 
     cluster: Cluster
     folder: Path
@@ -33,7 +33,7 @@ class Site:
     def submit(
         self, script: str, *arguments: str, changes: Mapping[str, str] = NONE, options: Sequence[str] = ()
     ) -> Job:
-        """sbatch slurm/SCRIPT ARGUMENTS. changes: variables of the site's file; '' leaves one out."""
+        """Run `sbatch slurm/SCRIPT ARGUMENTS`. changes: variables of the site file; '' removes one."""
         variables = {
             "EAOPD_SHARED": str(self.folder),
             "EAOPD_VENV": sys.prefix,
@@ -58,7 +58,7 @@ class Site:
 
 @dataclass
 class Job:
-    """A submitted one. folder: the run's, unless an override names another."""
+    """A submitted job. folder: the run's, unless an override names another."""
 
     cluster: Cluster
     number: int
@@ -71,16 +71,16 @@ class Job:
 
     @property
     def own_folder(self) -> Path:
-        """The job's part of the run's."""
+        """Return the job's subfolder of the run's folder."""
         return self.folder / "cluster" / f"job_{self.number}"
 
     def finish(self, seconds: float = 300) -> str:
-        """How it ended, such as COMPLETED 0:0."""
+        """Wait for the job and return how it ended, such as COMPLETED 0:0."""
         state = self.cluster.finish(self.number, seconds)
         return f"{state} {self.cluster.job(self.number)['ExitCode']}"
 
     def wait_for(self, pattern: str, seconds: float = 300) -> re.Match[str]:
-        """Until its output says so. Raises AssertionError, with the output, where it ends without."""
+        """Wait for a pattern in the output. Raises AssertionError, with the output, if the job ends without it."""
 
         self._await(lambda: re.search(pattern, self.output) is not None, seconds, f"say {pattern}")
         found = re.search(pattern, self.output)
@@ -88,12 +88,12 @@ class Job:
         return found
 
     def wait_for_iteration(self, least: int = 3) -> None:
-        """Until the run has recorded so many."""
+        """Wait until the run has recorded this many iterations."""
         rollouts = self.folder / "rollouts" / f"{least:06d}.jsonl"
         self._await(rollouts.exists, 300, f"be at iteration {least}")
 
     def _await(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Asks Slurm, which is slow, now and then only."""
+        """Poll a condition; ask Slurm, which is slow, less often."""
         deadline = asked = time.monotonic()
         deadline += seconds
         while not condition():
@@ -106,6 +106,6 @@ class Job:
             time.sleep(0.05)
 
     def release(self) -> None:
-        """Once it is requeued, it starts at once, not after the two minutes that Slurm lets it wait."""
+        """Start a requeued job immediately instead of after Slurm's delay of two minutes."""
         self.cluster.wait(lambda: self.cluster.state(self.number) == "PENDING", 60, "the job to be requeued")
         self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")

@@ -1,4 +1,4 @@
-"""A job's life: roles over nodes, deaths of services and nodes, preemption, time limits. All with the very scripts."""
+"""Life cycles of jobs, with the real scripts: roles over nodes, dead services and nodes, preemption, time limits."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def finished(job: Job) -> bool:
 
 
 def running(*words: str) -> list[psutil.Process]:
-    """Processes whose command line has these words."""
+    """Return the processes whose command line contains these words."""
     found = psutil.process_iter(["cmdline"])
     return [one for one in found if all(word in " ".join(one.info["cmdline"] or []) for word in words)]
 
 
 def variable(process: psutil.Process, name: str) -> str | None:
-    """Of its environment; None also where it has ended."""
+    """Return a variable of a process's environment; None if it is unset or the process has ended."""
     with contextlib.suppress(psutil.Error):
         value: str | None = process.environ().get(name)
         return value
@@ -41,7 +41,7 @@ def variable(process: psutil.Process, name: str) -> str | None:
 
 
 def test_student_teacher_and_servers_do_not_find_each_other(site: Site, doubles: Path) -> None:
-    """Three nodes, every node looked at, models on disks of their own; a server that is killed is started again."""
+    """Three nodes pass the preflight, models are staged on their own disks, and a killed server is restarted."""
     stage = site.folder / "own_disk"  # of every node
     stage.mkdir()
     site.more = {**ROLES, "EAOPD_SGLANG_VENV": str(doubles), "EAOPD_PREFLIGHT": "", "EAOPD_PROBE": "yes"}
@@ -76,7 +76,7 @@ def test_student_teacher_and_servers_do_not_find_each_other(site: Site, doubles:
 
 @pytest.fixture(scope="module")
 def lives(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[list[Job]]]]:
-    """name → the jobs of that life, once it is over."""
+    """Return the finished jobs of each scenario by its name."""
     plots = {"whole": _whole, "preempted": _preempted, "orphan": _orphan, "chain": _chain}
     with ThreadPoolExecutor(len(plots)) as pool:
         yield {name: pool.submit(plot, Site(cluster, tmp_path_factory.mktemp(name))) for name, plot in plots.items()}
@@ -89,7 +89,7 @@ def _whole(site: Site) -> list[Job]:
 
 
 def _preempted(site: Site) -> list[Job]:
-    """Slurm takes its node for a job that is more urgent."""
+    """Slurm preempts the job for a more urgent one."""
     job = site.submit(ONE_NODE)
     job.wait_for_iteration()
     node = site.cluster.job(job.number)["NodeList"]
@@ -102,7 +102,7 @@ def _preempted(site: Site) -> list[Job]:
 
 
 def _orphan(site: Site) -> list[Job]:
-    """Its node dies; it goes on at another one."""
+    """The job's node dies; the job continues on another one."""
     job = site.submit(ONE_NODE)
     job.wait_for_iteration(8)  # checkpoints are written beside the training: by now there is one
     node = site.cluster.job(job.number)["NodeList"]
@@ -114,7 +114,7 @@ def _orphan(site: Site) -> list[Job]:
 
 
 def _chain(site: Site) -> list[Job]:
-    """The first job's time is cut, and its trainer held up until Slurm says that the time is nearly over."""
+    """The first job's time limit is shortened, and its trainer is suspended until Slurm warns that time runs out."""
     options = ("--time=60", "--signal=B:USR1@120", "--job-name=chain", "--dependency=singleton")
     jobs = [site.submit(ONE_NODE, options=options, changes={"EAOPD_REQUEUE": "no"}) for _ in range(3)]
     jobs[0].wait_for_iteration()
@@ -136,7 +136,7 @@ def _chain(site: Site) -> list[Job]:
 
 
 def _run_time(job: Job) -> str:
-    """Hours, minutes and seconds."""
+    """Return the job's run time as HH:MM:SS."""
     return job.cluster.job(job.number)["RunTime"]
 
 
@@ -152,7 +152,7 @@ def test_a_run_on_one_node_does_not_end(lives: dict[str, Future[list[Job]]]) -> 
 
 @pytest.mark.parametrize("life", ["preempted", "orphan"])
 def test_a_job_that_loses_its_node_loses_its_state(lives: dict[str, Future[list[Job]]], life: str) -> None:
-    """Requeued, it ends with the numbers of the job that was left alone, bit for bit."""
+    """The requeued job's metrics equal the undisturbed job's bit for bit."""
     (job,), (whole,) = lives[life].result(), lives["whole"].result()
     assert job.finish() == "COMPLETED 0:0", job.output
     assert site_restarts(job) >= 1 and "continuing after iteration" in job.output
@@ -175,7 +175,7 @@ def site_restarts(job: Job) -> int:
 
 
 def test_a_crash_is_repeated_for_ever(site: Site) -> None:
-    """A rank that always dies is started again once; then its code and its last words end the job."""
+    """A rank that always dies is restarted once; then its exit code and its last log lines end the job."""
     two = {"EAOPD_RANKS_PER_NODE": "2", "EAOPD_RESTARTS": "1"}
     job = site.submit(ONE_NODE, "student.tensor_parallel=2", changes=two)
     killed: list[int] = []
@@ -199,7 +199,7 @@ def test_a_cancelled_job_comes_back(site: Site) -> None:
 
 
 def test_a_wrong_recipe_is_started_again(site: Site) -> None:
-    """A user's error ends the job at once, with its line and its code."""
+    """A user error ends the job at once, with its one line and its exit code."""
     job = site.submit(ONE_NODE, "data.max_prompt_tokens=1")
     assert job.finish() == "FAILED 1:0", job.output
     assert job.output.count("error: ") == 1 and "is started again" not in job.output

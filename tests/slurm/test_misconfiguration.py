@@ -1,4 +1,4 @@
-"""What is wrong with a site is one line, before anything has started."""
+"""A misconfigured site is reported in one line before anything starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 
 
 def errors(site: Site, changes: Mapping[str, str], script: str = "qwen3_0.6b.sh", *options: str) -> list[str]:
-    """The lines of a job that failed but for the job's own progress."""
+    """Return a failed job's output lines without its progress messages."""
     job = site.submit(script, changes=changes, options=options)
     assert job.finish(120).startswith("FAILED"), job.output
     return [line for line in job.output.splitlines() if not line.startswith("[job]")]
@@ -58,8 +58,8 @@ def listening() -> Iterator[int]:
 
 
 def test_nodes_are_not_looked_at(site: Site) -> None:
-    """One table, and a line for each fault: on the second node another folder has the run folder's name, every port is
-    taken, and the nodes' own disks have no such folder."""
+    """One table, and one line per fault: the second node has another folder under the run folder's name, every port is
+    taken, and the staging folder is missing on the nodes' disks."""
     local = site.folder / "local"
     local.mkdir()
     site.cluster.kill_node("n1")

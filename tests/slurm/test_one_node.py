@@ -1,4 +1,4 @@
-"""The scripts that run a tool on one node."""
+"""Tests of the scripts that run a tool on one node."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ exec "$@"
 
 
 def test_a_container_hides_the_checkout_or_the_model(site: Site, tmp_path: Path) -> None:
-    """`apptainer` is a stand-in here: evaluate.sh is given its options, and the environment runs behind them."""
+    """`apptainer` is a stand-in that records the options from evaluate.sh and runs the command in this environment."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "apptainer").write_text(APPTAINER)
@@ -51,7 +51,7 @@ def test_a_container_hides_the_checkout_or_the_model(site: Site, tmp_path: Path)
 
 
 def test_a_conversion_does_not_end(site: Site, tmp_path: Path) -> None:
-    """By which tool the arguments say; and a tool's error is the job's."""
+    """The arguments select the tool, and the tool's error is the job's."""
     there = tmp_path / "there"
     forth = site.submit("convert.sh", "--hf", str(ROOT / "recipes/countdown/student"), "--out", str(there))
     back = site.submit("convert.sh", "--checkpoint", str(tmp_path / "none"), "--out", str(tmp_path / "back"))
@@ -62,7 +62,7 @@ def test_a_conversion_does_not_end(site: Site, tmp_path: Path) -> None:
 
 
 def test_an_evaluation_near_its_time_limit_is_lost(site: Site, tmp_path: Path) -> None:
-    """A signal ends it, the job is requeued, and it goes on with the responses that are there."""
+    """A signal stops the evaluation, the job is requeued, and it resumes with the existing responses."""
     student, out = ROOT / "recipes/countdown/student", tmp_path / "evaluation"
     arguments = ("--benchmarks", "countdown", "--samples", "8", "--batch-size", "32", "--max-response-tokens", "16")
     job = site.submit("evaluate.sh", str(student), *arguments, "--out", str(out))

@@ -1,4 +1,4 @@
-"""Every script as it is: bash reads it, shellcheck finds nothing, and Slurm would run it."""
+"""Every script parses in bash, passes shellcheck, and has directives that Slurm accepts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_slurm_refuses_a_script(cluster: Cluster, script: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_a_directive_is_silently_ignored(script: Path) -> None:
-    """sbatch reads them up to the first command; and a script is one screen."""
+    """sbatch reads directives up to the first command only; a script fits on one screen."""
     lines = script.read_text().splitlines()
     commands = [i for i, line in enumerate(lines) if line and not line.startswith("#")]
     assert all(not line.startswith("#SBATCH") for line in lines[commands[0] :])
@@ -40,7 +40,7 @@ def test_a_directive_is_silently_ignored(script: Path) -> None:
 
 
 def roles(script: Path) -> tuple[str, dict[str, int], list[str]]:
-    """The recipe, the nodes of its roles, and the overrides that a script names."""
+    """Return the recipe, the nodes per role, and the overrides that a script names."""
     text = script.read_text()
     line = next(line for line in text.splitlines() if line.startswith("distil "))
     words = subprocess.run(["bash", "-c", f"set --; echo {line}"], capture_output=True, text=True).stdout.split()

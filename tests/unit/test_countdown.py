@@ -1,4 +1,4 @@
-"""The Countdown task: what its checker must refuse, its held-out split, its tokenizer and the committed pair."""
+"""The Countdown task: answers that the checker must refuse, the held-out split, the tokenizer, the committed pair."""
 
 import hashlib
 import json
@@ -88,7 +88,7 @@ def test_every_problem_has_answers_and_the_checker_accepts_all_of_them() -> None
 
 
 def test_the_solver_misses_no_answer_that_the_checker_accepts() -> None:
-    """Every pair of steps over the vocabulary's shape for one problem, not only those that the solver walks through."""
+    """Checks all pairs of steps over the vocabulary for one problem, not only those that the solver visits."""
     numbers, target = [2, 3, 6], 12
     accepted = set()
     for left in numbers:
@@ -127,7 +127,7 @@ def test_held_out_problems_are_never_trained_on() -> None:
     ],
 )
 def test_the_split_and_its_order_never_change(split: Any, count: int, digest: str) -> None:
-    """A change here would let a committed model be measured on problems that it was trained on."""
+    """A change would evaluate a committed model on problems that it was trained on."""
     ids = [problem["id"] for problem in countdown.problems(split)]
     assert len(ids) == count
     assert hashlib.sha256("\n".join(ids).encode()).hexdigest() == digest
@@ -190,7 +190,7 @@ def test_the_committed_models_load_as_ordinary_hugging_face_folders(name: str, t
 
 
 def test_the_committed_teacher_solves_most_of_what_it_was_not_trained_on() -> None:
-    """A teacher saved before its training, or with weights that do not fit its config, would still load."""
+    """An untrained teacher, or one whose weights do not fit its config, would still load."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

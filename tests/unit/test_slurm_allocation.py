@@ -1,4 +1,4 @@
-"""Roles on the nodes of a job, and the scripts' dry runs."""
+"""Assignment of roles to a job's nodes, and the scripts' dry runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ THREE = JobNodes(1, 1, 1, ("n0", "n1", "n2"), gpus=8, per_node={})
 
 @pytest.fixture(autouse=True)
 def no_site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The run is not one that lies in the checkout already."""
+    """Keep runs of the checkout and variables of a site out of the tests."""
     for name in ("EAOPD_MODELS", "EAOPD_STAGE", "EAOPD_PORTS", "EAOPD_INTERFACE", "SLURMD_NODENAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("EAOPD_SHARED", str(tmp_path))
@@ -41,7 +41,7 @@ def test_gpus_of_a_node_lie_idle_or_are_given_twice() -> None:
 
 
 def test_services_of_the_second_node_are_placed_on_the_first() -> None:
-    """And without GPUs the site says how many ranks and services a node carries."""
+    """Without GPUs the site sets the number of ranks and services per node."""
     nodes = JobNodes(1, 2, 2, ("a", "b", "c", "d", "e"), gpus=0, per_node={"student": 2, "teacher": 1, "servers": 2})
     steps = allocated(nodes).steps
     assert [step.words() for step in steps] == ["a 2", "b 1", "c 1", "d 1", "d 1", "e 1", "e 1"]

@@ -1,4 +1,4 @@
-"""The verbs of the Slurm scripts: ports, ranks, restarts, the table of nodes, staged models, and why a step failed."""
+"""The verbs of the Slurm scripts: ports, ranks, restarts, preflight table, staged models, failure report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from eaopd_megatron.utils.ports import claim_port, node_address
 
 @pytest.fixture(autouse=True)
 def no_site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The run is not one that lies in the checkout already."""
+    """Keep runs of the checkout and variables of a site out of the tests."""
     for name in ("EAOPD_MODELS", "EAOPD_STAGE", "EAOPD_PORTS", "EAOPD_INTERFACE", "SLURMD_NODENAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("EAOPD_SHARED", str(tmp_path))
@@ -34,7 +34,7 @@ def no_site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_two_jobs_meet_on_one_port() -> None:
-    """The first has chosen its port, and does not listen there yet."""
+    """The first job has claimed its port but does not listen on it yet."""
     first = claim_port("127.0.0.1", seed=7)
     second = claim_port("127.0.0.1", seed=7)
     assert first.port != second.port
@@ -43,7 +43,7 @@ def test_two_jobs_meet_on_one_port() -> None:
 
 
 def test_a_name_of_the_loopback_is_taken_for_a_nodes_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Debian gives 127.0.1.1 to a host's own name: its services would be waited for at everybody's own."""
+    """Debian maps a host's own name to 127.0.1.1, where other nodes would find themselves."""
     said = "its name has the address 127.0.1.1, which no other node reaches: set EAOPD_INTERFACE"
     monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
     monkeypatch.delenv("EAOPD_INTERFACE", raising=False)
@@ -64,7 +64,7 @@ def test_a_port_stays_taken_when_its_process_has_ended() -> None:
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """A port on which another program listens, on all addresses."""
+    """Return a port on which another program listens on all addresses."""
     with socket.socket() as listener:
         listener.bind(("0.0.0.0", 0))
         listener.listen()
@@ -143,7 +143,7 @@ def died(folder: Path, seconds: float) -> bool:
 
 
 def test_a_service_that_dies_is_given_up_too_early_or_never(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Deaths in a row count, over processes; after five minutes of life the earlier ones do not."""
+    """Consecutive deaths are counted across processes; five minutes of life reset the count."""
     assert [died(tmp_path, seconds) for seconds in (1, 1, 300, 1, 1)] == [True, True, True, True, False]
     why = f"srun: error: out of luck (log: {tmp_path / 'server_0.log'})"
     said = capsys.readouterr().out.splitlines()
@@ -221,7 +221,7 @@ def test_what_is_wrong_on_all_nodes_takes_a_line_each() -> None:
 
 
 def test_a_gpu_that_another_works_on_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nvidia-smi is a stand-in."""
+    """Uses a stand-in for nvidia-smi."""
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho '0, 4'\necho '1, 61440'\n")
     smi.chmod(0o755)
@@ -264,7 +264,7 @@ def report(folder: Path, rank: int, message: str, when: float, *, user: bool = F
 
 
 def test_the_highest_code_is_taken_for_the_failing_ranks(tmp_path: Path) -> None:
-    """Rank 1 ends with 7; srun ends the others and itself returns 143."""
+    """Rank 1 exits with 7; srun ends the others and returns 143 itself."""
     said = "srun: error: n0: task 1: Exited with exit code 7\nsrun: error: n0: tasks 0,2: Terminated\n"
     (tmp_path / "rank_1.log").write_text("\n".join(f"line {i}" for i in range(50)))
     found = failure_report(said, tmp_path, tmp_path, 143)
@@ -274,7 +274,7 @@ def test_the_highest_code_is_taken_for_the_failing_ranks(tmp_path: Path) -> None
 
 
 def test_a_rank_that_fell_with_another_is_blamed(tmp_path: Path) -> None:
-    """Rank 2's error came first, though srun saw rank 0 end before; and what was killed was killed first."""
+    """Rank 2 reported its error first although srun saw rank 0 end earlier; a killed rank takes precedence."""
     report(tmp_path, 0, "rank 2 failed: boom", 20.0)
     report(tmp_path, 2, "boom", 10.0)
     said = "srun: error: n0: tasks 0-1: Exited with exit code 1\nsrun: error: n1: task 2: Exited with exit code 1\n"

@@ -1,5 +1,4 @@
-"""Problems come whole and under one name from wherever they are, golds are readable, and no evaluation problem is
-trained on."""
+"""Problems from every source have the same fields, golds can be parsed, and no evaluation problem is trained on."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ def jsonl(path: Path, *rows: dict[str, Any]) -> str:
 
 
 class Hub:
-    """Stands in for `datasets.load_dataset`: what it was asked for, and rows to answer with."""
+    """A stand-in for `datasets.load_dataset` that records the calls and returns given rows."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]] | Exception) -> None:
         self.rows, self.asked = rows, []  # type: ignore[var-annotated]
@@ -122,7 +121,7 @@ def test_an_unknown_benchmark_lists_those_that_exist() -> None:
 def test_a_named_benchmark_is_read_under_other_names_than_its_own(
     monkeypatch: pytest.MonkeyPatch, name: str, row: dict[str, Any], gold: str
 ) -> None:
-    """The rows have the fields that the data sets' cards show."""
+    """The rows have the fields named on the data sets' cards."""
     hub = Hub(monkeypatch, [row])
     [problem] = load_benchmark(name)
     assert (problem["problem"], problem["answer"]) == ("p", gold)
@@ -183,7 +182,7 @@ def test_copies_of_an_evaluation_problem_are_a_turn_of_phrase() -> None:
 
 
 def test_a_short_evaluation_problem_inside_of_a_longer_one_is_trained_on() -> None:
-    """One of 8 to 12 words is a passage as a whole, a shorter one is not."""
+    """A problem of 8 to 12 words counts as a passage as a whole; a shorter one does not."""
     bench = ["How many primes are less than one hundred", "What is the sum of all digits"]  # 8 words, 7 words
     clean = Decontamination({"bench": [{"id": i, "problem": text} for i, text in enumerate(bench)]})
     kept, matches = clean.clean(
@@ -222,7 +221,7 @@ def test_a_run_does_not_say_which_problems_it_left_out(tmp_path: Path) -> None:
 
 
 def small_tokenizer() -> Any:
-    """One id a word, with a chat template that knows of thinking as Qwen3's does."""
+    """Return a tokenizer with one id per word and a chat template with thinking, as Qwen3's."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -249,8 +248,8 @@ def test_templates_give_other_ids() -> None:
 
 
 def evaluated(tmp_path: Path, positions: int, *names: str) -> tuple[Evaluator, list[str]]:
-    """A recipe's evaluator by a student with so many positions, and what it reported; the problems have 2 and 6 tokens,
-    their responses 4, training prompts 3 at the most."""
+    """Build the evaluator for a student with this many positions; return it and its reports. The problems have 2 and 6
+    tokens, responses up to 4, training prompts up to 3."""
     files = [jsonl(tmp_path / n, *({"problem": "two " * k, "answer": "2"} for k in (2, 6))) for n in names]
     (tmp_path / "r.yaml").write_text(
         "run: {folder: x}\nstudent: {model: s}\nteacher: {model: t}\ntrain: {iterations: 1}\n"
@@ -300,7 +299,7 @@ def test_qwen3_prompts_have_other_ids_or_think() -> None:
 
 @pytest.mark.shared_data
 def test_the_prompt_sets_are_longer_or_more_contaminated_than_known() -> None:
-    """Lengths of the 1,000 first prompts with the real tokenizer, and what the six benchmarks share with the sets."""
+    """Lengths of 1,000 prompts with the real tokenizer; overlap of the prompt sets with the six benchmarks."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "data" / "qwen3_tokenizer")
