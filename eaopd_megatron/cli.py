@@ -161,9 +161,9 @@ class EvaluateOptions:
 
     def request(self) -> EvaluationRequest:
         """Return the evaluation's request. Raises UserError for a value that no option takes."""
+        from eaopd_megatron.config.schema import ServersConfig
         from eaopd_megatron.data.sources import FieldNames
         from eaopd_megatron.evaluation.evaluate import EvaluationRequest
-        from eaopd_megatron.evaluation.generate import ServerChoice
 
         if self.template:
             _check_choice("--template", self.template, "chat", "base", "raw")
@@ -171,8 +171,13 @@ class EvaluateOptions:
         lists = [*(self.benchmarks or []), *(self.more or [])]
         names = [name.strip() for part in lists for name in part.split(",") if name.strip()]
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(EvaluationRequest)}
-        urls, requests = tuple(self.server_url or ()), self.max_running or self.max_concurrent_requests
-        servers = ServerChoice(urls, self.servers, self.tensor_parallel, requests, api_key_file=self.api_key_file)
+        servers = ServersConfig(
+            urls=self.server_url or [],
+            count=self.servers,
+            tensor_parallel=self.tensor_parallel,
+            max_concurrent_requests=self.max_running or self.max_concurrent_requests,
+            api_key_file=str(self.api_key_file) if self.api_key_file and self.server_url else None,
+        )
         fields = None if self.fields is None else FieldNames.parse(self.fields)
         options |= {"benchmarks": list(dict.fromkeys(names)), "fields": fields, "servers": servers}
         return EvaluationRequest(**options)

@@ -28,7 +28,7 @@ from eaopd_megatron.checkpoint.hf_import import load_hf, shard_placement, shard_
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.distributed import parallel_state as groups
-from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise, run_on_main_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.model import ModelChunks, build_model
@@ -85,9 +85,7 @@ def import_folder(hf: str, out: Path, parallel: ParallelState, *, verify: bool, 
         )
         partial = run_on_all_or_raise(parallel, begin)
         try:
-            run_on_all_or_raise(
-                parallel, lambda: _write_metadata(partial, folder, parallel) if parallel.is_main else None
-            )
+            run_on_main_or_raise(parallel, lambda: _write_metadata(partial, folder, parallel))
             save_sharded(partial / "sharded", sharded_training_state(model), parallel)
         except OSError as error:  # on every rank
             raise UserError(write_error_message(out, error)) from error
@@ -177,7 +175,7 @@ def verify_logits(model: ModelChunks, reference: HfFolder, parallel: ParallelSta
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(reference.vocab_size, (2, 32), generator=generator).to(parallel.device)
     logits = gather_logits(_as_fp32(model).eval(), tokens, parallel)
-    run_on_all_or_raise(parallel, lambda: _compare(logits, tokens, reference, log) if parallel.is_main else None)
+    run_on_main_or_raise(parallel, lambda: _compare(logits, tokens, reference, log))
 
 
 def _as_fp32(model: ModelChunks) -> ModelChunks:

@@ -30,12 +30,19 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from eaopd_megatron.distributed.collective_errors import describe_error, find_os_error, first_error, run_on_all_or_raise
+from eaopd_megatron.distributed.collective_errors import (
+    describe_error,
+    find_os_error,
+    first_error,
+    run_on_all_or_raise,
+    run_on_main_or_raise,
+)
 from eaopd_megatron.distributed.cpu_compat import cuda_as_cpu
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError, one_line
 from eaopd_megatron.megatron.model import ModelChunks, wait_all_param_gathers
 from eaopd_megatron.megatron.optimizer_state import load_optimizer_state, sharded_optimizer_state
+from eaopd_megatron.utils.files import fsync_path
 
 MODEL_PREFIX = "model."
 """Prefix of the model's tensor names in a checkpoint."""
@@ -86,11 +93,6 @@ class StagedState:
     """Everything that is not sharded; equal on all ranks."""
 
 
-def create_host_stager() -> BlockingAsyncStager:
-    """Return a stager that copies tensors into host buffers and reuses these buffers at every later save."""
-    return BlockingAsyncStager(cache_staged_state_dict=True)
-
-
 def save_sharded(folder: Path, state: dict[str, Any], parallel: ParallelState) -> None:
     """Write a Megatron sharded state dict into `folder`, an empty folder on a shared filesystem, and fsync every file.
 
@@ -121,7 +123,7 @@ def write_staged(
 
     group: a group of all ranks that no other thread uses; the default group if None.
     """
-    run_on_all_or_raise(parallel, lambda: _write_common(folder, staged.common) if parallel.is_main else None, group)
+    run_on_main_or_raise(parallel, lambda: _write_common(folder, staged.common), group)
     try:
         with cuda_as_cpu():
             _write_shards(folder, staged.shards, group)
@@ -162,12 +164,9 @@ def _without_missing_extra_state(folder: Path, state: dict[str, Any]) -> dict[st
 def _write_common(folder: Path, common: dict[str, Any]) -> None:
     with open(folder / COMMON_STATE_FNAME, "wb") as file:
         torch.save(common, file)
-        file.flush()
-        os.fsync(file.fileno())
-    with open(folder / CONFIG_FNAME, "w") as text:
-        json.dump(asdict(_FORMAT), text)
-        text.flush()
-        os.fsync(text.fileno())
+    (folder / CONFIG_FNAME).write_text(json.dumps(asdict(_FORMAT)))
+    for name in (COMMON_STATE_FNAME, CONFIG_FNAME):
+        fsync_path(folder / name)
 
 
 class _ErrnoFileSystem(FileSystem):

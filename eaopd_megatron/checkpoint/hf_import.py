@@ -51,40 +51,21 @@ class ShardPlacement:
         return self.stage(param) == parallel.pp_rank and self.expert_rank(param) in (None, parallel.ep_rank)
 
 
-@dataclass(frozen=True)
-class RankCoordinates:
-    """A rank's coordinates in the groups that shard parameters.
-
-    replica: index among the ranks with the same dense shards; expert_replica: the same for experts.
-    """
-
-    pp_rank: int
-    tp_rank: int
-    replica: int
-    ep_rank: int
-    etp_rank: int
-    expert_replica: int
-
-
 class RankMap:
-    """The coordinates of all ranks. Constructing it is collective."""
+    """Which global ranks hold the first copy of each shard. Constructing it is collective."""
 
     def __init__(self, parallel: ParallelState) -> None:
-        own = RankCoordinates(
-            pp_rank=parallel.pp_rank,
-            tp_rank=parallel.tp_rank,
-            replica=parallel.dp_rank * parallel.cp_size + parallel.cp_rank,
-            ep_rank=parallel.ep_rank,
-            etp_rank=parallel.etp_rank,
-            expert_replica=parallel.expert_dp_rank,
-        )
+        replica = parallel.dp_rank * parallel.cp_size + parallel.cp_rank  # among the ranks with the same dense shards
+        dense = parallel.pp_rank, parallel.tp_rank, replica
+        experts = parallel.ep_rank, parallel.etp_rank, parallel.expert_dp_rank
         self._dense: dict[int, dict[int, int]] = {}
         self._experts: dict[tuple[int, int], dict[int, int]] = {}
-        for rank, at in enumerate(gather_objects(own, parallel.world_size)):
-            if at.replica == 0:
-                self._dense.setdefault(at.pp_rank, {})[at.tp_rank] = rank
-            if at.expert_replica == 0:
-                self._experts.setdefault((at.pp_rank, at.ep_rank), {})[at.etp_rank] = rank
+        places = gather_objects((*dense, *experts), parallel.world_size)
+        for rank, (stage, shard, replica, expert, expert_shard, expert_replica) in enumerate(places):
+            if replica == 0:
+                self._dense.setdefault(stage, {})[shard] = rank
+            if expert_replica == 0:
+                self._experts.setdefault((stage, expert), {})[expert_shard] = rank
 
     def holders(self, placement: ShardPlacement, param: MappedParam) -> Sequence[int]:
         """Return the global ranks that hold the first copy of a parameter, in shard order."""

@@ -151,7 +151,7 @@ class TensorFiles:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """Name, shape and dtype of a tensor that is going to be written."""
+    """Name, shape and dtype of a tensor that is going to be written or sent."""
 
     name: str
     shape: tuple[int, ...]

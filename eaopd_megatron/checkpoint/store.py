@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from eaopd_megatron.checkpoint.dist_checkpoint import (
     StagedState,
-    create_host_stager,
     load_sharded,
     stage_sharded,
     write_staged,
 )
-from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.collective_errors import run_on_main_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.files import publish_directory
@@ -83,7 +83,8 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int, *, background: bool = False) -> None:
         self.folder, self.keep = Path(folder), max(1, keep)
         self._saver = AsyncSaver() if background else None
-        self._stager = create_host_stager() if background else None
+        # reuses its host buffers at every later save
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=True) if background else None
         self._group: dist.ProcessGroup | None = None
 
     def completed(self) -> list[Path]:
@@ -99,7 +100,7 @@ class CheckpointStore:
 
     def clean(self, parallel: ParallelState) -> None:
         """Remove what a killed run left unfinished. Called at the start of a run. Collective."""
-        _run_on_main(parallel, self._clean)
+        run_on_main_or_raise(parallel, self._clean)
 
     def save(
         self,
@@ -139,7 +140,7 @@ class CheckpointStore:
         extra_files: Callable[[Path], None] | None,
         parallel: ParallelState,
     ) -> None:
-        on_main = partial(_run_on_main, parallel, group=self._group)
+        on_main = partial(run_on_main_or_raise, parallel, group=self._group)
         work = final.with_name(final.name + _INCOMPLETE)
         before = self.latest()
         try:
@@ -168,13 +169,13 @@ class CheckpointStore:
         for path, older in pairwise([*newest_first, None]):
             assert path is not None
             try:
-                _run_on_main(parallel, partial(self.verify, path))
+                run_on_main_or_raise(parallel, partial(self.verify, path))
                 return path
             except UserError as error:
                 if not fall_back or older is None:
                     raise
                 aside = path.with_name(path.name + _DAMAGED)
-                _run_on_main(parallel, partial(_replace, path, aside))
+                run_on_main_or_raise(parallel, partial(_replace, path, aside))
                 log(f"{str(error).partition(';')[0]}; it is now {aside.name}: falling back to {older}")
         return None
 
@@ -259,11 +260,6 @@ def check_config_fingerprint(expected: Mapping[str, Any], found: Mapping[str, An
                 f"{path}: a checkpoint of another model: its {name} is {found.get(name)}, "
                 f"the recipe's student has {value}; choose another run.folder or the student it was trained from"
             )
-
-
-def _run_on_main(parallel: ParallelState, work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
-    """Run `work` on the main rank while the others wait. Collective; an error is raised on all ranks."""
-    run_on_all_or_raise(parallel, lambda: work() if parallel.is_main else None, group)
 
 
 def _make_empty(work: Path) -> None:

@@ -33,6 +33,13 @@ def run_on_all_or_raise(parallel: ParallelState, work: Callable[[], T], group: d
     return result
 
 
+def run_on_main_or_raise(
+    parallel: ParallelState, work: Callable[[], T], group: dist.ProcessGroup | None = None
+) -> T | None:
+    """Run `work` on the main rank while the others wait; return its result there. As `run_on_all_or_raise`."""
+    return run_on_all_or_raise(parallel, lambda: work() if parallel.is_main else None, group)
+
+
 def raise_on_all(parallel: ParallelState, error: Exception | None) -> None:
     """Raise the lowest failed rank's error on all ranks, if any has one. Collective."""
 

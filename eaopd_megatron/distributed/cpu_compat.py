@@ -101,18 +101,6 @@ def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _random_state(device: Any = "cuda") -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-
-
-def _set_random_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
-    torch.set_rng_state(new_state)
-
-
 def install_cpu_compat() -> None:
     """Replace `torch.cuda`'s current device, synchronisation, streams and RNG state by CPU versions.
 
@@ -134,9 +122,8 @@ def install_cpu_compat() -> None:
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda device=None: _THE_STREAM  # type: ignore[assignment,return-value]
     torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment]
-    torch.cuda.get_rng_state = _random_state
-    torch.cuda.random.get_rng_state = _random_state
-    torch.cuda.manual_seed = _seed
-    megatron_random._set_cuda_rng_state = _set_random_state
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host
     schedules.torch = _TorchOnCpu()  # type: ignore[assignment]

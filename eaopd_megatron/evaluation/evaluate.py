@@ -10,6 +10,7 @@ from typing import Literal
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.config.schema import ServersConfig
 from eaopd_megatron.data.prompts import PromptBuilder
 from eaopd_megatron.data.sources import FieldNames
 from eaopd_megatron.data.types import Prompt, SamplingParams
@@ -25,7 +26,7 @@ from eaopd_megatron.evaluation.folder import (
     weights_fingerprint,
     write_prompts,
 )
-from eaopd_megatron.evaluation.generate import ServerChoice, generate_on_servers
+from eaopd_megatron.evaluation.generate import generate_on_servers
 from eaopd_megatron.evaluation.results import EvaluationResult, results_markdown
 from eaopd_megatron.models.supported import check_local_model
 from eaopd_megatron.utils.log import log_rank0
@@ -53,7 +54,7 @@ class EvaluationRequest:
     engine: Literal["local", "sglang"] = "local"
     tensor_parallel: int = 1  # of the local engine
     batch_size: int = 256  # sequences that the local engine generates together
-    servers: ServerChoice = field(default_factory=ServerChoice)
+    servers: ServersConfig = field(default_factory=ServersConfig)
     out: Path | None = None  # None: evaluations/MODEL
 
 

@@ -9,21 +9,22 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.config.schema import ServersConfig
 from eaopd_megatron.data.types import SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.folder import EvaluationFolder, ResponseFile, SampleIndex, read_prompts
 from eaopd_megatron.evaluation.grading import DecodedResponse
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
-from eaopd_megatron.rollout.sglang.requests import GenerateRequest, LengthLimits, required_context_length
-from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings, sglang_servers
+from eaopd_megatron.rollout.sglang.requests import GenerateRequest, LengthLimits
+from eaopd_megatron.rollout.sglang.server import SGLangServer, sglang_servers
+from eaopd_megatron.rollout.sglang.server_manager import rollout_server_settings
 from eaopd_megatron.serving.http import EventLoopThread, SGLangClient, read_api_key
 from eaopd_megatron.serving.pool import ServerPool
 from eaopd_megatron.serving.supervisor import RestartPolicy, Supervisor
@@ -108,23 +109,11 @@ def check_length(positions: int, response: int, setting: str = "--max-response-t
     return positions - response
 
 
-@dataclass(frozen=True)
-class ServerChoice:
-    """urls: servers that run already. Without, `count` are started, each on `tensor_parallel` GPUs of this host."""
-
-    urls: Sequence[str] = ()
-    count: int = 1
-    tensor_parallel: int = 1
-    max_concurrent_requests: int = 64  # per server
-    mem_fraction_static: float = 0.8  # fraction of a GPU's memory for weights and KV cache
-    api_key_file: Path | None = None  # of servers that run already
-
-
 def generate_on_servers(
     folder: EvaluationFolder,
     model: HfFolder,
     missing: dict[str, list[SampleIndex]],
-    choice: ServerChoice,
+    config: ServersConfig,
     report: Callable[[str], None],
 ) -> None:
     """Generate the missing responses of each benchmark. Raises UserError."""
@@ -134,7 +123,7 @@ def generate_on_servers(
     longest = max(len(prompt.token_ids) for group in prompts.values() for prompt in group) + sampling.max_new_tokens
     expected = ExpectedModel.of(model, longest)
     tokenizer = model.tokenizer()
-    with _pool(choice, model, longest, folder.path / "servers", expected, report) as (loop, pool):
+    with _pool(config, model, longest, folder.path / "servers", expected, report) as (loop, pool):
         for name, places in missing.items():
             calls = [
                 GenerateRequest(f"{problem}-{sample}", prompts[name][problem].token_ids, sampling)
@@ -162,7 +151,7 @@ async def _write(
 
 @contextlib.contextmanager
 def _pool(
-    choice: ServerChoice,
+    config: ServersConfig,
     model: HfFolder,
     longest: int,
     logs: Path,
@@ -171,25 +160,17 @@ def _pool(
 ) -> Iterator[tuple[EventLoopThread, ServerPool[SGLangClient, LengthLimits]]]:
     """Start or find the servers; return their pool and the event loop that it runs in."""
     with contextlib.ExitStack() as stack:
-        key = None if choice.api_key_file is None else read_api_key(choice.api_key_file)
+        key = None if config.api_key_file is None else read_api_key(Path(config.api_key_file))
         servers: list[SGLangServer] = []
-        urls = choice.urls
+        urls = config.urls
         if not urls:
-            key = secrets.token_urlsafe(24)
-            settings = SGLangSettings(
-                model.path,
-                required_context_length(longest),
-                tensor_parallel=choice.tensor_parallel,
-                precision="bf16" if model.dtype.itemsize == 2 else "fp32",
-                mem_fraction_static=choice.mem_fraction_static,
-                max_concurrent_requests=choice.max_concurrent_requests,
-                api_key=key,
-            )
-            servers = sglang_servers(settings, choice.count, logs)
+            key, precision = secrets.token_urlsafe(24), "bf16" if model.dtype.itemsize == 2 else "fp32"
+            settings = rollout_server_settings(config, model, precision, longest, key)
+            servers = sglang_servers(settings, config.count, logs)
             stack.enter_context(Supervisor(servers, policy=RestartPolicy(4), report=report))
             urls = [server.url for server in servers]
         loop = stack.enter_context(EventLoopThread())
-        clients = [SGLangClient(url, api_key=key, connections=choice.max_concurrent_requests) for url in urls]
+        clients = [SGLangClient(url, api_key=key, connections=config.max_concurrent_requests) for url in urls]
         pool = ServerPool(clients, partial(verify_server, expected=expected), report=report)
         stack.callback(lambda: loop.run(pool.close()))
         loop.run(pool.open())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,9 +200,7 @@ def launch_ranks(
     if line:
         print(line, file=sys.stderr, flush=True)
     if log_folder is None and (code == 0 or str(logs) not in (line or "")):
-        for log in logs.iterdir():
-            log.unlink()
-        logs.rmdir()
+        shutil.rmtree(logs)
     return code
 
 

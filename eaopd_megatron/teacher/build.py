@@ -15,7 +15,7 @@ from eaopd_megatron.config.schema import TeacherConfig, teacher_key
 from eaopd_megatron.distributed.parallel_state import ParallelState, num_ranks_on_rank0_host
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron.layers import require_fp8_support
-from eaopd_megatron.megatron.model import DTYPES, ModelChunks, build_model
+from eaopd_megatron.megatron.model import DTYPES, build_model
 from eaopd_megatron.models.supported import check_supported, colocated_layouts
 from eaopd_megatron.teacher.base import TeacherModel, TeacherRouter
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
@@ -113,22 +113,7 @@ def _first_gpus(recipe: Recipe, local_ranks: int) -> dict[str, int]:
 
 
 def _colocated(context: TeacherContext, name: str, config: TeacherConfig, terminal: TerminalMap) -> TeacherModel:
-    return ColocatedTeacher(
-        _load_colocated_model(context, name, config, terminal),
-        context.parallel,
-        vocab_size=context.vocab_size,
-        signal=context.recipe.resolve_signal(config),
-        top_k=context.top_k,
-        terminal=terminal,
-        micro_batch_tokens=context.recipe.train.micro_batch_tokens,
-        offload=config.offload == "weights",
-    )
-
-
-def _load_colocated_model(
-    context: TeacherContext, name: str, config: TeacherConfig, terminal: TerminalMap
-) -> ModelChunks:
-    """Return a model whose output layer has the student's rows and shards: the objective reads both models' logits side
+    """Load a model whose output layer has the student's rows and shards: the objective reads both models' logits side
     by side."""
     folder, layout = context.teacher_folders[name], context.layouts[name]
     check_supported(folder.config, layout, f"{folder.name}: {config.model}")
@@ -142,7 +127,16 @@ def _load_colocated_model(
         fp8=config.precision == "fp8",
     )
     load_hf(model, folder, context.parallel, row_map=row_map)
-    return model
+    return ColocatedTeacher(
+        model,
+        context.parallel,
+        vocab_size=context.vocab_size,
+        signal=context.recipe.resolve_signal(config),
+        top_k=context.top_k,
+        terminal=terminal,
+        micro_batch_tokens=context.recipe.train.micro_batch_tokens,
+        offload=config.offload == "weights",
+    )
 
 
 def _remote(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.multiprocessing import reductions
 
+from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.weight_sync import local_transports as in_request
 from eaopd_megatron.rollout.weight_sync.distributed_transport import ERROR_HANDLING, UpdateGroup, local_address_towards
@@ -23,7 +24,6 @@ from eaopd_megatron.rollout.weight_sync.session import UpdateSession
 from eaopd_megatron.rollout.weight_sync.transport import (
     GATHERED_COPIES,
     Bucket,
-    TensorSpec,
     bucket_capacity,
     pack_buckets,
 )
@@ -62,7 +62,7 @@ def test_a_tensor_greater_than_a_bucket_is_cut_or_copied() -> None:
     found = list(pack_buckets(iter(given), 20))
     assert [[one.name for one in bucket.specs] for bucket in found] == [[name] for name, _ in given]
     assert found[1].data.data_ptr() == given[1][1].data_ptr()
-    assert found[1].specs == [TensorSpec(given[1][0], torch.float32, (1, 9))]
+    assert found[1].specs == [PlannedTensor(given[1][0], (1, 9), torch.float32)]
 
 
 def test_a_tensor_does_not_lie_where_its_dtype_can_be_read() -> None:

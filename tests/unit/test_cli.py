@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from eaopd_megatron.cli import main
+from eaopd_megatron.config.schema import ServersConfig
 from eaopd_megatron.data.sources import FieldNames
 from eaopd_megatron.evaluation.evaluate import EvaluationRequest
-from eaopd_megatron.evaluation.generate import ServerChoice
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
@@ -203,7 +203,7 @@ def test_evaluate_loses_an_option(eaopd: Callable[..., Any], monkeypatch: pytest
         "id=i",
     )
     assert eaopd("evaluate", "m", "--benchmarks", "a", *words, *served, "--regrade", "--compare", "x")[0] == 0
-    servers = ServerChoice(("u",), 3, 2, 6, api_key_file=Path("k"))
+    servers = ServersConfig(urls=["u"], count=3, tensor_parallel=2, max_concurrent_requests=6, api_key_file="k")
     expected = replace(EvaluationRequest("m", ["a"], fields=FieldNames(id="i"), servers=servers), **options)
     assert called[1] == (expected, {"regrade": True, "compare": Path("x")})
     old = tuple("--max-running" if word == "--max-concurrent-requests" else word for word in served)

@@ -49,23 +49,15 @@ class SGLangSettings:
 
     def flags(self, port: int, *, cuda: bool) -> list[str]:
         """Return the server's command line without the API key, which is passed in a file."""
+        requests = self.max_concurrent_requests
         return [
             *("--model-path", str(self.model), "--host", self.host, "--port", str(port)),
             *("--dtype", {"bf16": "bfloat16", "fp32": "float32"}[self.precision]),
             *("--tp-size", str(self.tensor_parallel), "--context-length", str(self.context_length)),
-            *(
-                "--mem-fraction-static",
-                str(self.mem_fraction_static),
-                "--max-running-requests",
-                str(self.max_concurrent_requests),
-            ),
+            *("--mem-fraction-static", str(self.mem_fraction_static), "--max-running-requests", str(requests)),
             *("--weight-version", "0", "--skip-tokenizer-init", "--grammar-backend", "none"),
             *(("--enable-memory-saver",) if cuda and self.colocated else ()),
-            *(
-                ()
-                if cuda
-                else (*CPU_FLAGS, "--max-total-tokens", str(self.max_concurrent_requests * self.context_length))
-            ),
+            *(() if cuda else (*CPU_FLAGS, "--max-total-tokens", str(requests * self.context_length))),
         ]
 
     def gpu_flags(self, first_gpu: int) -> list[str]:

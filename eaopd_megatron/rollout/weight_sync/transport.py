@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from eaopd_megatron.checkpoint.hf_export import NamedTensors
+from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.weight_sync.session import UpdateSession
 from eaopd_megatron.serving.http import Busy, ServerGone, SGLangClient
@@ -21,24 +21,11 @@ GATHERED_COPIES = 3
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype and shape of a tensor in a bucket."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
 class Bucket:
     """data: uint8 [bytes], the tensors of `specs` one after the other without gaps."""
 
     data: torch.Tensor
-    specs: Sequence[TensorSpec] = field(default_factory=list)
+    specs: Sequence[PlannedTensor] = field(default_factory=list)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield views of the data by name."""
@@ -66,9 +53,9 @@ def pack_buckets(tensors: Iterable[tuple[str, torch.Tensor]], capacity: int) -> 
     """
     buffers: list[torch.Tensor] = []
     turn, used = 0, 0
-    specs: list[TensorSpec] = []
+    specs: list[PlannedTensor] = []
     for name, tensor in tensors:
-        spec = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+        spec = PlannedTensor(name, tuple(tensor.shape), tensor.dtype)
         if specs and (used + spec.nbytes > capacity or used % spec.dtype.itemsize):
             yield Bucket(buffers[turn][:used], specs)
             turn, used, specs = 1 - turn, 0, []

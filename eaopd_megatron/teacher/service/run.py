@@ -20,7 +20,7 @@ from eaopd_megatron.config.schema import TeacherConfig, select_separate_teacher,
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
 from eaopd_megatron.distributed.broadcast import broadcast_events
-from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.collective_errors import run_on_main_or_raise
 from eaopd_megatron.distributed.heartbeat import heartbeat_monitor
 from eaopd_megatron.distributed.parallel_state import (
     ParallelState,
@@ -63,7 +63,7 @@ def serve_teacher(recipe: Recipe, name: str) -> None:
         )
     parallel, store = init_distributed(layout, seed=recipe.seed, timeout_minutes=recipe.distributed.timeout_minutes)
     with heartbeat_monitor(store, parallel.rank, parallel.world_size):
-        listener = run_on_all_or_raise(parallel, lambda: _listen(config) if parallel.is_main else None)
+        listener = run_on_main_or_raise(parallel, lambda: _listen(config))
         info, scorer = _build(recipe, config, folder, parallel)
         _serve(scorer, info, listener, config.max_concurrent_requests)
     shutdown_distributed()
