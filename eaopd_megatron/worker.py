@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from eaopd_megatron.config import Recipe, load_recipe
+from eaopd_megatron.config.schema import select_separate_teacher
 from eaopd_megatron.launch.entrypoint import run_entrypoint
+from eaopd_megatron.utils.gpu_environment import prepare_rank
 from eaopd_megatron.utils.lifetime import die_with_parent
 from eaopd_megatron.utils.log import log_rank0
 
@@ -31,6 +33,7 @@ def run_rank(arguments: Sequence[str]) -> int:
 
 
 def _train(recipe: Recipe) -> None:
+    _prepare_student_rank(recipe)
     import torch
 
     from eaopd_megatron.distributed import parallel_state as groups
@@ -63,7 +66,14 @@ def _train(recipe: Recipe) -> None:
     groups.shutdown_distributed()
 
 
+def _prepare_student_rank(recipe: Recipe) -> None:
+    """Set this rank's variables, before an import or a call looks for devices."""
+    update_groups = recipe.rollout.engine == "sglang" and recipe.weight_sync.transport == "distributed"
+    prepare_rank(recipe.student.parallel_layout, update_groups=update_groups)
+
+
 def _teach(recipe: Recipe, teacher: str) -> None:
+    prepare_rank(select_separate_teacher(recipe, teacher).parallel_layout)
     import torch
 
     from eaopd_megatron.teacher.service.run import serve_teacher
@@ -73,6 +83,7 @@ def _teach(recipe: Recipe, teacher: str) -> None:
 
 
 def _eos_check(recipe: Recipe) -> None:
+    _prepare_student_rank(recipe)
     from eaopd_megatron.diagnostics.eos_check_rank import eos_check_on_rank
 
     eos_check_on_rank(recipe)

@@ -1,7 +1,8 @@
 """Failure detection: one rank's error ends every rank, a silent rank is noticed, and the last collectives are recorded.
 
 PyTorch's flight recorder writes RUN/failures/collectives/rank_N, a pickle whose `entries` list each collective that the
-rank entered, with shapes, group and stack. For NCCL groups (it cannot tell gloo groups apart)
+rank entered, with shapes, group and stack. On GPUs these are NCCL's, and gloo's are in gloo_rank_N. For NCCL groups (it
+cannot tell gloo groups apart)
 
     python -m torch.distributed.flight_recorder.fr_trace RUN/failures/collectives --prefix rank_
 
@@ -11,6 +12,7 @@ compares the ranks.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import math
 import os
@@ -24,9 +26,12 @@ from pathlib import Path
 import torch
 from torch.distributed import Store
 
+from eaopd_megatron.utils.gpu_environment import set_unless_given
+
 HEARTBEAT_INTERVAL_SECONDS = 5.0
 HEARTBEAT_TIMEOUT_SECONDS = 45.0
 _POLL_SECONDS = 1.0
+_DUMP_SECONDS = 60.0
 _FAILURE_KEY, _DONE = "failure", "done"
 _DUMP_PREFIX = "rank_"
 
@@ -122,6 +127,8 @@ class _HeartbeatThread:
 
     def _exit(self, message: str, exit_code: int) -> None:
         print(f"error: rank {self._rank} stops: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # a dump that hangs in CUDA holds the GIL; this timer does not need it
+            faulthandler.dump_traceback_later(_DUMP_SECONDS, exit=True)
         _call_quietly(self._on_failure)
         os._exit(exit_code)
 
@@ -138,15 +145,16 @@ def enable_flight_recorder(folder: Path, buffer_size: int) -> None:
     """Record this rank's last `buffer_size` collectives (0: none). Call it before the process group is initialised.
 
     NCCL dumps to the same files when it aborts a process after a timeout. Environment variables that are set already
-    take precedence.
+    take precedence, also those of torch's older names.
     """
+    given = os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", str(buffer_size))
+    set_unless_given({"TORCH_FR_BUFFER_SIZE": given})  # torch's own default is 2000
     if not buffer_size:
         return
     if torch.cuda.is_available():
         folder.mkdir(parents=True, exist_ok=True)  # NCCL does not create it
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(buffer_size))
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / _DUMP_PREFIX))
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    prefix = os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / _DUMP_PREFIX))
+    set_unless_given({"TORCH_FR_DUMP_TEMP_FILE": prefix, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"})
 
 
 def dump_flight_recorder(folder: Path, rank: int) -> None:
@@ -154,13 +162,22 @@ def dump_flight_recorder(folder: Path, rank: int) -> None:
     if not int(os.environ.get("TORCH_FR_BUFFER_SIZE", "0")):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{_DUMP_PREFIX}{rank}.{threading.get_ident()}"  # two threads may notice the failure
-    partial.write_bytes(_flight_recorder_trace())
-    partial.replace(folder / f"{_DUMP_PREFIX}{rank}")
+    for prefix, trace in _flight_recorder_traces().items():
+        partial = folder / f".{prefix}{rank}.{threading.get_ident()}"  # two threads may notice the failure
+        partial.write_bytes(trace())
+        partial.replace(folder / f"{prefix}{rank}")
 
 
-def _flight_recorder_trace() -> bytes:
-    """Return torch's own pickled trace; the only use of this private API."""
-    from torch._C import _distributed_c10d
+def _flight_recorder_traces() -> dict[str, Callable[[], bytes]]:
+    """Return torch's calls for its pickled traces, by the prefix of their file; the only use of these private calls.
 
-    return bytes(_distributed_c10d._dump_fr_trace())  # type: ignore[attr-defined]
+    torch has one recorder for NCCL, and one for everything else. Both traces lie beside each other on GPUs.
+    """
+    from torch._C import _distributed_c10d as c10d
+
+    if torch.cuda.is_available() and torch.distributed.is_nccl_available():
+        return {
+            f"gloo_{_DUMP_PREFIX}": c10d._dump_fr_trace,  # type: ignore[attr-defined]
+            _DUMP_PREFIX: c10d._dump_nccl_trace,  # type: ignore[attr-defined]
+        }
+    return {_DUMP_PREFIX: c10d._dump_fr_trace}  # type: ignore[attr-defined]

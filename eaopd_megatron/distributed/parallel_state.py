@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.distributed import cpu_compat as cpu
+from eaopd_megatron.utils.gpu_environment import local_device_index
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ def init_distributed(
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     layout.check_world_size(world_size)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(local_device_index())
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from eaopd_megatron.serving.http import server_is_ready
+from eaopd_megatron.utils.gpu_environment import own_variables
 from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 from eaopd_megatron.utils.ports import reserve_port
 
@@ -97,7 +98,7 @@ class ServerProcess(ABC):
             self._key_file = Path(name)
             command += self.key_arguments(self._key_file)
         overrides: dict[str, str | None] = {
-            **dict.fromkeys(_RANK_VARIABLES),
+            **dict.fromkeys((*_RANK_VARIABLES, *own_variables())),
             **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
             **self._no_proxy(),
             **self.environment(),

@@ -23,6 +23,7 @@ from rich.table import Table
 from eaopd_megatron.diagnostics import machine
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.environment import git_commit
+from eaopd_megatron.utils.gpu_environment import local_device_index
 from eaopd_megatron.utils.log import log_rank0
 from eaopd_megatron.utils.ports import INTERFACE_VARIABLE, claim_port, node_address
 
@@ -199,7 +200,7 @@ def probe_network(minutes: float = 3.0) -> None:
 
     cuda = torch.cuda.is_available()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_device_index()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"

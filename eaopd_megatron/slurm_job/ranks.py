@@ -53,7 +53,8 @@ class SlurmStep:
             "LOCAL_RANK": environment["SLURM_LOCALID"],
         }
         if self.gpus is not None and "CUDA_VISIBLE_DEVICES" in environment:
-            overrides["CUDA_VISIBLE_DEVICES"] = self._own_gpus(environment["CUDA_VISIBLE_DEVICES"].split(","))
+            visible = environment["CUDA_VISIBLE_DEVICES"].split(",")
+            overrides["CUDA_VISIBLE_DEVICES"] = self._own_gpus(visible, int(environment["SLURM_NTASKS"]))
         if is_main and any(_LISTEN in part for part in command):
             claim = claim_port(address, first=self._previous_port(address), seed=seed)
             claim.keep_across_exec()
@@ -68,12 +69,16 @@ class SlurmStep:
             rendezvous = self._wait_for_rendezvous(_start_id(environment))
         return list(command), overrides | dict(zip(("MASTER_ADDR", "MASTER_PORT"), rendezvous, strict=True))
 
-    def _own_gpus(self, devices: list[str]) -> str:
+    def _own_gpus(self, devices: list[str], tasks: int) -> str:
         assert self.gpus is not None
         first, count = self.gpus
+        if first == 0 and len(devices) == 1 and tasks == count:
+            return devices[0]  # the site shows each task a GPU of its own
         if first + count > len(devices):
-            last = first + count - 1
-            raise UserError(f"{self.name} needs GPUs {first} to {last} of its node, which shows {len(devices)}")
+            raise UserError(
+                f"{self.name} needs GPUs {first} to {first + count - 1} of its node, which shows {len(devices)}: let "
+                "each task see all of them (no --gpu-bind, no --gpus-per-task)"
+            )
         return ",".join(devices[first : first + count])
 
     def _previous_port(self, address: str) -> int | None:

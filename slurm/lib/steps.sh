@@ -10,6 +10,8 @@ on() {
     local tasks="$1" list="$2" names per_node=()
     shift 2
     IFS=, read -ra names <<<"$list"
+    # every task is to see all of them: ranks choose theirs by LOCAL_RANK, and servers by number
+    unset SLURM_GPU_BIND SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
     ((gpus == 0)) || per_node+=("--gpus-per-node=$gpus")
     [[ -z ${SLURM_CPUS_ON_NODE:-} ]] ||
         per_node+=("--cpus-per-task=$((SLURM_CPUS_ON_NODE / tasks > 0 ? SLURM_CPUS_ON_NODE / tasks : 1))")

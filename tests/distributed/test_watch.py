@@ -12,6 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch._C import _distributed_c10d
+
+from eaopd_megatron.distributed.heartbeat import (
+    _flight_recorder_traces,
+    dump_flight_recorder,
+    enable_flight_recorder,
+)
 
 Start = Callable[[str], list[subprocess.Popen[str]]]
 SCRIPT = """
@@ -113,3 +121,59 @@ def test_nobody_can_tell_which_rank_a_collective_waited_for(ranks: Start, tmp_pa
         record = pickle.loads((tmp_path / "trace" / f"rank_{rank}").read_bytes())
         entered[rank] = [entry["input_sizes"] for entry in record["entries"]]
     assert entered == {0: [[[2]], [[7]]], 1: [[[2]]], 2: [[[2]], [[7]]]}
+
+
+def test_torch_has_moved_its_flight_recorders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private: `_dump_fr_trace` and, in builds for CUDA, `_dump_nccl_trace` of torch._C._distributed_c10d."""
+    assert list(_flight_recorder_traces()) == ["rank_"]
+    assert pickle.loads(_flight_recorder_traces()["rank_"]())["version"]
+    if torch.distributed.is_nccl_available():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert pickle.loads(_flight_recorder_traces()["rank_"]())["version"]
+
+
+def test_the_dump_of_a_gpu_lacks_what_nccl_did(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stand-in for NCCL's recorder, which only builds for CUDA have. torch's tool reads the files named rank_*."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(_distributed_c10d, "_dump_nccl_trace", lambda: b"nccl", raising=False)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "10")
+    dump_flight_recorder(tmp_path, 3)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["gloo_rank_3", "rank_3"]
+    assert (tmp_path / "rank_3").read_bytes() == b"nccl"
+    assert "entries" in pickle.loads((tmp_path / "gloo_rank_3").read_bytes())
+
+
+def test_a_dump_that_hangs_keeps_a_failed_rank_alive(tmp_path: Path) -> None:
+    """It holds the interpreter's lock, as a call into a broken CUDA may."""
+    code = """
+        import ctypes
+        from eaopd_megatron.distributed import heartbeat
+        heartbeat._DUMP_SECONDS = 1.0
+        hang = lambda: ctypes.PyDLL(None).sleep(100)  # PyDLL keeps the lock
+        heartbeat._HeartbeatThread(None, 0, 2, 1.0, hang)._exit("rank 1 failed: why", 1)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1 and "error: rank 0 stops: rank 1 failed: why" in done.stderr
+    assert "Timeout" in done.stderr, "where it hung"
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "expected"),
+    [
+        (7, {}, {"TORCH_FR_BUFFER_SIZE": "7", "TORCH_FR_DUMP_TEMP_FILE": "F/rank_", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}),
+        (0, {}, {"TORCH_FR_BUFFER_SIZE": "0"}),
+        (
+            7,
+            {"TORCH_NCCL_TRACE_BUFFER_SIZE": "9", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "there_"},
+            {"TORCH_FR_BUFFER_SIZE": "9", "TORCH_FR_DUMP_TEMP_FILE": "there_", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"},
+        ),
+    ],
+)
+def test_the_recorder_is_set_otherwise_than_the_recipe_or_the_user_says(
+    monkeypatch: pytest.MonkeyPatch, size: int, given: dict[str, str], expected: dict[str, str]
+) -> None:
+    """torch records 2000 collectives where nothing is set; of a new and an old name the new one wins."""
+    monkeypatch.setattr(os, "environ", dict(given))
+    enable_flight_recorder(Path("F"), size)
+    assert {name: value for name, value in os.environ.items() if name not in given} == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,25 @@ def test_an_evaluation_near_its_time_limit_is_lost(site: Site, tmp_path: Path) -
     assert job.finish() == "COMPLETED 0:0", job.output
     assert "| countdown | 572 × 8 |" in job.output
     assert "of 4576 responses are to be generated" in job.output.removeprefix(before)
+
+
+TASKS = """#!/usr/bin/env bash
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+source slurm/lib/job.sh || exit
+begin
+(on 2 "${nodes[0]}" bash -c 'echo "task $SLURM_LOCALID sees $CUDA_VISIBLE_DEVICES"')
+srun --overlap --ntasks=2 --gpus-per-node=8 bash -c 'echo "the site shows $CUDA_VISIBLE_DEVICES"'
+"""
+
+
+def test_a_site_binds_each_task_to_one_gpu(site: Site, tmp_path: Path) -> None:
+    """Ranks and servers count the GPUs of their node: a step lets every task see all of them."""
+    script = tmp_path / "tasks.sh"
+    script.write_text(TASKS)
+    job = site.submit(os.path.relpath(script, ROOT / "slurm"), options=["--export=ALL,SLURM_GPU_BIND=single:1"])
+    assert job.finish() == "COMPLETED 0:0", job.output
+    every = ",".join(map(str, range(8)))
+    assert set(re.findall(r"task (\d) sees (\S+)", job.output)) == {("0", every), ("1", every)}
+    assert set(re.findall(r"the site shows (\S+)", job.output)) != {every}, "the site binds nothing: nothing was tested"

@@ -134,6 +134,16 @@ def test_a_service_takes_gpus_that_its_node_has_not(tmp_path: Path) -> None:
         SlurmStep("server_9", tmp_path, gpus=(8, 2)).prepare(["x"], task(0, 1))
 
 
+def test_a_site_shows_each_task_its_own_gpu_alone(tmp_path: Path) -> None:
+    """Only the first replica of a node: what a second one would be shown are the first one's."""
+    shown = task(1, 2) | {"CUDA_VISIBLE_DEVICES": "5"}
+    first, second = (SlurmStep("teacher_0", tmp_path, gpus=(at, 2)) for at in (0, 2))
+    first.prepare(["x"], task(0, 2))
+    assert first.prepare(["x"], shown)[1]["CUDA_VISIBLE_DEVICES"] == "5"
+    with pytest.raises(UserError, match=r"GPUs 2 to 3 of its node, which shows 1: let each task see all of them"):
+        second.prepare(["x"], shown)
+
+
 # Restarts
 
 

@@ -17,6 +17,7 @@ import torch
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.process import ROOT, ServerProcess
+from eaopd_megatron.utils.gpu_environment import update_group_environment
 
 SGLANG_VENV_VARIABLE = "EAOPD_SGLANG_VENV"
 
@@ -99,7 +100,7 @@ class SGLangServer(ServerProcess):
 
     def environment(self) -> Mapping[str, str | None]:
         if torch.cuda.is_available():
-            return {}
+            return update_group_environment()
         cores, ranks = sorted(os.sched_getaffinity(0)), self.settings.tensor_parallel
         one_core_per_rank = "|".join(str(cores[i % len(cores)]) for i in range(ranks))
         threads = {"SGLANG_CPU_OMP_THREADS_BIND": one_core_per_rank} if ranks > 1 else {}
