@@ -29,7 +29,6 @@ _SHOWN_PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safe
 _OPTIONAL_PACKAGES = {
     "transformer-engine": "fused layers on GPUs",
     "sglang": "rollout on inference servers",
-    "triton": "fused kernels on GPUs",
 }
 _MIN_FREE_BYTES = 2 * 2**30
 """Free disk space below which a run's checkpoints are at risk."""
@@ -123,12 +122,17 @@ def _requirements() -> tuple[str, ...]:
     """Return the dependencies in pyproject.toml, read from the checkout or else from the installed package."""
     project = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if project.is_file():
-        return tuple(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"])
+        return _for_this_platform(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"])
     try:
         declared = metadata.requires(PROJECT) or []
     except metadata.PackageNotFoundError:
         return ()
-    return tuple(text for text in declared if "extra ==" not in text)
+    return _for_this_platform(declared)
+
+
+def _for_this_platform(declared: Sequence[str]) -> tuple[str, ...]:
+    markers = {text: Requirement(text).marker for text in declared}
+    return tuple(text for text, marker in markers.items() if marker is None or marker.evaluate({"extra": ""}))
 
 
 def _version(name: str) -> str | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from eaopd_megatron.diagnostics import machine as doctor
 from eaopd_megatron.diagnostics.machine import Finding, MachineFacts, judge_facts
@@ -19,7 +21,6 @@ WELL = MachineFacts(
         "psutil": "7.2.2",
         "transformer-engine": None,
         "sglang": None,
-        "triton": None,
     },
     requirements=("torch==2.13.0", "megatron-core==0.16.1", "psutil>=7.2"),
     probe={"torch": "2.13.0+cpu", "cuda_build": None, "gpus": [], "backends": ["gloo"], "megatron": "0.16.1"},
@@ -114,10 +115,16 @@ def test_an_import_that_dies_takes_the_doctor_with_it(monkeypatch: pytest.Monkey
 
 def test_this_environment_is_ill(capsys: pytest.CaptureFixture[str]) -> None:
     facts = doctor.gather_facts()
-    assert {"torch==2.13.0", "megatron-core==0.16.1"} <= set(facts.requirements)
+    assert {Requirement(text).name for text in facts.requirements} >= {"torch", "megatron-core", "psutil", "triton"}
     ill = [finding for finding in problems(facts) if finding.subject not in ("disk", "devices")]
     assert ill == []
-    assert facts.probe["megatron"] == "0.16.1"
+    assert facts.probe["megatron"] == metadata.version("megatron-core")
+
+
+def test_a_package_of_another_platform_or_an_extra_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = ["torch>=2", "triton>=3; sys_platform == 'linux'", "pywin>=1; sys_platform == 'win32'", "x; extra == 'gpu'"]
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert doctor._for_this_platform(declared) == tuple(declared[:2])
 
 
 @pytest.mark.parametrize(

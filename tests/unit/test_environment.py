@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = f'set -euo pipefail; source "{ROOT}/tools/lib/environment.sh"; prepare_environment "$1"; echo "ready $python"'
+EDITABLE = f"install --constraint {ROOT}/tools/lib/versions.txt --editable {ROOT}"
 
 # A Python whose pip only records its arguments, and fails if they contain the word in the file `fail`.
 FAKE = f"""#!/bin/sh
@@ -57,7 +58,7 @@ def test_a_second_run_installs_nothing(prepare: Prepare, tmp_path: Path) -> None
     done = prepare("test")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"ready {tmp_path}/venv/bin/python"
-    assert pip_calls(tmp_path) == ["install torch==2.13.0", f"install --editable {ROOT}[test]"]
+    assert pip_calls(tmp_path) == ["install torch==2.13.0", f"{EDITABLE}[test]"]
     for kind in ("test", "run"):
         assert prepare(kind).stdout == f"ready {tmp_path}/venv/bin/python\n"
         assert pip_calls(tmp_path) == []
@@ -65,9 +66,9 @@ def test_a_second_run_installs_nothing(prepare: Prepare, tmp_path: Path) -> None
 
 def test_the_tests_install_their_packages_after_the_quickstart(prepare: Prepare, tmp_path: Path) -> None:
     assert prepare("run").returncode == 0
-    assert pip_calls(tmp_path)[-1] == f"install --editable {ROOT}"
+    assert pip_calls(tmp_path)[-1] == EDITABLE
     assert prepare("test").returncode == 0
-    assert pip_calls(tmp_path)[-1] == f"install --editable {ROOT}[test]"
+    assert pip_calls(tmp_path)[-1] == f"{EDITABLE}[test]"
     assert prepare("run").returncode == 0
     assert pip_calls(tmp_path) == []
 

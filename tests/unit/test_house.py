@@ -47,7 +47,6 @@ IMPORTED_ELSEWHERE = {"tensorboard": "torch.utils.tensorboard imports it"}
 PART_OF = {"yarl": "aiohttp", "pydantic-core": "pydantic", "sympy": "math-verify"}
 PART_OF["latex2sympy2-extended"] = "math-verify"
 """Distributions whose names appear in the interface of a declared one."""
-OPTIONAL = {"triton": "torch brings it for CUDA; without it the objective runs on torch"}
 
 
 @cache
@@ -173,7 +172,7 @@ def test_a_dependency_is_undeclared_or_idle() -> None:
     }
     distributions = packages_distributions()
     imported = {name.partition(".")[0] for file in FILES for name in imports(file)}
-    imported -= {*sys.stdlib_module_names, "eaopd_megatron", *OPTIONAL}
+    imported -= {*sys.stdlib_module_names, "eaopd_megatron"}
     used = {canonicalize_name(distributions.get(name, [name])[0]) for name in imported}
     used = {canonicalize_name(PART_OF.get(name, name)) for name in used}
     assert not used - declared, f"imported, not declared: {sorted(used - declared)}"

@@ -10,6 +10,7 @@
 # $EAOPD_PYTHON  the Python that creates it (default: a Python 3.11 on the PATH)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+versions="$root/tools/lib/versions.txt"
 venv="${EAOPD_VENV:-$root/.venv}"
 [[ "$venv" == /* ]] || venv="$PWD/$venv"
 
@@ -39,19 +40,19 @@ find_python() {
     fail "no Python 3.11 on the PATH; install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or set EAOPD_PYTHON"
 }
 
-# Hash of all that determines an environment: pyproject.toml and other files, the checkout's path, the Python version.
+# Hash of all that determines an environment: pyproject.toml, the versions and other files, the checkout's path, the Python version.
 installed_from=()
 environment_stamp() {
-    "$python" - "$root" "$root/pyproject.toml" "${installed_from[@]}" <<'PYTHON'
+    "$python" - "$root" "$root/pyproject.toml" "$versions" "${installed_from[@]}" <<'PYTHON'
 import hashlib, pathlib, sys
 files = b"".join(pathlib.Path(file).read_bytes() for file in sys.argv[2:])
 print(hashlib.sha256(files + str((pathlib.Path(sys.argv[1]), sys.version)).encode()).hexdigest())
 PYTHON
 }
 
-# pinned NAME: the requirement in pyproject.toml, such as torch==2.13.0.
+# pinned NAME: the requirement in versions.txt, such as torch==2.13.0.
 pinned() {
-    sed -n "s/.*\"\($1==[^\"]*\)\".*/\1/p" "$root/pyproject.toml"
+    grep "^$1==" "$versions"
 }
 
 # step TEXT COMMAND...: prints TEXT, and writes the command's output to $log.
@@ -93,9 +94,9 @@ prepare_environment() {
 }
 
 install_run() {
-    step "installing the project and its dependencies" "$python" -m pip install --editable "$root"
+    step "installing the project and its dependencies" "$python" -m pip install --constraint "$versions" --editable "$root"
 }
 
 install_test() {
-    step "installing the project and its dependencies" "$python" -m pip install --editable "${root}[test]"
+    step "installing the project and its dependencies" "$python" -m pip install --constraint "$versions" --editable "${root}[test]"
 }
