@@ -1,4 +1,4 @@
-"""The versions that environments install agree with pyproject.toml; a lock is installed as Transformer Engine needs it."""
+"""The versions that environments install are those that pyproject.toml allows; a lock installs Transformer Engine."""
 
 from __future__ import annotations
 
