@@ -122,7 +122,7 @@ def test_this_environment_is_ill(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_package_of_another_platform_or_an_extra_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    declared = ["torch>=2", "triton>=3; sys_platform == 'linux'", "winloop; sys_platform == 'win32'", "x; extra == 'gpu'"]
+    declared = ["torch>=2", "triton>=3; sys_platform == 'linux'", "winloop; os_name == 'nt'", "x; extra == 'gpu'"]
     monkeypatch.setattr(sys, "platform", "linux")
     assert doctor._for_this_platform(declared) == tuple(declared[:2])
 
