@@ -207,7 +207,9 @@ def test_every_block_size_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
             near(grads[0], grads[1], 1e-2, f"{launch.SUMS_CONFIGS[index % len(launch.SUMS_CONFIGS)]}")
 
 
-def test_block_sizes_are_chosen_by_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_sizes_are_chosen_by_time_once(
+    monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
     from eaopd_megatron.objective import triton_launch as launch
 
     monkeypatch.setattr(launch, "_best", {})
@@ -218,7 +220,7 @@ def test_block_sizes_are_chosen_by_time_once(monkeypatch: pytest.MonkeyPatch) ->
         found.append(dict(launch._best))
     assert found[0] == found[1] and len(found[0]) == 2
     for kind, blocks in found[0].items():
-        print(kind, blocks)
+        record_property(f"block sizes of {kind}", str(blocks))
 
 
 def test_logits_beyond_32_bits() -> None:
@@ -246,7 +248,7 @@ def test_logits_beyond_32_bits() -> None:
     near(over.detach()[last], leaf.grad, 1e-2, "gradient")
 
 
-def test_no_memory_but_the_gradient() -> None:
+def test_no_memory_but_the_gradient(record_property: Callable[[str, object], None]) -> None:
     case, student, upstream = make("logits", torch.bfloat16, 1000, VOCABULARY, VOCABULARY)
     leaf = student.clone().requires_grad_()
     for _ in range(2):  # block sizes are chosen in the first round
@@ -259,7 +261,9 @@ def test_no_memory_but_the_gradient() -> None:
         out.loss.backward(upstream)
         both = torch.cuda.max_memory_allocated() - before
     each = 1000 * VOCABULARY
-    print(f"\nbytes per logit beyond the logits: forward {forward / each:.3f}, with backward {both / each:.3f}")
+    record_property(
+        "bytes per logit beyond the logits", f"forward {forward / each:.3f}, with backward {both / each:.3f}"
+    )
     assert forward <= 0.02 * each and both <= 2.02 * each
 
 
@@ -277,8 +281,8 @@ def milliseconds(run: Callable[[], Any], rounds: int = 10) -> float:
 
 
 @pytest.mark.parametrize("n", [1024, 4096, 16_384])
-def test_fraction_of_the_memorys_bandwidth(n: int) -> None:
-    """Prints how near the passes come to a copy between two places of the GPU's memory; asserts no time."""
+def test_fraction_of_the_memorys_bandwidth(n: int, record_property: Callable[[str, object], None]) -> None:
+    """Records how near the passes come to a copy between two places of the GPU's memory; asserts no time."""
     size = n * VOCABULARY
     if torch.cuda.mem_get_info()[0] < 8 * size:
         pytest.skip(f"needs {8 * size / 1e9:.0f} GB of free GPU memory")
@@ -311,8 +315,10 @@ def test_fraction_of_the_memorys_bandwidth(n: int) -> None:
         time = milliseconds(write)
         rows.append((name, time, width * size / time / 1e6))
     print(f"\n{torch.cuda.get_device_name()}, {n} tokens, {VOCABULARY} columns, bf16; a copy moves {copy:.0f} GB/s")
+    record_property(f"copy, {n} tokens", f"{copy:.0f} GB/s")
     for name, time, rate in rows:
         print(f"{name:16} {time:8.3f} ms {rate:6.0f} GB/s   {rate / copy:.2f} of a copy's")
+        record_property(f"{name}, {n} tokens", f"{time:.3f} ms, {rate:.0f} GB/s, {rate / copy:.2f} of a copy's rate")
     assert all(rate > 0 for _, _, rate in rows)
 
 

@@ -1,0 +1,117 @@
+"""Write a random student and teacher with the shapes of Qwen3-0.6B and 1.7B in bf16, and the recipe of the check.
+
+python tools/gpu_check/make_models.py FOLDER [--small]      --small: a few thousand parameters, for a rehearsal on a CPU
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+PAIR = Path(__file__).resolve().parents[2] / "recipes" / "countdown"  # lends its tokenizer
+VOCAB_SIZE = 151_936
+COMMON = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 28,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+SHAPES = {
+    "student": COMMON | {"hidden_size": 1024, "intermediate_size": 3072},
+    "teacher": COMMON | {"hidden_size": 2048, "intermediate_size": 6144},
+}
+SMALL = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "vocab_size": 1024,
+}
+
+
+def write_model(folder: Path, role: str, shape: dict[str, Any]) -> None:
+    """Write one Hugging Face folder with normal weights; the teacher's seed differs from the student's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(len(role))
+
+    def normal(*size: int, std: float = 0.02) -> torch.Tensor:
+        return (torch.randn(*size, generator=generator, device=device) * std).bfloat16().cpu()
+
+    def ones(size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=torch.bfloat16)
+
+    hidden, ffn, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    query, kv = head * shape["num_attention_heads"], head * shape["num_key_value_heads"]
+    tensors = {
+        "model.embed_tokens.weight": normal(shape["vocab_size"], hidden, std=0.05),
+        "model.norm.weight": ones(hidden),
+    }
+    for layer in range(shape["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        tensors |= {
+            f"{prefix}self_attn.q_proj.weight": normal(query, hidden),
+            f"{prefix}self_attn.k_proj.weight": normal(kv, hidden),
+            f"{prefix}self_attn.v_proj.weight": normal(kv, hidden),
+            f"{prefix}self_attn.o_proj.weight": normal(hidden, query),
+            f"{prefix}self_attn.q_norm.weight": ones(head),
+            f"{prefix}self_attn.k_norm.weight": ones(head),
+            f"{prefix}mlp.gate_proj.weight": normal(ffn, hidden),
+            f"{prefix}mlp.up_proj.weight": normal(ffn, hidden),
+            f"{prefix}mlp.down_proj.weight": normal(hidden, ffn),
+            f"{prefix}input_layernorm.weight": ones(hidden),
+            f"{prefix}post_attention_layernorm.weight": ones(hidden),
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = PAIR / role
+    config = json.loads((source / "config.json").read_text()) | shape
+    for name in ("layer_types", "max_window_layers", "torch_dtype"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, folder / name)
+
+
+def recipe(folder: Path, small: bool) -> dict[str, Any]:
+    """Return the recipe of one iteration at real width: 64 prompts, on a GPU responses of 256 tokens."""
+    return {
+        "run": {"folder": str(folder / "runs" / "real_width"), "save_interval": 0},
+        "student": {"model": str(folder / "student"), "precision": "bf16"},
+        "teacher": {"model": str(folder / "teacher"), "precision": "bf16"},
+        "data": {"source": "countdown", "template": "raw"},
+        "objective": {"preset": "eopd"},
+        "rollout": {"max_response_tokens": 8 if small else 256},
+        "train": {
+            "iterations": 3,
+            "prompts_per_iteration": 8 if small else 64,
+            "mini_batch": 4 if small else 16,
+            "micro_batch_tokens": 128 if small else 8192,
+        },
+        "optimizer": {"lr": 1e-5, "schedule": "constant"},
+        "reporting": {"tensorboard": False},
+    }
+
+
+def main() -> None:
+    folder, small = Path(sys.argv[1]).resolve(), "--small" in sys.argv
+    for role, shape in SHAPES.items():
+        write_model(folder / role, role, shape | (SMALL if small else {}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder, small)))
+    print(f"random models and a recipe in {folder}")
+
+
+if __name__ == "__main__":
+    main()
