@@ -30,6 +30,7 @@ from eaopd_megatron.checkpoint.dist_checkpoint import (
 from eaopd_megatron.checkpoint.hf_export import gather_hf_tensors
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf
+from eaopd_megatron.config.schema import OptimizerConfig
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.forward import response_logits
 from eaopd_megatron.megatron.model import ModelChunks, build_model
@@ -69,22 +70,13 @@ def timed(name: str) -> Iterator[None]:
 class Trainer:
     """A student with its optimizer, which makes updates of an arbitrary loss on fixed tokens."""
 
-    def __init__(self, source: HfFolder, parallel: ParallelState, *, offload: Any = "none", distributed: bool = False):
-        self.parallel = parallel
+    def __init__(self, source: HfFolder, parallel: ParallelState, **settings: Any) -> None:
+        """settings: those of OptimizerConfig that differ from its defaults."""
+        options = OptimizerConfig(lr=1e-4, **settings)
         self.model = build_model(source.config, parallel.layout, torch.bfloat16)
         load_hf(self.model, source, parallel)
-        self.ddp = wrap_ddp(self.model, parallel, distributed=distributed)
-        self.optimizer = build_optimizer(
-            self.ddp,
-            lr=1e-4,
-            weight_decay=0.01,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            clip_grad=1.0,
-            precision="bf16",
-            offload=offload,
-        )
+        self.ddp = wrap_ddp(self.model, distributed=options.distributed)
+        self.optimizer = build_optimizer(self.ddp, options)
         generator = torch.Generator().manual_seed(0)
         self.batch = single_batch(torch.randint(0, source.vocab_size, (2, 128), generator=generator), parallel)
 
