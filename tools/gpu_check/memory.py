@@ -105,12 +105,9 @@ def main() -> None:
     source = HfFolder.open(f"{sys.argv[1]}/student", "student.model")
     with single_process_group() as parallel:
         plain = check_updates(source, parallel)
-        for name, arguments in {
-            "moments on the host": {"offload": "moments"},
-            "distributed optimizer, lent": {"distributed": True},
-            "lent": {},
-        }.items():
-            check_variant(name, arguments, source, parallel, plain, lend="lent" in name)
+        check_variant("moments on the host", {"offload": "moments"}, source, parallel, plain, lend=False)
+        check_variant("distributed optimizer, lent", {"distributed": True}, source, parallel, plain, lend=True)
+        check_variant("lent", {}, source, parallel, plain, lend=True)
         check_frozen(HfFolder.open(f"{sys.argv[1]}/teacher", "teacher.model"), parallel)
         sys.stdout.flush()
         os._exit(0)

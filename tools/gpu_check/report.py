@@ -74,7 +74,7 @@ def junit(path: Path) -> list[dict[str, Any]]:
         return []
     suite = next(ElementTree.parse(path).iter("testsuite"))
     count = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    found = [{"name": "tests", "value": count, "ok": not count["failures"] + count["errors"]}]
+    found: list[dict[str, Any]] = [{"name": "tests", "value": count, "ok": not count["failures"] + count["errors"]}]
     for case in suite.iter("testcase"):
         found += [
             {"name": f"failed: {case.get('name')}", "value": (bad.get("message") or "")[:200], "ok": False}

@@ -17,6 +17,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 os.environ.update(  # before torch reads them
     {
@@ -66,11 +67,12 @@ def serve(port: int, name: str) -> None:
 
 def open_handles(line: str) -> str:
     """Open CUDA IPC handles as SGLang does: the GPU is named by its UUID."""
-    from torch.multiprocessing import reductions
+    import torch.multiprocessing.reductions
 
+    reductions: Any = torch.multiprocessing.reductions
     original = reductions.rebuild_cuda_tensor
 
-    def rebuild(*arguments: object) -> torch.Tensor:
+    def rebuild(*arguments: Any) -> Any:
         uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
         return original(*arguments[:6], uuids.index(str(arguments[6])), *arguments[7:])
 
