@@ -6,6 +6,7 @@ Shapes: T packed tokens on this context-parallel rank, n response tokens among t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from megatron.core.tensor_parallel import (
 
 from eaopd_megatron.data.types import MicroBatch
 from eaopd_megatron.distributed.parallel_state import ParallelState
-from eaopd_megatron.megatron.layers import PackedSequences
+from eaopd_megatron.megatron.layers import PackedSequences, rotate_by_position
 from eaopd_megatron.megatron.model import ModelChunks, unwrap_gpt, wait_param_gather
 from eaopd_megatron.objective.settings import LOGITS_CHUNK_ELEMENTS
 
@@ -28,14 +29,17 @@ def stage_output(chunk: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     The last stage returns the hidden states after the final norm, [T, 1, h]; under sequence parallelism [T/tp, 1, h].
     """
     gpt = unwrap_gpt(chunk)
+    fused = gpt.config.apply_rope_fusion
+    packed = PackedSequences.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, fused_rotary=fused)
     last, gpt.post_process = gpt.post_process, False  # GPTModel then returns the input of its output layer
     try:
-        return chunk(
-            input_ids=batch.token_ids,
-            position_ids=batch.positions,
-            attention_mask=None,
-            packed_seq_params=PackedSequences.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen),
-        )
+        with nullcontext() if fused else rotate_by_position(gpt, batch.positions[0]):
+            return chunk(
+                input_ids=batch.token_ids,
+                position_ids=batch.positions,
+                attention_mask=None,
+                packed_seq_params=packed,
+            )
     finally:
         gpt.post_process = last
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -32,29 +34,36 @@ from eaopd_megatron.megatron.varlen_attention import VarlenSegments, varlen_atte
 class PackedSequences(PackedSeqParams):
     """Megatron-Core's packed sequences with the indices that `CoreAttention` needs, computed once per micro-batch.
 
-    Transformer Engine's attention reads the inherited fields alone.
+    The inherited `cu_seqlens_q` and `cu_seqlens_kv` are set for the fused rotary kernel alone. Megatron-Core's other
+    rotary code would read them on the host four times a layer, each a wait for the GPU; without them it takes the angles
+    of `rotate_by_position` as they are.
     """
 
+    cu_seqlens: torch.Tensor = None  # type: ignore[assignment]
+
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, longest: int) -> PackedSequences:
+    def from_cu_seqlens(
+        cls, cu_seqlens: torch.Tensor, longest: int, *, fused_rotary: bool = False
+    ) -> PackedSequences:
         """cu_seqlens: [b + 1] int32, 0 and the end of each sequence; longest: the maximum length."""
-        return cls(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
+        ends = cu_seqlens if fused_rotary else None
+        return cls("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, cu_seqlens=cu_seqlens)
+
+    @cached_property
+    def for_engine(self) -> PackedSeqParams:
+        """What Transformer Engine's attention reads."""
+        ends, longest = self.cu_seqlens, self.max_seqlen_q
+        return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
 
     @cached_property
     def lengths(self) -> torch.Tensor:
         """Length of each sequence, [b]."""
-        return self.cu_seqlens_q.long().diff()
+        return self.cu_seqlens.long().diff()
 
     @cached_property
     def places(self) -> torch.Tensor:
         """Index of each of the T packed tokens in the padded [b * longest] layout."""
-        starts = self.cu_seqlens_q.long()[:-1]
+        starts = self.cu_seqlens.long()[:-1]
         sequence = torch.arange(len(starts), device=starts.device).repeat_interleave(self.lengths)
         token = torch.arange(len(sequence), device=starts.device)
         return sequence * self.max_seqlen_q + token - starts[sequence]
@@ -62,13 +71,13 @@ class PackedSequences(PackedSeqParams):
     def parts(self, size: int) -> list[torch.Tensor]:
         """Return the packed positions of every context-parallel rank, each in the rank's order."""
         if size not in self._parts:
-            self._parts[size] = [cp_shard_indices(self.cu_seqlens_q.long(), size, rank) for rank in range(size)]
+            self._parts[size] = [cp_shard_indices(self.cu_seqlens.long(), size, rank) for rank in range(size)]
         return self._parts[size]
 
     def segments(self, size: int, rank: int) -> VarlenSegments:
         """Return what the queries of context-parallel rank `rank` of `size` attend to."""
         if size not in self._segments:
-            ends, longest = self.cu_seqlens_q, self.max_seqlen_q
+            ends, longest = self.cu_seqlens, self.max_seqlen_q
             self._segments[size] = (
                 VarlenSegments(ends, ends, longest, longest)
                 if size == 1
@@ -83,6 +92,20 @@ class PackedSequences(PackedSeqParams):
     @cached_property
     def _segments(self) -> dict[int, VarlenSegments]:
         return {}
+
+
+@contextlib.contextmanager
+def rotate_by_position(gpt: GPTModel, positions: torch.Tensor) -> Iterator[None]:
+    """Give Megatron-Core the rotary angles of each of the T packed tokens; positions: [T], in the token's sequence."""
+
+    def angles(module: torch.nn.Module, args: Any, by_position: torch.Tensor) -> torch.Tensor:
+        return by_position.squeeze(1).index_select(0, positions)  # [longest, 1, 1, d] to [T, 1, d]
+
+    hook = gpt.rotary_pos_emb.register_forward_hook(angles)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class CoreAttention(MegatronModule):
@@ -145,9 +168,8 @@ def _engine_attention() -> type:
             """Take and return what `CoreAttention.forward` does."""
             if packed_seq_params is None:
                 return _decoding_attention(query, key, value, attention_mask)
-            return super().forward(
-                query, key, value, attention_mask, *options, packed_seq_params=packed_seq_params, **more
-            )
+            packed = packed_seq_params.for_engine
+            return super().forward(query, key, value, attention_mask, *options, packed_seq_params=packed, **more)
 
     return EngineAttention
 
@@ -207,7 +229,7 @@ def _packed_over_ranks(
     mine = packed.places[parts[rank]]
     sequence, position = mine // longest, mine % longest
     width = longest // size
-    before = (packed.cu_seqlens_q.long()[:-1] // size)[sequence]
+    before = (packed.cu_seqlens.long()[:-1] // size)[sequence]
     local = sequence * width + torch.arange(len(mine), device=mine.device) - before
     # rows of padding attend to the first key: a fully masked row would be NaN
     upto = torch.zeros(b * width, dtype=torch.long, device=mine.device).index_copy(0, local, position)

@@ -153,7 +153,7 @@ def build_model(
         layout,
         dtype,
         recompute,
-        grouped_gemm=uses_transformer_engine(),
+        engine=uses_transformer_engine(),
         layer_settings=FP8_SETTINGS if fp8 else None,
     )
     set_attention_factor(config, hf)

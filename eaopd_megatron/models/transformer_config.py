@@ -22,13 +22,14 @@ def transformer_config(
     dtype: torch.dtype,
     recompute: Recompute = "none",
     *,
-    grouped_gemm: bool = False,
+    engine: bool = False,
     layer_settings: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
     """Return Megatron-Core's configuration of a model at this layout; no dropout, losses summed per token.
 
-    hf: transformers' configuration. grouped_gemm: the layers compute all experts of a rank in one product.
-    layer_settings: further fields, such as those of fp8. Fields that differ between families are in `Family.settings`.
+    hf: transformers' configuration. engine: the layers are Transformer Engine's, with its grouped product of experts and
+    its rotary kernel, which takes no attention factor. layer_settings: further fields, such as those of fp8. Fields that
+    differ between families are in `Family.settings`.
     Raises UserError for an expert layout that gloo cannot run.
     """
     if min(layout.expert_parallel, layout.expert_tensor_parallel) > 1 and not torch.cuda.is_available():
@@ -74,10 +75,11 @@ def transformer_config(
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=torch.cuda.is_available(),  # keeps two tensors less of each MLP until backward
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        moe_grouped_gemm=grouped_gemm and family.has_experts,
+        apply_rope_fusion=engine and _attention_factor(hf) == 1,
+        moe_grouped_gemm=engine and family.has_experts,
         **settings,
         **(layer_settings or {}),
     )
@@ -95,9 +97,9 @@ def set_attention_factor(config: TransformerConfig, hf: Any) -> None:
     Megatron-Core reads it from three attributes that are no fields of its configuration, as
     (0.1 · yarn_mscale · log(yarn_rotary_scaling_factor) + 1) / (0.1 · yarn_mscale_all_dim · log(…) + 1).
     """
-    if hf.rope_parameters["rope_type"] == "default":
+    factor = _attention_factor(hf)
+    if factor == 1:
         return
-    _, factor = _scaled(hf)
     extra: Any = config
     extra.yarn_rotary_scaling_factor = math.e
     extra.yarn_mscale = 10.0 * (factor - 1.0)
@@ -113,6 +115,11 @@ def set_frequencies(gpt: GPTModel, hf: Any) -> None:
     if rotary.inv_freq.shape != frequencies.shape:
         raise ImportError("megatron-core changed RotaryEmbedding.inv_freq: adapt models/transformer_config.py")
     rotary.inv_freq = frequencies.to(rotary.inv_freq.device)
+
+
+def _attention_factor(hf: Any) -> float:
+    """Return what the rope type multiplies cosines and sines by."""
+    return 1.0 if hf.rope_parameters["rope_type"] == "default" else _scaled(hf)[1]
 
 
 def _scaled(hf: Any) -> tuple[Any, float]:

@@ -2,7 +2,7 @@
 
 `path` selects the layers. "torch": this project's norms and torch's attention, as on a CPU; tested against the bytes of
 saved tensors without context and expert parallelism. "fused": Transformer Engine's norms, which keep input and output,
-and flash attention on packed sequences; written from its code, not measured. MLPs keep the same on both.
+flash attention on packed sequences and Megatron-Core's fused SwiGLU; written from their code, not measured.
 """
 
 from __future__ import annotations
@@ -80,15 +80,17 @@ class Activations:
         return self._tokens(batch) * kept + padded + gathered
 
     def mlp(self, batch: PlannedMicroBatch) -> float:
-        """Return the bytes of gate, up, SiLU, their product and the second product's input."""
-        return self._tokens(batch) * 5 * self.shape.intermediate / self.layout.tensor_parallel * self.element
+        """Return the bytes of gate, up and their product; on the torch path also of SiLU and a copy of up."""
+        kept = 3 if self.path == "fused" else 5
+        return self._tokens(batch) * kept * self.shape.intermediate / self.layout.tensor_parallel * self.element
 
     def experts(self, batch: PlannedMicroBatch) -> float:
         """Return the bytes of the router and of the experts' permuted rows, equally many for each expert."""
         shape, etp, top_k = self.shape, self.layout.expert_tensor_parallel, self.shape.experts_per_token
         router = top_k * (2 * INDEX_BYTES + FP32_BYTES)  # choices, order, weights
         router += shape.experts * (FP32_BYTES + 1)  # map of all experts
-        row = (shape.hidden + 6 * shape.expert_intermediate / etp) * self.element + FP32_BYTES
+        kept = 3 if self.path == "fused" else 6  # of the torch path's the last is the product times the expert's weight
+        row = (shape.hidden + kept * shape.expert_intermediate / etp) * self.element + FP32_BYTES
         return self._between(batch) * (router + top_k * etp * row)
 
     def workspace(self, batch: PlannedMicroBatch) -> float:

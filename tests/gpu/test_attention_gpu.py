@@ -57,7 +57,7 @@ def test_packed_sequences_against_fp64(groups: int, width: int, dtype: torch.dty
     inputs, sequences = heads_of(sum(LENGTHS), dtype, groups=groups, width=width), packed(LENGTHS)
     leaves = [x.detach().double().requires_grad_() for x in inputs]
     q, k, v = leaves
-    exact = attention_of_runs(q, k, v, sequences.cu_seqlens_q, sequences.cu_seqlens_q).flatten(1)
+    exact = attention_of_runs(q, k, v, sequences.cu_seqlens, sequences.cu_seqlens).flatten(1)
     upstream = torch.randn_like(exact).to(dtype)
     exact.backward(upstream.double())
     with mock.patch.object(layers, "_packed", side_effect=AssertionError("the sequences were padded")):
@@ -74,11 +74,11 @@ def test_a_context_parallel_ranks_queries_against_fp64(size: int) -> None:
     lengths = [2 * size * n for n in (50, 1, 129)]
     sequences = packed(lengths)
     q, k, v = (x.detach() for x in heads_of(sum(lengths), torch.bfloat16, groups=2, width=128))
-    ends = sequences.cu_seqlens_q
+    ends = sequences.cu_seqlens
     exact = attention_of_runs(q.double(), k.double(), v.double(), ends, ends)
     gathered = torch.cat(sequences.parts(size))
     for rank in range(size):
-        mine = cp_shard_indices(sequences.cu_seqlens_q.long(), size, rank)
+        mine = cp_shard_indices(sequences.cu_seqlens.long(), size, rank)
         part = varlen_attention(q[mine], k[gathered], v[gathered], packed(lengths).segments(size, rank))
         close(part, exact[mine], TOLERANCE[torch.bfloat16], f"rank {rank} of {size}")
 

@@ -81,10 +81,10 @@ def test_a_context_parallel_ranks_queries_see_the_keys_before_them(size: int) ->
     lengths = [2 * size * n for n in (3, 1, 4)]
     sequences, total = packed(lengths), sum(lengths)
     q, k, v = (torch.randn(total, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    whole = attention_of_runs(q, k, v, sequences.cu_seqlens_q, sequences.cu_seqlens_q)
+    whole = attention_of_runs(q, k, v, sequences.cu_seqlens, sequences.cu_seqlens)
     gathered = torch.cat(sequences.parts(size))
     for rank in range(size):
-        mine = cp_shard_indices(sequences.cu_seqlens_q.long(), size, rank)
+        mine = cp_shard_indices(sequences.cu_seqlens.long(), size, rank)
         segments = packed(lengths).segments(size, rank)
         with emulated():
             part = varlen_attention.varlen_attention(q[mine], k[gathered], v[gathered], segments)
