@@ -6,9 +6,11 @@ import contextlib
 import functools
 import math
 import resource
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,7 @@ from eaopd_megatron.config.schema import OptimizerConfig
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.megatron import model as megatron_model
-from eaopd_megatron.megatron.forward import response_logits
+from eaopd_megatron.megatron.forward import response_logits, stage_output
 from eaopd_megatron.megatron.generation import Decoder, decode_mode
 from eaopd_megatron.megatron.model import ModelChunks, build_model
 from eaopd_megatron.megatron.optimizer import build_optimizer, finalize_gradients, optimizer_step, wrap_ddp
@@ -93,6 +95,34 @@ def check_logits_and_gradients(group: dist.ProcessGroup, folder: str, layout: di
 def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
     difference = (ours - theirs).abs().max().item()
     assert difference <= LIMIT, f"{what}: {difference:.2e} apart, the largest is {theirs.abs().max().item():.2e}"
+
+
+HOST_READS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "numpy", "cpu")
+
+
+def check_no_host_reads(group: dist.ProcessGroup, folder: str, layout: dict[str, Any]) -> None:
+    """No layer but the first reads a tensor's values on the host, which would wait for the GPU."""
+    found: list[str] = []
+
+    def reading(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def method(*args: Any, **options: Any) -> Any:
+            found.append(f"{name}\n{''.join(traceback.format_stack(limit=3)[:-1])}")
+            return real(*args, **options)
+
+        return method
+
+    with model_parallel(ParallelLayout(**layout)) as parallel, torch.no_grad():
+        model = loaded(HfFolder.open(folder), parallel)
+        batch = single_batch(torch.zeros(3, 8, dtype=torch.long), parallel)
+        layers = model.gpts[0].decoder.layers
+        patches = {name: reading(name, getattr(torch.Tensor, name)) for name in HOST_READS}
+        layers[0].register_forward_hook(lambda *_: found.clear())  # an index of the micro-batch is computed there
+        with mock.patch.multiple(torch.Tensor, **patches):
+            layers[-1].register_forward_hook(lambda *_: seen.extend(found))
+            seen: list[str] = []
+            stage_output(model[0], batch)
+        assert len(layers) > 1
+        assert not seen, f"{len(seen)} reads in {len(layers) - 1} layers, the first one {seen[0]}"
 
 
 def check_round_trip(

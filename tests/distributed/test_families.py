@@ -79,6 +79,13 @@ def test_variable_length_attention_is_transformers(
     ranks.run(CHECKS, "check_varlen_logits_and_gradients", folder=str(folders[name]), layout=layout)
 
 
+@pytest.mark.parametrize("label", ["TP1", "TP2+SP", "CP2"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_yarn", "llama3"])
+def test_a_layer_reads_no_lengths_on_the_host(ranks: Ranks, folders: dict[str, Path], name: str, label: str) -> None:
+    """Megatron-Core's rotary positions of packed sequences read them four times a layer, each a wait for the GPU."""
+    ranks.run(CHECKS, "check_no_host_reads", folder=str(folders[name]), layout=LAYOUTS[label])
+
+
 @pytest.mark.parametrize("name", ["qwen2_yarn", "llama3", "qwen3_moe"])
 def test_greedy_tokens_are_transformers(ranks: Ranks, folders: dict[str, Path], name: str) -> None:
     """Decoding turns sequence parallelism off, and feeds positions one at a time to scaled rotary positions."""
