@@ -35,8 +35,8 @@ class PackedSequences(PackedSeqParams):
     """Megatron-Core's packed sequences with the indices that `CoreAttention` needs, computed once per micro-batch.
 
     The inherited `cu_seqlens_q` and `cu_seqlens_kv` are set for the fused rotary kernel alone. Megatron-Core's other
-    rotary code would read them on the host four times a layer, each a wait for the GPU; without them it takes the angles
-    of `rotate_by_position` as they are.
+    rotary code would read them on the host four times a layer, each a wait for the GPU; without them it takes the
+    angles of `rotate_by_position` as they are.
     """
 
     cu_seqlens: torch.Tensor = None  # type: ignore[assignment]

@@ -27,9 +27,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron-Core's configuration of a model at this layout; no dropout, losses summed per token.
 
-    hf: transformers' configuration. engine: the layers are Transformer Engine's, with its grouped product of experts and
-    its rotary kernel, which takes no attention factor. layer_settings: further fields, such as those of fp8. Fields that
-    differ between families are in `Family.settings`.
+    hf: transformers' configuration. engine: the layers are Transformer Engine's, with its grouped product of experts
+    and its rotary kernel, which takes no attention factor. layer_settings: further fields, such as those of fp8. Fields
+    that differ between families are in `Family.settings`.
     Raises UserError for an expert layout that gloo cannot run.
     """
     if min(layout.expert_parallel, layout.expert_tensor_parallel) > 1 and not torch.cuda.is_available():
