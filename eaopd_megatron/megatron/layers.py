@@ -42,9 +42,7 @@ class PackedSequences(PackedSeqParams):
     cu_seqlens: torch.Tensor = None  # type: ignore[assignment]
 
     @classmethod
-    def from_cu_seqlens(
-        cls, cu_seqlens: torch.Tensor, longest: int, *, fused_rotary: bool = False
-    ) -> PackedSequences:
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, longest: int, *, fused_rotary: bool = False) -> PackedSequences:
         """cu_seqlens: [b + 1] int32, 0 and the end of each sequence; longest: the maximum length."""
         ends = cu_seqlens if fused_rotary else None
         return cls("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, cu_seqlens=cu_seqlens)
