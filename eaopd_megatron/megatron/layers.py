@@ -44,14 +44,18 @@ class PackedSequences(PackedSeqParams):
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, longest: int, *, fused_rotary: bool = False) -> PackedSequences:
         """cu_seqlens: [b + 1] int32, 0 and the end of each sequence; longest: the maximum length."""
-        ends = cu_seqlens if fused_rotary else None
-        return cls("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, cu_seqlens=cu_seqlens)
+        packed = cls(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest, cu_seqlens=cu_seqlens)
+        if fused_rotary:
+            packed.cu_seqlens_q = packed.cu_seqlens_kv = cu_seqlens
+        return packed
 
     @cached_property
     def for_engine(self) -> PackedSeqParams:
         """What Transformer Engine's attention reads."""
         ends, longest = self.cu_seqlens, self.max_seqlen_q
-        return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+        return PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
 
     @cached_property
     def lengths(self) -> torch.Tensor:
