@@ -80,10 +80,8 @@ def import_folder(hf: str, out: Path, parallel: ParallelState, *, verify: bool, 
     count = sum(parameter.numel() for parameter in model.parameters())
     log(f"loaded {folder.path}: {count:,} parameters on the first rank, {HF_DTYPE_NAMES[folder.dtype]}")
     with contextlib.ExitStack() as stack:
-        begin = (
-            (lambda: stack.enter_context(atomic_directory(out))) if parallel.is_main else (lambda: partial_path(out))
-        )
-        partial = run_on_all_or_raise(parallel, begin)
+        run_on_main_or_raise(parallel, lambda: stack.enter_context(atomic_directory(out)))
+        partial = partial_path(out)
         try:
             run_on_main_or_raise(parallel, lambda: _write_metadata(partial, folder, parallel))
             save_sharded(partial / "sharded", sharded_training_state(model), parallel)

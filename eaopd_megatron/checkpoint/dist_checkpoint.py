@@ -87,10 +87,8 @@ def _fill(gpt: torch.nn.Module, values: dict[str, Any]) -> None:
 class StagedState:
     """The data this rank is going to write."""
 
-    shards: dict[str, Any]
-    """This rank's shards as a state dict of torch.distributed.checkpoint."""
-    common: dict[str, Any]
-    """Everything that is not sharded; equal on all ranks."""
+    shards: dict[str, Any]  # this rank's, as a state dict of torch.distributed.checkpoint
+    common: dict[str, Any]  # everything that is not sharded; equal on all ranks
 
 
 def save_sharded(folder: Path, state: dict[str, Any], parallel: ParallelState) -> None:

@@ -110,13 +110,8 @@ def student_world_size(student: StudentConfig) -> int:
         least = layout.min_data_parallel_size
         replicas = max(1, (devices or 0) // (layout.model_parallel_size * least)) * least
     ranks = layout.model_parallel_size * replicas
-    if devices is not None and ranks > devices:
-        raise UserError(
-            f"the student needs {layout.model_parallel_size} x {replicas} ranks (tensor x pipeline x context x "
-            f"data_parallel), more than the {devices} GPUs of this host; lower them, or start the ranks of several "
-            "hosts with srun or torchrun"
-        )
-    return ranks
+    parts = f"{layout.model_parallel_size} x {replicas} ranks (tensor x pipeline x context x data_parallel)"
+    return _on_this_host(ranks, devices, f"the student needs {parts}")
 
 
 def teacher_world_size(layout: ParallelLayout) -> int:
@@ -124,13 +119,17 @@ def teacher_world_size(layout: ParallelLayout) -> int:
 
     It has data-parallel ranks only as far as its experts need them.
     """
-    devices = _devices()
-    if devices is not None and layout.min_world_size > devices:
+    ranks = layout.min_world_size
+    return _on_this_host(ranks, _devices(), f"the teacher needs {ranks} ranks (tensor x pipeline x expert_parallel)")
+
+
+def _on_this_host(ranks: int, devices: int | None, need: str) -> int:
+    if devices is not None and ranks > devices:
         raise UserError(
-            f"the teacher needs {layout.min_world_size} ranks (tensor x pipeline x expert_parallel), more than the "
-            f"{devices} GPUs of this host; lower them, or start the ranks of several hosts with srun or torchrun"
+            f"{need}, more than the {devices} GPUs of this host; lower them, or start the ranks of several hosts with "
+            "srun or torchrun"
         )
-    return layout.min_world_size
+    return ranks
 
 
 def _devices() -> int | None:

@@ -208,6 +208,11 @@ def write_gradient(
             top_k_kappa=None if top_k is None else top_k.kappa,
         )
         triton_launch.launch_gradient(factors, student, other, saved.teacher_rows, valid, saved.has_neg_inf, out)
+        if saved.teacher_rows is not None:
+            factors, without = replace(factors, forward=None), torch.ones_like(kappa, dtype=torch.bool)
+            without[saved.teacher_rows] = False
+            rows = without.nonzero()[:, 0]
+            triton_launch.launch_gradient(factors, student, None, rows, valid, saved.has_neg_inf, out)
         return
     chunks = list(shard.row_chunks(student.shape[0], student.device))
     num_buffers = 3 if needs_teacher else 2

@@ -176,11 +176,22 @@ class ReducedStats:
         logprobs = student.logprob(merged["gathered"])
         student_tail = merged["student_tail"][0] / student.sum_exp if request.with_tail else None
         if teacher_top_k is not None:
-            return cls._with_top_k(student, logprobs, student_tail, request, teacher_top_k, vocab_size)
+            dtype, ids = student.sum_exp.dtype, request.gather_ids[:, 1:]
+            k = ids.shape[1]
+            teacher_logprobs, teacher_tail = teacher_top_k.logprobs[:, :k].detach().to(dtype), None
+            if request.with_tail:
+                teacher_tail = (1 - teacher_logprobs.exp().sum(1)).clamp_min(0) * (k < vocab_size)
+            if teacher_top_k.entropy is None:
+                lower, upper = entropy_bounds(teacher_logprobs, vocab_size)
+            else:
+                lower = upper = teacher_top_k.entropy.detach().to(dtype)
+            top_k = TopKSet(ids, teacher_logprobs, logprobs[1:].T, teacher_tail, student_tail)
+            teacher_logprob = teacher_top_k.token_logprob.detach().to(dtype)
+            return cls(student, logprobs[0], teacher_logprob, lower, upper, top_k=top_k)
         assert teacher is not None
-        top_k = None
+        selected = None
         if request.top_k:
-            top_k = TopKSet(
+            selected = TopKSet(
                 ids=merged["ids"].T.long(),
                 teacher_logprobs=teacher.logprob(merged["teacher_top_k"]).T,
                 student_logprobs=student.logprob(merged["student_top_k"]).T,
@@ -188,27 +199,4 @@ class ReducedStats:
                 student_tail=student_tail,
             )
         teacher_logprob, gaps = teacher.logprob(merged["teacher_token"])[0], (merged["gap"][0], merged["gap"][1])
-        return cls(student, logprobs[0], teacher_logprob, teacher.entropy, teacher.entropy, teacher, gaps, top_k)
-
-    @classmethod
-    def _with_top_k(
-        cls,
-        student: Softmax,
-        student_logprobs: Tensor,
-        student_tail: Tensor | None,
-        request: StatsRequest,
-        teacher: TeacherTopK,
-        vocab_size: int,
-    ) -> ReducedStats:
-        dtype, ids = student.sum_exp.dtype, request.gather_ids[:, 1:]
-        k = ids.shape[1]
-        logprobs, teacher_tail = teacher.logprobs[:, :k].detach().to(dtype), None
-        if request.with_tail:
-            teacher_tail = (1 - logprobs.exp().sum(1)).clamp_min(0) * (k < vocab_size)
-        if teacher.entropy is None:
-            lower, upper = entropy_bounds(logprobs, vocab_size)
-        else:
-            lower = upper = teacher.entropy.detach().to(dtype)
-        top_k = TopKSet(ids, logprobs, student_logprobs[1:].T, teacher_tail, student_tail)
-        teacher_logprob = teacher.token_logprob.detach().to(dtype)
-        return cls(student, student_logprobs[0], teacher_logprob, lower, upper, top_k=top_k)
+        return cls(student, logprobs[0], teacher_logprob, teacher.entropy, teacher.entropy, teacher, gaps, selected)

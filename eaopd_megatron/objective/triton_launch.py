@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -131,34 +131,15 @@ def launch_gradient(
     factors: GradientFactors,
     student: Tensor,
     teacher: Tensor | None,
-    teacher_rows: Tensor | None,
-    num_valid: int,
-    has_neg_inf: bool,
-    out: Tensor,
-) -> None:
-    """Write the gradient into the num_valid >= 1 valid columns of `out` [tokens, vocab/tp], which may be `student`.
-
-    teacher: its logits, if factors.reverse or factors.forward is set; teacher_rows: the rows they belong to, None: all.
-    """
-    if teacher_rows is None:
-        _launch_gradient(factors, student, teacher, None, num_valid, has_neg_inf, out)
-        return
-    others = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
-    others[teacher_rows] = False
-    without = replace(factors, forward=None)
-    _launch_gradient(factors, student, teacher, teacher_rows, num_valid, has_neg_inf, out)
-    _launch_gradient(without, student, None, others.nonzero()[:, 0], num_valid, has_neg_inf, out)
-
-
-def _launch_gradient(
-    factors: GradientFactors,
-    student: Tensor,
-    teacher: Tensor | None,
     rows: Tensor | None,
     num_valid: int,
     has_neg_inf: bool,
     out: Tensor,
 ) -> None:
+    """Write the gradient of some rows (None: all) into the num_valid >= 1 valid columns of `out` [tokens, vocab/tp].
+
+    `out` may be `student`. teacher: its logits of these rows, if factors.reverse or factors.forward is set.
+    """
     from eaopd_megatron.objective.triton_kernels import gradient_kernel
 
     n = student.shape[0]

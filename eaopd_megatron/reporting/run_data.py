@@ -9,6 +9,7 @@ import numpy as np
 import yaml
 
 from eaopd_megatron.config.aliases import rename_old_keys
+from eaopd_megatron.config.model_schema import ObjectiveConfig
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.estimators import FloatArray
 from eaopd_megatron.evaluation.results import BenchmarkResult, EvaluationResult
@@ -94,21 +95,14 @@ class RunData:
 
         Fields that the recipe leaves out are those of its preset. Without a recipe the result is None, too.
         """
-        section = self.setting("objective")
-        if not isinstance(section, dict):
-            return None
-        names = ("gate", "forward_kl", "threshold")
-        values = {name: section[name] for name in names if section.get(name) is not None}
         try:
-            if len(values) < len(names):
-                from eaopd_megatron.objective.settings import Objective
-
-                preset = Objective.preset(str(section.get("preset")))
-                values = {name: getattr(preset, name) for name in names} | values
-            in_use = values["forward_kl"] != "none" and values["gate"] in ("hard", "soft")
-            return float(values["threshold"]) if in_use else None
-        except (ValueError, TypeError):  # a recipe that was edited afterwards, or one of another version
+            section = self.setting("objective").items()
+            known = {key: value for key, value in section if key in ObjectiveConfig.model_fields}
+            objective = ObjectiveConfig.model_validate(known).build_objective()
+        except (AttributeError, ValueError):  # no recipe, one that was edited afterwards, or one of another version
             return None
+        in_use = objective.forward_kl != "none" and objective.gate in ("hard", "soft")
+        return objective.threshold if in_use else None
 
     def benchmarks(self) -> dict[str, History]:
         """Return the evaluations by benchmark."""

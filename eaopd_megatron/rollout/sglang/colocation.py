@@ -43,11 +43,6 @@ async def release_memory_occupation(
     await client.request("POST", "/release_memory_occupation", {"tags": list(tags)})
 
 
-async def resume_memory_occupation(client: SGLangClient, tags: Sequence[MemoryTag]) -> None:
-    """Make the server allocate this memory again; its contents are lost. Raises ServerGone, Busy."""
-    await client.request("POST", "/resume_memory_occupation", {"tags": list(tags)})
-
-
 class ColocatedServers:
     """The memory that each server has released: none when it has just started. All methods return {client: reason in
     one line} for the servers that are gone."""
@@ -77,7 +72,7 @@ class ColocatedServers:
     async def _resume(self, client: SGLangClient, tag: MemoryTag) -> None:
         released = self._released.get(client, set())
         if tag in released:
-            await resume_memory_occupation(client, [tag])
+            await client.request("POST", "/resume_memory_occupation", {"tags": [tag]})  # its contents are lost
             released.remove(tag)
 
     async def _release(self, client: SGLangClient) -> None:
