@@ -142,8 +142,7 @@ class EvaluateOptions:
         None
     )
     engine: Annotated[
-        str,
-        _option("Generate on ranks of this host, or with SGLang servers.", metavar="local|sglang"),
+        str, _option("Generate on ranks of this host, or with SGLang servers.", metavar="local|sglang")
     ] = "local"
     tensor_parallel: Annotated[int, _option("Ranks, or GPUs of a server, per model.", min=1)] = 1
     batch_size: Annotated[int, _option("Sequences per local rank at a time.", min=1)] = 256

@@ -105,7 +105,6 @@ class HfFolder:
         return TensorFiles(self.path, self.label)
 
     def names(self) -> list[str]:
-        """Return the names of all tensors."""
         return list(self.files.locations)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -50,13 +50,10 @@ class PromptCursor:
     def batches_per_epoch(self) -> int:
         return self.count // self.batch if self.last_batch == "drop" else -(-self.count // self.batch)
 
-    def epoch(self, iteration: int) -> int:
-        return iteration // self.batches_per_epoch
-
     def indices(self, iteration: int) -> list[int]:
         """Return the indices of the iteration's prompts."""
-        start = iteration % self.batches_per_epoch * self.batch
-        epoch = self.epoch(iteration)
+        epoch, number = divmod(iteration, self.batches_per_epoch)
+        start = number * self.batch
         order = _permutation(self.count, self.seed, epoch) if self.shuffle else list(range(self.count))
         return order[start : start + self.batch]
 

@@ -92,7 +92,6 @@ class EosCheckResult:
 
     @property
     def same_id(self) -> bool:
-        """Whether student and teacher have the same EOS id."""
         return self.student_id == self.teacher_id
 
     def _verdict(self, texts: Sequence[str]) -> str:

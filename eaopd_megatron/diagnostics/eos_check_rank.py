@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.config import Recipe
 from eaopd_megatron.data.sources import load_problems
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample
@@ -60,7 +59,12 @@ def eos_check_on_rank(recipe: Recipe) -> None:
 
 def eos_check_results(recipe: Recipe, components: Components, parallel: ParallelState) -> list[EosCheckResult]:
     """Return the result of each teacher, equal on every rank. Collective."""
-    prompts, maps = _prompts(recipe, components), _terminal_maps(recipe, components.student_folder)
+    prompts, student = _prompts(recipe, components), components.student_folder
+    folders = open_teacher_folders(recipe, student)
+    maps = {
+        name: TerminalMap.between(config.terminal_map, student.eos_ids, folders[name].eos_ids)
+        for name, config in recipe.named_teachers().items()
+    }
     local = _response_ends(recipe, components, parallel, prompts, maps)
     gathered = gather_objects(local, parallel.world_size)
     return [
@@ -88,16 +92,6 @@ def _prompts(recipe: Recipe, components: Components) -> list[Prompt]:
 
 def _limit(recipe: Recipe) -> int:
     return min(_MAX_RESPONSE_TOKENS, recipe.rollout.max_response_tokens)
-
-
-def _terminal_maps(recipe: Recipe, student: HfFolder) -> dict[str, TerminalMap]:
-    """Return the terminal map of each teacher."""
-    return {
-        name: TerminalMap.between(options.terminal_map, student.eos_ids, folder.eos_ids)
-        for (name, options), folder in zip(
-            recipe.named_teachers().items(), open_teacher_folders(recipe, student).values(), strict=True
-        )
-    }
 
 
 def _response_ends(
@@ -142,14 +136,11 @@ def _micro_batch_ends(
     batch: MicroBatch, signal: TeacherSignal, components: Components, parallel: ParallelState, terminal: TerminalMap
 ) -> list[ResponseEnd]:
     """Return the ends of a micro-batch's samples. Collective over the ranks of the last pipeline stage."""
-    labels = components.teachers.target_ids(batch)
+    ids = components.teachers.target_ids(batch)
     shard = {"vocab_size": components.vocab_size, "group": parallel.tp_group}
     plain = _logprob(signal, terminal.swap_ids(batch.target_ids), shard)
-    mapped = (
-        signal.token_logprob
-        if isinstance(signal, TeacherTopK)
-        else _logprob(signal, batch.target_ids if labels is None else labels, shard)
-    )
+    ids = batch.target_ids if ids is None else ids
+    mapped = signal.token_logprob if isinstance(signal, TeacherTopK) else _logprob(signal, ids, shard)
     per_token = gather_context_parallel(batch, torch.stack([mapped, plain], 1), parallel)
     last = [part[-1].tolist() for part in batch.split_by_sample(per_token)]
     return [(s.response_ids[-1], *both) for s, both in zip(batch.samples, last, strict=True)]

@@ -21,9 +21,7 @@ _TYPE_NAMES = {
 
 
 def _is_cuda(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (
-        isinstance(device, torch.device) and device.type == "cuda"
-    )
+    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
 
 
 class _CudaAsCpuMode(TorchFunctionMode):

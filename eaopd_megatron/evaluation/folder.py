@@ -119,11 +119,9 @@ class EvaluationFolder:
         return self.path / "results.json"
 
     def prompts(self, name: str) -> Path:
-        """Return the path of a benchmark's prompts."""
         return self.path / "prompts" / f"{name}.jsonl"
 
     def response_file(self, name: str) -> ResponseFile:
-        """Return the file of a benchmark's responses."""
         return ResponseFile(self.path / "generations" / f"{name}.jsonl")
 
     def settings(self) -> dict[str, Any]:

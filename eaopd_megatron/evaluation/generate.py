@@ -121,9 +121,8 @@ def generate_on_servers(
     sampling = SamplingParams.from_json(settings["sampling"])
     prompts = {name: read_prompts(folder.prompts(name)) for name in missing}
     longest = max(len(prompt.token_ids) for group in prompts.values() for prompt in group) + sampling.max_new_tokens
-    expected = ExpectedModel.of(model, longest)
     tokenizer = model.tokenizer()
-    with _pool(config, model, longest, folder.path / "servers", expected, report) as (loop, pool):
+    with _pool(config, model, longest, folder.path / "servers", report) as (loop, pool):
         for name, places in missing.items():
             calls = [
                 GenerateRequest(f"{problem}-{sample}", prompts[name][problem].token_ids, sampling)
@@ -151,12 +150,7 @@ async def _write(
 
 @contextlib.contextmanager
 def _pool(
-    config: ServersConfig,
-    model: HfFolder,
-    longest: int,
-    logs: Path,
-    expected: ExpectedModel,
-    report: Callable[[str], None],
+    config: ServersConfig, model: HfFolder, longest: int, logs: Path, report: Callable[[str], None]
 ) -> Iterator[tuple[EventLoopThread, ServerPool[SGLangClient, LengthLimits]]]:
     """Start or find the servers; return their pool and the event loop that it runs in."""
     with contextlib.ExitStack() as stack:
@@ -171,7 +165,7 @@ def _pool(
             urls = [server.url for server in servers]
         loop = stack.enter_context(EventLoopThread())
         clients = [SGLangClient(url, api_key=key, connections=config.max_concurrent_requests) for url in urls]
-        pool = ServerPool(clients, partial(verify_server, expected=expected), report=report)
+        pool = ServerPool(clients, partial(verify_server, expected=ExpectedModel.of(model, longest)), report=report)
         stack.callback(lambda: loop.run(pool.close()))
         loop.run(pool.open())
         for server, client in zip(servers, clients, strict=False):

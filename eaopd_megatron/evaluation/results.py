@@ -95,7 +95,6 @@ class BenchmarkResult:
 
     @property
     def problems(self) -> int:
-        """Number of problems."""
         return len(self.results)
 
     def per_problem(self, figure: str) -> FloatArray:

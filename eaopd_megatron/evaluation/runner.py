@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.data.prompts import PromptBuilder
@@ -50,7 +49,6 @@ class Evaluator:
     seed: int
 
     def prompts(self) -> list[Prompt]:
-        """Return the prompts of all benchmarks."""
         return [prompt for benchmark in self.benchmarks for prompt in benchmark.prompts]
 
     def longest(self) -> int:
@@ -92,10 +90,3 @@ class Evaluator:
         )
         parts = self.rollout.collect(self.rollout.submit(request))
         return sorted((sample for part in parts for sample in part), key=lambda sample: sample.index)
-
-    def write(self, result: EvaluationResult | None, folder: Path) -> dict[str, float]:
-        """Write the result's file and return its metrics; without a result (not the main rank) return {}."""
-        if result is None:
-            return {}
-        result.write(folder)
-        return result.to_metrics()

@@ -11,10 +11,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
 from eaopd_megatron.data.types import MicroBatch
 from eaopd_megatron.distributed.parallel_state import ParallelState

@@ -97,7 +97,6 @@ class ModelChunks(torch.nn.ModuleList):
 
     @property
     def config(self) -> Any:
-        """Megatron-Core's TransformerConfig."""
         return self.gpts[0].config
 
     @property

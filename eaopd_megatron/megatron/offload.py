@@ -58,24 +58,19 @@ class HostBackedStorages:
     def __init__(self, storages: Iterable[torch.UntypedStorage]) -> None:
         """Copy the storages to the host."""
         pinned = torch.cuda.is_available()
-        self._pairs: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
+        self.pairs: list[tuple[torch.UntypedStorage, torch.Tensor]] = []  # and its host copy, uint8
         for storage in storages:
             host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
-            self._pairs.append((storage, host.copy_(_bytes_of(storage), non_blocking=True)))
+            self.pairs.append((storage, host.copy_(_bytes_of(storage), non_blocking=True)))
         if pinned:
             torch.cuda.synchronize()
 
-    @property
-    def host_bytes(self) -> list[torch.Tensor]:
-        """The host copy of each storage, uint8."""
-        return [host for _, host in self._pairs]
-
     def offload(self) -> None:
-        for storage, _ in self._pairs:
+        for storage, _ in self.pairs:
             storage.resize_(0)
 
     def onload(self) -> None:
-        for storage, host in self._pairs:
+        for storage, host in self.pairs:
             storage.resize_(host.nbytes)
             _bytes_of(storage).copy_(host, non_blocking=True)
 
@@ -101,7 +96,7 @@ class FrozenWeights:
     def weight_on_device(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """Return a GPU copy of one weight, whether the weights are onloaded or not."""
         index = next(i for i, candidate in enumerate(self._parameters) if candidate is parameter)
-        host = self._copies.host_bytes[index].view(parameter.dtype).view(parameter.shape)
+        host = self._copies.pairs[index][1].view(parameter.dtype).view(parameter.shape)
         return host.to(parameter.device, non_blocking=True)
 
 

@@ -73,12 +73,9 @@ def init_optimizer_states(optimizer: ChainedOptimizer) -> None:
 
 
 def num_completed_steps(optimizer: ChainedOptimizer) -> float:
-    """Return the number of completed updates."""
     for part in optimizer.chained_optimizers:
-        for entry in chain(
-            part.optimizer.state.values(), part.optimizer.param_groups
-        ):  # torch's Adam; Engine's, Apex's
-            if "step" in entry:
+        for entry in chain(part.optimizer.state.values(), part.optimizer.param_groups):
+            if "step" in entry:  # of torch's Adam's states; of Transformer Engine's and Apex's groups
                 return float(entry["step"])
     return 0.0
 

@@ -87,11 +87,6 @@ class ModelShape:
         """Number of layers that have experts: all or none."""
         return self.layers if self.experts else 0
 
-    @property
-    def attention_weights(self) -> int:
-        """Elements of a layer's attention matrices."""
-        return self.hidden * (2 * self.query_width + 2 * self.kv_width)
-
     def hf_parameters(self) -> ParameterCounts:
         """Count the model's own parameters, as a Hugging Face folder holds them."""
         outer = self._count(rule for rule in self._outer if not (self.tied and rule.megatron_name == OUTPUT))

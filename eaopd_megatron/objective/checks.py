@@ -72,7 +72,6 @@ class InputChecks:
             self.refuse_logprobs("old_logprobs", old_logprobs)
 
     def refuse_ids(self, name: str, ids: Tensor, vocab_size: int) -> None:
-        """Refuse ids outside the vocabulary."""
 
         def message(row: int) -> str:
             outside = [i for i in ids[row].flatten().tolist() if not 0 <= i < vocab_size]

@@ -184,7 +184,6 @@ class _Tiling:
         return cls(n, shard.num_valid, rows, valid if wide else min(width - width % 64 or width, valid))
 
     def blocks(self) -> Iterator[slice]:
-        """Yield the blocks of columns."""
         for start in range(0, self.num_valid, self.width):
             yield slice(start, min(start + self.width, self.num_valid))
 

@@ -104,11 +104,7 @@ def merge_partial_stats(parts: PartialStats) -> PartialStats:
             merge_gap(parts["gap"][:, 0], parts["student"][:, 1], alpha, shift),
             merge_gap(parts["gap"][:, 1], parts["teacher"][:, 1], alpha_t, shift),
         )
-        merged |= {
-            "teacher": _stack(teacher),
-            "gap": torch.stack(gap),
-            "teacher_token": parts["teacher_token"].sum(0),
-        }
+        merged |= {"teacher": _stack(teacher), "gap": torch.stack(gap), "teacher_token": parts["teacher_token"].sum(0)}
     tails = {}
     if "student_tail" in parts:
         tails = {name: (alpha * parts[f"{name}_tail"][:, 0]).sum(0) for name, (_, alpha) in softmaxes.items()}

@@ -63,7 +63,6 @@ def plan_recipe(
 
 
 def print_plan(plan: Plan) -> None:
-    """Print a plan."""
     console, planner = Console(width=_WIDTH, highlight=False), plan.planner
     for role, model in (("student", planner.student), *((each.role, each.model) for each in planner.teachers)):
         counts = model.shape.hf_parameters().total, model.shape.active_parameters()

@@ -108,7 +108,8 @@ def forward_flops(shape: ModelShape, context_length: float) -> ForwardFlops:
     mlp = 3 * shape.hidden * shape.intermediate
     if shape.experts:
         mlp = shape.hidden * (shape.experts + 3 * shape.expert_intermediate * shape.experts_per_token)
-    weights = shape.layers * (shape.attention_weights + mlp)
+    attention = shape.hidden * (2 * shape.query_width + 2 * shape.kv_width)
+    weights = shape.layers * (attention + mlp)
     keys = (context_length + 1) / 2
     return ForwardFlops(2 * weights, 4 * shape.layers * shape.query_width * keys, 2 * shape.hidden * shape.vocab)
 
@@ -236,4 +237,5 @@ class TimeEstimates:
         speed = self.gpu.peak * mfu * (self.assumed.expert_factor if shape.experts else 1)
         ranks = layout.tensor_parallel * layout.context_parallel
         stage = (layers / layout.pipeline_parallel + head) / ranks / speed
-        return stage * (1 + layout.bubble(micro_batches))
+        bubble = (layout.pipeline_parallel - 1) / (micro_batches * layout.virtual_pipeline)  # idle over working time
+        return stage * (1 + bubble)

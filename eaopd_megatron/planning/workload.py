@@ -63,10 +63,6 @@ class PlannedLayout(ParallelLayout):
             return min(pp - stage, micro_batches)
         return min(2 * (pp - stage - 1) + (vp - 1) * pp + 1, micro_batches * vp) / vp
 
-    def bubble(self, micro_batches: int) -> float:
-        """Return a pipeline's idle time as a share of its working time."""
-        return (self.pipeline_parallel - 1) / (micro_batches * self.virtual_pipeline)
-
 
 def layout_refusals(shape: ModelShape, layout: PlannedLayout, label: str = "student.model") -> list[str]:
     """Return why a layout cannot hold a model, each starting with `label`; empty where it can."""

@@ -94,7 +94,6 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
             sink.write(clean)
 
     def close(self) -> None:
-        """Close the file and the other sinks."""
         self._file.close()
         for sink in self._sinks:
             sink.close()

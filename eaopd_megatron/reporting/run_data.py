@@ -69,7 +69,6 @@ class RunData:
 
     @property
     def last_iteration(self) -> int:
-        """The last recorded iteration."""
         return int(self.records[-1]["iteration"])
 
     @property
@@ -119,7 +118,6 @@ class RunData:
         return array[:, 0], array[:, 1]
 
     def has(self, name: str) -> bool:
-        """Return whether a metric was recorded."""
         return any(name in record for record in self.records)
 
     def names(self, prefix: str) -> list[str]:

@@ -64,9 +64,8 @@ class HttpClient:
     are verified against the system's authorities or those in SSL_CERT_FILE."""
 
     key_setting = "servers.api_key_file"  # named in messages about a wrong API key
-    max_answer_bytes = (
-        2**31
-    )  # of an answer whose size the caller does not know: 32k tokens with 750 log-probs are 2**30
+    # of an answer whose size the caller does not know: 32k tokens with 750 log-probs are 2**30
+    max_answer_bytes = 2**31
 
     def __init__(
         self,
@@ -337,11 +336,9 @@ class EventLoopThread:
         return self._thread.is_alive()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start a coroutine."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine and return its result."""
         return self.submit(work).result()
 
     def call_soon(self, function: Callable[..., object], *arguments: Any) -> None:

@@ -86,7 +86,6 @@ def inspect_node(token: Path, content: str, models: Sequence[str], stage: str | 
 
 
 def print_node_report(token: Path, content: str, stage: str, models: Sequence[str]) -> None:
-    """Print this node's report."""
     print(inspect_node(token, content, models, stage or None).line(), flush=True)
 
 

@@ -25,7 +25,6 @@ _HEALTHY_SECONDS = 300  # after which a service's earlier deaths no longer count
 
 
 def stage_models(stage: Path, models: Sequence[Path]) -> None:
-    """Copy models to this node's disk."""
     for model in models:
         stage_model(model, stage)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, Protocol
+from typing import Generic, Protocol
 
 import torch
 import torch.distributed as dist
@@ -122,7 +122,6 @@ class RemoteTeacher(Generic[C, L]):
         self._submissions = itertools.count()
         self._num_calls = 0  # of this data-parallel copy, over all its ranks
         self._fetches: list[Future[None]] = []
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._payloads: dict[int, torch.Tensor] = {}  # by Sample.index: fetched and not used yet
 
     def start(self, max_tokens: int) -> None:
@@ -138,7 +137,7 @@ class RemoteTeacher(Generic[C, L]):
         ((urls, key),) = broadcast_events(self.parallel, events, self._stop_signal)
         opening = None
         if self.parallel.is_last_stage or self.parallel.is_main:  # the main rank reports on the replicas
-            opening = self._run_in_background(self._open_pool([self._backend.client(url, key) for url in urls]))
+            opening = self._loop.submit(self._open_pool([self._backend.client(url, key) for url in urls]))
         wait_on_all_ranks(self.parallel, lambda: opening is None or _done([opening]), self._stop_signal)
 
     def submit(self, samples: Sequence[Sample]) -> None:
@@ -149,7 +148,7 @@ class RemoteTeacher(Generic[C, L]):
         assert self._pool is not None, "open comes first"
         for call, group in self._backend.calls(scorable, f"{self._run_id}-{next(self._submissions)}"):
             if self._num_calls % self.parallel.tp_cp_size == self.parallel.tp_cp_rank:
-                self._fetches.append(self._run_in_background(self._fetch(self._pool, call, group)))
+                self._fetches.append(self._loop.submit(self._fetch(self._pool, call, group)))
             self._num_calls += 1
 
     def wait(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -216,18 +215,6 @@ class RemoteTeacher(Generic[C, L]):
         for sample, count in zip(samples, counts.tolist(), strict=True):
             require_row_count(sample, count)
 
-    def _run_in_background(self, work: Coroutine[Any, Any, None]) -> Future[None]:
-        """Run a coroutine in the event loop, until `close` at the latest."""
-
-        async def tracked() -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            await work
-
-        return self._loop.submit(tracked())
-
     # On the main rank, before there is a pool
 
     def _wait_for_replicas(self) -> Iterator[tuple[list[str], str | None] | None]:
@@ -239,7 +226,7 @@ class RemoteTeacher(Generic[C, L]):
             urls = yield from self._replicas.wait_urls()
             key = self._replicas.api_key
         clients = [self._backend.client(url, key) for url in urls]
-        yield from poll_until_done(self._run_in_background(self._wait_until_ready(clients)))
+        yield from poll_until_done(self._loop.submit(self._wait_until_ready(clients)))
         yield urls, key
 
     # In the event loop
@@ -278,9 +265,10 @@ class RemoteTeacher(Generic[C, L]):
                 self._payloads[sample.index] = part
 
     async def _cancel_and_close(self) -> None:
-        for task in self._tasks:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._pool is not None:
             await self._pool.close()
 

@@ -36,7 +36,6 @@ class MetricAccumulator:
         self._counts[name] = self._counts.get(name, 0) + torch.tensor(float(values.numel()))
 
     def add_count(self, name: str, count: int) -> None:
-        """Add to a count."""
         self._totals[name] += count
 
     def add_minimum(self, name: str, values: torch.Tensor) -> None:

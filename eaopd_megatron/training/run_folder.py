@@ -78,7 +78,6 @@ class RunFolder:
             raise UserError(f"{self.path} holds a run {different}: choose another run.folder, or remove that one")
 
     def write_config(self, recipe: Recipe) -> None:
-        """Write the resolved recipe into the folder."""
         atomic_write(self.config, dump_recipe(recipe))
 
 

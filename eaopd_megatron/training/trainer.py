@@ -294,7 +294,10 @@ class Trainer:
         with self.timer("evaluation"):
             result = evaluator.run(self.iteration, self.log)
             self.components.rollout.finish_generation()
-            return evaluator.write(result, self.folder.evaluation)
+            if result is None:  # not the main rank
+                return {}
+            result.write(self.folder.evaluation)
+            return result.to_metrics()
 
     def _write_rollouts(self, samples: list[Sample]) -> None:
         count = self.recipe.run.log_rollouts

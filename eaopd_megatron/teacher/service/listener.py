@@ -168,7 +168,6 @@ class TeacherHttpServer(socketserver.ThreadingTCPServer):
 
     @property
     def url(self) -> str:
-        """URL for clients."""
         host, port = str(self.server_address[0]), self.server_address[1]
         with suppress(ValueError):
             if ipaddress.ip_address(host).is_unspecified:

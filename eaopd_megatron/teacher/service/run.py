@@ -133,7 +133,6 @@ class ScoringMeter:
         self._requests = self._tokens = 0
 
     def add(self, requests: Sequence[ScoreRequest]) -> None:
-        """Count scored requests."""
         self._requests += len(requests)
         self._tokens += sum(len(request.token_ids) for request in requests)
 
