@@ -211,8 +211,8 @@ def write_gradient(
         if saved.teacher_rows is not None:
             factors, without = replace(factors, forward=None), torch.ones_like(kappa, dtype=torch.bool)
             without[saved.teacher_rows] = False
-            rows = without.nonzero()[:, 0]
-            triton_launch.launch_gradient(factors, student, None, rows, valid, saved.has_neg_inf, out)
+            others = without.nonzero()[:, 0]
+            triton_launch.launch_gradient(factors, student, None, others, valid, saved.has_neg_inf, out)
         return
     chunks = list(shard.row_chunks(student.shape[0], student.device))
     num_buffers = 3 if needs_teacher else 2
