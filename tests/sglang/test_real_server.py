@@ -287,8 +287,8 @@ def test_a_wrong_server_is_named(
             with_client(real, lambda c, e=expected: verify_server(c, e))  # type: ignore[misc]
     with pytest.raises(UserError, match="refuses the API key"):
         with_client(real, admit, api_key="wrong")
-    monkeypatch.setattr(identity, "SGLANG_VERSION", "0.6.0")
-    with pytest.raises(UserError, match=r"runs SGLang 0\.5\.21; this speaks to 0\.6\.0"):
+    monkeypatch.setattr(identity, "SGLANG_VERSIONS", ("0.6.0",))
+    with pytest.raises(UserError, match=r"runs SGLang 0\.5\.2[123]; this speaks to 0\.6\.0"):
         with_client(real, admit)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import threading
+import tomllib
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import replace
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from eaopd_megatron.data.types import Prompt, SamplingParams
 from eaopd_megatron.errors import UserError
@@ -143,7 +146,7 @@ def with_client(double: Double, work: Callable[[SGLangClient], Any], **settings:
 @pytest.mark.parametrize(
     ("settings", "expected", "message"),
     [
-        ({"version": "0.5.23"}, EXPECTED, "runs SGLang 0.5.23; this speaks to 0.5.21"),
+        ({"version": "0.5.24"}, EXPECTED, "runs SGLang 0.5.24; this speaks to 0.5.21, 0.5.22, 0.5.23: start one"),
         ({"architecture": "LlamaForCausalLM"}, EXPECTED, "a LlamaForCausalLM; the student is a Qwen3ForCausalLM"),
         ({"vocab_size": 151936}, EXPECTED, "with 151936 tokens; the student's vocabulary has 112"),
         ({"context_length": 65}, EXPECTED, "takes 63 tokens a request (context length 65, cache of 16384 tokens)"),
@@ -278,5 +281,11 @@ def test_a_trainer_gets_samples_of_other_prompts() -> None:
 
 
 def test_the_release_that_is_installed_is_another_one() -> None:
-    pins = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
-    assert f'"sglang=={identity.SGLANG_VERSION}"' in pins
+    root = Path(__file__).resolve().parents[2]
+    [line] = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["sglang"]
+    allowed = Requirement(line).specifier
+    assert [v for v in range(15, 30) if allowed.contains(f"0.5.{v}")] == [21, 22, 23]
+    assert identity.SGLANG_VERSIONS == ("0.5.21", "0.5.22", "0.5.23")
+    for file in ("tools/lib/versions.txt", "slurm/container/versions.txt"):
+        [pin] = re.findall(r"^sglang==(.*)$", (root / file).read_text(), re.MULTILINE)
+        assert pin in identity.SGLANG_VERSIONS

@@ -3,7 +3,8 @@
 A `.pth` line of the servers' environment imports this module when Python starts. A stand-in is created when its package
 is imported; an installed package always takes precedence:
 
-* `triton`: a tree of empty modules whose decorators return functions unchanged. No kernel can be launched.
+* `triton`: a tree of empty modules whose decorators return functions unchanged, without a driver. No kernel can be
+  launched.
 * `sgl_kernel`: the names that SGLang imports unconditionally for a CPU, each of which raises when called. They are
   for speculative decoding, which the rollout does not use.
 * torchvision's operators: if its compiled library does not load, signatures of the two that have shapes registered.
@@ -40,9 +41,7 @@ class _Name(type):
     """Any name of triton: a class without instances, usable as a decorator and as a decorator factory."""
 
     def __getattr__(cls, name: str) -> _Name:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Name(name, (), {})
+        return _triton_name(name)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return args[0] if len(args) == 1 and not kwargs and callable(args[0]) else _Name(cls.__name__, (), {})
@@ -54,9 +53,15 @@ class _Triton(ModuleType):
     __version__ = "0"
 
     def __getattr__(self, name: str) -> _Name:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Name(name, (), {})
+        return _triton_name(name)
+
+
+def _triton_name(name: str) -> _Name:
+    if name == "active":  # triton.runtime.driver.active, as triton itself answers where no device is
+        raise RuntimeError("0 active drivers ([])")
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _Name(name, (), {})
 
 
 class _SglKernel(ModuleType):

@@ -16,8 +16,8 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.requests import RESERVED_TOKENS, LengthLimits
 from eaopd_megatron.serving.http import Busy, ServerGone, SGLangClient
 
-SGLANG_VERSION = "0.5.21"
-"""The release whose HTTP interface this package uses."""
+SGLANG_VERSIONS = ("0.5.21", "0.5.22", "0.5.23")
+"""The releases whose HTTP interface this package uses."""
 PAUSE_DETECTION_SECONDS = 5.0
 """Seconds of silence after which a server that is not ready counts as paused rather than warming up: one that warms up
 or was found unhealthy is not ready either, but refuses invalid requests at once."""
@@ -77,8 +77,10 @@ async def verify_server(client: SGLangClient, expected: ExpectedModel) -> Length
     version = settings.get("version")
     if version is None:
         raise UserError(f"{client.url} answers, but is no SGLang server")
-    if version != SGLANG_VERSION:
-        raise UserError(f"{client.url} runs SGLang {version}; this speaks to {SGLANG_VERSION}: start that one")
+    if version not in SGLANG_VERSIONS:
+        raise UserError(
+            f"{client.url} runs SGLang {version}; this speaks to {', '.join(SGLANG_VERSIONS)}: start one of those"
+        )
     model = await client.model_info()
     architectures = model.get("architectures") or []
     serves = f"{client.url} serves {model.get('model_path')}"
@@ -147,7 +149,7 @@ async def _vocab_size(client: SGLangClient) -> int:
         if match := re.search(r"valid range is \[0, (\d+)\)", str(refusal)):
             return int(match[1])
         raise
-    raise UserError(f"{client.url} takes -1 for a token id: it is not SGLang {SGLANG_VERSION}")
+    raise UserError(f"{client.url} takes -1 for a token id: it is not SGLang {SGLANG_VERSIONS[-1]}")
 
 
 async def _gap(client: SGLangClient, probe: LogprobProbe, limits: LengthLimits) -> tuple[float, str]:

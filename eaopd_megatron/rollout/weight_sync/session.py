@@ -1,4 +1,4 @@
-"""Requests of a weight update to one server, in the order that SGLang 0.5.21 requires."""
+"""Requests of a weight update to one server, in the order that SGLang 0.5.21 and later require."""
 
 from __future__ import annotations
 
