@@ -22,7 +22,13 @@ from eaopd_megatron.checkpoint.dist_checkpoint import (
     save_sharded,
     sharded_training_state,
 )
-from eaopd_megatron.checkpoint.hf_export import HF_DTYPE_NAMES, export_hf
+from eaopd_megatron.checkpoint.hf_export import (
+    HF_DTYPE_NAMES,
+    NamedTensors,
+    export_hf,
+    gather_hf_tensors,
+    run_on_main,
+)
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.hf_import import load_hf, shard_placement, shard_shape
 from eaopd_megatron.checkpoint.store import CheckpointStore
@@ -38,7 +44,16 @@ from eaopd_megatron.models.shapes import padded_vocab_size
 from eaopd_megatron.models.supported import check_supported
 from eaopd_megatron.utils.files import atomic_directory, partial_path, require_absent_or_empty, write_error_message
 
-TOLERANCE = 1e-5
+_ROUNDINGS = 20
+"""Times that a right conversion's log-probs may differ by what rounding alone does; a wrong one's differ by thousands."""
+_VERIFIED_TOKENS = 48
+_VERIFIED_TEXT = """\
+The committee met on Tuesday, 14 March 2023, to discuss whether a second bridge over the river would pay for itself: its
+cost was put at 3.7 million euros, and nobody could say how many lorries would use it. Let x be a real number such that
+x^2 - 5x + 6 = 0; then (x - 2)(x - 3) = 0, and therefore x = 2 or x = 3. def mean(values): return sum(values) / len(values)
+if values else None  # an empty list has no mean. Die Katze schläft auf dem Sofa, während es draußen regnet. Le lendemain,
+elle partit sans dire un mot à personne; son frère la retrouva à la gare, assise près du kiosque à journaux.
+"""
 LogFunction = Callable[[str], None]
 
 
@@ -71,7 +86,7 @@ def describe_conversion(folder: HfFolder, layout: ParallelLayout) -> Iterator[st
 def import_folder(hf: str, out: Path, parallel: ParallelState, *, verify: bool, log: LogFunction) -> None:
     """Write the Hugging Face folder's weights as a distributed checkpoint, in their own dtype. Collective.
 
-    `out` appears when it is complete and, with verify, its logits equal transformers'.
+    `out` appears when it is complete and, with verify, equals the folder (see `verify_model`).
     """
     run_on_all_or_raise(parallel, lambda: require_absent_or_empty(out, "--out"))
     folder = check_import(hf, parallel.layout)
@@ -93,7 +108,7 @@ def import_folder(hf: str, out: Path, parallel: ParallelState, *, verify: bool, 
             load_training_state(
                 written, None, load_sharded(partial / "sharded", sharded_training_state(written), parallel)
             )
-            verify_logits(written, folder, parallel, log)
+            verify_model(written, folder, parallel, log)
     run_on_all_or_raise(parallel, lambda: None)  # wait until the folder is renamed
     log(f"wrote {out}")
 
@@ -113,7 +128,7 @@ def export_checkpoint(checkpoint: Path, out: Path, *, verify: bool, log: LogFunc
         export_hf(model, parallel, source, out)
         log(f"wrote {out}")
         if verify:
-            verify_logits(model, HfFolder.open(str(out), "--out"), parallel, log)
+            verify_model(model, HfFolder.open(str(out), "--out"), parallel, log)
 
 
 def open_checkpoint(checkpoint: Path) -> HfFolder:
@@ -165,15 +180,38 @@ def single_process_group() -> Iterator[ParallelState]:
         os.environ |= before
 
 
-def verify_logits(model: ModelChunks, reference: HfFolder, parallel: ParallelState, log: LogFunction) -> None:
-    """Compare the model's logits with transformers' on the same random tokens, both in fp32. Collective.
+def verify_model(model: ModelChunks, reference: HfFolder, parallel: ParallelState, log: LogFunction) -> None:
+    """Compare the model with a folder: tensor by tensor, bit for bit, and its log-probs with transformers'. Collective.
 
-    Converts the model to fp32. Raises UserError if the logits differ by more than TOLERANCE · max(1, largest logit).
+    Converts the model to fp32. Raises UserError for the first difference, or if the log-probs differ by more than
+    transformers' own rounding accounts for.
     """
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(reference.vocab_size, (2, 32), generator=generator).to(parallel.device)
+    tensors = gather_hf_tensors(dict(model.global_parameters()), reference, parallel)
+    run_on_main(tensors, parallel, lambda found: _compare_tensors(found, reference, log))
+    tokens = _text_tokens(reference).to(parallel.device)
     logits = gather_logits(_as_fp32(model).eval(), tokens, parallel)
     run_on_main_or_raise(parallel, lambda: _compare(logits, tokens, reference, log))
+
+
+def _compare_tensors(tensors: NamedTensors, reference: HfFolder, log: LogFunction) -> None:
+    count = 0
+    for name, tensor in tensors:
+        if not torch.equal(tensor, reference.tensor(name).to(tensor.dtype)):
+            raise UserError(f"{reference.label}: verify failed: tensor {name} is not that of the folder")
+        count += 1
+    log(f"verify: {count} tensors equal the folder's bit for bit")
+
+
+def _text_tokens(reference: HfFolder) -> torch.Tensor:
+    """Return [2, tokens] ids of text, on which a model is calmer than on random ids, or random ids where the folder has
+    no tokenizer that knows such text."""
+    length = min(_VERIFIED_TOKENS, reference.config.max_position_embeddings)
+    if reference.has_tokenizer:
+        ids = reference.tokenizer().encode(_VERIFIED_TEXT, add_special_tokens=False)
+        ids = [token for token in ids if token < reference.vocab_size]
+        if len(set(ids)) >= length:
+            return torch.tensor([ids[:length], ids[-length:]])
+    return torch.randint(reference.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
 
 
 def _as_fp32(model: ModelChunks) -> ModelChunks:
@@ -185,19 +223,47 @@ def _as_fp32(model: ModelChunks) -> ModelChunks:
 
 
 def _compare(logits: torch.Tensor, tokens: torch.Tensor, reference: HfFolder, log: LogFunction) -> None:
-    from transformers import AutoModelForCausalLM
+    logprobs = torch.log_softmax(logits[..., : reference.vocab_size].double(), -1)
+    expected, rounding = _reference_logprobs(reference, tokens)
+    difference = _distance(logprobs, expected)
+    limit = _ROUNDINGS * rounding + torch.finfo(torch.float32).eps * max(1.0, expected.abs().max().item())
+    divergence = (expected.exp() * (expected - logprobs)).sum(-1).max().item()
+    found = (
+        f"largest difference to transformers' log-probs over {tokens.numel()} tokens: {difference:.1e} nats "
+        f"(KL {divergence:.1e})"
+    )
+    log(f"verify: {found} (limit {limit:.1e}, {_ROUNDINGS} times transformers' rounding)")
+    if not difference <= limit:  # also for NaN
+        raise UserError(f"{reference.label}: verify failed: {found}, more than {limit:.1e}")
+
+
+def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the largest root mean square difference over the vocabulary of two tensors [..., tokens, vocabulary]."""
+    return (left - right).square().mean(-1).sqrt().max().item()
+
+
+@torch.no_grad()
+def _reference_logprobs(reference: HfFolder, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return transformers' log-probs in fp32 arithmetic [..., vocabulary], and how far rounding may move them.
+
+    The latter is measured: in a second pass every linear layer's output gets noise of fp32's relative precision, which
+    the model amplifies as it does rounding errors.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    reference_model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(reference.path, dtype=torch.float32)
-    with torch.no_grad():
-        expected = reference_model.to(tokens.device).eval()(tokens).logits
-    difference = (logits[..., : reference.vocab_size] - expected).abs().max().item()
-    limit = TOLERANCE * max(1.0, expected.abs().max().item())
-    found = f"largest difference to transformers over {tokens.numel()} tokens' logits: {difference:.1e}"
-    log(f"verify: {found} (limit {limit:.1e})")
-    if not difference <= limit:  # also for NaN
-        raise UserError(f"{reference.label}: verify failed: {found}, more than {limit:.1e}")
+    model = reference.transformers_model(torch.float32).to(tokens.device).eval()
+    exact = torch.log_softmax(model(tokens).logits.double(), -1)
+    generator = torch.Generator(tokens.device).manual_seed(0)
+
+    def perturb(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(output.shape, generator=generator, device=output.device)
+        return output + noise * output.square().mean(-1, keepdim=True).sqrt() * torch.finfo(torch.float32).eps
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(perturb)
+    return exact, _distance(exact, torch.log_softmax(model(tokens).logits.double(), -1))
 
 
 def _write_metadata(out: Path, folder: HfFolder, parallel: ParallelState) -> None:

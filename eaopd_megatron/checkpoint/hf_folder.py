@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eaopd_megatron.checkpoint.safetensors_io import SAFETENSORS_DTYPES, LazyTensor, TensorFiles
+from eaopd_megatron.checkpoint.published_formats import (
+    FP8_DTYPE,
+    SCALE_SUFFIX,
+    Fp8Tensor,
+    foreign_format,
+    is_buffer,
+)
+from eaopd_megatron.checkpoint.safetensors_io import SAFETENSORS_DTYPES, LazyTensor, TensorFiles, TensorLocation
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.families import family_of
 from eaopd_megatron.models.mapping import Family
+from eaopd_megatron.models.supported import check_model
 from eaopd_megatron.utils.files import read_json
+from eaopd_megatron.utils.log import log_rank0
 
 CONFIG_AND_TOKENIZER_FILES = (
     "config.json",
@@ -31,11 +41,18 @@ CONFIG_AND_TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
+_PAPERS = re.compile(r"(licen[cs]e|notice|copying|copyright|readme|use_policy)\b.*", re.IGNORECASE)
+"""Names of the files without which a model may not be passed on, or is not understood."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 """Keys of config.json that do not describe the model."""
-_HUB_FILES = ["*.json", "*.safetensors", *(name for name in CONFIG_AND_TOKENIZER_FILES if not name.endswith(".json"))]
+_HUB_PAPERS = ("LICEN?E*", "NOTICE*", "README*", "USE_POLICY*")
+_HUB_FILES = [
+    *("*.json", "*.safetensors", *_HUB_PAPERS),
+    *(name for name in CONFIG_AND_TOKENIZER_FILES if not name.endswith(".json")),
+]
 
 
 class HfFolder:
@@ -46,6 +63,7 @@ class HfFolder:
         self.name = name
         self.config = config
         self.family = family
+        self._checked = False
 
     @classmethod
     def open(cls, path: str, name: str = "model") -> HfFolder:
@@ -63,7 +81,7 @@ class HfFolder:
         try:
             config = AutoConfig.from_pretrained(folder)
         except Exception as error:  # any type, depending on the broken value
-            raise UserError(f"{label}: config.json is broken: {_first_line(error)}") from None
+            raise UserError(f"{label}: config.json is broken: {_one_line(error)}") from None
         return cls(folder, name, config, family)
 
     @property
@@ -89,14 +107,15 @@ class HfFolder:
             sources.insert(0, read_json(self.path / "generation_config.json", self.label).get("eos_token_id"))
         for value in sources:
             ids = value if isinstance(value, list) else [value]
-            if len(ids) > 1 and self._has_tokenizer:
+            if len(ids) > 1 and self.has_tokenizer:
                 own = self.tokenizer().eos_token_id
                 ids = sorted(ids, key=lambda token: token != own)
             eos_ids += [int(token) for token in ids if token is not None and token not in eos_ids]
         return eos_ids
 
     @property
-    def _has_tokenizer(self) -> bool:
+    def has_tokenizer(self) -> bool:
+        """Whether the folder holds a tokenizer."""
         return any((self.path / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
     @functools.cached_property
@@ -111,19 +130,24 @@ class HfFolder:
         """Return a tensor's shape, from the header of its file."""
         return self.files.locations[name].shape
 
-    def slice(self, name: str) -> LazyTensor:
-        """Return a lazy tensor, of which indexing reads only the requested rows and columns."""
-        return self.files.slice(name)
+    def slice(self, name: str) -> LazyTensor | Fp8Tensor:
+        """Return a lazy tensor, of which indexing reads only the requested rows and columns; FP8 as fp32 values."""
+        tensor = self.files.slice(name)
+        if tensor.location.dtype != FP8_DTYPE:
+            return tensor
+        quantization = getattr(self.config, "quantization_config", None) or {}
+        return Fp8Tensor(tensor, self.files.slice(name + SCALE_SUFFIX)[:], quantization.get("weight_block_size"))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor in the dtype of its file. Raises UserError if there is no such tensor."""
+        """Return a tensor in the dtype of its file, or FP8 in fp32. Raises UserError if there is no such tensor."""
         return self.slice(name)[:]
 
     @property
     def dtype(self) -> torch.dtype:
-        """bfloat16 if every tensor is stored in bfloat16, else float32, which represents the others exactly."""
-        stored = {location.dtype for location in self.files.locations.values()}
-        return torch.bfloat16 if stored == {"BF16"} else torch.float32
+        """bfloat16 if every weight is stored in bfloat16 or FP8, else float32, which represents the others exactly."""
+        locations = self.files.locations
+        stored = {locations[name].dtype for name in self.family.hf_shapes(self.config) if name in locations}
+        return torch.bfloat16 if "BF16" in stored and stored <= {"BF16", FP8_DTYPE} else torch.float32
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -150,34 +174,63 @@ class HfFolder:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        if not self._has_tokenizer:
+        if not self.has_tokenizer:
             raise UserError(f"{self.label}: no tokenizer: tokenizer.json is missing")
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except Exception as error:  # any type
-            raise UserError(f"{self.label}: the tokenizer cannot be loaded: {_first_line(error)}") from None
+            raise UserError(f"{self.label}: the tokenizer cannot be loaded: {_one_line(error)}") from None
 
     def tokenizer(self) -> Any:
         """Return the folder's tokenizer, loaded once. Raises UserError if there is none."""
         return self._tokenizer
 
+    def transformers_model(self, dtype: torch.dtype) -> Any:
+        """Return transformers' model in this dtype, from weights that are not quantised, whatever config.json says."""
+        from transformers import AutoModelForCausalLM
+
+        config = copy.deepcopy(self.config)
+        if getattr(config, "quantization_config", None) is None:
+            return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
+        del config.quantization_config
+        names = self.family.hf_shapes(config)
+        weights = {name: self.tensor(name).to(self.dtype).to(dtype) for name in names}  # FP8: rounded as in an import
+        model_class = AutoModelForCausalLM._model_mapping[type(config)]
+        return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+
     def copy_config_and_tokenizer(self, out: Path) -> None:
-        """Copy config.json, generation_config.json and the tokenizer's files, that is, all but the weights."""
-        for file in CONFIG_AND_TOKENIZER_FILES:
-            if (self.path / file).exists():
-                shutil.copyfile(self.path / file, out / file)
+        """Copy configuration, tokenizer, chat templates, licence, notice and README, that is, all but the weights.
+
+        A `quantization_config` is left out: weights that are written beside it are not quantised.
+        """
+        found = [path for pattern in CONFIG_AND_TOKENIZER_FILES for path in self.path.glob(pattern)]
+        found += [path for path in self.path.iterdir() if path.is_file() and _PAPERS.fullmatch(path.name)]
+        for path in found:
+            target = out / path.relative_to(self.path)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        config = read_json(out / "config.json", self.label)
+        if config.pop("quantization_config", None) is not None:
+            (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def check_tensors(self) -> None:
-        """Raise UserError if a tensor is missing, unknown, or of the wrong shape or dtype."""
+        """Raise UserError if the model is not supported, or a tensor is missing, unknown, or of the wrong shape or
+        dtype. Tensors without meaning are skipped, with a line in the log."""
+        if self._checked:
+            return
+        check_model(self.config.to_dict(), self.label)  # before its tensors are said to be wrong
         locations = self.files.locations
         expected = self.family.hf_shapes(self.config)
         missing = [name for name in expected if name not in locations]
         if missing:
-            raise UserError(f"{self.label}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
-        unused = [
-            name for name in locations if name not in expected and name not in self.family.tied_copies(self.config)
-        ]
-        if unused:
+            what = f"tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)"
+            if kind := foreign_format(locations):
+                what = f"its weights are quantised as {kind}, which is not read; use the unquantised model, or FP8"
+            raise UserError(f"{self.label}: {what}")
+        known = {*expected, *self.family.tied_copies(self.config)}
+        known |= {name + SCALE_SUFFIX for name in expected if locations[name].dtype == FP8_DTYPE}
+        others = [name for name in locations if name not in known]
+        if unused := [name for name in others if not is_buffer(name)]:
             architecture = self.family.architecture
             raise UserError(f"{self.label}: tensor {unused[0]} has no place in {architecture} ({len(unused)} such)")
         for name, shape in expected.items():
@@ -186,9 +239,29 @@ class HfFolder:
                 raise UserError(
                     f"{self.label}: tensor {name} has shape {list(location.shape)}, config.json asks for {list(shape)}"
                 )
-            if location.dtype not in SAFETENSORS_DTYPES:
-                supported = ", ".join(sorted(SAFETENSORS_DTYPES))
-                raise UserError(f"{self.label}: tensor {name} is stored as {location.dtype}; supported: {supported}")
+            self._check_dtype(name, location)
+        self._check_tied_copies(locations)
+        if others:
+            log_rank0(f"{self.label}: skipped {len(others)} tensors that are no weights, {others[0]} first")
+        if any(location.dtype == FP8_DTYPE for location in locations.values()):
+            log_rank0(f"{self.label}: FP8 weights, dequantised as they are read")
+        elif getattr(self.config, "quantization_config", None):
+            log_rank0(f"{self.label}: config.json has a quantization_config, but no weight is quantised: ignored")
+        self._checked = True
+
+    def _check_dtype(self, name: str, location: TensorLocation) -> None:
+        if location.dtype == FP8_DTYPE and len(location.shape) == 2:
+            if name + SCALE_SUFFIX not in self.files.locations:
+                raise UserError(f"{self.label}: tensor {name} is FP8, and its scales {name + SCALE_SUFFIX} are missing")
+            self.slice(name)  # which compares the shapes
+        elif location.dtype not in SAFETENSORS_DTYPES:
+            supported = ", ".join(sorted(SAFETENSORS_DTYPES))
+            raise UserError(
+                f"{self.label}: tensor {name} is stored as {location.dtype}; supported: {supported}, and matrices in "
+                f"{FP8_DTYPE} with scales"
+            )
+
+    def _check_tied_copies(self, locations: Mapping[str, TensorLocation]) -> None:
         for copy, original in self.family.tied_copies(self.config).items():
             if copy in locations and not self._same(copy, original):
                 raise UserError(
@@ -251,10 +324,11 @@ def _find(path: str, name: str) -> Path:
     except LocalEntryNotFoundError:
         reason = "the Hugging Face hub cannot be reached and the model is not in its cache"
     except Exception as error:  # any network, disk or hub fault
-        reason = f"its download failed: {_first_line(error)}"
+        reason = f"its download failed: {_one_line(error)}"
     raise UserError(f"{name}: there is no folder {path}, and {reason}")
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def _one_line(error: Exception) -> str:
+    """Return an error of several lines as one: transformers names the key in the first, the reason in the others."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__

@@ -24,6 +24,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SAFETENSORS_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_READABLE_DTYPES = {**SAFETENSORS_DTYPES, "F8_E4M3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class LazyTensor:
     def __init__(self, location: TensorLocation, label: str) -> None:
         self.location = location
         self.label = label
-        self.dtype = SAFETENSORS_DTYPES[location.dtype]
+        self.dtype = _READABLE_DTYPES[location.dtype]
 
     def get_shape(self) -> Sequence[int]:
         """Return the shape (the method of safetensors' own slices)."""
@@ -122,10 +123,18 @@ class TensorFiles:
     def __init__(self, folder: Path, label: str) -> None:
         self.label = label
         self.locations: dict[str, TensorLocation] = {}
-        if (folder / INDEX_FILE).exists():
+        single, indexed = (folder / SINGLE_FILE).exists(), (folder / INDEX_FILE).exists()
+        if single and indexed:
+            raise UserError(
+                f"{label}: it holds two sets of weights: transformers reads {SINGLE_FILE}, SGLang the files of "
+                f"{INDEX_FILE}; remove the one that is out of date"
+            )
+        if indexed:
             self._read_index(folder)
-        elif (folder / SINGLE_FILE).exists():
+        elif single:
             self.locations = read_header(folder / SINGLE_FILE, label)
+        elif shards := sorted(folder.glob("model-*-of-*.safetensors")):
+            raise UserError(f"{label}: {INDEX_FILE} is missing, which says what {shards[0].name} and the others hold")
         else:
             raise UserError(
                 f"{label}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there (only safetensors are read)"

@@ -57,6 +57,12 @@ def _model_reasons(values: Mapping[str, Any], shape: ModelShape) -> Iterator[str
                 f"{key}={json.dumps(value)} is not supported; "
                 f"{shape.architecture} is supported with {key}={json.dumps(required)}"
             )
+    quantization = values.get("quantization_config")
+    if isinstance(quantization, Mapping) and (method := quantization.get("quant_method")) != "fp8":
+        yield (
+            f"quantization_config says that its weights are quantised by {method!r}, of which only 'fp8' is read; use "
+            "the unquantised model, or remove the key if the weights are not quantised"
+        )
     if (activation := values.get("hidden_act", "silu")) != "silu":
         yield f"hidden_act {activation!r} is not supported; supported: silu"
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
@@ -124,6 +130,11 @@ def check_recipe_models(recipe: Recipe) -> None:
     configs = {f"{key}: {model}": config for key, model in ours if (config := local_config(model, key))}
     for label, config in configs.items():
         check_model(config, label)
+        if label.startswith("student.model") and recipe.rollout.engine == "sglang" and "quantization_config" in config:
+            raise UserError(
+                f"{label}: config.json has a quantization_config, by which SGLang would serve the student, which is "
+                "trained without; write it anew by tools/hf_to_mcore.py and tools/mcore_to_hf.py"
+            )
     experts = [bool(ModelShape.of(config, label).experts) for label, config in configs.items()]
     layout = recipe.student.parallel_layout
     if len(configs) < len(ours) and not any(experts):  # expert parallelism may be for a model that is not here
