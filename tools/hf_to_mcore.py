@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     for kind in KINDS:
         parser.add_argument(f"--{kind}-parallel", type=int, default=1, metavar="N", help="number of ranks (default 1)")
-    parser.add_argument("--verify", action="store_true", help="compare tensors and log-probs with the folder and transformers")
+    parser.add_argument("--verify", action="store_true", help="compare tensors and log-probs with transformers")
     parser.add_argument("--dry-run", action="store_true", help="print the parameter mapping without writing")
     return parser.parse_args(arguments)
 

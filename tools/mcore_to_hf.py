@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="Hugging Face folder, created when complete"
     )
-    parser.add_argument("--verify", action="store_true", help="compare tensors and log-probs with the folder and transformers")
+    parser.add_argument("--verify", action="store_true", help="compare tensors and log-probs with transformers")
     return parser.parse_args(arguments)
 
 
