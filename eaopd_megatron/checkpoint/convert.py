@@ -45,13 +45,13 @@ from eaopd_megatron.models.supported import check_supported
 from eaopd_megatron.utils.files import atomic_directory, partial_path, require_absent_or_empty, write_error_message
 
 _ROUNDINGS = 20
-"""Times that a right conversion's log-probs may differ by what rounding alone does; a wrong one's differ by thousands."""
+"""A right conversion's log-probs differ by a few times what rounding alone does, a wrong one's by thousands."""
 _VERIFIED_TOKENS = 48
 _VERIFIED_TEXT = """\
 The committee met on Tuesday, 14 March 2023, to discuss whether a second bridge over the river would pay for itself: its
 cost was put at 3.7 million euros, and nobody could say how many lorries would use it. Let x be a real number such that
-x^2 - 5x + 6 = 0; then (x - 2)(x - 3) = 0, and therefore x = 2 or x = 3. def mean(values): return sum(values) / len(values)
-if values else None  # an empty list has no mean. Die Katze schläft auf dem Sofa, während es draußen regnet. Le lendemain,
+x^2 - 5x + 6 = 0; then (x - 2)(x - 3) = 0, and therefore x = 2 or x = 3. def mean(values): return sum(values) / n
+if n else None  # no values, no mean. Die Katze schläft auf dem Sofa, während es draußen regnet. Le lendemain,
 elle partit sans dire un mot à personne; son frère la retrouva à la gare, assise près du kiosque à journaux.
 """
 LogFunction = Callable[[str], None]

@@ -262,10 +262,10 @@ class HfFolder:
             )
 
     def _check_tied_copies(self, locations: Mapping[str, TensorLocation]) -> None:
-        for copy, original in self.family.tied_copies(self.config).items():
-            if copy in locations and not self._same(copy, original):
+        for tied, original in self.family.tied_copies(self.config).items():
+            if tied in locations and not self._same(tied, original):
                 raise UserError(
-                    f"{self.label}: {copy} differs from {original} although config.json ties them; "
+                    f"{self.label}: {tied} differs from {original} although config.json ties them; "
                     "set tie_word_embeddings to false, or remove one"
                 )
 
