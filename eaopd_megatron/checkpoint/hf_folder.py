@@ -195,8 +195,8 @@ class HfFolder:
         del config.quantization_config
         names = self.family.hf_shapes(config)
         weights = {name: self.tensor(name).to(self.dtype).to(dtype) for name in names}  # FP8: rounded as in an import
-        model_class = AutoModelForCausalLM._model_mapping[type(config)]
-        return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        models: Any = AutoModelForCausalLM._model_mapping
+        return models[type(config)].from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
     def copy_config_and_tokenizer(self, out: Path) -> None:
         """Copy configuration, tokenizer, chat templates, licence, notice and README, that is, all but the weights.

@@ -50,7 +50,7 @@ class Fp8Tensor:
     dtype = torch.float32
 
     def __init__(self, weight: LazyTensor, scales: torch.Tensor, block: Sequence[int] | None) -> None:
-        self.weight = weight
+        self.weight, self.location = weight, weight.location
         rows, columns = shape = weight.location.shape
         self._scales, found = scales.float(), tuple(scales.shape)
         if scales.numel() == 1:
@@ -71,7 +71,7 @@ class Fp8Tensor:
 
     def __getitem__(self, index: slice | tuple[slice, slice]) -> torch.Tensor:
         rows, columns = index if isinstance(index, tuple) else (index, slice(None))
-        shape = self.weight.location.shape
+        shape = self.location.shape
         start, end, _ = rows.indices(shape[0])
         first, last, _ = columns.indices(shape[1])
         out = self.weight[index].float()
