@@ -51,23 +51,18 @@ _EXTRA_STATE_SUFFIX = "_extra_state"
 _FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1)
 
 
-def sharded_training_state(
-    model: ModelChunks, optimizer: ChainedOptimizer | None = None, *, loading: bool = False
-) -> dict[str, Any]:
-    """Return the sharded state dict of a model and its optimizer, for saving or (loading=True) for loading into.
-
-    Collective.
-    """
+def sharded_training_state(model: ModelChunks, optimizer: ChainedOptimizer | None = None) -> dict[str, Any]:
+    """Return the sharded state dict of a model and its optimizer, for saving or for loading into; it copies nothing."""
     wait_all_param_gathers(model)
     chunks = {str(stage): gpt.sharded_state_dict(prefix=MODEL_PREFIX) for stage, gpt in enumerate(model.gpts)}
     state: dict[str, Any] = {"model": chunks}  # layer names inside a chunk are local, those in the checkpoint global
     if optimizer is not None:
-        state["optimizer"] = sharded_optimizer_state(optimizer, state["model"], loading=loading)
+        state["optimizer"] = sharded_optimizer_state(optimizer, state["model"])
     return state
 
 
 def load_training_state(model: ModelChunks, optimizer: ChainedOptimizer | None, loaded: dict[str, Any]) -> None:
-    """Copy the result of `load_sharded(sharded_training_state(..., loading=True))` into the model and its optimizer."""
+    """Copy the result of `load_sharded(sharded_training_state(...))` into the model and its optimizer."""
     wait_all_param_gathers(model)
     for stage, gpt in enumerate(model.gpts):
         _fill(gpt, {name.removeprefix(MODEL_PREFIX): value for name, value in loaded["model"][str(stage)].items()})

@@ -6,18 +6,22 @@
     optimizer.state.fp32_param.<weight>   main parameters, where the weights are bf16
 
 Learning rate, weight decay, betas and eps come from the recipe and are not stored. Megatron-Core's own formats differ
-between its optimisers; that of the distributed one cannot be loaded with torch's Adam, and splits states at the wrong
-places where a bucket is padded.
+between its optimisers, or gather a distributed one's states. Here each rank writes and reads its own part of them: a
+range of a flattened weight, which is at most a few boxes of the weight.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import ChainedOptimizer
@@ -29,25 +33,20 @@ from eaopd_megatron.megatron.offload import ADAM_MOMENTS, require_onloaded
 
 MAIN = "fp32_param"
 States = dict[str, dict[str, Any]]
-"""{parameter index: {"exp_avg": ..., "exp_avg_sq": ..., "fp32_param": ...}}"""
+"""{parameter index: {"exp_avg": ..., "exp_avg_sq": ..., "fp32_param": ...}}; distributed: {"0": box, "1": ...} each"""
 
 
-def sharded_optimizer_state(
-    optimizer: ChainedOptimizer, model: dict[str, Any], *, loading: bool = False
-) -> dict[str, Any]:
-    """Return the optimiser's sharded state dict, to be saved or (loading) to be filled. Collective.
+def sharded_optimizer_state(optimizer: ChainedOptimizer, model: dict[str, Any]) -> dict[str, Any]:
+    """Return the optimiser's sharded state dict, to be saved or to be filled: views of its states, copied nowhere.
 
-    model: `sharded_state_dict(...)` of the model's chunks, whose sharding the states follow. A distributed optimiser's
-    states are gathered in host memory: every data-parallel rank holds the full states of its weights.
+    model: `sharded_state_dict(...)` of the model's chunks, whose sharding the states follow.
     """
     require_onloaded(optimizer)
     tensors, _ = extract_sharded_tensors_and_factories(model)
     weights = {id(sharded.data): sharded for sharded in nested_values(tensors)}
     states = {}
-    with cuda_as_cpu():
-        for number, part in enumerate(optimizer.chained_optimizers):
-            distributed = isinstance(part, DistributedOptimizer)
-            states[str(number)] = _gathered(part, weights, loading) if distributed else _local(part, weights)
+    for number, part in enumerate(optimizer.chained_optimizers):
+        states[str(number)] = (_boxes if isinstance(part, DistributedOptimizer) else _local)(part, weights)
     return {"step": num_completed_steps(optimizer), "state": states}
 
 
@@ -57,7 +56,7 @@ def load_optimizer_state(optimizer: ChainedOptimizer, state: dict[str, Any]) -> 
         for number, part in enumerate(optimizer.chained_optimizers):
             states = state["state"].get(str(number), {})  # empty for the experts' optimiser of a stage without experts
             if isinstance(part, DistributedOptimizer):
-                _scatter(part, states)
+                _fill_boxes(part, states)
             else:
                 for place, (_, main) in enumerate(_parameters(part)):
                     for name, tensor in states[str(place)].items():
@@ -123,37 +122,91 @@ def _as_weight(tensors: dict[str, torch.Tensor], sharded_weight: Any) -> dict[st
     }
 
 
-def _gathered(part: DistributedOptimizer, weights: dict[int, Any], loading: bool) -> States:
-    """Gather the full states of this rank's weights from all data-parallel ranks."""
-    world = part.get_parameter_state_dp_zero(use_gloo_comm=False, empty_data=loading, return_on_all_ranks=True)
+def _shards(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, torch.Tensor]]]:
+    """Yield each weight of which this rank updates a part, the part's start in the flattened weight, and its states.
+
+    An fp32 weight has no main parameter: it is its own.
+    """
+    for ranges in part.gbuf_ranges:
+        for bucket in chain.from_iterable(ranges.values()):
+            for weight, found in bucket["param_map"].items():
+                tensors = part._get_main_param_and_optimizer_states(weight)
+                states = {name: tensors[name] for name in ADAM_MOMENTS}
+                if weight.dtype != torch.float32:
+                    states[MAIN] = tensors["param"]
+                yield weight, found["param"].start, states
+
+
+def _boxes(part: DistributedOptimizer, weights: dict[int, Any]) -> States:
+    """Return this rank's states as boxes of their weights."""
     states: States = {}
-    for number, buffer in enumerate(part.buffers):
-        (flat,) = world[number].values()
-        for weight, (start, end) in _places(buffer).items():
-            names = [*ADAM_MOMENTS, "param"] if weight.dtype != torch.float32 else ADAM_MOMENTS
-            tensors = {MAIN if name == "param" else name: flat[name][start:end].view(weight.shape) for name in names}
-            states[str(len(states))] = _as_weight(tensors, weights[id(weight)])
+    for weight, start, tensors in _shards(part):
+        states[str(len(states))] = {
+            name: {str(number): box for number, box in enumerate(_boxes_of(tensor, name, start, weights[id(weight)]))}
+            for name, tensor in tensors.items()
+        }
     return states
 
 
-def _places(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int]]:
-    """Return each weight's range in a gathered buffer, from which the padding between buckets has been removed."""
-    removed, length = [], 0
-    for bucket in buffer.buckets:
-        removed.append(bucket.offset - length)
-        length += bucket.numel_unpadded
-    return {w: (start - removed[b], end - removed[b]) for w, (start, end, b) in buffer.param_index_map.items()}
+def _boxes_of(tensor: torch.Tensor, name: str, start: int, sharded_weight: Any) -> Iterator[ShardedTensor]:
+    """Yield the boxes that a state [n] is of a weight, in order; the first element is number `start` of the weight.
 
-
-def _scatter(part: DistributedOptimizer, states: States) -> None:
-    """Load this rank's shards of full states.
-
-    Drops torch's step counter first, which Megatron-Core would expect among the states; `_set_steps` creates it again.
+    A weight whose halves are sharded one by one (gate and up) is a factory of several sharded tensors.
     """
-    for state in part.optimizer.state.values():
-        state.pop("step", None)
-    whole = {}
-    for place, weight in enumerate(chain.from_iterable(buffer.param_index_map for buffer in part.buffers)):
-        tensors = {name: tensor for name, tensor in states[str(place)].items() if name != MAIN}
-        whole[place] = {**tensors, "param": states[str(place)].get(MAIN, weight.data)}
-    part.load_parameter_state_from_fully_reshardable(whole)
+    is_factory = isinstance(sharded_weight, ShardedTensorFactory)
+    halves = nested_values(sharded_weight.build()) if is_factory else [sharded_weight]
+    first = 0  # element of the weight on this tensor-parallel rank
+    for half in halves:
+        length, axes = math.prod(half.local_shape), half.prepend_axis_num
+        inside = slice(max(0, start - first), min(length, start + len(tensor) - first))
+        taken = max(0, first - start)
+        for offset, shape in boxes_of_range(half.local_shape, inside.start, inside.stop):
+            data = tensor[taken : taken + math.prod(shape)].view((1,) * axes + shape)
+            taken += math.prod(shape)
+            yield replace(
+                half,
+                key=f"optimizer.state.{name}.{half.key}",
+                data=data,
+                dtype=data.dtype,
+                local_shape=tuple(data.shape),
+                global_offset=tuple(a + b for a, b in zip(half.global_offset, (0,) * axes + offset, strict=True)),
+                axis_fragmentations=None,  # no regular grid
+                replica_id=(*half.replica_id[:2], 0),  # no other data-parallel rank has it
+                prepend_axis_num=0,
+            )
+        first += length
+
+
+def boxes_of_range(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield offset and shape of the fewest boxes that are elements start to end of a flattened tensor, in their order.
+
+    At most 2·dimensions − 1 of them.
+    """
+    if start >= end:
+        return
+    if len(shape) == 1:
+        yield (start,), (end - start,)
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), end // row  # whole rows
+    if first > last:  # the range begins and ends inside one row
+        pieces = [(last, start - last * row, end - last * row)]
+    else:
+        pieces = [(first - 1, start - (first - 1) * row, row)] if start % row else []
+    for index, low, high in pieces:
+        for offset, size in boxes_of_range(shape[1:], low, high):
+            yield (index, *offset), (1, *size)
+    if first > last:
+        return
+    if first < last:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    for offset, size in boxes_of_range(shape[1:], 0, end - last * row):
+        yield (last, *offset), (1, *size)
+
+
+def _fill_boxes(part: DistributedOptimizer, states: States) -> None:
+    """Copy loaded boxes into this rank's states."""
+    for place, (_, _, tensors) in enumerate(_shards(part)):
+        for name, tensor in tensors.items():
+            boxes = states[str(place)][name]
+            tensor.copy_(torch.cat([boxes[str(number)].flatten() for number in range(len(boxes))]))

@@ -70,7 +70,7 @@ class TrainingCheckpoints:
         check_config_fingerprint(self.fingerprint, state["model"], path)
         if state["prompts"] != self.prompts_digest:
             raise UserError(f"{path}: made with other prompts than data.source={self.recipe.data.source} gives now")
-        sharded = sharded_training_state(self.components.model, self.optimizer, loading=True)
+        sharded = sharded_training_state(self.components.model, self.optimizer)
         load_training_state(
             self.components.model, self.optimizer, self.store.load_sharded(path, sharded, self.parallel)
         )

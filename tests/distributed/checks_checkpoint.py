@@ -83,9 +83,7 @@ def check_resume(group: Any, folder: str, hf: str, ranks: int, tp: int, sp: bool
         checkpoints = CheckpointStore(Path(folder), 1)
         path = checkpoints.latest()
         assert path is not None and checkpoints.load_state(path) == {"updates": 2}
-        loaded = checkpoints.load_sharded(
-            path, sharded_training_state(second.model, second.optimizer, loading=True), parallel
-        )
+        loaded = checkpoints.load_sharded(path, sharded_training_state(second.model, second.optimizer), parallel)
         load_training_state(second.model, second.optimizer, loaded)
         assert {group["lr"] for group in second.optimizer.param_groups} == {1.0}, "the checkpoint set the learning rate"
         assert second.train(LEARNING_RATES[2:]) == figures[2:]
@@ -101,7 +99,7 @@ def check_recipe_wins(group: Any, folder: str, hf: str) -> None:
         save_sharded(Path(folder) / "sharded", sharded_training_state(first.model, first.optimizer), parallel)
         second = Trainer(hf, parallel, weight_decay=0.3, beta2=0.95)
         loaded = load_sharded(
-            Path(folder) / "sharded", sharded_training_state(second.model, second.optimizer, loading=True), parallel
+            Path(folder) / "sharded", sharded_training_state(second.model, second.optimizer), parallel
         )
         load_training_state(second.model, second.optimizer, loaded)
         groups_ = second.optimizer.param_groups
@@ -187,7 +185,7 @@ def check_background_save(group: Any, folder: str, hf: str) -> None:
         assert checkpoints.latest_valid(parallel) == path
         second = Trainer(hf, parallel, **overlapped)
         second.train(LEARNING_RATES[:1])
-        wanted = sharded_training_state(second.model, second.optimizer, loading=True)
+        wanted = sharded_training_state(second.model, second.optimizer)
         load_training_state(second.model, second.optimizer, checkpoints.load_sharded(path, wanted, parallel))
         _equal(saved, second.whole())
         assert second.train(LEARNING_RATES[1:]) == figures
@@ -210,7 +208,7 @@ def check_reused_host_buffers(group: Any, folder: str, hf: str, options: dict[st
         trainer.train(LEARNING_RATES[2:])  # changes the weights while the thread writes
         checkpoints.wait()
         second = Trainer(hf, parallel, **options)
-        wanted = sharded_training_state(second.model, second.optimizer, loading=True)
+        wanted = sharded_training_state(second.model, second.optimizer)
         load_training_state(second.model, second.optimizer, checkpoints.load_sharded(path, wanted, parallel))
         _equal(saved, second.whole())
 
@@ -316,7 +314,7 @@ def check_tensors_that_do_not_fit(group: Any, folder: str, hf: str) -> None:
         path = Path(folder) / "sharded"
         os.makedirs(path, exist_ok=True)
         save_sharded(path, sharded_training_state(trainer.model), parallel)
-        wanted = sharded_training_state(trainer.model, trainer.optimizer, loading=True)
+        wanted = sharded_training_state(trainer.model, trainer.optimizer)
         _raises(UserError, "optimizer.state.exp_avg.model.", lambda: load_sharded(path, wanted, parallel))
         other = HfFolder.open(hf, "student.model").config
         other.intermediate_size *= 2

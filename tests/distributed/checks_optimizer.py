@@ -7,16 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from eaopd_megatron.checkpoint.dist_checkpoint import load_training_state, sharded_training_state
+from eaopd_megatron.checkpoint.dist_checkpoint import (
+    load_sharded,
+    load_training_state,
+    save_sharded,
+    sharded_training_state,
+)
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
 from eaopd_megatron.checkpoint.store import CheckpointStore
 from eaopd_megatron.config.parallel import ParallelLayout
+from eaopd_megatron.config.schema import OptimizerConfig
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.megatron.forward import output_weight, stage_output
 from eaopd_megatron.megatron.layers import CoreAttention
+from eaopd_megatron.megatron.model import build_model
 from eaopd_megatron.megatron.offload import TrainerMemory
+from eaopd_megatron.megatron.optimizer import build_optimizer, wrap_ddp
 from tests.distributed.trainer import LEARNING_RATES, OPTIMIZER, Precision, Trainer, gradients_of, sample_of, world
+from tools.lib.host_memory import growth
 
 SCALES = (1.0, -0.7, 0.01, 0.4)  # the third is below the clipping threshold
 SMALL_BUCKETS = 3000
@@ -83,7 +93,7 @@ def check_resume_elsewhere(
                     parameter.fill_(7.0)  # nothing may be left of what was there
             path = checkpoints.latest()
             assert path is not None
-            wanted = sharded_training_state(trainer.model, trainer.optimizer, loading=True)
+            wanted = sharded_training_state(trainer.model, trainer.optimizer)
             load_training_state(trainer.model, trainer.optimizer, checkpoints.load_sharded(path, wanted, parallel))
             _drive(trainer, range(2, 4), gradients, norms)
             _same(trainer.whole(), weights, 1e-6 if precision == "fp32" else 8e-3)
@@ -109,7 +119,7 @@ def check_losses_go_on_elsewhere(
             trainer = Trainer(hf, parallel, eps=1e-5, **after["options"])
             path = checkpoints.latest()
             assert path is not None
-            wanted = sharded_training_state(trainer.model, trainer.optimizer, loading=True)
+            wanted = sharded_training_state(trainer.model, trainer.optimizer)
             load_training_state(trainer.model, trainer.optimizer, checkpoints.load_sharded(path, wanted, parallel))
             figures, weights = torch.load(kept)
             for ours, theirs in zip(trainer.train(LEARNING_RATES[2:]), figures, strict=True):
@@ -272,7 +282,7 @@ def check_extra_state(group: Any, folder: str, hf: str) -> None:
                         parameter.fill_(7.0)
                 path = paths[saved].latest()
                 assert path is not None
-                wanted = sharded_training_state(trainer.model, trainer.optimizer, loading=True)
+                wanted = sharded_training_state(trainer.model, trainer.optimizer)
                 load_training_state(trainer.model, trainer.optimizer, paths[saved].load_sharded(path, wanted, parallel))
                 assert [int(attention.blob) for attention in attentions] == expected
                 _same(trainer.whole(), tensors(hf), 0.0)
@@ -294,3 +304,37 @@ def check_states_are_parts(group: Any, folder: str, hf: str) -> None:
             assert any(moment.any() for moment in after)
             sizes.append(sum(moment.numel() for moment in after))
         assert abs(sizes[0] / 2 - sizes[1]) < 256, sizes
+
+
+def check_a_checkpoint_gathers_nothing(group: Any, folder: str, config: dict[str, Any]) -> None:
+    """Saving a distributed optimiser's states and loading them again takes host memory for a tensor, not for all."""
+    with world(folder, 2, ParallelLayout()) as parallel:
+        if parallel is None:
+            return
+        model = build_model(AutoConfig.for_model(**config), parallel.layout, torch.bfloat16)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        optimizer = build_optimizer(wrap_ddp(model, distributed=True), OptimizerConfig())
+        weights = list(model.parameters())
+        whole = 12 * sum(weight.numel() for weight in weights)  # bytes of all states
+        largest = 4 * max(weight.numel() for weight in weights)
+        path = Path(folder) / "sharded"
+        if parallel.is_main:
+            path.mkdir()
+        torch.distributed.barrier()
+
+        def mine() -> int:
+            state = sharded_training_state(model, optimizer)["optimizer"]["state"]
+            boxes = [box for part in state.values() for tensors in part.values() for box in tensors.values()]
+            return sum(box.data.nbytes for named in boxes for box in named.values())
+
+        def load() -> None:
+            load_training_state(
+                model, optimizer, load_sharded(path, sharded_training_state(model, optimizer), parallel)
+            )
+
+        assert abs(mine() - whole / 2) <= 0.01 * whole
+        views = growth(mine)
+        saved = growth(lambda: save_sharded(path, sharded_training_state(model, optimizer), parallel))
+        loaded = growth(load)
+        assert views < 4 * 2**20 and saved < 2 * largest and loaded < 3 * largest, (views, saved, loaded)

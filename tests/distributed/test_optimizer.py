@@ -158,3 +158,14 @@ def test_memory_that_is_lent_changes_an_update(
 )
 def test_on_two_ranks(ranks: Ranks, models: dict[str, str], tmp_path: Path, check: str) -> None:
     ranks.run(CHECKS, check, folder=str(tmp_path), hf=models["untied"])
+
+
+def test_a_checkpoint_gathers_a_distributed_optimisers_states(ranks: Ranks, tmp_path: Path) -> None:
+    wide = COMMON | {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 8192, "num_hidden_layers": 2}
+    config = wide | {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    }
+    ranks.run(CHECKS, "check_a_checkpoint_gathers_nothing", folder=str(tmp_path), config=config)
