@@ -131,7 +131,7 @@ def check_updates(source: HfFolder, parallel: ParallelState) -> torch.Tensor:
         with timed("writing a checkpoint"):
             save_sharded(Path(folder), sharded_training_state(trainer.model, trainer.optimizer), parallel)
         resumed = Trainer(source, parallel)
-        state = sharded_training_state(resumed.model, resumed.optimizer, loading=True)
+        state = sharded_training_state(resumed.model, resumed.optimizer)
         load_training_state(resumed.model, resumed.optimizer, load_sharded(Path(folder), state, parallel))
     norms = trainer.update(), resumed.update()
     same = norms[0] == norms[1] and torch.equal(trainer.weights(), resumed.weights())

@@ -13,7 +13,7 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
-def growth(work: Callable[[], None]) -> int:
+def growth(work: Callable[[], object]) -> int:
     """Return by how many bytes the process's memory rises above its present size while `work` runs."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
