@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import ctypes
 import inspect
 import os
 import pickle
-from collections.abc import Callable, Coroutine, Iterator
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +23,20 @@ from torch.multiprocessing import reductions
 
 from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.rollout.weight_sync import distributed_transport
 from eaopd_megatron.rollout.weight_sync import local_transports as in_request
-from eaopd_megatron.rollout.weight_sync.distributed_transport import ERROR_HANDLING, UpdateGroup, local_address_towards
+from eaopd_megatron.rollout.weight_sync.distributed_transport import (
+    ERROR_HANDLING,
+    DistributedTransport,
+    UpdateGroup,
+    local_address_towards,
+)
 from eaopd_megatron.rollout.weight_sync.session import UpdateSession
 from eaopd_megatron.rollout.weight_sync.transport import (
     GATHERED_COPIES,
     Bucket,
+    BucketTransport,
+    WeightUpdate,
     bucket_capacity,
     pack_buckets,
 )
@@ -117,6 +130,141 @@ def test_a_server_that_never_comes_is_waited_for_without_end() -> None:
     assert not group.arrived()
     with pytest.raises(RuntimeError):
         group.join("gloo")
+
+
+class NeverThere(UpdateGroup):
+    """A group whose first collective does not return, as NCCL's while a rank is missing."""
+
+    def broadcast(self, data: torch.Tensor) -> dist.Work:
+        threading.Event().wait()
+        raise AssertionError
+
+    def join(self, backend: str) -> None:
+        self._group = object()  # type: ignore[assignment]
+
+
+@contextmanager
+def a_transport(monkeypatch: pytest.MonkeyPatch, answers: Any) -> Iterator[DistributedTransport]:
+    """A transport with one server that has joined. answers: to a bucket, or an error; None: never any."""
+    monkeypatch.setattr(distributed_transport, "UpdateGroup", NeverThere)
+    monkeypatch.setattr(distributed_transport, "_LEAVE_SECONDS", 0.1)
+
+    async def post(self: UpdateSession, client: SGLangClient, path: str, body: Any) -> Any:
+        if answers is None:
+            await asyncio.Event().wait()
+        if isinstance(answers, Exception):
+            raise answers
+        return answers
+
+    monkeypatch.setattr(UpdateSession, "post", post)
+    with in_a_loop() as run:
+        transport = DistributedTransport(run, 5.0, 100, backend="gloo", address="127.0.0.1")
+        yield transport
+
+
+def first_bucket(transport: DistributedTransport, client: SGLangClient, seconds: float) -> dict[SGLangClient, str]:
+    update = WeightUpdate(transport._run, [client])
+    group = transport._group(client, 1)
+    group.join("gloo")
+    transport._groups[client] = group
+    transport._seconds = seconds
+    sent = transport.start(update, Bucket(torch.zeros(4, dtype=torch.uint8), [PlannedTensor("a", (4,), torch.uint8)]))
+    if update.active:
+        transport.finish(update, sent)
+    else:
+        for call in sent.calls.values():
+            call.get_loop().call_soon_threadsafe(call.cancel)
+    return update.failed
+
+
+def test_the_first_broadcast_of_a_group_waits_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's own part is a stand-in."""
+    client = SGLangClient("http://a:1")
+    with a_transport(monkeypatch, None) as transport:
+        failed = first_bucket(transport, client, -0.7)
+        assert failed == {client: "its update group broke off: the server did not come within -0.7 s"}
+        assert client not in transport._groups
+
+
+def test_a_server_that_refuses_the_first_bucket_is_waited_for_in_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = SGLangClient("http://a:1")
+    with a_transport(monkeypatch, UserError("it refuses")) as transport:
+        started = time.monotonic()
+        assert first_bucket(transport, client, 60.0) == {client: "it refuses"}
+        assert time.monotonic() - started < 20
+        assert client not in transport._groups
+
+
+def test_servers_with_other_nccl_options_are_sent_weights_by_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+
+    async def work(double: Double, client: SGLangClient) -> None:
+        info = double._server_info()
+        double._server_info = lambda: {**info, "enable_nccl_nvls": True}  # type: ignore[method-assign]
+        transport = DistributedTransport(lambda work: work, 5.0, 100, backend="nccl")  # type: ignore[arg-type,return-value]
+        with pytest.raises(UserError, match=r"with NCCL_NVLS_ENABLE=1 .* the trainer with NCCL_NVLS_ENABLE=0"):
+            await transport._invite(client, UpdateGroup("other-options", 1, "127.0.0.1", seconds=1.0))
+
+    with a_server() as served:
+        served(work)
+
+
+class LateReader(BucketTransport[int]):
+    """A server that reads a bucket before it answers the next request, as it does over CUDA IPC at the latest."""
+
+    def __init__(self, capacity: int, *, reads_late: bool) -> None:
+        async def nothing(*_: Any) -> None: ...
+
+        super().__init__(lambda work: work.close(), 1.0, capacity, reads_late=reads_late)  # type: ignore[arg-type,return-value]
+        self.unread: list[Bucket] = []
+        self.taken: dict[str, torch.Tensor] = {}
+        self.alive: list[weakref.ref[Any]] = []
+        self.most = 0
+
+    def connect(self, update: WeightUpdate, ranks: Mapping[SGLangClient, int]) -> None: ...
+
+    def read(self, count: int) -> None:
+        for bucket in self.unread[:count]:
+            self.taken |= {name: view.clone() for name, view in bucket.tensors()}
+        del self.unread[:count]
+
+    def start(self, update: WeightUpdate, bucket: Bucket) -> int:
+        alias = torch.frombuffer(
+            (ctypes.c_char * len(bucket.data)).from_address(bucket.data.data_ptr()), dtype=torch.uint8
+        )
+        self.unread.append(Bucket(alias, bucket.specs))  # does not keep the memory, as a handle does not
+        self.alive.append(weakref.ref(bucket.data.untyped_storage()))
+        self.most = max(self.most, sum(one() is not None for one in self.alive))
+        return len(self.alive)
+
+    def finish(self, update: WeightUpdate, sent: int) -> None:
+        self.read(len(self.unread) - 1)
+
+
+def late(monkeypatch: pytest.MonkeyPatch, given: list[tuple[str, torch.Tensor]], *, reads_late: bool) -> LateReader:
+    reader = LateReader(20, reads_late=reads_late)
+    monkeypatch.setattr(WeightUpdate, "call_all", lambda self, call: reader.read(len(reader.unread)) or {})
+    reader.send(iter(given), "1", [SGLangClient("http://a:1")])
+    return reader
+
+
+def test_a_bucket_is_refilled_while_a_server_still_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA IPC is a stand-in: memory that the reader looks at late. With two reused buckets it reads others' bytes."""
+    given = some(3, 2, 4, 1, 1, 5, 9, 4, 2, 2)
+    reader = late(monkeypatch, given, reads_late=True)
+    assert all(torch.equal(reader.taken[name], tensor) for name, tensor in given)
+    assert reader.most <= 3, "more than three buckets were held"
+    reused = late(monkeypatch, given, reads_late=False)
+    assert not all(torch.equal(reused.taken[name], tensor) for name, tensor in given), "this test shows nothing"
+
+
+def test_a_parameter_itself_is_lent_to_a_server() -> None:
+    """torch would count its handles, one update after the other, as long as the parameter lives."""
+    given = some(2, 9, 3)
+    found = list(pack_buckets(iter(given), 20, own_memory=True))
+    assert len({bucket.data.untyped_storage().data_ptr() for bucket in found}) == 3
+    assert found[1].data.data_ptr() != given[1][1].data_ptr()
+    assert torch.equal(dict(found[1].tensors())[given[1][0]], given[1][1])
 
 
 def test_a_server_is_told_an_address_that_it_cannot_reach() -> None:

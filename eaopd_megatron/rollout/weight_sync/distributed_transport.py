@@ -1,6 +1,8 @@
 """Weights by broadcast in process groups of the main rank and a server's ranks: gloo on CPUs, NCCL on GPUs.
 
-Each server has a group of its own, so that one that dies during an update does not stop the others.
+Each server has a group of its own, so that one that dies during an update does not stop the others: if all were in one
+group, their watchdogs would end the servers whose broadcast is broken off. So the main rank's GPU has as many NCCL
+communicators as there are servers.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -30,6 +33,9 @@ from eaopd_megatron.rollout.weight_sync.transport import (
     WeightUpdate,
 )
 from eaopd_megatron.serving.http import SGLangClient
+from eaopd_megatron.utils.gpu_environment import nccl_difference
+
+T = TypeVar("T")
 
 ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
@@ -100,6 +106,7 @@ class UpdateGroup:
             ) from None
         self._keys = self._store.num_keys()
         self._group: dist.ProcessGroup | None = None
+        self._connected = False  # by a first broadcast
 
     @property
     def port(self) -> int:
@@ -120,14 +127,49 @@ class UpdateGroup:
         assert work is not None
         return work
 
+    def start_broadcasts(self, parts: Sequence[torch.Tensor]) -> Future[list[dist.Work]]:
+        """Start broadcasts, the first time in a thread: NCCL connects in it, without a limit of time.
+
+        The future has a RuntimeError if a connection is lost.
+        """
+        if self._connected:
+            return _call_now(lambda: [self.broadcast(data) for data in parts])
+
+        def connect() -> list[dist.Work]:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                works = [self.broadcast(data) for data in parts]
+            self._connected = True
+            return works
+
+        stream = torch.cuda.current_stream(parts[0].device) if parts[0].is_cuda else None
+        return _call_in_thread(connect, f"connecting {self.name}")
+
     def leave(self) -> None:
         """End this rank's part without waiting for the others."""
         if self._group is None:
             return
-        abort_process_group(self._group)
-        # gloo's destructor waits for the last operation, if a rank hangs until the time limit
         references, self._group = [self._group], None
-        threading.Thread(target=references.clear, name=f"leaving {self.name}", daemon=True).start()
+        left = _call_in_thread(lambda: abort_process_group(references[0]), f"leaving {self.name}")
+        with suppress(TimeoutError):  # of a group that is still connecting
+            left.result(_LEAVE_SECONDS)
+        # gloo's destructor waits for the last operation, if a rank hangs until the time limit
+        _call_in_thread(references.clear, f"freeing {self.name}")
+
+
+def _call_in_thread(work: Callable[[], T], name: str) -> Future[T]:
+    """Run `work` in a thread that does not keep the process alive."""
+    future: Future[T] = Future()
+    threading.Thread(target=lambda: _call_now(work, future), name=name, daemon=True).start()
+    return future
+
+
+def _call_now(work: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
+    future = Future() if future is None else future
+    try:
+        future.set_result(work())
+    except Exception as error:  # of the caller of `result`
+        future.set_exception(error)
+    return future
 
 
 def local_address_towards(url: str) -> str:
@@ -144,7 +186,8 @@ as much memory again, which then costs more than separate broadcasts."""
 _POLL_SECONDS = 0.005
 """Interval at which the store is checked for a server's arrival."""
 _LEAVE_SECONDS = 3.0
-"""Time a server has to leave its group at the end of a run."""
+"""Time a server, or this rank, has to leave a group."""
+_ANSWER_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -172,10 +215,11 @@ class DistributedTransport(BucketTransport[PendingBroadcast]):
         """Create and join a group for every server that has none."""
         made = {client: self._group(client, count) for client, count in ranks.items() if client not in self._groups}
         calls = update.start(lambda client: self._invite(client, made[client]), made)
+        deadline = time.monotonic() + self._seconds + 1  # the requests' own limit comes first
         for client, group in made.items():
-            if not self._await(group, calls[client].done):
-                continue  # the request's error tells why
             with self._drop_on_error(update, client):
+                if not self._wait_until(group.arrived, calls[client].done, deadline):
+                    continue  # the request's error tells why
                 self._groups[client] = group
                 group.join(self._backend)
         update.finish(calls)
@@ -199,16 +243,19 @@ class DistributedTransport(BucketTransport[PendingBroadcast]):
             return await self._session.post(client, "/update_weights_from_distributed", named)
 
         sent = PendingBroadcast(update.start(announce), {}, bucket)
-        for client in list(update.active):
+        begun = {client: groups[client].start_broadcasts(parts) for client in update.active}
+        deadline = time.monotonic() + self._seconds + 1  # the requests' own limit comes first
+        for client, works in begun.items():
             with self._drop_on_error(update, client):
-                sent.works[client] = [groups[client].broadcast(part) for part in parts]
+                if self._wait_until(works.done, sent.calls[client].done, deadline):
+                    sent.works[client] = works.result()
         return sent
 
     def finish(self, update: WeightUpdate, sent: PendingBroadcast) -> None:
         update.finish(sent.calls)
         for client in list(update.active):  # the server has received everything: returns at once
             with self._drop_on_error(update, client):
-                for work in sent.works[client]:
+                for work in sent.works.get(client, ()):
                     work.wait(timedelta(seconds=self._seconds))
         self._drop_failed(update)
 
@@ -230,6 +277,8 @@ class DistributedTransport(BucketTransport[PendingBroadcast]):
         return UpdateGroup(next(self._names), ranks, address, seconds=self._seconds)
 
     async def _invite(self, client: SGLangClient, group: UpdateGroup) -> Any:
+        if self._backend == "nccl" and (difference := nccl_difference(client.url, await client.server_info())):
+            raise UserError(difference)
         body = {
             "master_address": group.address,
             "master_port": group.port,
@@ -240,11 +289,14 @@ class DistributedTransport(BucketTransport[PendingBroadcast]):
         }
         return await self._session.post(client, "/init_weights_update_group", body)
 
-    def _await(self, group: UpdateGroup, failed: Callable[[], bool]) -> bool:
-        """Return whether the server connected, rather than refusing or dying."""
-        while not group.arrived():
-            if failed():
-                return False
+    def _wait_until(self, reached: Callable[[], bool], answered: Callable[[], bool], deadline: float) -> bool:
+        """Return whether it is reached, rather than answered by the server with an error. Raises RuntimeError."""
+        while not reached():
+            if answered():
+                time.sleep(_ANSWER_SECONDS)  # a server may answer at the moment in which it is reached
+                return reached()
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not come within {self._seconds:g} s")
             time.sleep(_POLL_SECONDS)
         return True
 

@@ -1,7 +1,8 @@
 """Transports for servers that share a disk or a host with the trainer.
 
 A request of TensorTransport holds the tensors' bytes on CPUs; on GPUs it holds CUDA IPC handles of the bucket on the
-main rank's GPU, which the server must be able to see.
+main rank's GPU, which the server must be able to see, and on which each of its ranks takes a CUDA context. torch keeps
+the memory of a bucket until the handles are dropped: that of a server which died with some is lost to the trainer.
 """
 
 from __future__ import annotations
@@ -66,7 +67,12 @@ DEVICE_INDEX = 6
 
 
 class TensorTransport(BucketTransport[PendingCalls]):
-    """Sends the tensors in the requests themselves."""
+    """Sends the tensors in the requests themselves.
+
+    On GPUs with `reads_late`: a server answers when its copies out of a bucket are enqueued, not when they are done.
+    Its ranks wait for them when they drop the bucket, before they begin with the next request, and none is answered
+    before all ranks have come that far.
+    """
 
     _ranks: Mapping[SGLangClient, int]
 
@@ -74,10 +80,11 @@ class TensorTransport(BucketTransport[PendingCalls]):
         self._ranks = ranks
 
     def start(self, update: WeightUpdate, bucket: Bucket) -> PendingCalls:
+        # here, since handles refer to the stream of this thread; one string per rank, as each can be opened once
+        strings = {client: [serialize_bucket(bucket) for _ in range(self._ranks[client])] for client in update.active}
+
         async def send(client: SGLangClient) -> Any:
-            # one string per rank of the server, since CUDA IPC handles can be opened once
-            strings = [serialize_bucket(bucket) for _ in range(self._ranks[client])]
-            body = {"serialized_named_tensors": strings}
+            body = {"serialized_named_tensors": strings.pop(client)}
             return await self._session.post(client, "/update_weights_from_tensor", body)
 
         return update.start(send)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -45,11 +46,14 @@ def bucket_capacity(bucket_bytes: int, parameter_bytes: Iterable[int]) -> int:
     return bucket_bytes - GATHERED_COPIES * largest // 2
 
 
-def pack_buckets(tensors: Iterable[tuple[str, torch.Tensor]], capacity: int) -> Iterator[Bucket]:
+def pack_buckets(
+    tensors: Iterable[tuple[str, torch.Tensor]], capacity: int, *, own_memory: bool = False
+) -> Iterator[Bucket]:
     """Yield the tensors in order, in buckets of up to `capacity` bytes on the tensors' device.
 
     The buffer of a bucket is reused for the next but one. A tensor larger than a bucket becomes its own, without a
-    copy. Tensors are packed without gaps, so one whose dtype does not fit the offset starts a new bucket.
+    copy. Tensors are packed without gaps, so one whose dtype does not fit the offset starts a new bucket. own_memory:
+    nothing is reused or left in place; a bucket's memory is free when the caller drops the bucket.
     """
     buffers: list[torch.Tensor] = []
     turn, used = 0, 0
@@ -60,8 +64,11 @@ def pack_buckets(tensors: Iterable[tuple[str, torch.Tensor]], capacity: int) -> 
             yield Bucket(buffers[turn][:used], specs)
             turn, used, specs = 1 - turn, 0, []
         if spec.nbytes > capacity:
-            yield Bucket(tensor.contiguous().view(-1).view(torch.uint8), [spec])
+            data = tensor.clone() if own_memory else tensor
+            yield Bucket(data.contiguous().view(-1).view(torch.uint8), [spec])
             continue
+        if own_memory and not specs:
+            buffers, turn = [], 0
         if len(buffers) <= turn:
             buffers.append(torch.empty(capacity, dtype=torch.uint8, device=tensor.device))
         buffers[turn][used : used + spec.nbytes].view(spec.dtype).view(spec.shape).copy_(tensor)
@@ -145,9 +152,11 @@ class Transport(ABC):
 class BucketTransport(Transport, Generic[Sent]):
     """Sends bucket after bucket, filling the next one while one is being sent."""
 
-    def __init__(self, run: RunCoroutine, seconds: float, capacity: int) -> None:
-        """seconds: time limit per bucket. capacity: bytes of a bucket."""
+    def __init__(self, run: RunCoroutine, seconds: float, capacity: int, *, reads_late: bool = False) -> None:
+        """seconds: time limit per bucket. capacity: bytes of a bucket. reads_late: servers may still read a bucket when
+        they have answered, until they answer the next request. Then there are three buckets instead of two."""
         self._run, self._session, self._capacity = run, UpdateSession(seconds), capacity
+        self._reads_late = reads_late
 
     @abstractmethod
     def connect(self, update: WeightUpdate, ranks: Mapping[SGLangClient, int]) -> None:
@@ -159,19 +168,22 @@ class BucketTransport(Transport, Generic[Sent]):
 
     @abstractmethod
     def finish(self, update: WeightUpdate, sent: Sent) -> None:
-        """Block until the bucket's memory may be reused: each server has it or has left the update."""
+        """Block until each server has the bucket (see `reads_late`) or has left the update."""
 
     def send(self, tensors: NamedTensors, version: str, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         update = WeightUpdate(self._run, clients)
         update.call_all(self._session.begin_update)
         self.connect(update, update.call_all(self._session.tp_size))
         sent: Sent | None = None
-        for bucket in pack_buckets(tensors, self._capacity):
+        # while a bucket is filled, the one before it is being sent, and the one before that may still be read
+        held: deque[Bucket] = deque(maxlen=2)
+        for bucket in pack_buckets(tensors, self._capacity, own_memory=self._reads_late):
             if sent is not None:
                 self.finish(update, sent)
             if not update.active:
                 return update.failed
             sent = self.start(update, bucket)
+            held.append(bucket)
         if sent is not None:
             self.finish(update, sent)
         update.call_all(lambda client: self._session.end_update(client, version))

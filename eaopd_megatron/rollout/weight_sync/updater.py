@@ -99,10 +99,13 @@ class WeightUpdater:
             sum(math.prod(shape) for _, shape in param.hf_tensors) * self._model.dtype.itemsize for param in params
         ]
         capacity = bucket_capacity(options.bucket_mib * 2**20, sizes)
+        cuda = self._parallel.device.type == "cuda"
         if options.transport == "distributed":
-            backend = "nccl" if self._parallel.device.type == "cuda" else "gloo"
+            backend = "nccl" if cuda else "gloo"
             return DistributedTransport(self._run, seconds, capacity, backend=backend, address=options.address)
-        return TensorTransport(self._run, seconds, capacity) if options.transport == "tensor" else self._disk
+        if options.transport == "tensor":
+            return TensorTransport(self._run, seconds, capacity * 2 // 3 if cuda else capacity, reads_late=cuda)
+        return self._disk
 
     def _send(self, transport: Transport, version: int, clients: Sequence[SGLangClient]) -> dict[SGLangClient, str]:
         by_disk = transport is self._disk
