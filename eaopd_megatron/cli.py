@@ -146,7 +146,9 @@ class EvaluateOptions:
     ] = "local"
     tensor_parallel: Annotated[int, _option("Ranks, or GPUs of a server, per model.", min=1)] = 1
     batch_size: Annotated[int, _option("Sequences per local rank at a time.", min=1)] = 256
-    servers: Annotated[int, _option("SGLang servers to start.", min=1)] = 1
+    servers: Annotated[
+        int | None, _option("SGLang servers to start.", min=1, show_default="as many as the GPUs hold; 1 without")
+    ] = None
     server_url: Annotated[list[str] | None, _option("A server that runs already.", metavar="URL")] = None
     api_key_file: Annotated[Path | None, _option("File with the servers' API key (mode 0600).")] = None
     max_concurrent_requests: Annotated[int, _option("Responses that a server generates at the same time.", min=1)] = 64
@@ -163,6 +165,7 @@ class EvaluateOptions:
         from eaopd_megatron.config.schema import ServersConfig
         from eaopd_megatron.data.sources import FieldNames
         from eaopd_megatron.evaluation.evaluate import EvaluationRequest
+        from eaopd_megatron.launch.local_ranks import replicas_that_fit
 
         if self.template:
             _check_choice("--template", self.template, "chat", "base", "raw")
@@ -172,7 +175,7 @@ class EvaluateOptions:
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(EvaluationRequest)}
         servers = ServersConfig(
             urls=self.server_url or [],
-            count=self.servers,
+            count=self.servers or (replicas_that_fit(self.tensor_parallel) if self.engine == "sglang" else 1),
             tensor_parallel=self.tensor_parallel,
             max_concurrent_requests=self.max_running or self.max_concurrent_requests,
             api_key_file=str(self.api_key_file) if self.api_key_file and self.server_url else None,

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from eaopd_megatron.config import Recipe, load_recipe
+from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.config.schema import select_separate_teacher
 from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.utils.gpu_environment import prepare_rank
@@ -90,9 +91,11 @@ def _eos_check(recipe: Recipe) -> None:
 
 
 def _evaluate(options: Path) -> None:
+    work = json.loads(options.read_text())
+    prepare_rank(ParallelLayout(work["tensor_parallel"]))
     from eaopd_megatron.evaluation.generate import generate_on_rank
 
-    generate_on_rank(json.loads(options.read_text()))
+    generate_on_rank(work)
 
 
 if __name__ == "__main__":

@@ -30,19 +30,21 @@ from eaopd_megatron.serving.pool import ServerPool
 from eaopd_megatron.serving.supervisor import RestartPolicy, Supervisor
 
 _REPORT_EVERY = 100  # responses
+_SLOWEST_BATCH_MINUTES = 24 * 60.0
 
 
 def generate_on_ranks(
     folder: EvaluationFolder, model: Path, missing: dict[str, list[SampleIndex]], tensor_parallel: int, batch_size: int
 ) -> int:
-    """Generate the missing responses of each benchmark; return the ranks' exit code."""
-    from eaopd_megatron.launch.local_ranks import launch_ranks
+    """Generate the missing responses of each benchmark, on all GPUs of this host; return the ranks' exit code."""
+    from eaopd_megatron.launch.local_ranks import launch_ranks, replicas_that_fit
 
+    replicas = min(replicas_that_fit(tensor_parallel), -(-sum(map(len, missing.values())) // batch_size))
     path = folder.path / "work.json"
     work = {"model": str(model), "tensor_parallel": tensor_parallel, "batch_size": batch_size, "missing": missing}
     path.write_text(json.dumps({**work, "folder": str(folder.path)}))
     try:
-        return launch_ranks(["evaluate", str(path)], tensor_parallel)
+        return launch_ranks(["evaluate", str(path)], tensor_parallel * replicas)
     finally:
         path.unlink()
 
@@ -59,7 +61,8 @@ def generate_on_rank(work: dict[str, Any]) -> None:
 
     tensor_parallel, batch_size = work["tensor_parallel"], work["batch_size"]
     layout = ParallelLayout(tensor_parallel, sequence_parallel=tensor_parallel > 1)  # MoE models require it
-    parallel, _ = groups.init_distributed(layout)
+    # replicas wait for the slowest batch of all; the launcher notices a dead rank
+    parallel, _ = groups.init_distributed(layout, timeout_minutes=_SLOWEST_BATCH_MINUTES)
     source = HfFolder.open(work["model"], "MODEL")
     check_supported(source.config, layout, f"MODEL: {work['model']}")
     model = build_model(source.config, layout, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -72,19 +75,24 @@ def generate_on_rank(work: dict[str, Any]) -> None:
         prompts, store = read_prompts(folder.prompts(name)), folder.response_file(name)
         missing = set(map(tuple, places))
         every = [(problem, sample) for problem in range(len(prompts)) for sample in range(settings["samples"])]
-        for start in range(0, len(every), batch_size):
-            batch = every[start : start + batch_size]
-            if missing.isdisjoint(batch):
-                continue
-            keys = [(settings["seed"], "evaluation", name, *place) for place in batch]
-            samples = rollout.generate([prompts[problem] for problem, _ in batch], keys, sampling, 0)
-            if parallel.is_main:
-                store.append(
+        batches = [every[start : start + batch_size] for start in range(0, len(every), batch_size)]
+        batches = [batch for batch in batches if not missing.isdisjoint(batch)]
+        for first in range(0, len(batches), parallel.dp_size):
+            finished: list[DecodedResponse] = []
+            for batch in batches[first : first + parallel.dp_size][parallel.dp_rank :][:1]:
+                keys = [(settings["seed"], "evaluation", name, *place) for place in batch]
+                samples = rollout.generate([prompts[problem] for problem, _ in batch], keys, sampling, 0)
+                finished = [
                     decode_response(tokenizer, source.vocab_size, place, one.response_ids, one.finish_reason)
                     for place, one in zip(batch, samples, strict=True)
                     if place in missing
-                )
-                print(f"{name}: {min(start + batch_size, len(every))} of {len(every)} responses", flush=True)
+                ]
+            gathered = groups.gather_objects(finished, parallel.dp_size, parallel.dp_group)
+            if parallel.is_main:
+                store.append(one for part in gathered for one in part)
+                problem, sample = batches[min(first + parallel.dp_size, len(batches)) - 1][-1]
+                reached = problem * settings["samples"] + sample + 1
+                print(f"{name}: {reached} of {len(every)} responses", flush=True)
     groups.shutdown_distributed()
 
 

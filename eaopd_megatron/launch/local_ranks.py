@@ -132,6 +132,14 @@ def _on_this_host(ranks: int, devices: int | None, need: str) -> int:
     return ranks
 
 
+def replicas_that_fit(tensor_parallel: int) -> int:
+    """Return the number of copies of a model that this host's GPUs hold, each on `tensor_parallel`; 1 without GPUs."""
+    devices = _devices()
+    if devices is not None and tensor_parallel > devices:
+        raise UserError(f"--tensor-parallel {tensor_parallel}: more than the {devices} GPUs of this host")
+    return (devices or tensor_parallel) // tensor_parallel
+
+
 def _devices() -> int | None:
     import torch
 

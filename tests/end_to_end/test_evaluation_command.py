@@ -14,6 +14,7 @@ from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.evaluate import EvaluationRequest, run_evaluation
 from eaopd_megatron.evaluation.folder import EvaluationFolder, SampleIndex
 from eaopd_megatron.evaluation.grading import DecodedResponse
+from eaopd_megatron.launch import local_ranks
 from eaopd_megatron.rollout.sglang.server import SGLANG_VENV_VARIABLE
 from tests.end_to_end.runs import ROOT, Command
 from tools.sglang_double.student import stand_in
@@ -62,6 +63,23 @@ def test_a_killed_evaluation_is_resumed_to_the_same_results(tmp_path: Path, caps
         run_evaluation(replace(request, out=killed, seed=7))
     with pytest.raises(UserError, match=r"--max-response-tokens 128: the model has 128 positions"):
         run_evaluation(replace(request, max_response_tokens=128))
+
+
+def test_an_evaluation_uses_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three replicas, on CPUs here, share the batches: the responses are those of one, bit for bit."""
+    request = EvaluationRequest(
+        STUDENT, ["countdown"], 2, problems=5, max_response_tokens=12, batch_size=3, out=tmp_path / "one"
+    )
+    assert run_evaluation(request) == 0
+    monkeypatch.setattr("eaopd_megatron.launch.local_ranks._devices", lambda: 3)
+    started: list[int] = []
+    launch = local_ranks.launch_ranks
+    monkeypatch.setattr(local_ranks, "launch_ranks", lambda work, size: started.append(size) or launch(work, size))
+    assert run_evaluation(replace(request, out=tmp_path / "three")) == 0
+    assert started == [3]
+    assert responses(tmp_path / "three") == responses(tmp_path / "one")
+    with pytest.raises(UserError, match="--tensor-parallel 4: more than the 3 GPUs of this host"):
+        run_evaluation(replace(request, tensor_parallel=4, out=tmp_path / "four"))
 
 
 def test_a_changed_problem_is_refused_and_a_corrected_gold_is_not(
