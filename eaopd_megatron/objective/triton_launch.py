@@ -46,11 +46,11 @@ def uses_kernels(*logits: Tensor | None) -> bool:
     """Return whether the Triton kernels process these logits (None: absent); otherwise the torch code does."""
     tensors = [value for value in logits if value is not None]
     enabled = all(value.is_cuda for value in tensors) if _forced is None else _forced
-    return enabled and all(_is_supported(value) for value in tensors) and _has_triton()
-
-
-def _is_supported(logits: Tensor) -> bool:
-    return logits.dtype in _DTYPES and (logits.shape[1] == 1 or logits.stride(1) == 1)
+    return (
+        enabled
+        and _has_triton()
+        and all(value.dtype in _DTYPES and (value.shape[1] == 1 or value.stride(1) == 1) for value in tensors)
+    )
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 import zlib
@@ -113,15 +114,8 @@ def exec_as_rank(name: str, folder: Path, gpus: str, command: Sequence[str]) -> 
     os.execvp(command[0], command)
 
 
-_SIGNALS = {
-    "Killed": 9,
-    "Out Of Memory": 9,
-    "Segmentation fault": 11,
-    "Bus error": 7,
-    "Aborted": 6,
-    "Illegal instruction": 4,
-    "Floating point exception": 8,
-}
+_FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+_SIGNALS = {"Out Of Memory": 9, **{str(signal.strsignal(number)): int(number) for number in _FATAL}}
 _SRUN_EVENT = re.compile(
     r"srun: error: (?P<node>[\w.-]+): tasks? (?P<tasks>[\d,-]+): "
     rf"(?:Exited with exit code (?P<code>\d+)|(?P<signal>{'|'.join(_SIGNALS)}))"

@@ -128,12 +128,8 @@ class ColocatedTeacher(TeacherModel):
                 vocab_size=self.vocab_size,
                 group=self.parallel.tp_group,
             )
-            top_k = TeacherTopK(
-                **{
-                    field.name: gather_context_parallel(batch, getattr(local, field.name), self.parallel)
-                    for field in fields(TeacherTopK)
-                }
-            )
+            gathered = {name: gather_context_parallel(batch, own, self.parallel) for name, own in vars(local).items()}
+            top_k = TeacherTopK(**gathered)
             for sample, part in zip(batch.samples, split_top_k(batch.samples, top_k), strict=True):
                 if sample.index in self._scores:
                     raise RuntimeError(f"prompt {sample.prompt.id}: it was scored twice")

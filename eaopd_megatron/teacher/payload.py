@@ -6,7 +6,7 @@ The sizes are computed without torch, so that planning can use them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -97,11 +97,7 @@ PayloadFormat = HiddenStatePayload | TopKPayload
 def split_top_k(samples: Sequence[Sample], top_k: TeacherTopK) -> list[TeacherTopK]:
     """Split the top-k of all response tokens of the samples, in order, into one per sample."""
     lengths = [len(sample.response_ids) for sample in samples]
-    parts = {
-        field.name: values.split(lengths)
-        for field in fields(top_k)
-        if (values := getattr(top_k, field.name)) is not None
-    }
+    parts = {name: values.split(lengths) for name, values in vars(top_k).items() if values is not None}
     return [
         replace(top_k, **{name: values[number] for name, values in parts.items()}) for number in range(len(lengths))
     ]
@@ -114,10 +110,8 @@ def gather_top_k(batch: MicroBatch, payload_format: TopKPayload) -> TeacherTopK:
     empty = payload_format.decode(torch.empty(0, payload_format.bytes_per_token, dtype=torch.uint8))
     parts = [sample.teacher_top_k for sample in batch.samples]
     joined = {
-        field.name: batch.gather_local(
-            [none.to(batch.target_ids.device), *(getattr(part, field.name) for part in parts)]
-        )
-        for field in fields(empty)
-        if (none := getattr(empty, field.name)) is not None
+        name: batch.gather_local([none.to(batch.target_ids.device), *(getattr(part, name) for part in parts)])
+        for name, none in vars(empty).items()
+        if none is not None
     }
     return replace(empty, **joined)

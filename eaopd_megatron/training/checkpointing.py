@@ -50,10 +50,6 @@ class TrainingCheckpoints:
             self.parallel,
         )
 
-    def wait(self) -> None:
-        """Wait until the last checkpoint is on disk. Raises UserError if it could not be written."""
-        self.store.wait()
-
     def resume(self, log: Callable[[str], None]) -> tuple[int, int]:
         """Load the newest checkpoint, saved at any layout, and return its (iteration, updates); (0, 0) without one.
 

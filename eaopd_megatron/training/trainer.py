@@ -208,7 +208,7 @@ class Trainer:
             self.checkpoints.save(self.iteration, self.updates)
             self._saved = self.iteration
         if wait:
-            self.checkpoints.wait()
+            self.checkpoints.store.wait()
 
     def _interrupt(self, number: int) -> NoReturn:
         self.log(f"stopped: {self._progress_text()}")
