@@ -106,9 +106,11 @@ def teach_command(
 
     from eaopd_megatron.config import load_recipe
     from eaopd_megatron.config.schema import select_separate_teacher, teacher_key
-    from eaopd_megatron.models.supported import check_local_model
+    from eaopd_megatron.models.supported import check_local_model, check_recipe_context
 
-    options = select_separate_teacher(load_recipe(recipe, overrides or []), teacher)
+    loaded = load_recipe(recipe, overrides or [])
+    options = select_separate_teacher(loaded, teacher)
+    check_recipe_context(loaded)
     check_local_model(options.model, options.parallel_layout, f"{teacher_key(teacher)}.model")
     raise typer.Exit(launch_ranks(arguments, teacher_world_size(options.parallel_layout)))
 

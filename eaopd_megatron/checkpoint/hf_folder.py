@@ -25,7 +25,7 @@ from eaopd_megatron.checkpoint.safetensors_io import SAFETENSORS_DTYPES, LazyTen
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.families import family_of
 from eaopd_megatron.models.mapping import Family
-from eaopd_megatron.models.supported import check_model
+from eaopd_megatron.models.supported import check_model, max_positions
 from eaopd_megatron.utils.files import read_json
 from eaopd_megatron.utils.log import log_rank0
 
@@ -93,6 +93,12 @@ class HfFolder:
     def vocab_size(self) -> int:
         """Rows of the embedding, without Megatron's padding."""
         return int(self.config.vocab_size)
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens that the model can take, prompt and response together."""
+        found = max_positions(read_json(self.path / "config.json", self.label))
+        return found or int(self.config.max_position_embeddings)
 
     @functools.cached_property
     def eos_ids(self) -> list[int]:

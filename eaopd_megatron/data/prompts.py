@@ -97,7 +97,7 @@ class PromptBuilder:
         self.teachers, self.teacher_field = teachers, teacher_field
 
     def token_ids(self, text: str) -> list[int]:
-        """Return the prompt of a problem's text."""
+        """Return the prompt of a problem's text. A chat template writes its own BOS, the tokenizer that of a text."""
         if self.suffix:
             text = f"{text}\n{self.suffix}"
         if self.template == "base":
@@ -106,7 +106,7 @@ class PromptBuilder:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(self.tokenizer.encode(text, add_special_tokens=self.template != "chat"))
 
     def build(self, problems: Sequence[dict[str, Any]], source: str) -> tuple[list[Prompt], int]:
         """Return the prompts, and the number of problems dropped because they are longer than max_tokens. Raises

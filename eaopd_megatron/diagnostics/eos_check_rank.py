@@ -24,6 +24,7 @@ from eaopd_megatron.distributed.heartbeat import heartbeat_monitor
 from eaopd_megatron.distributed.parallel_state import ParallelState, gather_objects
 from eaopd_megatron.megatron.forward import gather_context_parallel
 from eaopd_megatron.megatron.pipeline import micro_batches_by_teacher
+from eaopd_megatron.models.supported import check_context
 from eaopd_megatron.objective import TeacherHidden, TeacherTopK, linear_token_statistics, token_statistics
 from eaopd_megatron.rollout.interface import GenerationRequest
 from eaopd_megatron.teacher.base import TeacherSignal
@@ -106,7 +107,9 @@ def _response_ends(
     Of the ranks of a data-parallel replica only one has any.
     """
     limit, count = _limit(recipe), len(prompts)
-    longest = max(len(prompt.token_ids) for prompt in prompts) + limit
+    longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
+    check_context(recipe, components.positions, longest_prompt)
+    longest = longest_prompt + limit
     components.rollout.open(prompts, longest)
     components.teachers.open(longest)
     components.rollout.update_weights(0)

@@ -116,7 +116,7 @@ def _begin(request: EvaluationRequest, folder: EvaluationFolder, model: HfFolder
     tokenizer = model.tokenizer()
     vocabulary = tokenizer.get_vocab()
     template = request.template or ("chat" if tokenizer.chat_template else "raw")
-    longest = local_generation.check_length(model.config.max_position_embeddings, request.max_response_tokens)
+    longest = local_generation.check_length(model.max_positions, request.max_response_tokens)
     stops = {*model.eos_ids, *(vocabulary[token] for token in _END_OF_TURN if token in vocabulary)}
     sampling = SamplingParams(request.temperature, request.top_p, request.max_response_tokens, tuple(sorted(stops)))
     suffixes = {}

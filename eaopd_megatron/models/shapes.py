@@ -60,6 +60,7 @@ class ModelShape:
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate: int = 0
+    positions: int | None = None  # `max_positions` of its config.json, where that was read
 
     @classmethod
     def of(cls, config: Any, label: str = "model") -> ModelShape:

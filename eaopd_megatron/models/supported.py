@@ -141,6 +141,60 @@ def check_recipe_models(recipe: Recipe) -> None:
         layout = layout.without_experts()
     for (label, config), its in zip(configs.items(), colocated_layouts(layout, experts), strict=True):
         check_supported(config, its, label)
+    check_recipe_context(recipe)
+
+
+def max_positions(hf_config: Mapping[str, Any]) -> int | None:
+    """Return the tokens that a model can take, prompt and response together, as SGLang counts them; None: not known.
+
+    hf_config: a parsed config.json. A scaling of the rotary positions counts where it does not name the original length,
+    which `max_position_embeddings` then is.
+    """
+    positions = hf_config.get("max_position_embeddings")
+    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    scaled = (rope.get("rope_type") or rope.get("type")) in ("linear", "yarn")
+    if positions and scaled and "original_max_position_embeddings" not in rope:
+        return int(positions * rope.get("factor", 1))
+    return positions
+
+
+def check_context(recipe: Recipe, positions: Mapping[str, int | None], longest_prompt: int = 1) -> None:
+    """Refuse responses that do not fit into the positions of the student or a teacher, with any engine.
+
+    positions: `max_positions` by the key of the model. longest_prompt: in tokens; 1 while the prompts are not known.
+    """
+    response = recipe.rollout.max_response_tokens
+    for key, limit in positions.items():
+        if limit and longest_prompt + response > limit:
+            what = "a prompt" if longest_prompt == 1 else f"the longest prompt of {longest_prompt} tokens"
+            remedy = f"data.max_prompt_tokens={limit - response}" if limit > response else "a smaller one"
+            raise UserError(
+                f"rollout.max_response_tokens={response}: {what} and its response do not fit into the {limit} positions "
+                f"of {key} (max_position_embeddings in its config.json); set {remedy}"
+            )
+
+
+def check_recipe_context(recipe: Recipe) -> None:
+    """`check_context` of the models of a recipe that are here, while the prompts are not known."""
+    teachers = {f"{teacher_key(name)}.model": teacher.model for name, teacher in recipe.named_teachers().items()}
+    found = {
+        key: local_config(model, key) for key, model in {"student.model": recipe.student.model, **teachers}.items()
+    }
+    check_context(recipe, {key: max_positions(config) for key, config in found.items() if config})
+
+
+def context_note(recipe: Recipe, positions: Mapping[str, int | None]) -> str | None:
+    """Return a line where prompts as long as data.max_prompt_tokens would not fit, or None."""
+    prompt, response = recipe.data.max_prompt_tokens, recipe.rollout.max_response_tokens
+    key, limit = min(
+        ((k, p) for k, p in positions.items() if p), key=lambda one: one[1], default=("", prompt + response)
+    )
+    if prompt + response <= limit:
+        return None
+    return (
+        f"{key} has {limit} positions: prompts of more than {limit - response} tokens, which "
+        f"data.max_prompt_tokens={prompt} allows, would be refused beside rollout.max_response_tokens={response}"
+    )
 
 
 def separate_layout(layout: AnyLayout, *, has_experts: bool) -> AnyLayout:
@@ -201,7 +255,7 @@ def find_model(name: str, key: str, *, served: bool = False) -> ModelInfo:
     label = f"{key}: {name}"
     if not served:
         check_model(config, label)
-    return ModelInfo(name, ModelShape.of(config, label), source)
+    return ModelInfo(name, replace(ModelShape.of(config, label), positions=max_positions(config)), source)
 
 
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.models.supported import ModelInfo, find_model
+from eaopd_megatron.models.supported import ModelInfo, check_context, context_note, find_model
 from eaopd_megatron.planning import traffic
 from eaopd_megatron.planning.memory import GpuMemory
 from eaopd_megatron.planning.planner import TEACHER_GPUS, LayoutOption, LayoutSearch, Plan, Planner, SeparateTeacherPlan
@@ -50,6 +50,11 @@ def plan_recipe(
         limit=gpu_memory or spec.memory,
         servers=PlannedServers.from_recipe(loaded),
     )
+    positions = {"student.model": planner.student.shape.positions}
+    positions |= {f"{teacher.key}.model": teacher.model.shape.positions for teacher in planner.teachers}
+    check_context(loaded, positions)
+    if note := context_note(loaded, positions):
+        print(note)
     layout = PlannedLayout.of(loaded.student, gpus)
     plan = Plan(planner, layout, gpus or layout.gpus)
     print_plan(plan)

@@ -60,7 +60,7 @@ def serve_rollouts(recipe: str, overrides: Sequence[str], listen: str, key_file:
     loaded = load_recipe(recipe, overrides)
     host, _, port = listen.rpartition(":")
     student = HfFolder.open(loaded.student.model, "student.model")
-    positions = student.config.max_position_embeddings
+    positions = student.max_positions
     longest = loaded.data.max_prompt_tokens + loaded.rollout.max_response_tokens
     if loaded.evaluation.benchmarks:  # the lengths of their problems are unknown here
         longest = positions

@@ -74,6 +74,7 @@ class Components:
     rollout: RolloutEngine
     sampling: SamplingParams
     evaluator: Evaluator
+    positions: dict[str, int]  # of each model, by its key in the recipe
 
 
 def build_components(
@@ -154,6 +155,7 @@ def build_components(
         rollout,
         SamplingParams(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
         build_evaluator(recipe, parallel, rollout, student_folder, tokenizer, stop_ids, log),
+        {folder.name: folder.max_positions for folder in (student_folder, *teacher_folders.values())},
     )
 
 
@@ -184,7 +186,7 @@ def build_evaluator(
     data.max_prompt_tokens limits training prompts only: a benchmark problem is left out only if its response does not
     fit behind it.
     """
-    evaluation, positions = recipe.evaluation, student.config.max_position_embeddings
+    evaluation, positions = recipe.evaluation, student.max_positions
     builder = PromptBuilder(
         tokenizer,
         template=recipe.data.template,

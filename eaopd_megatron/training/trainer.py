@@ -23,6 +23,7 @@ from eaopd_megatron.data.types import Sample
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import ServiceUnavailable, StopRequested, UserError
 from eaopd_megatron.evaluation.results import result_file_name
+from eaopd_megatron.models.supported import check_context
 from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
 from eaopd_megatron.reporting.metrics_log import MetricsWriter
 from eaopd_megatron.reporting.progress import Progress
@@ -66,6 +67,7 @@ class Trainer:
         self._teacher_model = {name: one.model for name, one in recipe.named_teachers().items()}
         builder = build_prompt_builder(recipe.data, self.components.tokenizer, list(self._teacher_model))
         self.prompts, dropped = builder.build(problems, recipe.data.source)
+        check_context(recipe, self.components.positions, max(len(prompt.token_ids) for prompt in self.prompts))
         if dropped:
             self.log(
                 f"{dropped} prompts are longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}: left out"

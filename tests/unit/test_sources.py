@@ -256,7 +256,7 @@ def evaluated(tmp_path: Path, positions: int, *names: str) -> tuple[Evaluator, l
         "data: {source: countdown, template: raw, max_prompt_tokens: 3}\n"
         f"evaluation: {{benchmarks: [{', '.join(files)}], max_response_tokens: 4}}\n"
     )
-    student: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+    student: Any = SimpleNamespace(max_positions=positions)
     parallel: Any = SimpleNamespace(is_main=True)
     rollout: Any = None
     said: list[str] = []
