@@ -147,8 +147,8 @@ def check_recipe_models(recipe: Recipe) -> None:
 def max_positions(hf_config: Mapping[str, Any]) -> int | None:
     """Return the tokens that a model can take, prompt and response together, as SGLang counts them; None: not known.
 
-    hf_config: a parsed config.json. A scaling of the rotary positions counts where it does not name the original length,
-    which `max_position_embeddings` then is.
+    hf_config: a parsed config.json. A scaling of the rotary positions counts where it does not name the original
+    length, which `max_position_embeddings` then is.
     """
     positions = hf_config.get("max_position_embeddings")
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
@@ -169,8 +169,8 @@ def check_context(recipe: Recipe, positions: Mapping[str, int | None], longest_p
             what = "a prompt" if longest_prompt == 1 else f"the longest prompt of {longest_prompt} tokens"
             remedy = f"data.max_prompt_tokens={limit - response}" if limit > response else "a smaller one"
             raise UserError(
-                f"rollout.max_response_tokens={response}: {what} and its response do not fit into the {limit} positions "
-                f"of {key} (max_position_embeddings in its config.json); set {remedy}"
+                f"rollout.max_response_tokens={response}: {what} and its response do not fit into the {limit} "
+                f"positions of {key} (max_position_embeddings in its config.json); set {remedy}"
             )
 
 
