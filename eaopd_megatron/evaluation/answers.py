@@ -2,8 +2,8 @@ r"""Parses answers: boxes, lists, exact numbers, and the lenient comparison of a
 
 math-verify takes `4.5e33` for 4.5 times Euler's number plus 33, `n!^2` for nothing, and a list of names for text. The
 lenient comparison parses numbers exactly (`4.5 \times 10^{33} \text{ erg/s}` is `4.5e33`, and `2.88e-19` is not
-`2.89e-19`), drops a name before `=` and units after a number, takes `x > 2` for `(2, \infty)`, and compares lists
-answer by answer.
+`2.89e-19`), drops a name before `=`, a base and units after a number, takes `x > 2` for `(2, \infty)` and radians for
+degrees, and compares lists answer by answer. What strict and lenient mean is said in grading.py.
 """
 
 import math
@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\f?box(?:ed)?\s*\{|\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r"\\f?box(?:ed)?\s+([^\s{}$\\]+|\\[A-Za-z]+(?:\{[^{}]*\})*)")
 _SEPARATOR = re.compile(
     r"\\(?:text|mbox|textrm|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}"  # \text{ or }
     r"|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
@@ -20,22 +21,28 @@ _SEPARATOR = re.compile(
 )
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
 _DRESS = re.compile(r"\\(?:(mathbf|boldsymbol|underline)|text|textrm|textbf|mathrm|mbox)\s*+\{(.*)\}", re.DOTALL)
+_WORDS = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
 _BOLD = re.compile(r"\{?\s*+\\bf(?![A-Za-z])(.*)", re.DOTALL)
 _PLAIN = re.compile(r"\(?\s*+([-+−]?\s*+(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*|/\d+)?|[-+−]?\.\d+)\s*+\)?")
 
 
 def boxed_contents(text: str) -> list[str]:
-    r"""Return the contents of a response's complete \boxed{...}, in the order in which they open."""
+    r"""Return the contents of a response's complete \boxed{...} or \fbox{...}, in the order in which they open.
+
+    A box without braces holds one word: `\boxed 42`.
+    """
     opened: list[tuple[bool, int]] = []
     contents: dict[int, str] = {}
     for match in _BRACES.finditer(text):
         token = match.group()
-        if token == "{" or token.startswith("\\boxed"):
+        if token == "{" or (token.endswith("{") and len(token) > 2):
             opened.append((token != "{", match.end()))
         elif token == "}" and opened:
             is_box, start = opened.pop()
             if is_box:
                 contents[start] = text[start : match.start()].strip()
+    for bare in _BARE_BOX.finditer(text):
+        contents[bare.start(1)] = bare[1].rstrip(".,;:")
     return [contents[start] for start in sorted(contents)]
 
 
@@ -46,11 +53,21 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Return an answer without what has no meaning: spaces, dollars, \\left, \\right, \\dfrac, a final full stop."""
-    text = answer.replace("\\!", "").replace("\\,", "").replace("\\$", "").replace("$", "")
+    """Return an answer without what has no meaning: dollars, \\left, \\right, \\dfrac, a final full stop, and spaces.
+
+    A space between digits stays, as `~`: 1 2 is not 12.
+    """
+    text = re.sub(r"\\!\s*", "", answer).replace("\\,", " ").replace("\\$", "").replace("$", "")
     text = re.sub(r"\\(left|right)(?![a-zA-Z])", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    return re.sub(r"\s+", "", text).rstrip(".")
+    return re.sub(r"\s+", "", re.sub(r"(?<=\d)\s+(?=\d)", "~", text)).rstrip(".")
+
+
+def same_words(gold: str, answer: str) -> bool:
+    r"""Return whether two answers are the same words, inside \text{} or not, and whatever the first letter's case."""
+    words = [normalise(_WORDS.sub(r"\1", text)) for text in (gold, answer)]
+    starts = [word[:1].lower() for word in words]
+    return starts[0] == starts[1] and words[0][1:] == words[1][1:] and (words[0] == words[1] or len(words[0]) > 2)
 
 
 def strip_font(answer: str) -> str:
@@ -76,7 +93,7 @@ def _balanced(text: str) -> bool:
     depth = 0
     for match in _BRACES.finditer(text):
         token = match.group()
-        depth += 1 if token == "{" or token.startswith("\\boxed") else -(token == "}")
+        depth += 1 if token == "{" or (token.endswith("{") and len(token) > 2) else -(token == "}")
         if depth < 0:
             return False
     return depth == 0
@@ -88,7 +105,7 @@ def split_answers(text: str) -> list[str]:
     inner = re.fullmatch(r"\\\{(.*)\\\}", text, re.DOTALL)
     if inner and "\\}" not in inner[1]:
         text = inner[1]
-    if _THOUSANDS.fullmatch(re.sub(r"\s", "", text)):
+    if _THOUSANDS.fullmatch(text):
         return [text]
     return [part for part in map(str.strip, _split(text)) if part]
 
@@ -123,6 +140,10 @@ _SCIENTIFIC = re.compile(
 _TOWER = re.compile(r"(?<=[\d)}])(?:\^\{*\d+)+")
 _FACTORIAL = re.compile(r"(\d{5,})!")
 _FRACTION = re.compile(rf"([-+]?)\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}")
+_MIXED = re.compile(r"([-+]?)(\d+)\\frac\{(\d+)\}\{(\d+)\}")
+_BASE = re.compile(r"\\hat\{base(\w+)in\d+\}")  # as `notation.rewrite` writes a number in another base
+_CHOICE = re.compile(r"\(?([A-Za-z])\)?|\\text\{\s*\(?([A-Za-z])\)?\s*\}")
+_ANGLE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\text\{\s*degrees?\s*\}")
 _EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)|\\approx(?![a-z])")
 _GOLDS_NAME = re.compile(r"\s*\\?[A-Za-z]\s*(?:_\s*(?:\w|\{[^{}]*\})\s*)?(?:\([A-Za-z]\)\s*)?")  # x, f(x), X_{d}
 
@@ -139,7 +160,7 @@ _BARE_UNITS = re.compile(rf"(?<=[\d}}])(?:\s|~|\\[,;: ])+{_WORD}{_POWER}(?:{_JOI
 _TEXT_WITH_UNITS = re.compile(
     rf"\\(?:text|textrm|textbf|mathrm|mbox)\s*+\{{\s*+({_NUMBER}\s++[A-Za-z][A-Za-z\s^\d]*+)\}}\Z"
 )
-_RELATION = re.compile(r"[<>]|\\[lg]e|\\in(?![a-z])")
+_RELATION = re.compile(r"[<>]|\\[lg]e|\\ne|\\in(?![a-z])|matrix")  # compared again, with a set or a tuple
 _PRIME = re.compile(r"([A-Za-z])(?:\^\{\\prime\}|\^\\prime|')")
 
 
@@ -151,6 +172,8 @@ def leniently_equal(gold: str, answer: str, equal: EqualityCheck) -> bool | None
         return False if compared and not _RELATION.search(gold + answer) else equal(one, other)
 
     golds, answers = split_answers(gold), split_answers(answer)
+    if len(golds) == 1 < len(answers) and _RELATION.search(answer):
+        return equal(gold, answer)
     if not 0 < len(golds) == len(answers) <= _MAX_ANSWERS:
         return False
     failed = False
@@ -167,12 +190,17 @@ def leniently_equal(gold: str, answer: str, equal: EqualityCheck) -> bool | None
 
 
 def exact_number(text: str) -> Fraction | None:
-    r"""Return the value of `1,234.5`, `4.5e33`, `4.5\times10^{33}`, `-1./3` or `\frac{1}{3}`; None for other text."""
-    text = re.sub(r"\\[,;: !]|~|\\left|\\right", "", normalise(text)).replace("−", "-")
+    r"""Return the value of `1,234.5`, `4.5e33`, `4.5\times10^{33}`, `-1./3` or `1\frac{1}{3}`; None for other text."""
+    if re.search(r",\s", text):
+        return None
+    text = re.sub(r"\\[;: !]|\\left|\\right", "", normalise(text)).replace("−", "-")
     if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", text):
         text = text.replace(",", "")
     if len(text) > 2 * _MAX_EXPONENT:
         return None
+    if match := _MIXED.fullmatch(text):
+        part = Fraction(int(match[3]), int(match[4])) if int(match[4]) else 1
+        return Fraction(f"{match[1]}1") * (int(match[2]) + part) if part < 1 else None
     if match := _FRACTION.fullmatch(text):
         return _quotient(Fraction(f"{match[1]}1"), _decimal(match[2]), _decimal(match[3]))
     above, slash, below = text.partition("/")
@@ -214,6 +242,13 @@ def _decimal(text: str) -> Fraction | None:
 
 def _same(gold: str, answer: str, equal: EqualityCheck) -> bool | None:
     gold, answer = _right_sides(strip_font(gold), strip_font(answer))
+    if (letters := (_CHOICE.fullmatch(gold), _CHOICE.fullmatch(answer))) and all(letters) and "(" in gold:
+        choices = [letter[1] or letter[2] for letter in letters if letter]
+        return choices[0].lower() == choices[1].lower()
+    if bool(_BASE.fullmatch(gold)) != bool(_BASE.fullmatch(answer)):
+        return bool(_BASE.fullmatch(gold)) and _BASE.sub(r"\1", gold) == answer
+    if bool(_ANGLE.search(gold)) != bool(_ANGLE.search(answer)) and r"\pi" in gold + answer:
+        gold, answer = (_ANGLE.sub(r" \\cdot \\frac{\\pi}{180}", text) for text in (gold, answer))
     answer = _TEXT_WITH_UNITS.sub(r"\1", answer)
     gold, answer = _MARKED_UNITS.sub("", gold), _MARKED_UNITS.sub("", answer)
     answer = _BARE_UNITS.sub("", answer)  # a gold's last letter is a variable: \frac{37}{4} m
@@ -244,3 +279,109 @@ def _readable(text: str) -> str:
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"(\w!|\([^()]*\)!)\^", r"(\1)^", text)
     return _PRIME.sub(r"\1_{prime}", text)
+
+
+# Units
+
+_LENGTHS: dict[str, Fraction | int] = {
+    "mm": 1,
+    "cm": 10,
+    "dm": 100,
+    "m": 1000,
+    "km": 10**6,
+    "in": Fraction(254, 10),
+    "ft": Fraction(3048, 10),
+}
+_LENGTHS |= {"yd": Fraction(9144, 10), "mi": 1609344}
+_QUANTITIES: dict[str, dict[str, Fraction | int]] = {
+    "length": _LENGTHS,
+    "time": {"s": 1, "min": 60, "h": 3600, "day": 86400, "week": 7 * 86400},
+    "years": {"month": 1, "year": 12},
+    "mass": {"mg": 1, "g": 1000, "kg": 10**6, "t": 10**9},
+    "weight": {"oz": 1, "lb": 16, "ton": 32000},
+    "volume": {"ml": 1, "l": 1000},
+    "money": {"cent": 1, "dollar": 100},
+    "angle": {"degree": 1},
+    "radians": {"rad": 1},
+    "speed": {"km/h": 1, "kmh": 1, "kph": 1, "mph": Fraction(1609344, 10**6), "m/s": Fraction(36, 10)},
+}
+_UNITS = {unit: (kind, Fraction(size)) for kind, sizes in _QUANTITIES.items() for unit, size in sizes.items()}
+_LONG = {"millimeter": "mm", "centimeter": "cm", "decimeter": "dm", "meter": "m", "kilometer": "km", "inche": "in"}
+_LONG |= {
+    "inch": "in",
+    "foot": "ft",
+    "feet": "ft",
+    "yard": "yd",
+    "mile": "mi",
+    "second": "s",
+    "sec": "s",
+    "minute": "min",
+}
+_LONG |= {"hour": "h", "hr": "h", "milligram": "mg", "gram": "g", "kilogram": "kg", "kilo": "kg", "tonne": "t"}
+_LONG |= {"ounce": "oz", "pound": "lb", "milliliter": "ml", "liter": "l", "radian": "rad", "deg": "degree"}
+_OPPOSITES = (
+    {"am", "pm"},
+    {"north", "south", "east", "west", "northeast", "northwest", "southeast", "southwest"},
+    {"clockwise", "counterclockwise", "anticlockwise"},
+    {"left", "right"},
+    {"up", "down"},
+    {"above", "below"},
+    {"increase", "decrease"},
+    {"profit", "gain", "loss"},
+    {"even", "odd"},
+)
+_BOUNDS = {"more", "less", "fewer", "least", "most", "greater", "not", "except", "minus", "squared", "cubed"}
+_TEXT = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
+_UNIT = re.compile(
+    r"\\(?:text|textrm|textbf|mathrm|mbox)\s*\{\s*([A-Za-z]+(?:/[a-z]+)?)\.?\s*(?:\^\{?([23])\}?)?\s*\}(?:\s*\^\s*\{?([23])\}?)?\s*\.?$"
+    r"|(?<=[\d}\s])([A-Za-z]{2,}(?:/[a-z]+)?|m/s)\.?(?:\s*\^\s*\{?([23])\}?)?\s*$|(\^\s*\{?\s*\\circ\s*\}?)\s*$"
+)
+
+
+def compare_units(gold: str, answer: str) -> bool | None:
+    """Return False if the words beside two numbers make them unequal, True for the same in another unit, else None.
+
+    A unit that only one of the two has says nothing, and nor does one that is not known here.
+    """
+    words = [_words(text) for text in (gold, answer)]
+    if words[0] & _BOUNDS != words[1] & _BOUNDS:
+        return False
+    if any(words[0] & group and words[1] & group and words[0] & group != words[1] & group for group in _OPPOSITES):
+        return False
+    units = [_unit(text) for text in (gold, answer)]
+    if units[0] is None or units[1] is None or units[0][:3] == units[1][:3]:
+        return None
+    numbers = [exact_number(unit[3]) for unit in units if unit]
+    if {units[0][0], units[1][0]} == {"angle", "radians"} and None in numbers:
+        return None
+    if None in numbers or units[0][0] != units[1][0] or units[0][2] != units[1][2]:
+        return False
+    sizes = [
+        number * unit[1] ** unit[2] for number, unit in zip(numbers, units, strict=True) if unit and number is not None
+    ]
+    return sizes[0] == sizes[1]
+
+
+def _words(text: str) -> set[str]:
+    marked = " ".join(_TEXT.findall(text))
+    plain = re.sub(r"\\[A-Za-z]+|[^A-Za-z. ]", " ", _TEXT.sub(" ", text))
+    words = re.findall(
+        r"[a-z]+",
+        f"{marked} {plain}".lower().replace(".m.", "m").replace(". m", "m").replace("a.m", "am").replace("p.m", "pm"),
+    )
+    return {word for word in words if len(word) > 1}
+
+
+def _unit(text: str) -> tuple[str, Fraction, int, str] | None:
+    """Return (quantity, size, power, number) of a text that ends with a known unit."""
+    match = _UNIT.search(text)
+    if match is None:
+        return None
+    word = "degree" if match[6] else (match[1] or match[4])
+    name = word if word in _UNITS else word.lower()
+    name = name if name in _UNITS else name.removesuffix("s").replace("metre", "meter").replace("litre", "liter")
+    name = _LONG.get(name, name)
+    if name not in _UNITS:
+        return None
+    power = int(match[2] or match[3] or match[5] or 1)
+    return *_UNITS[name], power, text[: match.start()]

@@ -1,5 +1,14 @@
 r"""Graders: the exact checker for Countdown, mathematical equality for everything else. No grader can stop a run.
 
+**strict** (`Grade.correct`): answer and gold are the same number, expression, set, tuple, relation or words in any
+notation of mathematics: LaTeX, plain text or Unicode. Nothing that has a meaning is dropped or added: case, sign, base,
+order of a tuple, brackets of a set, digits, a factor such as "million". One of the two alone may have a unit in
+\text{}, a name before `=`, or a percent sign.
+
+**lenient** (`Grade.lenient`): also answers that need a reader who knows what was asked: `4.5e33` for 4.5 · 10³³ (a
+program's notation), units without \text{} or in another size, a base or percent sign left out, `x > 2` for (2, ∞),
+radians for degrees, a tuple for a column, a list in several boxes. Never an answer with another value.
+
 Mathematics is compared by math-verify in child processes, which may hang or die without harm: a comparison that raises
 or exceeds its CPU time gives `Grade(False, ..., error=True)`.
 """
@@ -27,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import answers
+from eaopd_megatron.evaluation.notation import FAMILY, family_of, rewrite
 from eaopd_megatron.evaluation.results import Grade, Grader, ProblemResult
 
 if TYPE_CHECKING:
@@ -35,6 +45,7 @@ if TYPE_CHECKING:
 MAX_ANSWER_LENGTH = 1000
 """Characters; longer answers are wrong without a comparison. The longest gold of the six benchmarks has 210."""
 _MAX_KEY_LENGTH = 200  # characters; a run-on answer must not swell the results file
+_MAX_KEYS = 10_000  # remembered
 _Question = tuple[str, str, str]  # gold, the last box, and, if the gold has several answers, the last boxes joined
 
 
@@ -107,16 +118,16 @@ def grade_countdown(problem: Problem, text: str) -> Grade:
 class MathGrader:
     r"""Compares a response's last complete \boxed{} with problem["answer"] in `workers` child processes.
 
-    `Grade.correct` is math-verify's strict verdict, corrected where `math_worker` says; `Grade.lenient` adds answers in
-    other notations (`answers.leniently_equal`). seconds: CPU time of one comparison; past it the kernel ends the
-    process, the response is an error and wrong, and the next comparison gets a new process. Any thread may call it. The
-    processes start when first needed and end with this object or with this process, however that dies.
+    What strict and lenient verdicts mean is said above. seconds: CPU time of one comparison; past it the kernel ends
+    the process, the response is an error and wrong, and the next comparison gets a new process. Any thread may call it.
+    The processes start when first needed and end with this object or with this process, however that dies.
 
-    All right answers have the gold as their key, as they are one answer in different notations.
+    Equal answers have one key, whatever their notation, right or wrong; a right one has its gold's.
     """
 
     def __init__(self, *, workers: int = 2, seconds: float = 2.0) -> None:
         self._workers = workers
+        self._keys: dict[str, str] = {}
         self._idle: queue.SimpleQueue[MathWorker] = queue.SimpleQueue()
         children = contextlib.ExitStack()
         for _ in range(workers):
@@ -147,9 +158,13 @@ class MathGrader:
 
     def verify(self, **request: Any) -> bool | None:
         """Return an idle child's verdict on a request of `math_worker`; None if it raised or ran out of time."""
+        verdict = self._ask(**request).get("equal")
+        return verdict if isinstance(verdict, bool) else None
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
         worker = self._idle.get()
         try:
-            return worker.verify(**request)
+            return worker.ask(**request)
         finally:
             self._idle.put(worker)
 
@@ -164,19 +179,39 @@ class MathGrader:
             return Grade(False, key or None, error=not gold)
         if len(answer) > MAX_ANSWER_LENGTH:
             return Grade(False, key)
+        strict, lenient = self._verdicts(gold, answer, boxes)
+        if strict or lenient:
+            return Grade(bool(strict), self._key(gold), lenient=True)
+        error = strict is None or lenient is None
+        return Grade(False, key if error else self._key(answer), error=error)
+
+    def _verdicts(self, gold: str, answer: str, boxes: str) -> tuple[bool | None, bool | None]:
+        """Return the strict and the lenient verdict; None for one that failed."""
         strict = _quick_verdict(gold, answer)
+        units = None if strict else answers.compare_units(gold, answer)
+        if strict or units is False:
+            return bool(strict), bool(strict)
         if strict is None:
             strict = False if answers.reads_e_as_euler(gold) else self.verify(gold=gold, answer=answer)
-            if strict is None:
-                return Grade(False, key, error=True)
-        if strict:
-            return Grade(True, answers.normalise(gold)[:_MAX_KEY_LENGTH])
+        if strict is not False:
+            return strict, strict
         verify = functools.partial(self.verify, relations=True)
-        lenient = answers.leniently_equal(gold, boxes, lambda one, other: verify(gold=one, answer=other))
-        return Grade(False, key, error=lenient is None, lenient=bool(lenient))
+        return False, units or answers.leniently_equal(gold, boxes, lambda one, other: verify(gold=one, answer=other))
+
+    def _key(self, answer: str) -> str:
+        """Return a text that equal answers share in any notation."""
+        number = answers.exact_number(answer)
+        if number is not None:
+            return str(number)[:_MAX_KEY_LENGTH]
+        if (key := self._keys.get(answer)) is None:
+            found = None if answers.has_huge_power(answer) else self._ask(key=answer).get("key")
+            key = (found if isinstance(found, str) else answers.normalise(answer))[:_MAX_KEY_LENGTH]
+            if len(self._keys) < _MAX_KEYS:
+                self._keys[answer] = key
+        return key
 
     def _gold_kind(self, gold: str) -> str:
-        gold = answers.strip_font(gold)
+        gold = _readable(gold)
         if answers.exact_number(gold) is not None:
             return "mathematics"
         return {True: "mathematics", False: "text", None: "nothing"}[self.verify(gold=gold)]
@@ -194,14 +229,22 @@ def _question(problem: Problem, text: str) -> _Question | None:
     contents, gold = answers.boxed_contents(text), problem.get("answer")
     if not contents or gold is None:
         return None
-    gold, answer = answers.strip_font(str(gold).strip()), contents[-1]
+    same = answers.normalise(str(gold)) == answers.normalise(contents[-1])
+    gold, answer = _readable(str(gold)), contents[-1]
     if len(answer) <= MAX_ANSWER_LENGTH:
-        answer = answers.strip_font(answer)
+        answer = gold if same else _readable(answer)  # 100,200 is 100, 200 only if the gold is written so, too
+    if (FAMILY in gold) != (FAMILY in answer) and len(answer) <= MAX_ANSWER_LENGTH:
+        gold, answer = family_of(gold), family_of(answer)
     expected = len(answers.split_answers(gold))
     if len(answer) > MAX_ANSWER_LENGTH or not 1 < expected <= len(contents) or len(answers.split_answers(answer)) != 1:
         return gold, answer, answer
     boxes = ", ".join(contents[-expected:])
-    return gold, answer, boxes if len(boxes) <= MAX_ANSWER_LENGTH else answer
+    return gold, answer, _readable(boxes) if len(boxes) <= MAX_ANSWER_LENGTH else answer
+
+
+@functools.lru_cache(maxsize=4096)
+def _readable(text: str) -> str:
+    return answers.strip_font(rewrite(answers.strip_font(text.strip())))
 
 
 def _quick_verdict(gold: str, answer: str) -> bool | None:
@@ -209,7 +252,7 @@ def _quick_verdict(gold: str, answer: str) -> bool | None:
 
     The same text is right, another number is wrong, and so is a number too large to expand if the gold has none.
     """
-    if answers.normalise(gold) == answers.normalise(answer):
+    if answers.normalise(gold) == answers.normalise(answer) or answers.same_words(gold, answer):
         return True
     if answers.has_huge_power(answer) and not answers.has_huge_power(gold):
         return False
@@ -228,8 +271,8 @@ class MathWorker:
         self._seconds = seconds
         self.process: subprocess.Popen[str] | None = None
 
-    def verify(self, **request: Any) -> bool | None:
-        """Return its verdict on a request of `math_worker`; None if it raised, or if it was ended at its limits."""
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Return its reply to a request of `math_worker`; an empty one if its process ended."""
         try:
             process = self.process if self.process and self.process.poll() is None else self._start()
             assert process.stdin is not None
@@ -238,9 +281,8 @@ class MathWorker:
             reply = self._read(process)
         except (OSError, ValueError):  # the process is gone, or its line is incomplete
             self.close()
-            return None
-        verdict = reply.get("equal")
-        return verdict if isinstance(verdict, bool) else None
+            return {}
+        return reply
 
     def _start(self) -> subprocess.Popen[str]:
         self.close()

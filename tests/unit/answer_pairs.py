@@ -79,6 +79,7 @@ RIGHT = [
     (r"\frac12", r"\mathbf{\frac12}"),
     (r"\text{17}", "17"),
     (r"\text{(C)}", r"\mathbf{C}"),
+    ("E_{1},E_{2}", "E_2, E_1"),
 ]
 
 NOTATION = [
@@ -99,7 +100,6 @@ NOTATION = [
     (r"y^{\prime}+r y-r x(t)=0", "y'+ry=rx(t)"),
     (r"(2,\infty)", "x>2"),
     (r"x \in [-2,7]", r"-2 \le x \le 7"),
-    ("E_{1},E_{2}", "E_2, E_1"),
     (r"$\angle B E A_{1}=90$,$\angle A E B_{1}=90$", "90, 90"),
 ]
 

@@ -24,8 +24,11 @@ from eaopd_megatron.evaluation.answers import (
     split_answers,
 )
 from eaopd_megatron.evaluation.benchmarks import benchmark_name, grader_for
+from eaopd_megatron.evaluation.estimators import majority
 from eaopd_megatron.evaluation.grading import MAX_ANSWER_LENGTH, MathGrader, grade_responses
 from eaopd_megatron.evaluation.results import Grade, ProblemResult
+from tests.unit.answer_kinds import LENIENT, STRICT
+from tests.unit.answer_kinds import WRONG as NOT_EQUAL
 from tests.unit.answer_pairs import NOTATION, RIGHT, WRONG
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -49,7 +52,11 @@ def grader() -> Iterator[MathGrader]:
         (r"\boxed{3} and then cut off \boxed{\frac{1}{", "3"),
         (r"a stray } and { before \boxed {x}", "x"),
         (r"\boxed{}", ""),
-        (r"\boxed 5", None),
+        (r"\boxed 5", "5"),
+        (r"is $\boxed 42$.", "42"),
+        (r"so \boxed \frac{1}{2}.", r"\frac{1}{2}"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed{1} and \fbox{\boxed{2}}", "2"),
         ("the answer is 5", None),
         ("", None),
     ],
@@ -111,6 +118,48 @@ def test_answers_are_graded_as_a_mathematician_would(grader: MathGrader) -> None
     assert not any(grade.error for grade in grades)
     found = {pair: (grade.correct, grade.lenient) for pair, grade in zip(expected, grades, strict=True)}
     assert {pair: found[pair] for pair in found if found[pair] != expected[pair]} == {}
+
+
+@pytest.mark.parametrize("kind", ["spaces", "checks", "meaning", "notation"])
+def test_pairs_of_a_kind_of_fault_get_a_mathematicians_verdicts(grader: MathGrader, kind: str) -> None:
+    """Strictly right ones are leniently right, wrong ones neither; no check throws."""
+    expected = {
+        **dict.fromkeys(STRICT[kind], (True, True)),
+        **dict.fromkeys(LENIENT.get(kind, []), (False, True)),
+        **dict.fromkeys(NOT_EQUAL[kind], (False, False)),
+    }
+    assert len(STRICT[kind]) > 30 < len(NOT_EQUAL[kind])
+    grades = grade_responses(grader, [({"answer": gold}, rf"Hence \boxed{{{answer}}}.") for gold, answer in expected])
+    assert [pair for pair, grade in zip(expected, grades, strict=True) if grade.error] == []
+    found = {pair: (grade.correct, grade.lenient) for pair, grade in zip(expected, grades, strict=True)}
+    assert {pair: found[pair] for pair in found if found[pair] != expected[pair]} == {}
+
+
+def test_equal_answers_have_one_key_whether_right_or_wrong(grader: MathGrader) -> None:
+    """Else a vote would join right answers across notations, and divide wrong ones."""
+    same = [
+        ("0.5", r"\frac12", "1/2", r"\frac{2}{4}", "x = 0.5", r"\sin 30^\circ"),
+        (r"\sqrt{8}", r"2\sqrt2", "2√2", r"2\cdot 2^{1/2}"),
+        ("x^2-1", "(x-1)(x+1)", "(x+1)(x-1)"),
+        ("1, 3", r"\{3,1\}", "3 and 1"),
+        ("(1,3)", r"(1, \frac{6}{2})"),
+        ("(3,1)", "(3, 1)"),
+        ("1000000", r"1\text{ million}", "10^6", "1 000 000"),
+        ("-x^2", "-(x^2)"),
+        ("x_1", "x_{1}"),
+        ("7", "7.0", r"\boxed{7}"),
+    ]
+    for gold in ("17", "(2, 3)", "y^2+1", r"\text{no}"):
+        grades = [grade_responses(grader, [({"answer": gold}, rf"\boxed{{{one}}}") for one in group]) for group in same]
+        keys = [{grade.key for grade in group} for group in grades]
+        assert [group for group, found in zip(same, keys, strict=True) if len(found) > 1] == []
+        assert len(set().union(*keys)) == len(same)
+        assert not any(grade.correct or grade.error for group in grades for grade in group)
+    grades = grade_responses(
+        grader, [({"answer": "0.5"}, rf"\boxed{{{one}}}") for one in ("1/3", r"\frac13", *same[0])]
+    )
+    assert ProblemResult.from_grades("p", grades, [False] * 8, [1] * 8).distinct_correct == 1
+    assert majority([grade.key for grade in grades], [grade.correct for grade in grades]) == 1.0
 
 
 def test_several_answers_may_have_a_box_each(grader: MathGrader) -> None:
@@ -190,7 +239,7 @@ def test_a_worker_that_was_killed_is_replaced() -> None:
 
 def test_an_answer_longer_than_any_gold_is_wrong_and_costs_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     grader = MathGrader(seconds=0.0)
-    monkeypatch.setattr(grading.MathWorker, "verify", lambda self, **request: pytest.fail("it was compared"))
+    monkeypatch.setattr(grading.MathWorker, "ask", lambda self, **request: pytest.fail("it was compared"))
     answers = ["{}" * 50_000, "1+" * MAX_ANSWER_LENGTH + "1", r"\frac" * 20_000]
     for grade in grade_responses(grader, [({"answer": "1,3"}, rf"\boxed{{{answer}}}") for answer in answers]):
         assert (grade.correct, grade.error) == (False, False)
@@ -220,8 +269,13 @@ def test_long_boxes_before_the_last_one_are_not_compared(grader: MathGrader) -> 
 
 
 def test_gold_kinds_are_what_math_verify_parses(grader: MathGrader) -> None:
-    golds = ["4.5e33", r"\frac{1}{2}", "E_{1},E_{2}", ""]
-    assert grader.gold_kinds(golds) == ["mathematics", "mathematics", "text", "nothing"]
+    golds = ["4.5e33", r"\frac{1}{2}", "E_{1},E_{2}", r"a \mid b", "1 2", ""]
+    assert grader.gold_kinds(golds) == [
+        *["mathematics"] * 3,
+        "text",
+        "text",
+        "nothing",
+    ]
 
 
 def test_a_problem_without_a_reference_answer_is_a_counted_error(grader: MathGrader) -> None:

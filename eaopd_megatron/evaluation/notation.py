@@ -1,0 +1,271 @@
+r"""Rewrites an answer, in Unicode, plain text or any LaTeX, into LaTeX that the parser reads as a mathematician would.
+
+Spaces count between digits: `12 345` is one number, `1 1/2` a mixed one, and `1 2` none. What stands for itself gets a
+name of its own that no letter has: a number in another base, the integer of a family `\frac{\pi}{2} + k\pi`, an angle.
+"""
+
+# ruff: noqa: RUF001
+
+import re
+import unicodedata
+from fractions import Fraction
+
+_CHARACTERS = {
+    **dict(
+        zip(
+            "×·⋅∙÷±∓≤≥⩽⩾≠≈∞∪∩∈∖∅∠△…⟨⟩〈〉⌊⌋⌈⌉∑∏∫",
+            [
+                *(
+                    r"\times ",
+                    r"\cdot ",
+                    r"\cdot ",
+                    r"\cdot ",
+                    r"\div ",
+                    r"\pm ",
+                    r"\mp ",
+                    r"\le ",
+                    r"\ge ",
+                    r"\le ",
+                    r"\ge ",
+                ),
+                *(
+                    r"\ne ",
+                    r"\approx ",
+                    r"\infty ",
+                    r"\cup ",
+                    r"\cap ",
+                    r"\in ",
+                    r"\setminus ",
+                    r"\emptyset ",
+                    r"\angle ",
+                ),
+                *(r"\triangle ", r"\ldots ", *(r"\langle ", r"\rangle ") * 2, r"\lfloor ", r"\rfloor ", r"\lceil "),
+                *(r"\rceil ", r"\sum ", r"\prod ", r"\int "),
+            ],
+            strict=True,
+        )
+    ),
+    **{letter: rf"\mathbb{{{name}}}" for letter, name in zip("ℝℤℚℕℂ", "RZQNC", strict=True)},
+    **{"−": "-", "–": "-", "°": r"^\circ ", "′": "'", "、": ",", "ℯ": "e"},
+}
+_RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni", strict=True))
+_LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-", strict=True))
+_ROOT = re.compile(r"([√∛∜])\s*(\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\}|[\d.]+|\\?[A-Za-z]+)")
+_GREEK = re.compile(r"[\u0391-\u03c9]")
+
+_TEXT = r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|operatorname|rm)"
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(
+    rf"(?:{_TEXT}\s*\{{\s*)?(?<![\d.])(\d[\d,]*(?:\.\d+)?|\\frac\{{\d+\}}\{{\d+\}})\s*(?:{_TEXT}\s*\{{\s*)?"
+    rf"({'|'.join(_SCALES)}|dozen)s?(?![A-Za-z])(?:\s*\}})?([^{{}}]*\}})?"
+)
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "twelve": 12}
+_BASE = re.compile(
+    rf"\(?(?<![A-Za-z\d.\\{{_^])(\d[\dA-F]*|(?:{_TEXT})\{{\s*[\dA-F]+\s*\}})\)?\s*"
+    rf"(?:_\s*\{{?\s*(?:{_TEXT}\s*\{{)?\s*(?:base)?\s*(\d+|{'|'.join(_BASES)})(?![\w,])\s*\}}*"
+    rf"|(?:{_TEXT}\s*\{{\s*)?\s*(?:in\s+)?base[\s-]*\}}?\s*(\d+|{'|'.join(_BASES)})(?!\w)\s*\}}*)"
+)
+_REPEATING = re.compile(
+    r"(?<![\d.])(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{(\d+)\}|\\(?:overline|bar|dot)\s*(\d)|\((\d+)\)(?![(^_]))(?!\s*\d)"
+)
+_DOTTED = re.compile(r"\\dot\{?(\d)\}?(\d*)\\dot\{?(\d)\}?")
+_CONTINUED = re.compile(r"(?<![\d.])(\d*)\.(\d*?)(\d{1,6}?)\3\3+\s*(?:\.\.\.|\\l?dots|\\cdots)")
+_UPRIGHT = re.compile(
+    rf"(?!^)(?:{_TEXT}|\\mathit)(?:\s*\{{\s*(e|i|\\pi)\s*\}}|\s+(e|i)(?![A-Za-z]))"  # the whole text is a choice
+)
+_SPACES = re.compile(
+    r"(?:\\[,;:> ]|~|\\q?quad(?![A-Za-z])|\\hspace\*?\{[^{}]*\}|\\(?:thin|med|en)space(?![A-Za-z])|\s)+"
+)
+_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)(?! \d)|(?<=\d)\.\d{3}(?: \d{3})*(?: \d{1,3})(?!\d)(?! \d)")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,]*,?\d)")
+_MIXED = re.compile(r"(?<![\d.\w}^_])(\d+) (\d+) ?/ ?(\d+)(?![\d/.])")
+_ARGUMENTS = re.compile(r"\\(frac|binom)(?: (?=[A-Za-z])|(?= ?\d)) ?([A-Za-z\d]) ?([A-Za-z\d])|([_^]) ?(\d) (?=\d)")
+_MODULUS = re.compile(r"\\[pb]?mod ?(?:\{ ?(\w+) ?\}|(\w+))|\( ?(?:\\[pb]mod|mod) ?\{? ?(\w+) ?\}? ?\)")
+_DEGREES = r"\^ ?(?:\{ ?\\circ ?\}|\\circ)"
+_TRIGONOMETRIC = re.compile(
+    r"\\(sin|cos|tan|cot|sec|csc)(\^ ?\{?\d\}?)? ?[({]? ?(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}) ?"
+    rf"{_DEGREES} ?[)}}]?"
+)
+_DECLARED = re.compile(
+    rf"[,;(]?(?: |{_TEXT}\{{[^{{}}]*\}})*\(?([a-z]) ?\\in ?\\(?:mathbb|mathbf|Bbb)? ?\{{?Z\}}?\)?(?: |\$)*$"
+    rf"|[,;(]? ?{_TEXT}\{{[^{{}}]*\}} ?([a-z]) ?{_TEXT}\{{[^{{}}]*integers?[^{{}}]*\}}\)? ?$"
+    r"|[,;(]? ?(?:where |for )?(?:any |some |every |all )?(?:integers? )?([a-z]) (?:is|are) (?:an |any )?integers?\)?$"
+)
+FAMILY = r"\hat{z}"
+"""The integer of a family such as pi/2 + k pi."""
+_STEP = rf"\\pi(?![A-Za-z])|\d+ ?{_DEGREES}"
+_PERIODS = re.compile(
+    rf"(?<![A-Za-z\\])([klmn]) ?(?:\\cdot|\\times)? ?(?:{_STEP})"
+    rf"|(?:{_STEP}) ?(?:\\cdot|\\times)? ?([klmn])(?![A-Za-z_^'(])"
+)
+
+
+def rewrite(text: str) -> str:
+    """Return an answer in LaTeX without what has no meaning; it may still be words."""
+    text = _spaces(_plain_latex(_unicode(text)))
+    text = _numbers(text)
+    return _names(text).strip()
+
+
+def _unicode(text: str) -> str:
+    for table, mark in ((_RAISED, "^"), (_LOWERED, "_")):
+        runs = re.compile(f"[{''.join(table)}]+")
+        text = runs.sub(lambda run, table=table, mark=mark: f"{mark}{{{''.join(map(table.get, run[0]))}}}", text)
+    text = re.sub(r"[½⅓⅔¼¾⅕-⅞⅐⅑⅒]", _vulgar_fraction, text)
+    text = "".join(_CHARACTERS.get(character, character) for character in text)
+    text = _GREEK.sub(_greek_letter, text)
+    text = unicodedata.normalize("NFKC", text)  # full-width forms, among others
+    return _ROOT.sub(lambda root: rf"\sqrt{ {'√': '', '∛': '[3]', '∜': '[4]'}[root[1]] }{{{_inside(root[2])}}}", text)
+
+
+def _inside(group: str) -> str:
+    return group[1:-1] if group[0] in "({" else group
+
+
+def _vulgar_fraction(match: re.Match[str]) -> str:
+    above, _, below = unicodedata.normalize("NFKD", match[0]).partition("\u2044")
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
+def _greek_letter(match: re.Match[str]) -> str:
+    words = unicodedata.name(match[0], "").split()
+    if len(words) != 4 or words[:1] != ["GREEK"]:
+        return match[0]
+    name = words[3].lower().replace("lamda", "lambda")
+    return rf"\{name if words[1] == 'SMALL' else name.capitalize()} "
+
+
+def _plain_latex(text: str) -> str:
+    """Remove boxes, delimiters of formulas, sizes and synonyms."""
+    for _ in range(2):
+        text = re.sub(r"\\(?:boxed|fbox|displaylimits|ensuremath)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", text)
+    text = re.sub(r"\\[()\[\]](?![A-Za-z])|\\(?:display|text)style(?![A-Za-z])|\\limits(?![A-Za-z])", " ", text)
+    text = re.sub(r"\\(?:left|right|[Bb]igg?[lrm]?|m?left|m?right)(?![A-Za-z])\s*\.?(?=[^A-Za-z])", "", text)
+    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset ", text)
+    text = (
+        re.sub(r"\\([lg]e|ne)(?:q|qslant|qq)(?![A-Za-z])", r"\\\1", text)
+        .replace(r"\lvert", "|")
+        .replace(r"\rvert", "|")
+    )
+    text = _UPRIGHT.sub(lambda letter: f"{{{letter[1] or letter[2]}}}", text)
+    text = re.sub(r"\\degrees?(?![A-Za-z])", r"^\\circ ", text)
+    if pair := re.fullmatch(r"\s*(?:\\langle|<)([^<>]*,[^<>]*)(?:\\rangle|>)\s*", text):
+        text = f"({pair[1]})"
+    return text.replace(r"\langle", "(").replace(r"\rangle", ")")
+
+
+def _spaces(text: str) -> str:
+    text = re.sub(r"\\!\s*", "", text.replace("{,}", ","))
+    if "\\begin" in text:  # \\ [2pt] and & separate there
+        return re.sub(r"\s+", " ", text)
+    return _SPACES.sub(" ", text)
+
+
+def _numbers(text: str) -> str:
+    text = _GROUPS.sub(lambda number: number[0].replace(" ", ""), text)
+    text = _without_thousands(text)
+    text = _DOTTED.sub(r"\\overline{\1\2\3}", text)
+    text = _CONTINUED.sub(_repeating_decimal, _REPEATING.sub(_repeating_decimal, text))
+    text = _ARGUMENTS.sub(lambda m: f"{m[4]}{{{m[5]}}} " if m[4] else rf"\{m[1]}{{{m[2]}}}{{{m[3]}}}", text)
+    text = _MIXED.sub(lambda m: rf"{m[1]}\frac{{{m[2]}}}{{{m[3]}}}" if int(m[2]) < int(m[3]) else m[0], text)
+    text = _MODULUS.sub(lambda m: rf"\pmod{{{m[1] or m[2] or m[3]}}}", text)
+    text = re.sub(r"(\d) (?=\\frac)", r"\1", text)
+    return _SCALE.sub(_scaled_number, text)
+
+
+def _without_thousands(text: str) -> str:
+    """Join `1,234` outside brackets if every other comma is followed by a space."""
+    depth, starts = 0, set()
+    for place, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0:
+            starts.add(place)
+    numbers = [m for m in _THOUSANDS.finditer(text) if m.start() in starts]
+    inside = sum(number[0].count(",") for number in numbers)
+    if inside != len(re.findall(r",(?! )", text)):
+        return text
+    for number in reversed(numbers):
+        text = text[: number.start()] + number[0].replace(",", "") + text[number.end() :]
+    return text
+
+
+def _repeating_decimal(match: re.Match[str]) -> str:
+    whole, start, *rest = match.groups()
+    period = next(digits for digits in rest if digits)
+    if len(match[0]) > 60:
+        return match[0]
+    value = Fraction(
+        int((whole + start + period) or 0) - int((whole + start) or 0), 10 ** len(start) * (10 ** len(period) - 1)
+    )
+    return str(value.numerator) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _scaled_number(match: re.Match[str]) -> str:
+    number, word, rest = match[1], match[2], match[3]
+    factor = 12 if word == "dozen" else 10 ** _SCALES[word]
+    if number.startswith("\\"):
+        value = Fraction(*map(int, re.findall(r"\d+", number)[:2])) * factor
+    else:
+        value = Fraction(number.replace(",", "")) * factor
+    text = str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+    unit = (rest or "").removesuffix("}").strip()
+    return text + (rf"\text{{ {unit}}}" if unit and match[0].endswith("}") else rest or "")
+
+
+def _names(text: str) -> str:
+    """Name what the parser would read as a number, a product or a constant, and is none."""
+    text = _TRIGONOMETRIC.sub(r"\\\1\2(\\frac{\3 \\pi}{180})", text)
+    text = _BASE.sub(_number_in_base, text)
+    text = _family(text)
+    text = re.sub(r"\\(angle|triangle) ?([A-Z]) ?([A-Z]) ?([A-Z])(?![A-Za-z_'^])", _figure, text)
+    text = re.sub(
+        r"\\overline ?\{ ?([A-Z]) ?([A-Z]) ?\}", lambda m: rf"\overline{{{min(m[1], m[2])}{max(m[1], m[2])}}}", text
+    )
+    text = re.sub(
+        r"(?<![A-Za-z\\])(?<!hat\{)(?<!text\{)(?<!rm\{)(?<!bf\{)(?:([Ee])(?= ?_)|(I)(?![A-Za-z(]))",
+        lambda m: rf"\hat{{{m[1] or m[2]}}}",
+        text,
+    )
+    text = re.sub(r"(?:^|(?<=,)|(?<=, ))([A-Z]{3,})(?=$|,| ?\\text)", r"\\text{\1}", text)
+    parts = [part.strip() for part in text.split(":")]
+    if len(parts) > 2 and all(re.fullmatch(r"[^,=<>]+", part) for part in parts):
+        text = f"(1, {', '.join(rf'FRAC{{{part}}}{{{parts[0]}}}' for part in parts[1:])})".replace("FRAC", r"\frac")
+    return text
+
+
+def _figure(match: re.Match[str]) -> str:
+    """An angle is the same from either side; a triangle has no first corner."""
+    corners = match[2] + match[3] + match[4]
+    corners = min(corners, corners[::-1]) if match[1] == "angle" else "".join(sorted(corners))
+    return rf"\hat{{{match[1]}{corners}}}"
+
+
+def _number_in_base(match: re.Match[str]) -> str:
+    base = match[2] or match[3]
+    digits = re.sub(rf"{_TEXT}|[{{}}\s]", "", match[1]).lstrip("0") or "0"
+    number = _BASES.get(base) or int(base)
+    if number == 10:
+        return digits
+    if not 2 <= number <= 36 or any(int(digit, 36) >= number for digit in digits):
+        return match[0]
+    return rf"\hat{{base{digits}in{number}}}"
+
+
+def _family(text: str) -> str:
+    """Name the integer of a family of numbers: one that is said to be an integer, or that multiplies a period."""
+    letters = set()
+    if match := _DECLARED.search(text):
+        letters.add(next(letter for letter in match.groups() if letter))
+        text = text[: match.start()].rstrip(" ,;")
+    elif re.search(r"[+\-]|\\pm", text) or re.fullmatch(r"\d* ?(?:[klmn] ?\\pi|\\pi ?[klmn])", text.strip()):
+        letters |= {m[1] or m[2] for m in _PERIODS.finditer(text)}
+    if len(letters) != 1:
+        return text
+    return re.sub(rf"(?<![A-Za-z\\]){letters.pop()}(?![A-Za-z_])", lambda _: FAMILY, text)
+
+
+def family_of(text: str, letter: str = r"(?<![A-Za-z\\])[a-z](?![A-Za-z_])") -> str:
+    """Return a text whose only letter is the integer of a family, since the text that it is compared with has one."""
+    letters = set(re.findall(letter, text))
+    return text if len(letters) != 1 or FAMILY in text else re.sub(letter, lambda _: FAMILY, text)
