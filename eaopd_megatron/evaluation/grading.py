@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from eaopd_megatron.data.sources import Problem
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation import answers
-from eaopd_megatron.evaluation.notation import FAMILY, family_of, rewrite
+from eaopd_megatron.evaluation.notation import FAMILY, name_family, rewrite
 from eaopd_megatron.evaluation.results import Grade, Grader, ProblemResult
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def _question(problem: Problem, text: str) -> _Question | None:
     if len(answer) <= MAX_ANSWER_LENGTH:
         answer = gold if same else _readable(answer)  # 100,200 is 100, 200 only if the gold is written so, too
     if (FAMILY in gold) != (FAMILY in answer) and len(answer) <= MAX_ANSWER_LENGTH:
-        gold, answer = family_of(gold), family_of(answer)
+        gold, answer = name_family(gold), name_family(answer)
     expected = len(answers.split_answers(gold))
     if len(answer) > MAX_ANSWER_LENGTH or not 1 < expected <= len(contents) or len(answers.split_answers(answer)) != 1:
         return gold, answer, answer

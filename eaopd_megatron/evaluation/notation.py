@@ -265,7 +265,7 @@ def _family(text: str) -> str:
     return re.sub(rf"(?<![A-Za-z\\]){letters.pop()}(?![A-Za-z_])", lambda _: FAMILY, text)
 
 
-def family_of(text: str, letter: str = r"(?<![A-Za-z\\])[a-z](?![A-Za-z_])") -> str:
+def name_family(text: str, letter: str = r"(?<![A-Za-z\\])[a-z](?![A-Za-z_])") -> str:
     """Return a text whose only letter is the integer of a family, since the text that it is compared with has one."""
     letters = set(re.findall(letter, text))
     return text if len(letters) != 1 or FAMILY in text else re.sub(letter, lambda _: FAMILY, text)
