@@ -150,16 +150,18 @@ def test_equal_answers_have_one_key_whether_right_or_wrong(grader: MathGrader) -
         ("7", "7.0", r"\boxed{7}"),
     ]
     for gold in ("17", "(2, 3)", "y^2+1", r"\text{no}"):
-        grades = [grade_responses(grader, [({"answer": gold}, rf"\boxed{{{one}}}") for one in group]) for group in same]
-        keys = [{grade.key for grade in group} for group in grades]
+        groups = [graded(grader, gold, *group) for group in same]
+        keys = [{grade.key for grade in group} for group in groups]
         assert [group for group, found in zip(same, keys, strict=True) if len(found) > 1] == []
         assert len(set().union(*keys)) == len(same)
-        assert not any(grade.correct or grade.error for group in grades for grade in group)
-    grades = grade_responses(
-        grader, [({"answer": "0.5"}, rf"\boxed{{{one}}}") for one in ("1/3", r"\frac13", *same[0])]
-    )
+        assert not any(grade.correct or grade.error for group in groups for grade in group)
+    grades = graded(grader, "0.5", "1/3", r"\frac13", *same[0])
     assert ProblemResult.from_grades("p", grades, [False] * 8, [1] * 8).distinct_correct == 1
     assert majority([grade.key for grade in grades], [grade.correct for grade in grades]) == 1.0
+
+
+def graded(grader: MathGrader, gold: str, *answers: str) -> list[Grade]:
+    return grade_responses(grader, [({"answer": gold}, rf"\boxed{{{answer}}}") for answer in answers])
 
 
 def test_several_answers_may_have_a_box_each(grader: MathGrader) -> None:
