@@ -17,10 +17,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 
 import torch
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from eaopd_megatron.checkpoint.convert import single_process_group
 from eaopd_megatron.checkpoint.dist_checkpoint import (
-    create_host_stager,
     load_sharded,
     load_training_state,
     save_sharded,
@@ -123,7 +123,7 @@ def check_updates(source: HfFolder, parallel: ParallelState) -> torch.Tensor:
         tensors = gather_hf_tensors(dict(trainer.model.global_parameters()), source, parallel, on_device=True)
         count = sum(1 for _ in pack_buckets(tensors, BUCKET_BYTES))
     record("buckets", count)
-    stager = create_host_stager()
+    stager = BlockingAsyncStager(cache_staged_state_dict=True)
     for which in ("first", "second"):
         with timed(f"{which} copy of a checkpoint to host memory"):
             stage_sharded(sharded_training_state(trainer.model, trainer.optimizer), parallel, stager)

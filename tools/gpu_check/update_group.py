@@ -35,9 +35,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import rendezvous
 
+from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor
 from eaopd_megatron.rollout.weight_sync.distributed_transport import UpdateGroup, join_process_group
 from eaopd_megatron.rollout.weight_sync.local_transports import serialize_bucket
-from eaopd_megatron.rollout.weight_sync.transport import Bucket, TensorSpec
+from eaopd_megatron.rollout.weight_sync.transport import Bucket
 from tools.gpu_check.findings import record
 
 CUDA = torch.cuda.is_available()
@@ -101,7 +102,7 @@ def train() -> None:
         record(f"seconds of a broadcast in {dtype}", round(time.monotonic() - started, 3))
     if CUDA:
         data = torch.cat([torch.full((2048,), 1.0), torch.full((2048,), 3.0)]).to("cuda", torch.bfloat16)
-        specs = [TensorSpec("a", torch.bfloat16, (64, 32)), TensorSpec("b", torch.bfloat16, (2048,))]
+        specs = [PlannedTensor("a", (64, 32), torch.bfloat16), PlannedTensor("b", (2048,), torch.bfloat16)]
         bucket, strings = Bucket(data.view(torch.uint8), specs), []
         thread = threading.Thread(target=lambda: strings.append(serialize_bucket(bucket)))  # as the event loop's does
         thread.start()
