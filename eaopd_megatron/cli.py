@@ -274,14 +274,18 @@ def doctor_command(
 ) -> None:
     """Check versions, devices and backends of this machine. The exit code is 1 if something is missing or harmful.
 
-    With a recipe, its student also generates a few responses, on ranks started for it, and its teachers score how they
-    end; the exit code is 1 as well if student and teacher do not agree.
+    With a recipe, the servers of `servers.urls` are compared with this environment, its student generates a few
+    responses, on ranks started for it, and its teachers score how they end; the exit code is 1 as well if student and
+    teacher do not agree.
     """
-    from eaopd_megatron.diagnostics.machine import check_machine
+    from eaopd_megatron.diagnostics.machine import check_machine, check_servers
 
     code = check_machine()
     if recipe is None:
         raise typer.Exit(code)
+    from eaopd_megatron.config import load_recipe
+
+    code = check_servers(load_recipe(recipe, overrides or [])) or code
     from eaopd_megatron.diagnostics.eos_check import check_eos
 
     raise typer.Exit(check_eos(recipe, overrides or []) or code)

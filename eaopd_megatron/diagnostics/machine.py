@@ -18,9 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
+
+from eaopd_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from eaopd_megatron.config import Recipe
 
 from eaopd_megatron.errors import one_line
 
@@ -95,6 +100,39 @@ def _problem(subject: str, detail: str, remedy: str) -> Finding:
 def check_machine() -> int:
     """Print the findings. Return 1 if one of them is a problem, else 0."""
     findings = judge_facts(gather_facts())
+    _print(findings)
+    return int(any(finding.level == "problem" for finding in findings))
+
+
+def check_servers(recipe: Recipe) -> int:
+    """Print how NCCL runs in the servers of `servers.urls`. Return 1 if one differs from the trainer, else 0."""
+    config = recipe.servers
+    if recipe.rollout.engine != "sglang" or recipe.weight_sync.transport != "distributed" or not config.urls:
+        return 0
+    from eaopd_megatron.serving.http import Busy, EventLoopThread, ServerGone, SGLangClient, read_api_key
+    from eaopd_megatron.utils.gpu_environment import nccl_difference, update_group_environment
+
+    key = None if config.api_key_file is None else read_api_key(Path(config.api_key_file))
+    ours = " ".join(f"{name}={value}" for name, value in update_group_environment().items())
+    findings = []
+    with EventLoopThread() as loop:
+        for url in config.urls:
+            client = SGLangClient(url, api_key=key)
+            try:
+                info = loop.run(client.server_info())
+            except (ServerGone, Busy, UserError) as error:
+                findings.append(_problem(url, str(error), "start it, or correct servers.urls"))
+                continue
+            finally:
+                loop.run(client.close())
+            if difference := nccl_difference(url, info):
+                what, _, remedy = difference.partition(": export ")
+                findings.append(_problem(url, what.removeprefix(f"{url} "), f"export {remedy}"))
+            elif info.get("device") != "cpu":
+                detail = (
+                    f"its options leave NCCL to its environment, where {ours} must hold as here (or be unset, if 0)"
+                )
+                findings.append(_ok(url, detail))
     _print(findings)
     return int(any(finding.level == "problem" for finding in findings))
 

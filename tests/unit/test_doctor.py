@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from eaopd_megatron.config import load_recipe
 from eaopd_megatron.diagnostics import machine as doctor
-from eaopd_megatron.diagnostics.machine import Finding, MachineFacts, judge_facts
+from eaopd_megatron.diagnostics.machine import Finding, MachineFacts, check_servers, judge_facts
+from eaopd_megatron.utils.gpu_environment import UPDATE_GROUP_VARIABLES
+from tools.sglang_double.processes import in_a_loop
+from tools.sglang_double.server import Double
 
 WELL = MachineFacts(
     python=(3, 11, 7),
@@ -146,3 +150,34 @@ def test_exit_code_or_remedy_is_missing(
     assert shown.splitlines()[-1] == last
     assert "gloo" in shown
     assert ("pip install" in shown) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        ({"enable_symm_mem": True}, 1, "export NCCL_CUMEM_ENABLE=1 NCCL_NVLS_ENABLE=1 for the trainer"),
+        ({"enable_symm_mem": False}, 0, "where NCCL_CUMEM_ENABLE=0 NCCL_NVLS_ENABLE=0 must hold as here"),
+        ({"device": "cpu"}, 0, "nothing is missing or harmful"),
+    ],
+)
+def test_a_users_own_server_runs_nccl_otherwise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: dict[str, object], code: int, said: str
+) -> None:
+    """/server_info tells the server's options, and nothing of its environment."""
+    for name in UPDATE_GROUP_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with in_a_loop() as run:
+        double = run(Double().__aenter__())
+        info = double._server_info()
+        double._server_info = lambda: info | more  # type: ignore[method-assign]
+        recipe = load_recipe("recipes/countdown/eopd.yaml", ["rollout.engine=sglang", f"servers.urls=[{double.url}]"])
+        assert check_servers(recipe) == code
+        run(double.__aexit__())
+    assert said in capsys.readouterr().out
+
+
+def test_a_server_that_does_not_run_is_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    url = "http://127.0.0.1:9"
+    assert check_servers(load_recipe("recipes/countdown/eopd.yaml", ["rollout.engine=sglang", f"servers.urls=[{url}]"]))
+    assert "start it, or correct servers.urls" in capsys.readouterr().out
+    assert check_servers(load_recipe("recipes/countdown/eopd.yaml", [])) == 0
