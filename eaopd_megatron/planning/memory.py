@@ -157,7 +157,7 @@ class StudentGpus:
         work, layout, element, shape = self.work, self.layout, self.work.student_element, self.student
         if self.writer == "colocated servers":
             yield _rollout("server: weights and cache", self.server, "generation")
-            yield _rollout("server: CUDA and NCCL", self.process, "always")
+            yield _rollout("servers: CUDA and NCCL", self.process, "always")
         if self.writer != "trainer":
             return
         sequences, layers = work.generated(layout), len(layout.layers_of(stage, shape.layers))

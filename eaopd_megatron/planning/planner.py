@@ -98,7 +98,9 @@ class Planner:
         """Return the memory of the student's fullest GPU."""
         ours = StudentGpus(self.student.shape, self.teachers, layout, work, self.assumed.reserve * GiB)
         if self.servers and self.servers.colocated:
-            server, process = self.servers.mem_fraction_static * self.limit * GiB, self.assumed.server_process * GiB
+            server = self.servers.mem_fraction_static * self.limit * GiB
+            contexts = (self.servers.gpus - self.servers.tensor_parallel) * self.assumed.server_context
+            process = (self.assumed.server_process + contexts) * GiB  # on the first GPU
             ours = replace(ours, writer="colocated servers", server=server, process=process)
         elif self.servers:
             ours = replace(ours, writer="servers elsewhere")

@@ -69,6 +69,7 @@ class TimeAssumptions:
     prompt_share: float = 0.25  # mean prompt over the longest allowed
     reserve: float = 5.0  # GiB for CUDA, NCCL, libraries and fragmentation
     server_process: float = 3.0  # GiB that a colocated server keeps while the trainer runs
+    server_context: float = 0.5  # GiB on the first GPU for each other rank of the colocated servers
 
     def lines(self, gpu: GpuSpec) -> Sequence[str]:
         """Return the assumptions in words."""
@@ -80,13 +81,14 @@ class TimeAssumptions:
             f"{self.decode_layer * 1e3:g} ms per layer and token in process, {self.graph_layer * 1e3:g} on a server"
         )
         reserve = f"{self.reserve:g} GiB per GPU for CUDA, NCCL and fragmentation"
+        servers = f"{self.server_process:g} more, and {self.server_context:g} on the first GPU for each of the others"
         return (
             f"{gpu.name}: {gpu.peak / 1e12:.0f} TFLOP/s bf16, {memory}",
             f"{mfu} (x{self.expert_factor:g} with experts); {shares}, no overlap",
             f"mean prompt: {self.prompt_share:.0%}, mean response: {self.response_share:.0%} of the longest allowed",
             "the longest response of a batch is the longest allowed; experts get equal numbers of tokens",
             f"decoding takes at least {decoding}",
-            f"{reserve}; a colocated server keeps {self.server_process:g} more",
+            f"{reserve}; a colocated server keeps {servers}",
         )
 
 
