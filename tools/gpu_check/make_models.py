@@ -1,4 +1,6 @@
-"""Write a random student and teacher with the shapes of Qwen3-0.6B and 1.7B in bf16, and the recipe of the check.
+"""Write random models with the shapes of Qwen3-0.6B and 1.7B in bf16, and the recipes of the check.
+
+Beside the whole models there are shallow ones of four layers, since a checkpoint of the whole student takes 8 GB.
 
 python tools/gpu_check/make_models.py FOLDER [--small]      --small: a few thousand parameters, for a rehearsal on a CPU
 """
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 
 PAIR = Path(__file__).resolve().parents[2] / "recipes" / "countdown"  # lends its tokenizer
 VOCAB_SIZE = 151_936
+SHALLOW_LAYERS = 4
 COMMON = {
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
@@ -85,15 +88,14 @@ def write_model(folder: Path, role: str, shape: dict[str, Any]) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
-def recipe(folder: Path, small: bool) -> dict[str, Any]:
-    """Return the recipe of one iteration at real width: 64 prompts, on a GPU responses of 256 tokens."""
+def recipe(folder: Path, models: str, response_tokens: int, small: bool) -> dict[str, Any]:
     return {
         "run": {"folder": str(folder / "runs" / "real_width"), "save_interval": 0},
-        "student": {"model": str(folder / "student"), "precision": "bf16"},
-        "teacher": {"model": str(folder / "teacher"), "precision": "bf16"},
+        "student": {"model": str(folder / f"{models}student"), "precision": "bf16"},
+        "teacher": {"model": str(folder / f"{models}teacher"), "precision": "bf16"},
         "data": {"source": "countdown", "template": "raw"},
         "objective": {"preset": "eopd"},
-        "rollout": {"max_response_tokens": 8 if small else 256},
+        "rollout": {"max_response_tokens": 8 if small else response_tokens},
         "train": {
             "iterations": 3,
             "prompts_per_iteration": 8 if small else 64,
@@ -108,9 +110,13 @@ def recipe(folder: Path, small: bool) -> dict[str, Any]:
 def main() -> None:
     folder, small = Path(sys.argv[1]).resolve(), "--small" in sys.argv
     for role, shape in SHAPES.items():
-        write_model(folder / role, role, shape | (SMALL if small else {}))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder, small)))
-    print(f"random models and a recipe in {folder}")
+        shape |= SMALL if small else {}
+        write_model(folder / role, role, shape)
+        write_model(folder / f"shallow_{role}", role, shape | {"num_hidden_layers": SHALLOW_LAYERS})
+    for name, models, response_tokens in (("recipe", "", 256), ("shallow", "shallow_", 64)):
+        text = yaml.safe_dump(recipe(folder, models, response_tokens, small))
+        (folder / f"{name}.yaml").write_text(text)
+    print(f"random models and recipes in {folder}")
 
 
 if __name__ == "__main__":

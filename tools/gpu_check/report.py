@@ -2,7 +2,8 @@
 
 report.py compare RUN RUN          two runs that must be equal: metrics and exported weights
 report.py speed METRICS PLAN       an iteration's rates, and its peak memory beside the plan's
-report.py write WORK OUT SECONDS   check.json and check.md of all steps; exits with 1 if one has failed
+report.py environment              versions, commit and device, as JSON
+report.py write WORK OUT SECONDS   check.json and check.md of the steps so far; exits with 1 if one has failed
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
-
-import torch
-from safetensors.torch import load_file
 
 from tools.gpu_check.findings import PREFIX, record
 
@@ -34,6 +32,8 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 def compare(first: Path, second: Path) -> None:
     """Record whether two runs have equal metrics, and how far their exported students lie from each other."""
+    from safetensors.torch import load_file
+
     runs = [metrics(folder / "metrics.jsonl") for folder in (first, second)]
     names = [name for name in runs[0][-1] if not name.startswith(UNEQUAL)]
     for one, other in zip(*runs, strict=True):
@@ -50,6 +50,8 @@ def speed(path: Path, plan: Path) -> None:
     for name in sorted(last):
         if name.startswith(("time/", "throughput/", "rollout/tokens", "rollout/logprob_gap", "optimizer/grad_norm")):
             record(name, last[name])
+    import torch
+
     recipe = json.loads(plan.read_text())["recipe"]
     phases: dict[str, float] = {}
     for part in recipe["parts"]:
@@ -97,8 +99,10 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def environment(seconds: int) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Return what the figures depend on."""
+    import torch
+
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     cuda = torch.cuda.is_available()
     return {
@@ -108,7 +112,6 @@ def environment(seconds: int) -> dict[str, Any]:
         **{package: version(package) for package in PACKAGES},
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
-        "seconds": seconds,
     }
 
 
@@ -123,7 +126,8 @@ def write(work: Path, out: Path, seconds: int) -> int:
         steps.append(
             {"step": name, "ok": ok, "code": int(code), "seconds": int(took), "limit": int(limit), "findings": found}
         )
-    result = {"environment": environment(seconds), "steps": steps}
+    versions = json.loads((work / "environment.json").read_text())
+    result = {"environment": versions | {"seconds": seconds}, "steps": steps}
     (out / "check.json").write_text(json.dumps(result, indent=1) + "\n")
     text = markdown(result)
     (out / "check.md").write_text(text)
@@ -177,5 +181,7 @@ if __name__ == "__main__":
         compare(*map(Path, arguments))
     elif command == "speed":
         speed(*map(Path, arguments))
+    elif command == "environment":
+        print(json.dumps(environment()))
     else:
         sys.exit(write(Path(arguments[0]), Path(arguments[1]), int(arguments[2])))

@@ -1,0 +1,29 @@
+"""The GPU check's rehearsal on a CPU: the script that a borrowed GPU gets to run must not fail for reasons of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = ["update_group", "dp2_overlap", "stop_and_resume", "exact", "memory", "real_width"]
+
+
+@pytest.mark.server
+@pytest.mark.timeout(1200)
+def test_the_rehearsal_passes_and_a_failed_step_is_told(tmp_path: Path) -> None:
+    """Also: the report of what has ended exists while later steps still run (it is written after every step)."""
+    environment = os.environ | {"EAOPD_VENV": sys.prefix}
+    command = ["bash", "tools/gpu_check.sh", "--rehearse", "--out", str(tmp_path), "--steps", " ".join(STEPS)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = {step["step"]: step for step in json.loads((tmp_path / "check.json").read_text())["steps"]}
+    assert sorted(steps) == sorted(STEPS) and all(step["ok"] for step in steps.values()), done.stdout
+    names = {finding["name"] for step in steps.values() for finding in step["findings"]}
+    assert "a resumed run's student, bit for bit (largest difference of a weight)" in names
+    assert "a broadcast to a dead server" in names and "throughput/tokens_per_second" in names
