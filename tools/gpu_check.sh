@@ -147,6 +147,8 @@ step kernels 170 "${run[@]}" test_with "${parallel[@]}" --junitxml "$work/kernel
 wait
 echo "[$((SECONDS - started)) s] memory and speed: one step at a time"
 step memory 80 "$python" tools/gpu_check/memory.py "$work"
+"$python" -c 'import transformer_engine.pytorch' 2>/dev/null &&
+    step transformer_engine 60 "$python" tools/gpu_check/engine_layers.py "$work"
 step real_width 90 "${run[@]}" real_width
 step speed 70 "${run[@]}" test_with --junitxml "$work/speed.xml" tests/gpu/test_objective_gpu.py -k "$alone"
 step objective 60 "$python" tools/benchmark_objective.py "${sizes[@]}" --json "$work/objective.json"
