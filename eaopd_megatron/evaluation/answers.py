@@ -66,8 +66,9 @@ def normalise(answer: str) -> str:
 def same_words(gold: str, answer: str) -> bool:
     r"""Return whether two answers are the same words, inside \text{} or not, and whatever the first letter's case."""
     words = [normalise(_WORDS.sub(r"\1", text)) for text in (gold, answer)]
-    starts = [word[:1].lower() for word in words]
-    return starts[0] == starts[1] and words[0][1:] == words[1][1:] and (words[0] == words[1] or len(words[0]) > 2)
+    one, other = words
+    alike = one[:1].lower() == other[:1].lower() and one[1:] == other[1:] and one.isalpha() and len(one) > 2
+    return one == other or alike
 
 
 def strip_font(answer: str) -> str:
@@ -142,7 +143,9 @@ _FACTORIAL = re.compile(r"(\d{5,})!")
 _FRACTION = re.compile(rf"([-+]?)\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}")
 _MIXED = re.compile(r"([-+]?)(\d+)\\frac\{(\d+)\}\{(\d+)\}")
 _BASE = re.compile(r"\\hat\{base(\w+)in\d+\}")  # as `notation.rewrite` writes a number in another base
+_NO_SOLUTION = re.compile(r"\\text\{\s*[Nn]o (?:real |integer )?solutions?\.?\s*\}")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?|\\text\{\s*\(?([A-Za-z])\)?\s*\}")
+_LOGARITHM = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")  # of which base, the question says
 _ANGLE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\text\{\s*degrees?\s*\}")
 _EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)|\\approx(?![a-z])")
 _GOLDS_NAME = re.compile(r"\s*\\?[A-Za-z]\s*(?:_\s*(?:\w|\{[^{}]*\})\s*)?(?:\([A-Za-z]\)\s*)?")  # x, f(x), X_{d}
@@ -247,9 +250,11 @@ def _same(gold: str, answer: str, equal: EqualityCheck) -> bool | None:
         return choices[0].lower() == choices[1].lower()
     if bool(_BASE.fullmatch(gold)) != bool(_BASE.fullmatch(answer)):
         return bool(_BASE.fullmatch(gold)) and _BASE.sub(r"\1", gold) == answer
+    if (_LOGARITHM.search(gold) is None) != (_LOGARITHM.search(answer) is None) and r"\ln" in gold + answer:
+        gold, answer = _LOGARITHM.sub(r"\\ln", gold), _LOGARITHM.sub(r"\\ln", answer)
     if bool(_ANGLE.search(gold)) != bool(_ANGLE.search(answer)) and r"\pi" in gold + answer:
         gold, answer = (_ANGLE.sub(r" \\cdot \\frac{\\pi}{180}", text) for text in (gold, answer))
-    answer = _TEXT_WITH_UNITS.sub(r"\1", answer)
+    gold, answer = (_TEXT_WITH_UNITS.sub(r"\1", _NO_SOLUTION.sub(r"\\emptyset", text)) for text in (gold, answer))
     gold, answer = _MARKED_UNITS.sub("", gold), _MARKED_UNITS.sub("", answer)
     answer = _BARE_UNITS.sub("", answer)  # a gold's last letter is a variable: \frac{37}{4} m
     numbers = exact_number(gold), exact_number(answer)

@@ -12,6 +12,7 @@ math-verify parses; what it decides wrongly is decided here first:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Sequence
@@ -56,8 +57,10 @@ def equal(gold: str, answer: str | None = None, relations: bool = False) -> bool
     answers = _read(answer, strip)
     first = [parsed[0] for parsed in (golds, answers) if parsed and not isinstance(parsed[0], str)]
     if "%" not in gold + answer and len(first) == 2:  # 8% equals 8 and 0.08
+        verdict = None
         braces = any(_BRACES.fullmatch(text) for text in (gold, answer))
-        verdict = _same(first[0], first[1], relations, listed=not braces)
+        with contextlib.suppress(Exception):  # of sympy, which raises many; math-verify compares then
+            verdict = _same(first[0], first[1], relations, listed=not braces)
         if verdict is not None:
             return verdict
     return bool(verify(golds, answers, allow_set_relation_comp=relations, timeout_seconds=None, raise_on_error=True))

@@ -12,6 +12,7 @@ from sympy.core.alphabets import greeks
 _DIGITS = 40
 _EXACT, _DECIMAL = 1e-30, 2e-6  # relative tolerances
 _INTEGER_FUNCTIONS = (sympy.floor, sympy.ceiling, sympy.Mod, sympy.factorial, sympy.binomial, sympy.Sum, sympy.Product)
+_SMALL = sympy.Float("1e-100")
 _NO_NUMBERS = (sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
 _FAMILY = Symbol("hat{z}", real=True)  # so named by `notation.rewrite`
 
@@ -29,21 +30,33 @@ def same_expression(gold: Any, answer: Any) -> bool | None:
         first, second = value_at(exact[0], {}), value_at(exact[1], {})
         unclear = first is None or second is None or _close(first, second, _DECIMAL)
         return None if unclear else False  # math-verify demands six places, too
+    signed = gold.has(sympy.Abs) != answer.has(sympy.Abs)
     gold, answer = gold.doit(), answer.doit()
     if any(one.has(*_NO_NUMBERS) for one in (gold, answer)) or all(one.is_Rational for one in (gold, answer)):
         return bool(gold == answer)
     gold, answer = (sympy.nsimplify(one, rational=True) if decimal else one for one in (gold, answer))
-    verdict = _agree_at_points(gold, answer, symbols, _DECIMAL if decimal else _EXACT)
+    if not symbols and (verdict := _same_small_number(gold, answer)) is not None:
+        return verdict
+    verdict = _agree_at_points(gold, answer, symbols, _DECIMAL if decimal else _EXACT, signed)
     if not verdict and _FAMILY in symbols:
         return _same_family(gold, answer)
     return verdict
+
+
+def _same_small_number(gold: Any, answer: Any) -> bool | None:
+    """Compare numbers of which one is 0 or too small to be told from it; None for others."""
+    values = [value_at(one, {}) for one in (gold, answer)]
+    if None in values or all(abs(value) > _SMALL for value in values):
+        return None
+    return bool(sympy.simplify(gold - answer) == 0)
 
 
 def _is_word(one: Any) -> bool:
     return isinstance(one, Symbol) and len(one.name) > 1 and one.name.isalpha() and one.name.lower() not in greeks
 
 
-def _agree_at_points(gold: Any, answer: Any, symbols: Sequence[Any], tolerance: float) -> bool | None:
+def _agree_at_points(gold: Any, answer: Any, symbols: Sequence[Any], tolerance: float, signed: bool) -> bool | None:
+    """signed: one of the two is written with an absolute value."""
     imaginary = {Symbol("i", real=True): sympy.I}
     symbols = [one for one in symbols if one not in imaginary]
     alternating = any(one.base.is_negative and one.exp.free_symbols for one in _powers(gold, answer))
@@ -51,8 +64,12 @@ def _agree_at_points(gold: Any, answer: Any, symbols: Sequence[Any], tolerance: 
     compared = 0
     for number, point in enumerate(sample_points(symbols, whole)):
         point |= imaginary
-        if number >= 4 and not whole and not _is_real_there((gold, answer), point):
-            continue  # with a negative number, roots and logarithms only have values if they are real
+        if number >= 4 and not whole:  # roots and logarithms of negative numbers have no value
+            real = [_is_real_there(one, point) for one in (gold, answer)]
+            if signed and real[0] != real[1]:
+                return False  # ln |x| has more values than ln x
+            if not all(real):
+                continue
         values = value_at(gold, point), value_at(answer, point)
         if None in values:
             continue
@@ -81,10 +98,10 @@ def _powers(*expressions: Any) -> set[Any]:
     return set().union(*(one.atoms(sympy.Pow) for one in expressions))
 
 
-def _is_real_there(expressions: Iterable[Any], point: dict[Any, Any]) -> bool:
-    """Return whether all roots and logarithms in expressions have positive arguments at a point."""
-    arguments = [one.base for one in _powers(*expressions) if not one.exp.is_integer]
-    arguments += [one.args[0] for expression in expressions for one in expression.atoms(sympy.log)]
+def _is_real_there(expression: Any, point: dict[Any, Any]) -> bool:
+    """Return whether all roots and logarithms in an expression have positive arguments at a point."""
+    arguments = [one.base for one in _powers(expression) if not one.exp.is_integer]
+    arguments += [one.args[0] for one in expression.atoms(sympy.log)]
     values = [value_at(one, point) for one in arguments]
     return all(value is not None and value.is_real and value >= 0 for value in values)
 
@@ -99,7 +116,7 @@ def value_at(expression: Any, point: dict[Any, Any]) -> Any:
 
 
 def _close(one: Any, other: Any, tolerance: float) -> bool:
-    return bool(abs(one - other) <= tolerance * max(abs(one), abs(other)) + sympy.Float("1e-100"))
+    return bool(abs(one - other) <= tolerance * max(abs(one), abs(other)) + _SMALL)
 
 
 def _same_family(gold: Any, answer: Any) -> bool | None:

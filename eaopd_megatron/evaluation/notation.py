@@ -46,7 +46,18 @@ _CHARACTERS = {
         )
     ),
     **{letter: rf"\mathbb{{{name}}}" for letter, name in zip("ℝℤℚℕℂ", "RZQNC", strict=True)},
-    **{"−": "-", "–": "-", "°": r"^\circ ", "′": "'", "、": ",", "ℯ": "e"},
+    **{
+        "−": "-",
+        "–": "-",
+        "°": r"^\circ ",
+        "˚": r"^\circ ",
+        "º": r"^\circ ",
+        "∨": r"\lor ",
+        "∧": r"\land ",
+        "′": "'",
+        "、": ",",
+        "ℯ": "e",
+    },
 }
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni", strict=True))
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-", strict=True))
@@ -71,7 +82,21 @@ _REPEATING = re.compile(
 _DOTTED = re.compile(r"\\dot\{?(\d)\}?(\d*)\\dot\{?(\d)\}?")
 _CONTINUED = re.compile(r"(?<![\d.])(\d*)\.(\d*?)(\d{1,6}?)\3\3+\s*(?:\.\.\.|\\l?dots|\\cdots)")
 _UPRIGHT = re.compile(
-    rf"(?!^)(?:{_TEXT}|\\mathit)(?:\s*\{{\s*(e|i|\\pi)\s*\}}|\s+(e|i)(?![A-Za-z]))"  # the whole text is a choice
+    rf"(?:{_TEXT}|\\mathit)(?:\s*\{{\s*(e|i|\\pi)\s*\}}|\s+(e|i)(?![A-Za-z]))"  # the whole text is a choice
+)
+_SYNONYMS = {r"\langle": "(", r"\rangle": ")", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lg": r"\log_{10}"}
+_SYNONYMS |= dict.fromkeys([r"\lor", r"\vee"], r"\text{ or }") | dict.fromkeys([r"\land", r"\wedge"], r"\text{ and }")
+_PHRASES = {
+    "the empty set": r"\emptyset",
+    "empty set": r"\emptyset",
+    "infinity": r"\infty",
+    "all real numbers": r"\mathbb{R}",
+    "all reals": r"\mathbb{R}",
+}
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_PHRASES |= {word: str(digit) for digit, word in enumerate(_DIGITS)}
+_SET_BUILDER = re.compile(
+    r"\\\{ ?([a-z]) ?(?:\\in ?\\mathbb ?\{R\} ?)?(?:\\mid|\\vert|\||:) ?(.*[<>=].*|.*\\[lg]e .*)\\\}"
 )
 _SPACES = re.compile(
     r"(?:\\[,;:> ]|~|\\q?quad(?![A-Za-z])|\\hspace\*?\{[^{}]*\}|\\(?:thin|med|en)space(?![A-Za-z])|\s)+"
@@ -94,7 +119,10 @@ _DECLARED = re.compile(
 FAMILY = r"\hat{z}"
 """The integer of a family such as pi/2 + k pi."""
 _STEP = rf"\\pi(?![A-Za-z])|\d+ ?{_DEGREES}"
+_CONSTANTS = re.compile(rf"{_TEXT}\s*\{{[^{{}}]*\}}|(?<![A-Za-z\\])(?<!hat\{{)(?:([Ee])(?= ?_)|(I)(?![A-Za-z(]))")
+"""Letters that the parser takes for Euler's number or the imaginary unit; words are passed over."""
 _PERIODS = re.compile(
+    r"\(\d* ?([klmn]) ?[+-] ?\d+\) ?\\pi(?![A-Za-z])|"
     rf"(?<![A-Za-z\\])([klmn]) ?(?:\\cdot|\\times)? ?(?:{_STEP})"
     rf"|(?:{_STEP}) ?(?:\\cdot|\\times)? ?([klmn])(?![A-Za-z_^'(])"
 )
@@ -103,8 +131,12 @@ _PERIODS = re.compile(
 def rewrite(text: str) -> str:
     """Return an answer in LaTeX without what has no meaning; it may still be words."""
     text = _spaces(_plain_latex(_unicode(text)))
-    text = _numbers(text)
-    return _names(text).strip()
+    words = re.sub(rf"^ ?{_TEXT}\s*\{{(.*)\}}\.?$", r"\1", text).strip(" .").lower()
+    if words in _PHRASES:
+        return _PHRASES[words]
+    if builder := _SET_BUILDER.fullmatch(text.strip()):
+        text = builder[2]
+    return _names(_numbers(text)).strip()
 
 
 def _unicode(text: str) -> str:
@@ -148,11 +180,15 @@ def _plain_latex(text: str) -> str:
         .replace(r"\lvert", "|")
         .replace(r"\rvert", "|")
     )
-    text = _UPRIGHT.sub(lambda letter: f"{{{letter[1] or letter[2]}}}", text)
+    if not _UPRIGHT.fullmatch(text.strip()):
+        text = _UPRIGHT.sub(lambda letter: f"{{{letter[1] or letter[2]}}}", text)
     text = re.sub(r"\\degrees?(?![A-Za-z])", r"^\\circ ", text)
     if pair := re.fullmatch(r"\s*(?:\\langle|<)([^<>]*,[^<>]*)(?:\\rangle|>)\s*", text):
         text = f"({pair[1]})"
-    return text.replace(r"\langle", "(").replace(r"\rangle", ")")
+    for command, simple in _SYNONYMS.items():
+        text = re.sub(rf"{re.escape(command)}(?![A-Za-z])", lambda _, simple=simple: simple, text)
+    text = re.sub(r"\\(min|max) ?\\\{(.*?)\\\}", r"\\\1(\2)", text)
+    return re.sub(r"([\s\d])([AaPp])\. ?[Mm]\.?|\b([AP])M\b", lambda m: f"{m[1] or ''}{(m[2] or m[3]).lower()}m", text)
 
 
 def _spaces(text: str) -> str:
@@ -169,6 +205,7 @@ def _numbers(text: str) -> str:
     text = _CONTINUED.sub(_repeating_decimal, _REPEATING.sub(_repeating_decimal, text))
     text = _ARGUMENTS.sub(lambda m: f"{m[4]}{{{m[5]}}} " if m[4] else rf"\{m[1]}{{{m[2]}}}{{{m[3]}}}", text)
     text = _MIXED.sub(lambda m: rf"{m[1]}\frac{{{m[2]}}}{{{m[3]}}}" if int(m[2]) < int(m[3]) else m[0], text)
+    text = re.sub(r"(\\sqrt|\\frac ?\{[^{}]*\}) ?(\d\d+)", r"\1{\2}", text)
     text = _MODULUS.sub(lambda m: rf"\pmod{{{m[1] or m[2] or m[3]}}}", text)
     text = re.sub(r"(\d) (?=\\frac)", r"\1", text)
     return _SCALE.sub(_scaled_number, text)
@@ -222,14 +259,10 @@ def _names(text: str) -> str:
     text = re.sub(
         r"\\overline ?\{ ?([A-Z]) ?([A-Z]) ?\}", lambda m: rf"\overline{{{min(m[1], m[2])}{max(m[1], m[2])}}}", text
     )
-    text = re.sub(
-        r"(?<![A-Za-z\\])(?<!hat\{)(?<!text\{)(?<!rm\{)(?<!bf\{)(?:([Ee])(?= ?_)|(I)(?![A-Za-z(]))",
-        lambda m: rf"\hat{{{m[1] or m[2]}}}",
-        text,
-    )
+    text = _CONSTANTS.sub(lambda m: rf"\hat{{{m[1] or m[2]}}}" if m[1] or m[2] else m[0], text)
     text = re.sub(r"(?:^|(?<=,)|(?<=, ))([A-Z]{3,})(?=$|,| ?\\text)", r"\\text{\1}", text)
     parts = [part.strip() for part in text.split(":")]
-    if len(parts) > 2 and all(re.fullmatch(r"[^,=<>]+", part) for part in parts):
+    if len(parts) > 2 and "\\text" not in text and all(re.fullmatch(r"[^,=<>]+", part) for part in parts):
         text = f"(1, {', '.join(rf'FRAC{{{part}}}{{{parts[0]}}}' for part in parts[1:])})".replace("FRAC", r"\frac")
     return text
 
@@ -246,7 +279,7 @@ def _number_in_base(match: re.Match[str]) -> str:
     digits = re.sub(rf"{_TEXT}|[{{}}\s]", "", match[1]).lstrip("0") or "0"
     number = _BASES.get(base) or int(base)
     if number == 10:
-        return digits
+        return f"0{digits}"  # equal to the number, and not a base left out
     if not 2 <= number <= 36 or any(int(digit, 36) >= number for digit in digits):
         return match[0]
     return rf"\hat{{base{digits}in{number}}}"
@@ -259,7 +292,7 @@ def _family(text: str) -> str:
         letters.add(next(letter for letter in match.groups() if letter))
         text = text[: match.start()].rstrip(" ,;")
     elif re.search(r"[+\-]|\\pm", text) or re.fullmatch(r"\d* ?(?:[klmn] ?\\pi|\\pi ?[klmn])", text.strip()):
-        letters |= {m[1] or m[2] for m in _PERIODS.finditer(text)}
+        letters |= {next(filter(None, m.groups())) for m in _PERIODS.finditer(text)}
     if len(letters) != 1:
         return text
     return re.sub(rf"(?<![A-Za-z\\]){letters.pop()}(?![A-Za-z_])", lambda _: FAMILY, text)
