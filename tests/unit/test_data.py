@@ -139,7 +139,7 @@ class Words:
     chat_template = None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        assert not add_special_tokens
+        assert add_special_tokens  # a text gets the BOS of its tokenizer; only a chat template writes its own
         return [len(word) for word in text.split()]
 
 
