@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
 import re
 import shutil
@@ -23,6 +22,7 @@ from eaopd_megatron.checkpoint.published_formats import (
 )
 from eaopd_megatron.checkpoint.safetensors_io import SAFETENSORS_DTYPES, LazyTensor, TensorFiles, TensorLocation
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.models.digest import HUB_ID, model_digest, split_revision
 from eaopd_megatron.models.families import family_of
 from eaopd_megatron.models.mapping import Family
 from eaopd_megatron.models.supported import check_model, max_positions
@@ -45,9 +45,6 @@ CONFIG_AND_TOKENIZER_FILES = (
 )
 _PAPERS = re.compile(r"(licen[cs]e|notice|copying|copyright|readme|use_policy)\b.*", re.IGNORECASE)
 """Names of the files without which a model may not be passed on, or is not understood."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
-"""Keys of config.json that do not describe the model."""
 _HUB_PAPERS = ("LICEN?E*", "NOTICE*", "README*", "USE_POLICY*")
 _HUB_FILES = [
     *("*.json", "*.safetensors", *_HUB_PAPERS),
@@ -67,7 +64,7 @@ class HfFolder:
 
     @classmethod
     def open(cls, path: str, name: str = "model") -> HfFolder:
-        """Open a local folder, or download the hub id `owner/name`.
+        """Open a local folder, or download the hub id `owner/name` or `owner/name@revision`.
 
         name: the folder's role for the user (`student.model`), which starts every error line.
         Raises UserError if the folder or config.json is missing or broken, or the architecture has no mapping.
@@ -157,24 +154,9 @@ class HfFolder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest of config.json and the weights, equal for copies in other folders or differently split files.
-
-        Covers name, dtype and shape of each tensor and three of its rows (three pieces of a vector), so it is cheap at
-        any model size: it tells different weights apart, but may miss an edit of a few elements.
-        Raises UserError as `check_tensors` does.
-        """
+        """`model_digest` of the folder. Raises UserError as `check_tensors` does."""
         self.check_tensors()
-        raw = read_json(self.path / "config.json", self.label)
-        settings = {key: value for key, value in raw.items() if key not in _IGNORED_CONFIG_KEYS}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for name in sorted(self.family.hf_shapes(self.config)):
-            shape, location, tensor = self.shape(name), self.files.locations[name], self.slice(name)
-            digest.update(f"{name} {location.dtype} {shape}".encode())
-            rows = shape[0] if shape else 1
-            count = 1 if len(shape) > 1 else min(rows, 64)
-            for start in (0, (rows - count) // 2, rows - count):
-                digest.update(tensor[start : start + count].contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return model_digest(self.path)
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -318,15 +300,18 @@ def _find(path: str, name: str) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"{name}: {path} is a file; give the Hugging Face folder that holds config.json")
-    if not _HUB_ID.fullmatch(path):
+    if not HUB_ID.fullmatch(path):
         raise UserError(f"{name}: there is no folder {path}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
+        hub_id, revision = split_revision(path)
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
     except RepositoryNotFoundError:
         reason = "the Hugging Face hub has no such model, or not for you"
+    except RevisionNotFoundError:
+        reason = f"the Hugging Face hub's {hub_id} has no revision {revision}"
     except LocalEntryNotFoundError:
         reason = "the Hugging Face hub cannot be reached and the model is not in its cache"
     except Exception as error:  # any network, disk or hub fault

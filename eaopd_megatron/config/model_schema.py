@@ -36,7 +36,7 @@ class StudentConfig(Section):
     """The model that is trained, and its layout over the ranks."""
 
     model: NonEmptyStr
-    """Hugging Face folder or hub id."""
+    """Hugging Face folder, or hub id `owner/name` or `owner/name@COMMIT`."""
     tensor_parallel: PositiveInt = 1
     """Tensor-parallel size. [ranks]"""
     pipeline_parallel: PositiveInt = 1
@@ -89,7 +89,7 @@ class TeacherConfig(Section):
     """
 
     model: NonEmptyStr
-    """Hugging Face folder or hub id."""
+    """Hugging Face folder, or hub id `owner/name` or `owner/name@COMMIT`."""
     placement: Literal["colocated", "separate", "served"] = "colocated"
     """colocated: on the student's ranks; separate: on ranks of its own (`eaopd teach`); served: by SGLang."""
     signal: Literal["auto", "topk", "hidden", "logits"] = "auto"

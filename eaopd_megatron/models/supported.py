@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.config.schema import teacher_key
 from eaopd_megatron.errors import UserError
+from eaopd_megatron.models.digest import HUB_ID, local_folder, split_revision
 from eaopd_megatron.models.mapping import config_values
 from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.utils.files import read_json
@@ -28,7 +29,6 @@ AnyLayout = TypeVar("AnyLayout", bound=ParallelLayout)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary position types whose frequencies do not depend on the sequence length."""
 _HUB_TIMEOUT = 10.0  # seconds
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def check_supported(hf_config: Any, layout: ParallelLayout, label: str) -> None:
@@ -212,15 +212,8 @@ def check_local_model(model: str, layout: ParallelLayout, key: str) -> None:
 
 def local_config(model: str, key: str) -> dict[str, Any] | None:
     """Return the parsed config.json of a local folder or of the hub's cache; None where neither has the model."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return read_json(folder / "config.json", f"{key}: {folder}")
-    if folder.exists() or not _HUB_ID.fullmatch(model):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(model, "config.json")
-    return read_json(Path(cached), f"{key}: {model}") if isinstance(cached, str) else None
+    folder = local_folder(model)
+    return None if folder is None else read_json(folder / "config.json", f"{key}: {folder}")
 
 
 # Models that a plan names
@@ -242,7 +235,7 @@ def find_model(name: str, key: str, *, served: bool = False) -> ModelInfo:
     configuration, or for one that this version cannot hold. served: SGLang runs the model, which holds others too.
     """
     folder = Path(name).expanduser()
-    if not folder.is_dir() and (folder.exists() or not _HUB_ID.fullmatch(name)):
+    if not folder.is_dir() and (folder.exists() or not HUB_ID.fullmatch(name)):
         raise UserError(f"{key}: {name} is no folder with a config.json and no hub id owner/name")
     config, why = local_config(name, key), ""
     if config is None:
@@ -274,7 +267,7 @@ _QWEN3: dict[str, tuple[tuple[int, ...], bool]] = {  # values of the names above
 
 def built_in_shape(name: str) -> ModelShape | None:
     """Return the sizes of Qwen/Qwen3-..., base and chat model alike; None for any other name."""
-    match = re.fullmatch(r"Qwen/Qwen3-(.+?)(-Base)?", name)
+    match = re.fullmatch(r"Qwen/Qwen3-(.+?)(-Base)?", split_revision(name)[0])
     if match is None or match[1] not in _QWEN3:
         return None
     values, tied = _QWEN3[match[1]]
@@ -309,8 +302,9 @@ def _from_hub(name: str) -> tuple[dict[str, Any] | None, str]:
 
     if constants.HF_HUB_OFFLINE:
         return None, "HF_HUB_OFFLINE is set"
+    hub_id, revision = split_revision(name)
     try:
-        status, content = _download(hf_hub_url(name, "config.json"), build_hf_headers())
+        status, content = _download(hf_hub_url(hub_id, "config.json", revision=revision), build_hf_headers())
         if status != 200:
             return None, f"the Hugging Face hub answers {status}"
         config = json.loads(content)

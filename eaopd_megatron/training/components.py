@@ -74,7 +74,12 @@ class Components:
     rollout: RolloutEngine
     sampling: SamplingParams
     evaluator: Evaluator
-    positions: dict[str, int]  # of each model, by its key in the recipe
+    folders: dict[str, HfFolder]  # of student and teachers, by their key in the recipe
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """`HfFolder.max_positions` by the model's key."""
+        return {key: folder.max_positions for key, folder in self.folders.items()}
 
 
 def build_components(
@@ -155,7 +160,7 @@ def build_components(
         rollout,
         SamplingParams(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
         build_evaluator(recipe, parallel, rollout, student_folder, tokenizer, stop_ids, log),
-        {folder.name: folder.max_positions for folder in (student_folder, *teacher_folders.values())},
+        {folder.name: folder for folder in (student_folder, *teacher_folders.values())},
     )
 
 

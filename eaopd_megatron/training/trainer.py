@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,8 +19,10 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_export import export_hf
 from eaopd_megatron.config import Recipe
+from eaopd_megatron.config.schema import teacher_key
 from eaopd_megatron.data.prompts import PromptCursor
 from eaopd_megatron.data.types import Sample
+from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import ServiceUnavailable, StopRequested, UserError
 from eaopd_megatron.evaluation.results import result_file_name
@@ -62,6 +65,11 @@ class Trainer:
             recipe, parallel, self.folder, stop_signal=lambda: self._signal or 0, log=self.log
         )
         self.student, self.teachers = self.components.student, self.components.teachers
+        names = {"student.model": recipe.student.model}
+        names |= {f"{teacher_key(name)}.model": one.model for name, one in recipe.named_teachers().items()}
+        models = {key: (names[key], folder.path) for key, folder in self.components.folders.items()}
+        check = partial(self.folder.check_models, models)
+        self._models = run_on_all_or_raise(parallel, lambda: check() if parallel.is_main else {})
         report = self.folder.path / "decontamination.json" if parallel.is_main else None
         problems = load_training_problems(recipe.data, report, self.log)
         self._teacher_model = {name: one.model for name, one in recipe.named_teachers().items()}
@@ -330,6 +338,7 @@ class Trainer:
         if not self.parallel.is_main:
             return
         self.folder.write_config(self.recipe)
+        self.folder.write_models(self._models)
         atomic_write(self.folder.path / "environment.json", json.dumps(describe_environment(), indent=1) + "\n")
         options = self.recipe.reporting
         wandb = {"project": options.wandb_project, "name": options.wandb_name, "config": self.recipe.model_dump()}
