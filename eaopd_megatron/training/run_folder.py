@@ -106,7 +106,7 @@ class RunFolder:
         for key, now in record.items():
             was = before.get(key, now)
             if was["digest"] and now["digest"] and was["digest"] != now["digest"]:
-                old, new = (f"{one['model']} ({one['folder']}, digest {one['digest'][:12]})" for one in (was, now))
+                old, new = (f"{one['model']} ({one['folder']}, digest {one['digest']:.12})" for one in (was, now))
                 raise UserError(
                     f"{self.path} holds a run whose {key} had other weights or another config.json: {old} then, "
                     f"{new} now; give that model again (of the hub: owner/name@COMMIT), or choose another run.folder"

@@ -67,8 +67,8 @@ class Trainer:
         self.student, self.teachers = self.components.student, self.components.teachers
         names = {"student.model": recipe.student.model}
         names |= {f"{teacher_key(name)}.model": one.model for name, one in recipe.named_teachers().items()}
-        models = {key: (names[key], folder.path) for key, folder in self.components.folders.items()}
-        check = partial(self.folder.check_models, models)
+        opened = {key: (names[key], folder.path) for key, folder in self.components.folders.items()}
+        check = partial(self.folder.check_models, opened)
         self._models = run_on_all_or_raise(parallel, lambda: check() if parallel.is_main else {})
         report = self.folder.path / "decontamination.json" if parallel.is_main else None
         problems = load_training_problems(recipe.data, report, self.log)
