@@ -4,8 +4,9 @@
 #   bash tools/test.sh [--all] [pytest arguments]
 #
 # Without --all: every test that needs only this checkout. With --all, also those marked server (an SGLang server), slurm
-# (root, and a one-machine Slurm cluster) and shared_data (data sets beside the checkout); the servers' environment is
-# created if it is missing, and Slurm installed if apt-get can do it. Example:  bash tools/test.sh tests/unit -k grading
+# (root, and a one-machine Slurm cluster) and shared_data (data sets beside the checkout), and tests/te on Transformer
+# Engine's Python; the servers' environment and that one are created if they are missing, and Slurm installed if apt-get
+# can do it. Example:  bash tools/test.sh tests/unit -k grading
 set -euo pipefail
 # shellcheck source=tools/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
@@ -27,10 +28,13 @@ install_slurm() {
     [[ -z "$(trap -p EXIT)" ]] || { rm -f "$policy" && trap - EXIT; }
 }
 
-selection="not server and not slurm and not shared_data and not gpu"
+engine=""
+selection="not server and not slurm and not shared_data and not gpu and not te"
 if [[ "${1:-}" == --all ]]; then
-    selection="not gpu"
+    selection="not gpu and not te"
     shift
+    bash "$root/tools/install_te_cpu.sh"
+    engine="${EAOPD_TE_VENV:-$root/.venv-te}/bin/python"
     # on a machine with CUDA the sglang extra of this environment is used instead
     command -v nvidia-smi >/dev/null || bash "$root/tools/install_sglang_cpu.sh"
     install_slurm
@@ -65,6 +69,7 @@ second=$!
 trap 'kill "$second" 2>/dev/null || true; rm -f "$output"' EXIT
 code=0
 pytest "${beside[@]/#/--ignore=}" || code=$?
+[[ -z "$engine" ]] || "$engine" -m pytest -p no:cacheprovider -m te --durations=3 tests/te || code=$?
 wait "$second" || code=$?
 cat "$output"
 exit "$code"

@@ -106,7 +106,9 @@ def check_no_host_reads(group: dist.ProcessGroup, folder: str, layout: dict[str,
 
     def reading(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def method(*args: Any, **options: Any) -> Any:
-            found.append(f"{name}\n{''.join(traceback.format_stack(limit=3)[:-1])}")
+            stack = traceback.format_stack(limit=4)[:-1]
+            if not any("te_cpu" in frame for frame in stack):  # what stands for a kernel
+                found.append(f"{name}\n{''.join(stack)}")
             return real(*args, **options)
 
         return method
