@@ -79,7 +79,7 @@ def check_checkpoint(group: dist.ProcessGroup, folder: str, out: str, saved: boo
         save_sharded(Path(out), sharded_training_state(first), parallel)
     with engine(loaded), model_parallel(ParallelLayout()) as parallel:
         second = build_model(source.config, parallel.layout, source.dtype)
-        state = load_sharded(Path(out), sharded_training_state(second, loading=True), parallel)
+        state = load_sharded(Path(out), sharded_training_state(second), parallel)
         load_training_state(second, None, state)
         expected = checks_models.loaded(source, parallel).global_parameters()
         found = second.global_parameters()

@@ -20,13 +20,22 @@ import torch
 Tensors = list[torch.Tensor]
 
 
+class _Member(int):
+    name: str
+
+
 class _Members(type):
     """The metaclass of an enumeration."""
+
+    @property
+    def __members__(cls) -> dict[str, _Member]:
+        return {name: value for name, value in vars(cls).items() if isinstance(value, _Member)}
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        member = type(cls.__name__, (str,), {})(name)
+        member = _Member(len(cls.__members__))
+        member.name = name
         setattr(cls, name, member)
         return member
 
@@ -58,7 +67,7 @@ _DTYPES = {"kFloat32": torch.float32, "kFloat16": torch.float16, "kBFloat16": to
 
 
 def _dtype(kind: Any) -> torch.dtype:
-    return kind if isinstance(kind, torch.dtype) else _DTYPES[kind]
+    return kind if isinstance(kind, torch.dtype) else _DTYPES[kind.name]
 
 
 # --- Norms
@@ -108,7 +117,7 @@ def _plain(tensor: Any) -> torch.Tensor:
     if not hasattr(tensor, "_scale_inv"):
         return tensor
     stored = tensor._data if tensor._data is not None else tensor._transpose.T
-    return stored.view(_FP8[tensor._fp8_dtype]).float() * tensor._scale_inv
+    return stored.view(_dtype(tensor._fp8_dtype)).float() * tensor._scale_inv
 
 
 def _product(a: Any, trans_a: bool, b: Any, trans_b: bool) -> torch.Tensor:
@@ -231,7 +240,7 @@ def fused_rope_forward(
 ) -> torch.Tensor:
     """Rotate queries or keys, in fp32."""
     assert start_positions is None and not interleaved and cp_size == 1
-    return _rotated(t, freqs, qkv_format[-4:].strip("_").lower(), cu_seqlens, inverse=False)
+    return _rotated(t, freqs, qkv_format.name.removeprefix("NVTE_").lower(), cu_seqlens, inverse=False)
 
 
 def fused_rope_backward(
@@ -246,7 +255,7 @@ def fused_rope_backward(
 ) -> torch.Tensor:
     """Rotate back."""
     assert start_positions is None and not interleaved and cp_size == 1
-    return _rotated(grad, freqs, qkv_format[-4:].strip("_").lower(), cu_seqlens, inverse=True)
+    return _rotated(grad, freqs, qkv_format.name.removeprefix("NVTE_").lower(), cu_seqlens, inverse=True)
 
 
 # --- The optimizer's kernels
@@ -297,7 +306,7 @@ def multi_tensor_adam(
 def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: torch.Tensor | None = None) -> Any:
     """Return the tensor in fp8, scaled by its largest value."""
     assert type(quantizer).__name__ == "Float8CurrentScalingQuantizer", f"not emulated: {type(quantizer).__name__}"
-    kind = _FP8[quantizer.dtype]
+    kind = _dtype(quantizer.dtype)
     amax = tensor.detach().float().abs().max()
     scale = torch.where(amax > 0, torch.finfo(kind).max / amax, torch.ones(()))
     data = (tensor.detach().float() * scale).to(kind).view(torch.uint8)
