@@ -8,6 +8,7 @@
 # the import of Megatron-Core.
 #
 # $EAOPD_TE_VENV  the environment's folder (default: .venv-te at the root)
+# $EAOPD_TE_LOCK  the lock that names the version (default: slurm/container/requirements-py311.lock)
 # $EAOPD_VENV, $EAOPD_PYTHON  as in tools/lib/environment.sh
 set -euo pipefail
 # shellcheck source=tools/lib/environment.sh
@@ -16,7 +17,7 @@ cd "$root"
 prepare_environment test
 
 engine="${EAOPD_TE_VENV:-$root/.venv-te}"
-lock="$root/slurm/container/requirements-py311.lock"
+lock="${EAOPD_TE_LOCK:-$root/slurm/container/requirements-py311.lock}"
 read -r -a requirements <<<"$(grep -oE '^(transformer-engine|einops)==[^ ;]*' "$lock" | tr '\n' ' ')"
 packages='import sysconfig; print(sysconfig.get_path("purelib"))'
 shared="$("$python" -c "$packages")"

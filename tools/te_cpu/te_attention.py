@@ -18,7 +18,11 @@ def replace_forward(attention: Any) -> None:
     def forward(self: Any, *args: Any, **options: Any) -> torch.Tensor:
         bound = signature.bind(self, *args, **options)
         bound.apply_defaults()
-        return _forward(**bound.arguments)
+        for name, value in bound.arguments.items():
+            if name not in _EMULATED:
+                default = signature.parameters[name].default
+                assert value is default or value == default, f"not emulated: {name}={value}"
+        return _forward(**{name: bound.arguments[name] for name in _EMULATED})
 
     attention.forward = forward
 
@@ -35,16 +39,13 @@ def _forward(
     max_seqlen_q: int | None,
     max_seqlen_kv: int | None,
     attn_mask_type: str | None,
-    **others: Any,
 ) -> torch.Tensor:
-    """What the documentation of the class says of these arguments; others must have their defaults."""
+    """What the documentation of the class says of these arguments."""
     from transformer_engine.pytorch.constants import AttnMaskTypes
 
     q, k, v = query_layer, key_layer, value_layer
     kind = (attn_mask_type or self.attn_mask_type).replace(",", "_")
     layout = qkv_format or self.qkv_format
-    unused = {name: value for name, value in others.items() if value not in (None, False, True, 1, "no_bias")}
-    assert not unused, f"not emulated: {unused}"
     assert self.cp_group is None, "context parallelism is not emulated"
     assert kind in AttnMaskTypes, kind
     assert q.dtype == k.dtype == v.dtype, "queries, keys and values of one dtype"
@@ -81,3 +82,6 @@ def _attend(
     grouped = k.shape[1] != q.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3).contiguous()
+
+
+_EMULATED = tuple(inspect.signature(_forward).parameters)

@@ -321,6 +321,24 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
     return output
 
 
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: list[int], dtype: torch.dtype, device: torch.device, pin_memory: bool
+) -> Any:
+    """Return an fp8 tensor without values, and with its transposed copy where the quantizer wants one."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+
+    turned = [shape[-1], *shape[:-1]]
+    return Float8Tensor(
+        shape=shape,
+        dtype=dtype,
+        data=torch.empty(shape, dtype=torch.uint8) if quantizer.rowwise_usage else None,
+        data_transpose=torch.empty(turned, dtype=torch.uint8) if quantizer.columnwise_usage else None,
+        fp8_scale_inv=torch.empty(1),
+        fp8_dtype=quantizer.dtype,
+        quantizer=quantizer,
+    )
+
+
 def dequantize(tensor: Any, out_dtype: Any) -> torch.Tensor:
     """Return the values in another dtype."""
     return _plain(tensor).to(_dtype(out_dtype))
@@ -345,7 +363,9 @@ def fused_multi_row_unpadding(inp: torch.Tensor, out: torch.Tensor, padded: list
         into.copy_(rows[: len(into)])
 
 
-def split_quantize(tensor: torch.Tensor, m_splits: list[int], quantizers: list[Any]) -> list[Any]:
+def split_quantize(
+    tensor: torch.Tensor, m_splits: list[int], quantizers: list[Any], *, disable_bulk_allocation: bool = False
+) -> list[Any]:
     """Return each expert's rows in fp8."""
     return [quantize(rows, each) for rows, each in zip(tensor.split(m_splits), quantizers, strict=True)]
 
