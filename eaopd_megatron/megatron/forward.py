@@ -17,6 +17,7 @@ from eaopd_megatron.data.types import MicroBatch
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron.layers import PackedSequences, rotate_by_position
 from eaopd_megatron.megatron.model import ModelChunks, unwrap_gpt, wait_param_gather
+from eaopd_megatron.objective.linear import product_into
 from eaopd_megatron.objective.settings import LOGITS_CHUNK_ELEMENTS
 
 
@@ -79,15 +80,16 @@ def response_logits(model: ModelChunks, hidden: torch.Tensor) -> torch.Tensor:
 def logits_in_chunks(
     hidden: torch.Tensor, weight: torch.Tensor, elements: int = LOGITS_CHUNK_ELEMENTS
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield the logits [chunk, vocab/tp] of hidden states [n, h] chunk by chunk, without gradient.
+    """Yield the fp32 logits [chunk, vocab/tp] of hidden states [n, h] chunk by chunk, without gradient.
 
     A chunk has at most `elements` logits, but at least one row; chunks are the same on every TP rank. At least one
     chunk is yielded, which may be empty.
     """
     size = max(1, elements // weight.shape[0])
     for start in range(0, max(1, len(hidden)), size):
-        rows = slice(start, start + size)
-        yield rows, hidden[rows] @ weight.T
+        rows = slice(start, min(start + size, len(hidden)))
+        logits = hidden.new_empty(rows.stop - start, weight.shape[0], dtype=torch.float32)
+        yield rows, product_into(logits, hidden[rows], weight.T)
 
 
 def gather_context_parallel(batch: MicroBatch, values: torch.Tensor, parallel: ParallelState) -> torch.Tensor:

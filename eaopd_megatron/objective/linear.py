@@ -1,13 +1,13 @@
 """The entropy-aware loss from hidden states and output heads: logits are computed tile by tile and never stored.
 
 A tile is the product of some rows of the hidden states and a block of the head's rows. Forward merges the statistics of
-all tiles and then, in one collective, those of the ranks. Backward computes the tiles again, overwrites them with the
-gradient, and adds their products with the head and with the hidden states to fp32 sums. The teacher's tiles are
-computed again only for the rows that need them.
+all tiles and then, in one collective, those of the ranks. Backward computes the tiles and their gradient, and adds its
+products with the head and with the hidden states to fp32 sums. The teacher's tiles are computed again only for the
+rows that need them.
 
-Logits have the inputs' precision, as an output layer's have: bf16 inputs give bf16 logits, and the same values as
-`entropy_aware_loss` on the layer's output up to the order of additions in a product. Everything else is fp32 (fp64 for
-fp64 inputs).
+Everything is fp32 whatever the inputs' precision (fp64 for fp64 inputs). Products of bf16 inputs are summed in fp32 and
+the logits not rounded, as an output layer's are, which would move a log-prob by 0.01 or more. Only the gradient over a
+tile's logits has the inputs' precision: it is a factor of the next products.
 """
 
 from __future__ import annotations
@@ -147,6 +147,10 @@ class _HiddenAndHead:
     hidden: Tensor
     weight: Tensor
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.hidden.dtype, torch.float32)
+
     def check(self, prefix: str) -> None:
         """Raise ValueError unless they can be multiplied."""
         require_matrix(f"{prefix}hidden", self.hidden, "[n, h]")
@@ -159,7 +163,7 @@ class _HiddenAndHead:
     def tile(self, hidden: Tensor, block: slice, memory: Tensor) -> Tensor:
         """Return the logits [rows, block] of some hidden states [rows, hidden], written into `memory`."""
         shape = len(hidden), block.stop - block.start
-        return torch.mm(hidden, self.weight[block].T, out=memory[: shape[0] * shape[1]].view(shape))
+        return product_into(memory[: shape[0] * shape[1]].view(shape), hidden, self.weight[block].T)
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ class _Tiling:
 
     def allocate(self, factors: _HiddenAndHead) -> Tensor:
         """Return memory for the logits of any tile."""
-        return factors.hidden.new_empty(self.rows * self.width)
+        return factors.hidden.new_empty(self.rows * self.width, dtype=factors.logits_dtype)
 
 
 def _student(
@@ -277,11 +281,13 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return this rank's part of the hidden states' gradient, and the gradient of its rows of the head, if needed."""
     shard = saved.shard
-    accumulate = torch.promote_types(student.hidden.dtype, torch.float32)
+    accumulate = student.logits_dtype
     grad_hidden = torch.zeros_like(student.hidden, dtype=hidden_dtype) if needs_grad[0] else None
     grad_weight = torch.zeros_like(student.weight, dtype=accumulate) if needs_grad[1] else None
     tiling = _Tiling.of(len(student.hidden), shard, student.hidden.device)
     memory = tiling.allocate(student)
+    rounded = memory.dtype != student.hidden.dtype
+    gradient_memory = torch.empty_like(memory, dtype=student.hidden.dtype) if rounded else memory
     teacher_memory = None if teacher is None else tiling.allocate(teacher)
     for group_rows, group_teacher in _row_groups(saved, teacher, upstream) if shard.num_valid else ():
         for rows in group_rows.split(tiling.rows):
@@ -296,11 +302,12 @@ def _gradients(
                 if group_teacher is not None and teacher_hidden is not None and teacher_memory is not None:
                     teacher_logits = group_teacher.tile(teacher_hidden, block, teacher_memory)
                 tile_saved = replace(saved_rows, shard=shard.column_block(block))
-                write_gradient(tile_saved, logits, teacher_logits, upstream_rows, out=logits)
+                gradient = gradient_memory[: logits.numel()].view(logits.shape)
+                write_gradient(tile_saved, logits, teacher_logits, upstream_rows, out=gradient)
                 if grad_rows is not None:
-                    _add_product(grad_rows, logits, student.weight[block])
+                    _add_product(grad_rows, gradient, student.weight[block])
                 if grad_weight is not None:
-                    _add_product(grad_weight[block], logits.T, hidden)
+                    _add_product(grad_weight[block], gradient.T, hidden)
             if grad_hidden is not None and grad_rows is not None:
                 grad_hidden[rows] = grad_rows.to(grad_hidden.dtype)
     return grad_hidden, None if grad_weight is None else grad_weight.to(student.weight.dtype)
@@ -320,6 +327,15 @@ def _row_groups(
         needs = counts & (saved.coefficients.forward != 0)
     groups = (needs.nonzero()[:, 0], teacher), ((counts & ~needs).nonzero()[:, 0], None)
     return [(rows, group_teacher) for rows, group_teacher in groups if len(rows)]
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Set out = left @ right, summed in the precision of `out`, which may be higher than theirs. Returns `out`."""
+    if out.dtype == left.dtype:
+        return torch.mm(left, right, out=out)
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)  # type: ignore[call-overload,no-any-return]
+    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

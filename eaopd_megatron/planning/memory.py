@@ -140,7 +140,10 @@ class StudentGpus:
             yield _student("objective", self._objective(batch), "update")
 
     def _objective(self, batch: PlannedMicroBatch) -> float:
-        """Return a micro-batch's bytes: fp32 gradient of the output layer, tiles of logits, hidden states twice."""
+        """Return a micro-batch's bytes: fp32 gradient of the output layer, tiles of logits, hidden states twice.
+
+        A tile has fp32 logits, the teacher's too for hidden states, and their gradient in the weights' precision.
+        """
         work, shape, element = self.work, self.student, self.work.student_element
         rows, columns = work.response_rows(batch, self.layout), _vocab_columns(self.student, self.layout)
         hidden = rows * shape.hidden * element
@@ -148,7 +151,8 @@ class StudentGpus:
         logits = hidden + rows * columns * (2 * element + 2.5) if "logits" in signals else 0.0
         if signals == {"logits"}:
             return logits
-        tiles = min(GPU_TILE_ELEMENTS, rows * columns) * (2 if "hidden" in signals else 1) * element
+        tile_bytes = FP32_BYTES * (2 if "hidden" in signals else 1) + (element if element < FP32_BYTES else 0)
+        tiles = min(GPU_TILE_ELEMENTS, rows * columns) * tile_bytes
         head = columns * shape.hidden * (FP32_BYTES + element)
         linear = 2 * hidden + rows * shape.hidden * FP32_BYTES + tiles + head
         return max(logits, linear + rows * MAX_EXCHANGE_BYTES_PER_TOKEN * self.layout.tensor_parallel)
@@ -217,7 +221,7 @@ def _scoring_parts(
     yield _teacher("workspace", workspace, "scoring")
     if teacher.signal == "topk":
         logits = min(LOGITS_CHUNK_ELEMENTS, work.response_rows(batch, layout) * _vocab_columns(teacher.shape, layout))
-        yield _teacher("logits, a part at a time", logits * (teacher.element + FP32_BYTES), "scoring")
+        yield _teacher("logits, a part at a time", logits * 2 * FP32_BYTES, "scoring")
 
 
 def remote_teacher_memory(teacher: PlannedTeacher, work: Workload, reserve: float, limit: float) -> GpuMemory:

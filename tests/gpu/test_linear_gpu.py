@@ -24,7 +24,8 @@ TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("preset", Objective.PRESETS)
 def test_values_and_gradients_against_fp64(preset: str, dtype: torch.dtype) -> None:
-    """Several tiles in both directions, the last ones smaller, and padding. The oracle has the rounded logits."""
+    """Several tiles in both directions, the last ones smaller, and padding. The oracle's logits are products in fp64:
+    values are fp32's whatever the factors' precision, gradients have the latter."""
     n, vocab_size, padded, width, other = 300, 5000, 5120, 64, 96
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -42,8 +43,8 @@ def test_values_and_gradients_against_fp64(preset: str, dtype: torch.dtype) -> N
             *leaves, teacher, tokens, None, objective=objective, vocab_size=vocab_size, chunk=128
         )
         out.loss.backward(upstream)
-    logits = (hidden @ head.T).double().requires_grad_()
-    whole = TeacherLogits((teacher.hidden @ teacher.head_weight.T).double())
+    logits = (hidden.double() @ head.double().T).requires_grad_()
+    whole = TeacherLogits(teacher.hidden.double() @ teacher.head_weight.double().T)
     want = dense_loss(logits, whole, tokens, None, objective=objective, vocab_size=vocab_size)
     want.loss.backward(upstream.double())
     assert logits.grad is not None
@@ -55,4 +56,5 @@ def test_values_and_gradients_against_fp64(preset: str, dtype: torch.dtype) -> N
     for name, (got, exact) in pairs.items():
         assert got is not None and got.isfinite().all(), name
         error = (got.double() - exact).abs().max() / exact.abs().max()
-        assert error <= TOLERANCE[dtype], f"{name}: {error:.3g}"
+        limit = TOLERANCE[torch.float32] if name == "loss" else TOLERANCE[dtype]
+        assert error <= limit, f"{name}: {error:.3g}"

@@ -20,6 +20,7 @@ from eaopd_megatron.objective import (
     TeacherTopK,
     entropy_aware_loss,
     linear_entropy_aware_loss,
+    linear_token_statistics,
     summarise_teacher,
 )
 from tests.distributed.objective.cases import TOP_K, assert_near
@@ -232,15 +233,34 @@ def test_memory_beyond_gradients_is_one_chunk_whatever_the_number_of_tokens(name
             with LiveBytes(*existing) as backward:
                 torch.autograd.grad(out.loss.sum(), leaves)
         peaks[n] = forward.peak, backward.peak
-    # Bytes an element of a tile: bf16 logits of both, and four fp32 buffers. Where S is to be found, a tile has all
-    # columns, which the search reads in fp32.
+    # Bytes an element of a tile: fp32 logits of both, and four fp32 buffers; backward has a bf16 gradient and a buffer
+    # less. Where S is to be found, a tile has all columns. A CPU copies a tile's factors to fp32.
     searched = signal == "hidden" and objective.forward_kl in ("topk", "topk_tail")
-    tile = 24 * chunk * (vocab_size if searched else 64)
+    columns = vocab_size if searched else 64
+    tile = 28 * chunk * columns + 4 * width * (chunk + columns)
     head_gradient = vocab_size * width * (4 + 2)
     for n, (in_forward, in_backward) in peaks.items():
         # A token's logits are 2,000 bytes for either model.
         assert in_forward <= tile + 700 * n
-        assert in_backward <= 24 * chunk * 64 + head_gradient + (2 * width + 40) * n
+        assert in_backward <= 28 * chunk * 64 + 4 * width * (chunk + 64) + head_gradient + (2 * width + 40) * n
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logprobs_carry_the_rounding_of_logits(dtype: torch.dtype) -> None:
+    """Logits of 16-bit factors, the token's own around 12: their log-probs are those of products in fp64."""
+    n, vocab_size, width, generator = 64, 2000, 256, torch.Generator().manual_seed(0)
+    head = torch.randn(vocab_size, width, generator=generator).to(dtype)
+    tokens = torch.randint(0, vocab_size, (n,), generator=generator)
+    hidden = (0.05 * head[tokens] + 0.4 * torch.randn(n, width, generator=generator)).to(dtype)
+    exact = (hidden.double() @ head.double().T).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    found = linear_token_statistics(hidden, head, tokens, vocab_size=vocab_size).logprob
+    assert (found - exact).abs().max() <= 5e-5
+    rounded = (hidden @ head.T).double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert (rounded - exact).abs().mean() > (2e-2 if dtype == torch.bfloat16 else 2e-3), "the case shows no rounding"
+    objective = Objective.preset("opd")
+    teacher = summarise_teacher(head[tokens].double() @ head.double().T, tokens, k=16, vocab_size=vocab_size)
+    loss = linear_entropy_aware_loss(hidden, head, teacher, tokens, None, objective=objective, vocab_size=vocab_size)
+    assert torch.equal(loss.student_logprob, found)
 
 
 def test_the_gradient_of_a_bf16_head_is_summed_in_fp32() -> None:
