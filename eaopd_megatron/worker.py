@@ -12,7 +12,7 @@ from pathlib import Path
 from eaopd_megatron.config import Recipe, load_recipe
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.config.schema import select_separate_teacher
-from eaopd_megatron.launch.entrypoint import run_entrypoint
+from eaopd_megatron.launch.entrypoint import must_complete, run_entrypoint
 from eaopd_megatron.utils.gpu_environment import prepare_rank
 from eaopd_megatron.utils.lifetime import die_with_parent
 from eaopd_megatron.utils.log import log_rank0
@@ -59,7 +59,8 @@ def _train(recipe: Recipe) -> None:
         try:
             trainer.start()
             train(trainer)
-            trainer.finish()
+            with must_complete():
+                trainer.finish()
         except (StopRequested, ServiceUnavailable) as reason:
             trainer.save_and_stop(reason)
         finally:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.files import atomic_write
-from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE
+from eaopd_megatron.utils.lifetime import BUSY_FILE_SECONDS, ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE, busy_file
 
 
 def run_entrypoint(work: Callable[[], int | None]) -> int:
@@ -54,3 +56,32 @@ def _report(message: str, code: int, *, user: bool) -> None:
         return
     record = {"message": message, "exit_code": code, "rank": rank, "user": user, "time": time.time()}
     atomic_write(Path(f"{base}.{rank}"), json.dumps(record))
+
+
+@contextlib.contextmanager
+def must_complete() -> Iterator[None]:
+    """Tell this host's launcher, while inside, that after a stop signal the run must not be killed yet.
+
+    For work that cannot look at the signal in between: updates, transfers, saving. Rank 0, which takes part in all of
+    it, touches a file every few seconds. Without a launcher, and on the other ranks, nothing is done.
+    """
+    base = os.environ.get(ERROR_FILE_VARIABLE)
+    if base is None or LAUNCHER_PID_VARIABLE not in os.environ or os.environ.get("RANK") != "0":
+        yield
+        return
+    path, ended = busy_file(base), threading.Event()
+
+    def touch() -> None:
+        with contextlib.suppress(OSError):  # the launcher is gone
+            while not ended.wait(BUSY_FILE_SECONDS / 4):
+                path.touch()
+
+    path.touch()
+    thread = threading.Thread(target=touch, name="must_complete", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        path.unlink(missing_ok=True)

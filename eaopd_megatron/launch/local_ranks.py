@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from eaopd_megatron.errors import UserError, one_line
-from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
+from eaopd_megatron.utils.lifetime import BUSY_FILE_SECONDS, ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE, busy_file
 from eaopd_megatron.utils.ports import port_range
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 WORKER_COMMAND = (sys.executable, "-m", "eaopd_megatron.worker")
 _POLL_SECONDS = 0.1
 SHUTDOWN_SECONDS = 60.0
-"""Time between SIGTERM and SIGKILL, in which a rank writes its checkpoint."""
+"""Time between SIGTERM and SIGKILL, which begins anew while rank 0 says that it saves (`must_complete`)."""
+_AT_ONCE = "a second signal ends them at once"
 FAILURE_GRACE_SECONDS = 5.0
 """Time in which the other ranks may report an error after one rank has failed, before they are killed."""
 
@@ -177,8 +178,9 @@ def launch_ranks(
 
     It is 0 if every rank succeeded. A failed rank ends the others within FAILURE_GRACE_SECONDS, and one line
     `error: ...` on stderr names the cause: the earliest error that a rank reports as the user's, else the rank that
-    failed first. SIGINT, SIGTERM and SIGHUP are passed on as SIGTERM; SHUTDOWN_SECONDS later, or at the second signal,
-    the ranks are killed, and the code is 128 + the signal's number. Rank 0 inherits stdout; all other output is
+    failed first. SIGINT, SIGTERM and SIGHUP are passed on as SIGTERM; SHUTDOWN_SECONDS later, longer
+    as long as rank 0 is in `must_complete`, or at the second signal, the ranks are killed, and the code is 128 + the
+    signal's number. Rank 0 inherits stdout; all other output is
     appended to `log_folder`/rank_N.log (without a folder: in a temporary one, which is kept only if a rank fails for a
     reason that is not the user's). A rank reports an error as one JSON object, {"message", "exit_code", "rank", "user",
     "time"}, in `$EAOPD_ERROR_FILE.RANK`.
@@ -195,7 +197,7 @@ def launch_ranks(
             for number in range(world_size):
                 environment = _child_environment(number, world_size, store.port, Path(scratch) / "error")
                 ranks.append(_start([*command, *arguments], number, environment, logs))
-            late = _supervise(ranks, received)
+            late = _supervise(ranks, received, busy_file(Path(scratch) / "error"))
         finally:
             for rank in ranks:
                 if rank.process.poll() != 0:
@@ -271,9 +273,10 @@ def _signals() -> Iterator[list[signal.Signals]]:
             signal.signal(name, handler)
 
 
-def _supervise(ranks: Sequence[_Rank], received: Sequence[signal.Signals]) -> list[int]:
+def _supervise(ranks: Sequence[_Rank], received: Sequence[signal.Signals], busy: Path) -> list[int]:
     """Wait until all ranks have ended or must be killed; return those that ignored a signal for too long."""
     stopped = failed = None
+    patience = 0.0  # time until which stopped ranks may live
     while True:
         for rank in ranks:
             if rank.ended is None and rank.process.poll() is not None:
@@ -283,18 +286,26 @@ def _supervise(ranks: Sequence[_Rank], received: Sequence[signal.Signals]) -> li
         if not running:
             return []
         if received and stopped is None:
-            stopped = now
-            time_left = f"the ranks have {SHUTDOWN_SECONDS:g} s to save their state; a second signal ends them at once"
-            print(f"{received[0].name}: {time_left}", file=sys.stderr, flush=True)
+            stopped, patience = now, now + SHUTDOWN_SECONDS
+            time_left = f"{SHUTDOWN_SECONDS:g} s to save their state, and longer as long as they say that they do"
+            print(f"{received[0].name}: the ranks have {time_left}; {_AT_ONCE}", file=sys.stderr, flush=True)
             for rank in running:
                 rank.process.send_signal(signal.SIGTERM)
         if failed is None and any(rank.failed and not _obeyed(rank, stopped is not None) for rank in ranks):
             failed = now
-        if stopped is not None and (now - stopped > SHUTDOWN_SECONDS or len(received) > 1):
+        if stopped is not None and _is_fresh(busy):
+            patience = now + SHUTDOWN_SECONDS
+        if stopped is not None and (now > patience or len(received) > 1):
             return [rank.number for rank in running]
         if failed is not None and now - failed > FAILURE_GRACE_SECONDS:
             return []
         time.sleep(_POLL_SECONDS)
+
+
+def _is_fresh(busy: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return time.time() - busy.stat().st_mtime < BUSY_FILE_SECONDS
+    return False
 
 
 def _obeyed(rank: _Rank, requested: bool) -> bool:

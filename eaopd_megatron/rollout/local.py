@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,11 +10,15 @@ import torch.distributed as dist
 
 from eaopd_megatron.data.prompts import seeded_uniforms
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
+from eaopd_megatron.distributed.broadcast import wait_on_all_ranks
 from eaopd_megatron.distributed.parallel_state import ParallelState, gather_objects
 from eaopd_megatron.megatron.generation import Decoder, decode_mode
 from eaopd_megatron.megatron.model import ModelChunks
 from eaopd_megatron.megatron.pipeline import broadcast_from_last_stage
 from eaopd_megatron.rollout.interface import GenerationRequest, RolloutEngine, RolloutHandle, SamplingKey
+
+_SIGNAL_INTERVAL = 16
+"""Positions after which ranks that decode in step ask each other whether one of them got a stop signal."""
 
 
 def sample_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, *, temperature: float, top_p: float) -> torch.Tensor:
@@ -40,11 +44,22 @@ def sample_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, *, temperature:
 
 
 class LocalRollout(RolloutEngine):
-    """Generates with this data-parallel rank's model. All ranks of a model's copy call it with the same prompts."""
+    """Generates with this data-parallel rank's model. All ranks of a model's copy call it with the same prompts.
 
-    def __init__(self, model: ModelChunks, parallel: ParallelState, *, vocab_size: int, batch_size: int) -> None:
+    stop_signal: returns the number of a received signal that asks the run to stop, or 0.
+    """
+
+    def __init__(
+        self,
+        model: ModelChunks,
+        parallel: ParallelState,
+        *,
+        vocab_size: int,
+        batch_size: int,
+        stop_signal: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.model, self.parallel = model, parallel
-        self.vocab_size, self.batch_size = vocab_size, batch_size
+        self.vocab_size, self.batch_size, self.stop_signal = vocab_size, batch_size, stop_signal
         self._version = 0
 
     def update_weights(self, version: int) -> None:
@@ -56,16 +71,20 @@ class LocalRollout(RolloutEngine):
         return RolloutHandle(request)
 
     def collect(self, handle: RolloutHandle) -> Iterator[list[Sample]]:
-        """Generate all of this rank's responses and yield them as one part."""
+        """Generate all of this rank's responses and yield them as one part.
+
+        Raises StopRequested on all ranks if one got a signal; the model is as before.
+        """
         request, local = handle.request, handle.request.local_indices
         prompts, keys = [request.prompts[i] for i in local], [request.sampling_keys[i] for i in local]
         samples = self.generate(prompts, keys, request.sampling, self._version)
+        wait_on_all_ranks(self.parallel, lambda: True, self.stop_signal)
         yield [replace(sample, index=index) for index, sample in zip(local, samples, strict=True)]
 
     def generate(
         self, prompts: Sequence[Prompt], keys: Sequence[SamplingKey], sampling: SamplingParams, version: int
     ) -> list[Sample]:
-        """Return one sample per prompt, in order. keys: one RNG key per sample.
+        """Return one sample per prompt, in order, or none if a signal came meanwhile. keys: one RNG key per sample.
 
         Context-parallel ranks divide the prompts and exchange their samples. Ranks that share experts decode in step
         until the last of them is done.
@@ -78,15 +97,20 @@ class LocalRollout(RolloutEngine):
             for start in range(0, self._max_over_expert_ranks(len(order)), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 batch = self._batch([prompts[i] for i in chosen], [keys[i] for i in chosen], sampling, version)
+                if batch is None:
+                    break
                 samples.update(zip(chosen, batch, strict=True))
         gathered = gather_objects(samples, self.parallel.cp_size, self.parallel.cp_group)
         by_index = {i: sample for part in gathered for i, sample in part.items()}
-        return [by_index[i] for i in range(len(prompts))]
+        return [by_index[i] for i in range(len(prompts))] if len(by_index) == len(prompts) else []
 
     def _batch(
         self, prompts: Sequence[Prompt], keys: Sequence[SamplingKey], sampling: SamplingParams, version: int
-    ) -> list[Sample]:
-        """Return the samples of one batch. Without prompts this rank decodes a dummy token as long as the others."""
+    ) -> list[Sample] | None:
+        """Return the samples of one batch; None if a signal came meanwhile.
+
+        Without prompts this rank decodes a dummy token as long as the others.
+        """
         device = self.parallel.device
         texts = [list(p.token_ids) for p in prompts] or [[0]]
         noise = torch.stack([seeded_uniforms(sampling.max_new_tokens, *key) for key in keys or [("idle",)]])
@@ -96,6 +120,8 @@ class LocalRollout(RolloutEngine):
         tokens, logprobs = [], []
         logits = decoder.prefill()
         for position in range(sampling.max_new_tokens):
+            if position % _SIGNAL_INTERVAL == 0 and self._stopped():
+                return None
             token, logprob = self._draw(logits, noise[:, position], sampling)
             tokens.append(token)
             logprobs.append(logprob)
@@ -122,6 +148,17 @@ class LocalRollout(RolloutEngine):
         if self.parallel.tp_size > 1:  # shards that decode different tokens would corrupt each other
             dist.broadcast(token, self.parallel.tp_src_rank(), group=self.parallel.tp_group)
         return broadcast_from_last_stage(token, self.parallel), policy.gather(-1, token[:, None]).squeeze(-1)
+
+    def _stopped(self) -> bool:
+        """Return whether this rank, or one that decodes in step with it, got a signal. Collective over those ranks."""
+        parallel, number = self.parallel, int(self.stop_signal())
+        if parallel.tp_size * parallel.pp_size > 1:
+            flag = torch.tensor(number, device=parallel.device)
+            for size, group in ((parallel.tp_size, parallel.tp_group), (parallel.pp_size, parallel.pp_group)):
+                if size > 1:
+                    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+            number = int(flag)
+        return self._max_over_expert_ranks(number) > 0
 
     def _max_over_expert_ranks(self, count: int) -> int:
         """Return the largest count among the ranks that share experts, whose layers exchange tokens."""

@@ -133,7 +133,9 @@ def build_components(
     )
     rollout: RolloutEngine
     if recipe.rollout.engine == "local":
-        rollout = LocalRollout(model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size)
+        rollout = LocalRollout(
+            model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size, stop_signal=stop_signal
+        )
     else:
         context = ServedRolloutContext(
             vocab_size=vocab_size,

@@ -22,6 +22,7 @@ def train(trainer: Trainer) -> None:
             samples += part
         with trainer.timer("teacher"):
             samples = trainer.teachers.wait(samples)
+        trainer.stop_if_requested()
         with trainer.timer("student"):
             if trainer.updates_per_iteration > 1 or trainer.recipe.rollout.max_staleness:
                 samples = trainer.student.recompute_old_logprobs(samples)  # π_old; with one update it is stopgrad(q)

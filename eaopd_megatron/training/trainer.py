@@ -22,10 +22,12 @@ from eaopd_megatron.config import Recipe
 from eaopd_megatron.config.schema import teacher_key
 from eaopd_megatron.data.prompts import PromptCursor
 from eaopd_megatron.data.types import Sample
+from eaopd_megatron.distributed.broadcast import wait_on_all_ranks
 from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import ServiceUnavailable, StopRequested, UserError
 from eaopd_megatron.evaluation.results import result_file_name
+from eaopd_megatron.launch.entrypoint import must_complete
 from eaopd_megatron.models.supported import check_context
 from eaopd_megatron.reporting.alerts import AlertMonitor, alert_rules
 from eaopd_megatron.reporting.metrics_log import MetricsWriter
@@ -41,6 +43,10 @@ from eaopd_megatron.utils.environment import describe_environment
 from eaopd_megatron.utils.files import atomic_write
 
 _SAMPLE_FLOPS = "sample_flops"  # averaged like a metric but not recorded
+
+
+_INTERRUPTIBLE_PHASES = ("rollout", "evaluation")
+"""Phases that a stop signal ends. The others last to their end: a stopped iteration that has updates is completed."""
 
 
 class Interrupted(SystemExit):
@@ -172,10 +178,15 @@ class Trainer:
     def timer(self, phase: str) -> Iterator[None]:
         """Add the seconds spent inside to the iteration's time/<phase>."""
         start = time.perf_counter()
-        yield
+        with contextlib.nullcontext() if phase in _INTERRUPTIBLE_PHASES else must_complete():
+            yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._times[phase] += time.perf_counter() - start
+
+    def stop_if_requested(self) -> None:
+        """Raise StopRequested on all ranks if one got a signal. Collective. Not after an iteration's first update."""
+        wait_on_all_ranks(self.parallel, lambda: True, lambda: self._signal or 0)
 
     def finish_iteration(self, samples: list[Sample]) -> None:
         """Record the iteration, evaluate and save if due, and stop if a signal was received."""
@@ -208,7 +219,8 @@ class Trainer:
         self.components.rollout.close()
         self.teachers.close()
         self.components.rollout.finish_generation()
-        self._save(wait=True)
+        with must_complete():
+            self._save(wait=True)
         if isinstance(reason, StopRequested):
             self._interrupt(reason.args[0])
         raise UserError(f"{reason}; {self._progress_text()}")

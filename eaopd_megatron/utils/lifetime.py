@@ -6,10 +6,18 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 ERROR_FILE_VARIABLE = "EAOPD_ERROR_FILE"
 LAUNCHER_PID_VARIABLE = "EAOPD_LAUNCHER_PID"
+BUSY_FILE_SECONDS = 20.0
+"""Age after which a busy file counts no more."""
 _PR_SET_PDEATHSIG = 1
+
+
+def busy_file(error_file: str | Path) -> Path:
+    """Return the file whose presence, kept fresh, says that rank 0 does what must be completed before it ends."""
+    return Path(error_file).with_name("busy")
 
 
 def die_with_parent() -> None:

@@ -243,6 +243,27 @@ def test_a_signal_ends_the_ranks_before_they_have_saved(
     assert not (tmp_path / "interrupted").exists()
 
 
+SLOW_SAVE = """
+from eaopd_megatron.launch.entrypoint import must_complete
+def save(*_):
+    with must_complete():
+        time.sleep(3)
+        (here / f"saved.{rank}").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+"""
+
+
+def test_a_rank_that_still_saves_is_killed(launcher: Callable[..., Launcher], tmp_path: Path) -> None:
+    """The time begins anew as long as rank 0 says that it saves."""
+    started = launcher(SLOW_SAVE + READY, stop_seconds=0.5)
+    started.ready()
+    started.process.send_signal(signal.SIGTERM)
+    code, said = started.result()
+    assert (code, said[-1]) == (143, "stopped by SIGTERM")
+    assert [(tmp_path / f"saved.{rank}").exists() for rank in range(2)] == [True, True]
+
+
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" + READY
 
 
