@@ -4,9 +4,9 @@
 #   bash tools/test.sh [--all] [pytest arguments]
 #
 # Without --all: every test that needs only this checkout. With --all, also those marked server (an SGLang server), slurm
-# (root, and a one-machine Slurm cluster) and shared_data (data sets beside the checkout), and tests/te on Transformer
-# Engine's Python; the servers' environment and that one are created if they are missing, and Slurm installed if apt-get
-# can do it. Example:  bash tools/test.sh tests/unit -k grading
+# (root, and a one-machine Slurm cluster) and shared_data (data sets beside the checkout), tests/te on Transformer Engine's
+# Python, and a part of the tests on the newer megatron-core of the GPUs' lock; what of this is missing is installed, Slurm
+# if apt-get can do it. Example:  bash tools/test.sh tests/unit -k grading
 set -euo pipefail
 # shellcheck source=tools/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
@@ -28,7 +28,7 @@ install_slurm() {
     [[ -z "$(trap -p EXIT)" ]] || { rm -f "$policy" && trap - EXIT; }
 }
 
-engine=""
+engine="" newer=""
 selection="not server and not slurm and not shared_data and not gpu and not te"
 if [[ "${1:-}" == --all ]]; then
     selection="not gpu and not te"
@@ -38,6 +38,7 @@ if [[ "${1:-}" == --all ]]; then
     # on a machine with CUDA the sglang extra of this environment is used instead
     command -v nvidia-smi >/dev/null || bash "$root/tools/install_sglang_cpu.sh"
     install_slurm
+    newer="$(newer_megatron)"
 fi
 cd "$root"
 prepare_environment test
@@ -72,4 +73,12 @@ pytest "${beside[@]/#/--ignore=}" || code=$?
 [[ -z "$engine" ]] || "$engine" -m pytest -p no:cacheprovider -m te --durations=3 tests/te || code=$?
 wait "$second" || code=$?
 cat "$output"
+if [[ -n "$newer" ]]; then
+    bash "$root/tools/install_newer_megatron.sh"
+    echo "[test] on megatron-core $newer:"
+    tests=tests/distributed/test
+    PYTHONPATH="$root/.megatron-$newer" EAOPD_TEST_MEGATRON="$newer" pytest -p no:cacheprovider \
+        tests/unit/test_private_names.py "${tests}"_{families,checkpoint,optimizer}.py \
+        "${tests}_training.py::test_an_update_is_the_same_at_every_layout" || code=$?
+fi
 exit "$code"

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +21,7 @@ from rich.table import Table
 
 from eaopd_megatron.diagnostics import machine
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.utils.environment import git_commit
+from eaopd_megatron.utils.environment import git_commit, package_versions
 from eaopd_megatron.utils.gpu_environment import local_device_index
 from eaopd_megatron.utils.log import log_rank0
 from eaopd_megatron.utils.ports import INTERFACE_VARIABLE, claim_port, node_address
@@ -131,7 +130,7 @@ def busy_gpus() -> list[str]:
 
 def _package_versions() -> dict[str, str]:
     """Versions of the packages used on the wire."""
-    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    installed = {name.lower(): version for name, version in package_versions().items()}
     versions = {name: installed[name] for name in _PACKAGES if name in installed}
     nccl = [version for name, version in installed.items() if name.startswith("nvidia-nccl-cu")]
     return {**versions, **({"nccl": nccl[0]} if nccl else {})}

@@ -26,7 +26,6 @@ def describe_environment() -> dict[str, Any]:
     import torch
 
     cuda = torch.cuda.is_available()
-    installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -35,5 +34,14 @@ def describe_environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda if cuda else None,
-        "packages": dict(sorted(installed.items(), key=lambda item: str(item[0]).lower())),
+        "packages": dict(sorted(package_versions().items(), key=lambda item: item[0].lower())),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the version of each package as it is imported: the first on sys.path, should a later folder have it too."""
+    installed: dict[str, str] = {}
+    for one in metadata.distributions():
+        if name := one.metadata["Name"]:
+            installed.setdefault(name, one.version)
+    return installed

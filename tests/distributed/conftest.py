@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,20 @@ import pytest
 from tests.ranks import Ranks
 
 HERE = Path(__file__).parent
+MEGATRON_VARIABLE = "EAOPD_TEST_MEGATRON"
+"""The version of megatron-core that must be tested; empty: the environment's."""
 TWO_RANKS, FOUR_RANKS = Ranks(2, limit=120), Ranks(4, limit=120)  # they start with their first check
+
+
+def pytest_report_header() -> str:
+    return f"megatron-core {version('megatron-core')}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tested_megatron() -> None:
+    """Fail where another megatron-core would be tested than was asked for."""
+    found, wanted = version("megatron-core"), os.environ.get(MEGATRON_VARIABLE)
+    assert not wanted or found == wanted, f"{MEGATRON_VARIABLE} is {wanted}, and megatron-core {found} is imported"
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ EXCHANGES: list[tuple[str, str, Any]] = [
     ("POST", "/abort_request", {"abort_all": True}),
     ("POST", "/no_such_endpoint", {}),
 ]
-PARTLY = {"/model_info", "/server_info"}
+PARTLY = {"/model_info", "/server_info", "/weights_checker"}
 """Where the double has some of the fields only."""
 FIXED = (
     *("error", "message", "success", "num_paused_requests", "version", "weight_version", "api_key", "status"),

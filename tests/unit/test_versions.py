@@ -8,11 +8,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from eaopd_megatron.utils.environment import package_versions
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINER = ROOT / "slurm/container"
@@ -35,6 +38,16 @@ def allowed(*extras: str) -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     return [Requirement(line) for line in lines]
+
+
+def test_a_run_records_the_version_of_a_package_that_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "megatron_core-99.0.dist-info").mkdir()
+    (tmp_path / "megatron_core-99.0.dist-info/METADATA").write_text("Name: megatron-core\nVersion: 99.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert package_versions()["megatron-core"] == metadata.version("megatron-core") == "99.0"
+    assert package_versions()["torch"] == metadata.version("torch")
 
 
 @pytest.mark.parametrize("lock", LOCKS)
@@ -61,7 +74,13 @@ def test_a_cpu_environment_has_versions_that_no_lock_has() -> None:
     for requirement in allowed("sglang"):
         if requirement.name in tested:
             assert requirement.specifier.contains(tested[requirement.name])
+    # the servers have an environment of their own
+    assert tested.pop("sglang") == pins(CONTAINER / "versions.txt")["sglang"]
     assert tested.items() <= pins(CONTAINER / "requirements-py311.lock").items()
+    servers = (ROOT / "tools/sglang_cpu/requirements.txt").read_text()
+    locked = pins(CONTAINER / "requirements-x86_64.lock")
+    for name in ("transformers", "tokenizers", "openai", "compressed-tensors", "sentencepiece"):
+        assert f"\n{name}=={locked[name]}\n" in servers
 
 
 def test_a_file_names_the_machine_on_which_a_lock_was_made() -> None:

@@ -55,6 +55,11 @@ pinned() {
     grep "^$1==" "$versions"
 }
 
+# Prints the version of megatron-core in the locks for GPUs.
+newer_megatron() {
+    sed -n 's/^megatron-core==//p' "$root/slurm/container/versions.txt"
+}
+
 # step TEXT COMMAND...: prints TEXT, and writes the command's output to $log.
 step() {
     local text="$1" started=$SECONDS

@@ -39,7 +39,14 @@ from tools.sglang_double.controls import Controlled
 from tools.sglang_double.plain_http import Died, Refused
 from tools.sglang_double.prefill import logprob_fields
 
-SAMPLING_KEYS = {"max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos"}
+SAMPLING_KEYS = (
+    *("max_new_tokens", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k", "min_p"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "json_schema", "regex"),
+    *("ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim"),
+    *("stream_interval", "logit_bias", "sampling_seed", "custom_params", "beam_width", "watermark", "choice"),
+)
+"""What the real server takes, in its order; the double heeds max_new_tokens, temperature, top_p, stop_token_ids and
+ignore_eos."""
 
 Policy = Callable[[Sequence[int]], list[float]]
 """Token ids so far → log-probs (nats) of the next token over the vocabulary."""
@@ -81,7 +88,7 @@ class Double(Controlled):
         context_length: int = 128,
         max_total_num_tokens: int = 16384,
         architecture: str = "Qwen3ForCausalLM",
-        version: str = "0.5.21",
+        version: str = "0.5.23",
         weight_version: str = "0",
         eos_id: int = 109,
         api_key: str | None = None,
@@ -233,8 +240,9 @@ class Double(Controlled):
                 "tokens for the completion. Please reduce the number of tokens in the input messages or the completion "
                 "to fit within the limit."
             )
-        if not set(sampling) <= SAMPLING_KEYS:
-            raise TypeError("Unexpected keyword argument")
+        if (unknown := next((key for key in sampling if key not in SAMPLING_KEYS), None)) is not None:
+            known = ", ".join(f"`{key}`" for key in SAMPLING_KEYS)
+            raise Refused(400, {"error": f"unknown field `{unknown}`, expected one of {known}"})
         if (temperature := sampling.get("temperature", 1.0)) < 0:
             raise _error(f"temperature must be a non-negative finite number, got {temperature}.")
         wrong = next((token for token in wanted if not 0 <= token < self.vocab_size), None)
