@@ -39,7 +39,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the version of each package as it is imported: the first on sys.path, should a later folder have it too."""
+    """Return the version of each package as it is imported: the first on sys.path, should two folders have it."""
     installed: dict[str, str] = {}
     for one in metadata.distributions():
         if name := one.metadata["Name"]:

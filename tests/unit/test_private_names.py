@@ -4,8 +4,8 @@ A release that moved one fails here, with the file of ours that must follow; so 
 Read from the sources, since some modules cannot be imported on a CPU.
 
 Looked at: megatron-core 0.16.1, 0.17.0, 0.17.1, 0.18.0, 0.18.1, 0.19.0 and 0.19.2, torch 2.11.0, 2.12.1, 2.13.0 and
-2.14.1, transformers 5.12.1 and 5.19.0. None of these releases moved a name, or changed the parameters of one that we call, but torch 2.14, which
-gave `_new_process_group_helper` a further one (`enable_reconfigure=False`).
+2.14.1, transformers 5.12.1 and 5.19.0. None of these releases moved a name, or changed the parameters of one that we
+call, but torch 2.14, which gave `_new_process_group_helper` a further one (`enable_reconfigure=False`).
 """
 
 from __future__ import annotations
@@ -146,9 +146,10 @@ def private_names(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("eaopd_megatron"):
             yield from (alias.name for alias in node.names if re.match("_[^_]", alias.name))
-        elif isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
-            if ast.unparse(node.value) not in ("self", "cls"):
-                yield node.attr
+        elif isinstance(node, ast.Attribute) and re.match(
+            r"(?!(self|cls)\.\w+$).*\._[^_]\w*$", ast.unparse(node), re.S
+        ):
+            yield node.attr
 
 
 def test_a_private_name_is_used_without_being_listed() -> None:
