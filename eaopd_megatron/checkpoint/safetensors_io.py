@@ -1,8 +1,9 @@
 """Read and write safetensors files one tensor at a time.
 
 The safetensors package maps files: mapped pages count as the process's memory, and a file that shrinks meanwhile ends
-the process with SIGBUS. Reading only the requested bytes keeps an import's transient memory within twice the largest
-tensor and turns an I/O error into a message. The package's writer needs all tensors of a file at once.
+the process with SIGBUS. It therefore only checks the headers. Reading only the requested bytes keeps an import's
+transient memory within twice the largest tensor and turns an I/O error into a message. The package's writer needs all
+tensors of a file at once.
 """
 
 from __future__ import annotations
@@ -10,20 +11,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from eaopd_megatron.errors import UserError
+from eaopd_megatron.errors import UserError, one_line
 from eaopd_megatron.utils.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SAFETENSORS_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_MAX_HEADER_BYTES = 10**8  # as the safetensors package
+_FILE_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
+"""A file in the folder itself: an index from a stranger may name any path."""
 _READABLE_DTYPES = {**SAFETENSORS_DTYPES, "F8_E4M3": torch.float8_e4m3fn}
 
 
@@ -86,7 +92,7 @@ class LazyTensor:
 
 
 def read_header(file: Path, label: str) -> dict[str, TensorLocation]:
-    """Return the tensors in a safetensors file. Raises UserError if its length contradicts its header."""
+    """Return the tensors in a safetensors file. Raises UserError for a header that the safetensors package refuses."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -98,23 +104,48 @@ def read_header(file: Path, label: str) -> dict[str, TensorLocation]:
                 raise UserError(
                     f"{label}: {file.name} ends inside its header ({size} bytes): truncated or no safetensors"
                 )
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            locations = {
+            if length > _MAX_HEADER_BYTES:
+                raise UserError(f"{label}: {file.name} has a broken header: it would be {length} bytes long")
+            text = stream.read(length)
+        refusal = _library_refusal(file)
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        header.pop("__metadata__", None)
+        promised = 8 + length + max((item["data_offsets"][1] for item in header.values()), default=0)
+        if promised != size:
+            what = "truncated" if size < promised else "damaged"
+            raise UserError(
+                f"{label}: {file.name} is {what}: its header promises {promised} bytes, the file has {size}"
+            )
+        if refusal is None:
+            return {
                 name: TensorLocation(file, 8 + length + item["data_offsets"][0], item["dtype"], tuple(item["shape"]))
                 for name, item in header.items()
             }
-            promised = 8 + length + max((item["data_offsets"][1] for item in header.values()), default=0)
     except FileNotFoundError:
         raise UserError(f"{label}: {file.name} is missing") from None
     except OSError as error:
         raise UserError(f"{label}: {file.name} cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{label}: {file.name} has a broken header: it is no safetensors file, or damaged") from None
-    if promised != size:
-        what = "truncated" if size < promised else "damaged"
-        raise UserError(f"{label}: {file.name} is {what}: its header promises {promised} bytes, the file has {size}")
-    return locations
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        refusal = one_line(error, 200)
+    raise UserError(f"{label}: {file.name} has a broken header, is no safetensors file, or damaged: {refusal}")
+
+
+def _library_refusal(file: Path) -> str | None:
+    """Return why the safetensors package refuses a file's header, or None. It compares dtype and shape of each tensor
+    with its offsets, and the offsets with each other and the file. It maps the file, but touches only the header."""
+    try:
+        with safe_open(file, "pt"):
+            return None
+    except SafetensorError as error:
+        return one_line(error, 200)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError for a key that occurs twice: readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
 
 
 class TensorFiles:
@@ -144,6 +175,12 @@ class TensorFiles:
         weight_map = read_json(folder / INDEX_FILE, self.label).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{self.label}: {INDEX_FILE} has no weight_map")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+                raise UserError(
+                    f"{self.label}: {INDEX_FILE} places tensor {name} in {one_line(repr(file), 100)}; it must name a "
+                    "safetensors file of the same folder"
+                )
         headers = {file: read_header(folder / file, self.label) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             if name not in headers[file]:
