@@ -409,8 +409,10 @@ def _nested_metadata(header: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "spoil",
-    [_swap_shape, _other_dtype, _negative, _reversed, _overlapping, _one_offset, _text_as_shape, _number_as_tensor]
-    + [_huge_offset, _nested_metadata],
+    [
+        *(_swap_shape, _other_dtype, _negative, _reversed, _overlapping),
+        *(_one_offset, _text_as_shape, _number_as_tensor, _huge_offset, _nested_metadata),
+    ],
 )
 def test_a_header_that_safetensors_refuses_is_refused(folder: Path, spoil: Callable[[dict[str, Any]], None]) -> None:
     header, data = _header(folder)
@@ -422,7 +424,8 @@ def test_a_header_that_safetensors_refuses_is_refused(folder: Path, spoil: Calla
 
 
 @pytest.mark.parametrize(
-    "text", [b"[]", b"7", b"[" * 100_000, b"\xff\xfe{}", b'{"a":' * 5000, b'{"a":1e999}', b"null", b'{"__metadata__":[]}']
+    "text",
+    [b"[]", b"7", b"null", b"[" * 100_000, b"\xff\xfe{}", b'{"a":' * 5000, b'{"a":1e999}', b'{"__metadata__":[]}'],
 )
 def test_a_header_that_is_no_object_of_tensors_is_one_line(folder: Path, text: bytes) -> None:
     _write_header(folder, text, b"")
@@ -440,8 +443,10 @@ def test_a_tensor_that_stands_twice_in_a_header_is_refused(folder: Path) -> None
 
 @pytest.mark.parametrize(
     "file",
-    ["../secret/model.safetensors", "/etc/model.safetensors", "sub/model.safetensors", "..", "a\x00.safetensors", ["x"]]
-    + [None, "config.json"],
+    [
+        *("../secret/model.safetensors", "/etc/model.safetensors", "sub/model.safetensors"),
+        *("..", "a\x00.safetensors", ["x"], None, "config.json"),
+    ],
 )
 def test_an_index_leads_to_no_file_elsewhere(folder: Path, file: object) -> None:
     weights = load_file(folder / "model.safetensors")
