@@ -57,6 +57,7 @@ class TeacherContext:
     logs: Path  # folder for the logs of replicas that are started here
     stop_signal: Callable[[], int]  # number of the signal that asks the run to stop, or 0
     report: Callable[[str], None]
+    failures: Path | None = None  # folder for the samples of refused answers
 
     @property
     def top_k(self) -> int:
@@ -160,6 +161,7 @@ def _remote(
         config,
         head=head,
         replicas=replicas,
+        failures=context.failures,
         stop_signal=context.stop_signal,
         report=context.report,
     )

@@ -7,7 +7,7 @@ import itertools
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Protocol
 
@@ -26,6 +26,7 @@ from eaopd_megatron.objective import TeacherHidden
 from eaopd_megatron.serving.http import FUTURE_POLL_SECONDS, EventLoopThread, poll_until_done, read_api_key
 from eaopd_megatron.serving.pool import C, L, PoolCall, ServerPool
 from eaopd_megatron.serving.supervisor import wait_until_any_ready
+from eaopd_megatron.teacher.answer_checks import AnswerChecks, AnswerFormat
 from eaopd_megatron.teacher.base import TeacherSignal, require_row_count
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import PayloadFormat, TopKPayload, gather_top_k, split_top_k
@@ -69,6 +70,10 @@ class ScoringBackend(Protocol[C, L]):
         """Format of the answers."""
 
     @property
+    def answer_format(self) -> AnswerFormat:
+        """Vocabulary of the answers."""
+
+    @property
     def terminal(self) -> TerminalMap: ...
 
     def calls(
@@ -91,6 +96,27 @@ class ScoringBackend(Protocol[C, L]):
         """
 
 
+@dataclass(frozen=True)
+class _CheckedCall(Generic[C, L]):
+    """A call whose answer is refused if no model gives it."""
+
+    call: PoolCall[C, L, torch.Tensor]
+    samples: Sequence[Sample]
+    checks: AnswerChecks
+
+    @property
+    def id(self) -> str:
+        return self.call.id
+
+    def validate(self, limits: L) -> None:
+        self.call.validate(limits)
+
+    async def attempt(self, client: C, number: int) -> torch.Tensor:
+        rows = await self.call.attempt(client, number)
+        self.checks.require_credible(rows, self.samples, client.url)
+        return rows
+
+
 class RemoteTeacher(Generic[C, L]):
     """`TeacherModel` on servers: requests run while responses are still generated, and `wait` ends them.
 
@@ -106,15 +132,17 @@ class RemoteTeacher(Generic[C, L]):
         *,
         head: torch.Tensor | None = None,
         replicas: TeacherReplicas | None = None,
+        failures: Path | None = None,
         stop_signal: Callable[[], int],
         report: Callable[[str], None],
     ) -> None:
         """head: for hidden states, on the last pipeline stage: the teacher's output weight in the student's layout
-        [V_padded/tp, h_T]. replicas: on the main rank, if the trainer starts them. stop_signal: returns the number of
-        the signal that asks the run to stop, or 0."""
+        [V_padded/tp, h_T]. replicas: on the main rank, if the trainer starts them. failures: folder for the samples
+        of answers that are refused. stop_signal: returns the number of the signal that asks the run to stop, or 0."""
         self.parallel, self.head = parallel, head
         self._backend, self._config, self._replicas = backend, config, replicas
         self._stop_signal, self._report = stop_signal, report if parallel.is_main else lambda text: None
+        self._checks = AnswerChecks(backend.payload_format, backend.answer_format, backend.terminal, failures)
         self._loop = EventLoopThread("teacher")
         self._pool: ServerPool[C, L] | None = None
         self._max_tokens = 0
@@ -257,7 +285,7 @@ class RemoteTeacher(Generic[C, L]):
     async def _fetch(
         self, pool: ServerPool[C, L], call: PoolCall[C, L, torch.Tensor], samples: Sequence[Sample]
     ) -> None:
-        async for rows in pool.run([call]):
+        async for rows in pool.run([_CheckedCall(call, samples, self._checks)]):
             parts = rows.split([len(sample.response_ids) for sample in samples])
             for sample, part in zip(samples, parts, strict=True):
                 if sample.index in self._payloads:

@@ -12,6 +12,7 @@ from eaopd_megatron.data.packing import split_into_micro_batches
 from eaopd_megatron.data.types import Sample
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.serving.http import Busy, HttpClient, HttpResponse
+from eaopd_megatron.teacher.answer_checks import AnswerFormat
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import PayloadFormat
 from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest, TeacherInfo
@@ -106,6 +107,10 @@ class SeparateBackend:
     @property
     def payload_format(self) -> PayloadFormat:
         return self._expected.payload_format
+
+    @property
+    def answer_format(self) -> AnswerFormat:
+        return AnswerFormat(self._expected.vocab_size, self._expected.vocab_size)
 
     def calls(self, samples: Sequence[Sample], number: str) -> list[tuple[SeparateScoreCall, Sequence[Sample]]]:
         """As `ScoringBackend.calls`: each call has consecutive samples of at most `budget` tokens."""

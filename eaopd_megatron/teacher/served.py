@@ -21,6 +21,7 @@ from eaopd_megatron.objective.vocab_parallel import top_k_positions
 from eaopd_megatron.rollout.sglang.identity import ExpectedModel, verify_server
 from eaopd_megatron.rollout.sglang.requests import LengthLimits, checked_meta_info, checking_answer
 from eaopd_megatron.serving.http import SGLangClient
+from eaopd_megatron.teacher.answer_checks import AnswerFormat
 from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import TopKPayload
 
@@ -45,6 +46,9 @@ class ServedBackend:
         vocab_size. connections: concurrent requests per server. config_key: the teacher's section of the recipe."""
         self.folder, self.terminal, self._connections, self._config_key = folder, terminal, connections, config_key
         self.payload_format, self.vocab_size = TopKPayload(k, has_entropy=False), vocab_size
+        # log-probs are normalised over the teacher's own ids, of which those that others lack are removed
+        complete = folder.vocab_size <= vocab_size
+        self.answer_format = AnswerFormat(vocab_size, folder.vocab_size if complete else None)
         # some of the server's top ids may be ones that the other models lack
         self.num_logprobs = k + min(k, max(0, folder.vocab_size - vocab_size))
 

@@ -118,6 +118,7 @@ def build_components(
             logs=folder.teachers,
             stop_signal=stop_signal,
             report=log,
+            failures=folder.failures,
         )
     )
 
