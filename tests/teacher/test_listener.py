@@ -15,6 +15,7 @@ import torch
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.teacher.protocol import ScoredSample, ScoreRequest, TeacherInfo
+from eaopd_megatron.teacher.service import listener
 from eaopd_megatron.teacher.service.listener import RequestQueue, TeacherHttpServer, parse_listen_address
 
 KEY = "a-key"
@@ -215,6 +216,7 @@ def test_a_bad_request_reaches_the_ranks(service: Service, body: bytes, said: st
 def test_a_body_without_end_is_read(service: Service) -> None:
     connection = service.connect()
     connection.putrequest("POST", "/score")
+    connection.putheader("Authorization", f"Bearer {KEY}")
     connection.putheader("Content-Length", str(2**40))
     connection.endheaders()
     assert connection.getresponse().status == 400
@@ -264,3 +266,73 @@ def test_an_address_that_cannot_be_had_is_a_traceback() -> None:
 def test_an_info_of_another_version_is_believed() -> None:
     with pytest.raises(ValueError, match="no eaopd teacher of this version"):
         TeacherInfo.from_json(replace(INFO, protocol=0).to_json())
+
+
+def _stranger(service: Service, head: bytes) -> socket.socket:
+    one = socket.create_connection(service.listener.server_address[:2], timeout=30)  # type: ignore[arg-type]
+    one.sendall(head)
+    return one
+
+
+def _until_ended(one: socket.socket) -> bytes:
+    """What is sent until the other end closes."""
+    received = b""
+    try:
+        while part := one.recv(4096):
+            received += part
+    except ConnectionError:
+        pass
+    return received
+
+
+def test_a_strangers_body_is_read_before_the_key_is_looked_at(service: Service) -> None:
+    for key in (b"", b"Authorization: Bearer other\r\n"):
+        with _stranger(service, b"POST /score HTTP/1.1\r\nHost: h\r\n" + key + b"Content-Length: 100\r\n\r\n") as one:
+            answer = one.recv(4096)  # no body was sent
+            assert answer.startswith(b"HTTP/1.1 401") and b"Connection: close" in answer
+
+
+def test_a_refusal_is_lost_behind_a_long_body(service: Service) -> None:
+    body = bytes(4 + 2**20)
+    assert error(service.request("POST", "/score", body, "other")) == (401, "the API key is missing or wrong")
+
+
+def test_strangers_hold_threads_and_keep_a_client_waiting(service: Service) -> None:
+    before = threading.active_count()
+    client = service.connect()  # one with the key, idle before they come
+    client.request("GET", "/ready", headers={"Authorization": f"Bearer {KEY}"})
+    assert client.getresponse().read() == b"{}"
+    strangers = [_stranger(service, b"POST /score HTTP/1.1\r\n") for _ in range(400)]
+    try:
+        began = time.monotonic()
+        assert service.request("GET", "/ready")[0] == 200
+        assert time.monotonic() - began < 10
+        deadline = time.monotonic() + 20
+        while threading.active_count() - before > 132 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert threading.active_count() - before <= 132  # 128 strangers, and those with the key
+        assert _until_ended(strangers[0]) == b""  # the oldest
+        client.request("GET", "/ready", headers={"Authorization": f"Bearer {KEY}"})
+        assert client.getresponse().status == 200
+    finally:
+        for one in strangers:
+            one.close()
+
+
+def test_a_stranger_that_says_nothing_stays(monkeypatch: pytest.MonkeyPatch, service: Service) -> None:
+    monkeypatch.setattr(listener, "_AUTHORIZATION_SECONDS", 0.5)
+    client = service.connect()
+    client.request("GET", "/ready", headers={"Authorization": f"Bearer {KEY}"})
+    client.getresponse().read()
+    with _stranger(service, b"GET /ready HTTP/1.1\r\n") as one:
+        began = time.monotonic()
+        assert _until_ended(one) == b"" and time.monotonic() - began < 20
+    client.request("GET", "/ready", headers={"Authorization": f"Bearer {KEY}"})  # a client with the key stays
+    assert client.getresponse().status == 200
+
+
+def test_the_head_of_a_request_has_no_end(service: Service) -> None:
+    with _stranger(
+        service, b"GET /ready HTTP/1.1\r\n" + b"".join(b"X-%d: %s\r\n" % (i, b"x" * 900) for i in range(40))
+    ) as one:
+        assert _until_ended(one) == b""

@@ -8,10 +8,12 @@ import json
 import socket
 import socketserver
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import torch
@@ -21,6 +23,12 @@ from eaopd_megatron.teacher.protocol import MAX_HEADER_BYTES, ScoreRequest, Teac
 
 _SOCKET_TIMEOUT_SECONDS = 300.0
 """Seconds without progress in a request or an answer after which the client counts as dead."""
+_MAX_STRANGERS = 128
+"""Connections that have not shown the key yet. One more ends the oldest of them, so strangers keep no client away."""
+_AUTHORIZATION_SECONDS = 20.0
+"""Time from the connection to a request's headers, with the key."""
+_DISCARD_SECONDS = 2.0
+_MAX_HEAD_BYTES = 2**14
 
 
 class QueueFull(Exception):
@@ -165,6 +173,8 @@ class TeacherHttpServer(socketserver.ThreadingTCPServer):
         self.key = key
         self.queue: RequestQueue
         self.info: TeacherInfo
+        self._strangers: dict[socket.socket, float] = {}  # time of the connection, oldest first
+        self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -185,8 +195,61 @@ class TeacherHttpServer(socketserver.ThreadingTCPServer):
         self.shutdown()
         self.server_close()
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread; it counts as a stranger's until `admit`."""
+        with self._lock:
+            self._strangers[request] = time.monotonic()
+            surplus = len(self._strangers) > _MAX_STRANGERS
+        if surplus:
+            self._end_oldest_stranger(0)
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """End strangers that take too long. Called several times a second."""
+        while self._end_oldest_stranger(_AUTHORIZATION_SECONDS):
+            pass
+
+    def shutdown_request(self, request: Any) -> None:
+        self.admit(request)
+        super().shutdown_request(request)
+
+    def admit(self, connection: socket.socket) -> None:
+        """Count a connection no longer as a stranger's."""
+        with self._lock:
+            self._strangers.pop(connection, None)
+
+    def _end_oldest_stranger(self, seconds: float) -> bool:
+        """End the oldest stranger's connection if it is older than this; return whether one was ended."""
+        with self._lock:
+            oldest = next(iter(self._strangers), None)
+            if oldest is None or time.monotonic() - self._strangers[oldest] < seconds:
+                return False
+            del self._strangers[oldest]
+            with suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end and closes it
+        return True
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Ignore client disconnects."""
+
+
+class _BoundedHead:
+    """A connection's stream whose lines, of a request's head, have at most `left` bytes together."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.left = stream, _MAX_HEAD_BYTES
+        self.read, self.close = stream.read, stream.close
+
+    @property
+    def closed(self) -> bool:
+        return self._stream.closed
+
+    def readline(self, limit: int = -1) -> bytes:
+        line = self._stream.readline(self.left + 1 if limit < 0 else min(limit, self.left + 1))
+        self.left -= len(line)
+        if self.left < 0:
+            raise ConnectionError("the head of a request is too long")
+        return line
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -196,6 +259,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     timeout = _SOCKET_TIMEOUT_SECONDS
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile: Any = _BoundedHead(self.rfile)
+
+    def handle_one_request(self) -> None:
+        self.rfile.left = _MAX_HEAD_BYTES
+        super().handle_one_request()
 
     def do_GET(self) -> None:
         if not self._authorized():
@@ -210,8 +281,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(200, {})
 
     def do_POST(self) -> None:
+        if not self._authorized():
+            return
         body = self._read_body()
-        if body is None or not self._authorized():
+        if body is None:
             return
         if self.path != "/score":
             self._refuse(404, f"there is no {self.path}")
@@ -248,9 +321,23 @@ class _Handler(BaseHTTPRequestHandler):
         key = self.server.key
         header = self.headers.get("Authorization", "").encode("latin-1", errors="replace")
         if key is None or hmac.compare_digest(header, f"Bearer {key}".encode()):
+            self.server.admit(self.connection)
             return True
+        self.close_connection = True  # its body is not read
         self._refuse(401, "the API key is missing or wrong")
+        self._discard_input()
         return False
+
+    def _discard_input(self) -> None:
+        """Drop what a refused client still sends: closing the connection at once would reset it, and it would not read
+        the refusal."""
+        deadline = time.monotonic() + _DISCARD_SECONDS
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while (left := deadline - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                if not self.connection.recv(2**16):
+                    return
 
     def _refuse(self, status: int, text: str) -> None:
         self._send_json(status, {"error": " ".join(text.split())[:500]})
@@ -264,6 +351,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(length))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
 
     def log_message(self, format: str, *arguments: object) -> None:
