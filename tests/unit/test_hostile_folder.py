@@ -1,4 +1,4 @@
-"""A model folder from a stranger: no broken header and no index leads to other bytes than the tensors', or a traceback."""
+"""A model folder from a stranger: no header and no index leads to bytes that are not the tensors, or to a traceback."""
 
 from __future__ import annotations
 
