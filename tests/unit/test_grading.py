@@ -27,8 +27,7 @@ from eaopd_megatron.evaluation.benchmarks import benchmark_name, grader_for
 from eaopd_megatron.evaluation.estimators import majority
 from eaopd_megatron.evaluation.grading import MAX_ANSWER_LENGTH, MathGrader, grade_responses
 from eaopd_megatron.evaluation.results import Grade, ProblemResult
-from tests.unit.answer_kinds import LENIENT, STRICT
-from tests.unit.answer_kinds import WRONG as NOT_EQUAL
+from tests.unit import answer_kinds, answer_relatives
 from tests.unit.answer_pairs import NOTATION, RIGHT, WRONG
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -120,15 +119,18 @@ def test_answers_are_graded_as_a_mathematician_would(grader: MathGrader) -> None
     assert {pair: found[pair] for pair in found if found[pair] != expected[pair]} == {}
 
 
-@pytest.mark.parametrize("kind", ["spaces", "checks", "meaning", "notation"])
+@pytest.mark.parametrize("kind", ["spaces", "checks", "meaning", "notation", "relatives"])
 def test_pairs_of_a_kind_of_fault_get_a_mathematicians_verdicts(grader: MathGrader, kind: str) -> None:
     """Strictly right ones are leniently right, wrong ones neither; no check throws."""
+    strict = {**answer_kinds.STRICT, "relatives": answer_relatives.STRICT}[kind]
+    lenient = {**answer_kinds.LENIENT, "relatives": answer_relatives.LENIENT}.get(kind, [])
+    wrong = {**answer_kinds.WRONG, "relatives": answer_relatives.WRONG}[kind]
+    assert len(strict) > 30 < len(wrong)
     expected = {
-        **dict.fromkeys(STRICT[kind], (True, True)),
-        **dict.fromkeys(LENIENT.get(kind, []), (False, True)),
-        **dict.fromkeys(NOT_EQUAL[kind], (False, False)),
+        **dict.fromkeys(strict, (True, True)),
+        **dict.fromkeys(lenient, (False, True)),
+        **dict.fromkeys(wrong, (False, False)),
     }
-    assert len(STRICT[kind]) > 30 < len(NOT_EQUAL[kind])
     grades = grade_responses(grader, [({"answer": gold}, rf"Hence \boxed{{{answer}}}.") for gold, answer in expected])
     assert [pair for pair, grade in zip(expected, grades, strict=True) if grade.error] == []
     found = {pair: (grade.correct, grade.lenient) for pair, grade in zip(expected, grades, strict=True)}
