@@ -57,6 +57,7 @@ _CHARACTERS = {
         "′": "'",
         "、": ",",
         "ℯ": "e",
+        "\u2044": "/",
     },
 }
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni", strict=True))
@@ -82,7 +83,7 @@ _REPEATING = re.compile(
 _DOTTED = re.compile(r"\\dot\{?(\d)\}?(\d*)\\dot\{?(\d)\}?")
 _CONTINUED = re.compile(r"(?<![\d.])(\d*)\.(\d*?)(\d{1,6}?)\3\3+\s*(?:\.\.\.|\\l?dots|\\cdots)")
 _UPRIGHT = re.compile(
-    rf"(?:{_TEXT}|\\mathit)(?:\s*\{{\s*(e|i|\\pi)\s*\}}|\s+(e|i)(?![A-Za-z]))"  # the whole text is a choice
+    r"\\(?:text|textrm|mathrm|mathit|operatorname|rm)(?:\s*\{\s*(e|i|\\pi)\s*\}|\s+(e|i)(?![A-Za-z]))"
 )
 _SYNONYMS = {r"\langle": "(", r"\rangle": ")", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lg": r"\log_{10}"}
 _SYNONYMS |= dict.fromkeys([r"\lor", r"\vee"], r"\text{ or }") | dict.fromkeys([r"\land", r"\wedge"], r"\text{ and }")
@@ -119,6 +120,7 @@ _DECLARED = re.compile(
 FAMILY = r"\hat{z}"
 """The integer of a family such as pi/2 + k pi."""
 _STEP = rf"\\pi(?![A-Za-z])|\d+ ?{_DEGREES}"
+_MULTIPLES = re.compile(r"(?:\\frac\{)?\d* ?(?:[klmn] ?\\pi|\\pi ?[klmn])(?:\}\{\d+\}| ?/ ?\d+)?")
 _CONSTANTS = re.compile(rf"{_TEXT}\s*\{{[^{{}}]*\}}|(?<![A-Za-z\\])(?<!hat\{{)(?:([Ee])(?= ?_)|(I)(?![A-Za-z(]))")
 """Letters that the parser takes for Euler's number or the imaginary unit; words are passed over."""
 _PERIODS = re.compile(
@@ -180,11 +182,13 @@ def _plain_latex(text: str) -> str:
         .replace(r"\lvert", "|")
         .replace(r"\rvert", "|")
     )
-    if not _UPRIGHT.fullmatch(text.strip()):
+    if not _UPRIGHT.fullmatch(text.strip()):  # a choice
         text = _UPRIGHT.sub(lambda letter: f"{{{letter[1] or letter[2]}}}", text)
     text = re.sub(r"\\degrees?(?![A-Za-z])", r"^\\circ ", text)
     if pair := re.fullmatch(r"\s*(?:\\langle|<)([^<>]*,[^<>]*)(?:\\rangle|>)\s*", text):
         text = f"({pair[1]})"
+    text = re.sub(r"\\(?:mathbf|vec|boldsymbol) ?\{ ?([ijk]) ?\}", r"\\hat{\1}", text)
+    text = re.sub(r"\\(?:text|mathrm) ?\{ ?(gcd|lcm|max|min) ?\}", r"\\operatorname{\1}", text)
     for command, simple in _SYNONYMS.items():
         text = re.sub(rf"{re.escape(command)}(?![A-Za-z])", lambda _, simple=simple: simple, text)
     text = re.sub(r"\\(min|max) ?\\\{(.*?)\\\}", r"\\\1(\2)", text)
@@ -206,7 +210,9 @@ def _numbers(text: str) -> str:
     text = _ARGUMENTS.sub(lambda m: f"{m[4]}{{{m[5]}}} " if m[4] else rf"\{m[1]}{{{m[2]}}}{{{m[3]}}}", text)
     text = _MIXED.sub(lambda m: rf"{m[1]}\frac{{{m[2]}}}{{{m[3]}}}" if int(m[2]) < int(m[3]) else m[0], text)
     text = re.sub(r"(\\sqrt|\\frac ?\{[^{}]*\}) ?(\d\d+)", r"\1{\2}", text)
-    text = _MODULUS.sub(lambda m: rf"\pmod{{{m[1] or m[2] or m[3]}}}", text)
+    if "\\equiv" in text or "pmod" in text or re.search(r"\( ?\\?b?mod", text):
+        text = _MODULUS.sub(lambda m: rf"\pmod{{{m[1] or m[2] or m[3]}}}", text)
+    text = text.replace(r"\bmod", r"\mod")
     text = re.sub(r"(\d) (?=\\frac)", r"\1", text)
     return _SCALE.sub(_scaled_number, text)
 
@@ -253,6 +259,7 @@ def _scaled_number(match: re.Match[str]) -> str:
 def _names(text: str) -> str:
     """Name what the parser would read as a number, a product or a constant, and is none."""
     text = _TRIGONOMETRIC.sub(r"\\\1\2(\\frac{\3 \\pi}{180})", text)
+    text = re.sub(r"^([A-F][\dA-F]+)_ ?\{?(1[1-6])\}?$", r"\\text{\1}_{\2}", text)
     text = _BASE.sub(_number_in_base, text)
     text = _family(text)
     text = re.sub(r"\\(angle|triangle) ?([A-Z]) ?([A-Z]) ?([A-Z])(?![A-Za-z_'^])", _figure, text)
@@ -291,7 +298,7 @@ def _family(text: str) -> str:
     if match := _DECLARED.search(text):
         letters.add(next(letter for letter in match.groups() if letter))
         text = text[: match.start()].rstrip(" ,;")
-    elif re.search(r"[+\-]|\\pm", text) or re.fullmatch(r"\d* ?(?:[klmn] ?\\pi|\\pi ?[klmn])", text.strip()):
+    elif re.search(r"[+\-]|\\pm", text) or _MULTIPLES.fullmatch(text.strip()):
         letters |= {next(filter(None, m.groups())) for m in _PERIODS.finditer(text)}
     if len(letters) != 1:
         return text
