@@ -1,8 +1,9 @@
 """Bytes that autograd keeps of a micro-batch until its backward pass, part by part.
 
-`path` selects the layers. "torch": this project's norms and torch's attention, as on a CPU; tested against the bytes of
-saved tensors without context and expert parallelism. "fused": Transformer Engine's norms, which keep input and output,
-flash attention on packed sequences and Megatron-Core's fused SwiGLU; written from their code, not measured.
+`path` selects the layers. "torch": this project's norms and torch's attention on padded sequences, as on a CPU or in
+fp32; "varlen": the same with torch's variable-length attention, as on GPUs without Transformer Engine; both tested
+against the bytes of saved tensors without context and expert parallelism. "fused": Transformer Engine's norms, which
+keep input and output, flash attention on packed sequences and Megatron-Core's fused SwiGLU; from their code, not measured.
 """
 
 from __future__ import annotations
@@ -14,9 +15,16 @@ from eaopd_megatron.config.parallel import Recompute
 from eaopd_megatron.models.shapes import ModelShape
 from eaopd_megatron.planning.workload import PlannedLayout, PlannedMicroBatch
 
-LayerPath = Literal["torch", "fused"]
+LayerPath = Literal["torch", "varlen", "fused"]
 FP32_BYTES = 4
 INDEX_BYTES = 8
+
+
+def gpu_layer_path(element: int, *, transformer_engine: bool) -> LayerPath:
+    """Return which layers a model with weights of `element` bytes has on a GPU."""
+    if transformer_engine:
+        return "fused"
+    return "varlen" if element < FP32_BYTES else "torch"
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,9 @@ class Activations:
             return self._tokens(batch) * kept
         if self.path == "fused":
             return self._tokens(batch) * (kept + sums)
+        if self.path == "varlen":  # with context parallelism also the keys and values that a rank's queries see
+            seen = batch.tokens * (2 * cp + 1) / (2 * cp) * 2 * kv * e if cp > 1 else 0
+            return self._tokens(batch) * (kept + sums) + seen
         # the same again, padded; keys and values of all context-parallel ranks, as gathered and reordered
         padded = batch.padded / cp * (2 * q * e + sums + 2 * kv * cp * e)
         gathered = batch.tokens * 2 * kv * e if cp > 1 else 0
@@ -114,4 +125,4 @@ class Activations:
     @property
     def _norm_element(self) -> int:
         """Bytes per element that a norm keeps besides its output."""
-        return 2 * FP32_BYTES if self.path == "torch" else self.element
+        return self.element if self.path == "fused" else 2 * FP32_BYTES

@@ -92,6 +92,15 @@ def main_parameter_bytes(
     return moment_bytes(parameters, layout, distributed=distributed) / 2 if element < FP32_BYTES else 0.0
 
 
+def checkpoint_host_bytes(
+    parameters: ParameterCounts, layout: PlannedLayout, element: int, *, distributed: bool
+) -> float:
+    """Return what a checkpoint in the background takes of host memory, on a rank that writes weights and states."""
+    states = moment_bytes(parameters, layout, distributed=distributed)
+    states += main_parameter_bytes(parameters, layout, element, distributed=distributed)
+    return weight_bytes(parameters, element) + states
+
+
 @dataclass(frozen=True)
 class StudentGpus:
     """A student's GPUs: student, rollouts and, in the same layout, colocated teachers.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from eaopd_megatron.config import load_recipe
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.supported import ModelInfo, check_context, context_note, find_model
 from eaopd_megatron.planning import traffic
-from eaopd_megatron.planning.memory import GpuMemory
+from eaopd_megatron.planning.memory import GpuMemory, checkpoint_host_bytes
 from eaopd_megatron.planning.planner import TEACHER_GPUS, LayoutOption, LayoutSearch, Plan, Planner, SeparateTeacherPlan
 from eaopd_megatron.planning.times import GiB, find_gpu
 from eaopd_megatron.planning.workload import PlannedLayout, PlannedServers, PlannedTeacher, Workload
@@ -49,6 +51,7 @@ def plan_recipe(
         gpu=spec,
         limit=gpu_memory or spec.memory,
         servers=PlannedServers.from_recipe(loaded),
+        transformer_engine=expects_transformer_engine(),
     )
     positions = {"student.model": planner.student.shape.positions}
     positions |= {f"{teacher.key}.model": teacher.model.shape.positions for teacher in planner.teachers}
@@ -65,6 +68,29 @@ def plan_recipe(
             raise UserError(f"--json {out}: {error.strerror}") from None
     if not plan.fits:
         raise UserError(plan.remedy())
+
+
+def expects_transformer_engine() -> bool:
+    """Return whether a plan assumes Transformer Engine's layers: unless this host has a GPU and not the package."""
+    return not Path("/proc/driver/nvidia").exists() or importlib.util.find_spec("transformer_engine") is not None
+
+
+def _layer_lines(plan: Plan) -> Iterator[str]:
+    """Yield what depends on Transformer Engine, and what a checkpoint takes of a host."""
+    planner, layout, work = plan.planner, plan.layout, plan.planner.work
+    if plan.own is None:
+        return
+    kept = []
+    for engine in (planner.transformer_engine, not planner.transformer_engine):
+        parts = replace(planner, transformer_engine=engine).memory(layout, work).parts
+        kept.append(next(part.bytes for part in parts if part.name == "activations"))
+    names = "Transformer Engine's", "torch's (Transformer Engine is not installed here)"
+    other = "without Transformer Engine" if planner.transformer_engine else "with it"
+    name = names[not planner.transformer_engine]
+    yield f"layers: {name}, activations {_gib(kept[0])} GiB; {other} {_gib(kept[1])}"
+    held = planner.student.shape.rank_parameters(layout, plan.own.memory.stage)
+    saved = checkpoint_host_bytes(held, layout, work.student_element, distributed=work.distributed_optimizer)
+    yield f"run.async_save takes {_gib(saved)} GiB of host memory per rank that writes weights and optimizer states"
 
 
 def print_plan(plan: Plan) -> None:
@@ -97,7 +123,7 @@ def print_plan(plan: Plan) -> None:
     if line := _server_line(plan):
         console.print(f"\n{line}", soft_wrap=True)
     console.print("\nassumed (times are estimates from these; none was measured):")
-    for line in planner.assumed.lines(planner.gpu):
+    for line in (*planner.assumed.lines(planner.gpu), *_layer_lines(plan)):
         console.print(f"  {line}")
 
 

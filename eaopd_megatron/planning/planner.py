@@ -8,6 +8,7 @@ from functools import cached_property
 
 from eaopd_megatron.models.supported import ModelInfo, separate_layout
 from eaopd_megatron.planning import traffic
+from eaopd_megatron.planning.activations import gpu_layer_path
 from eaopd_megatron.planning.memory import MEMORY_PHASES, GpuMemory, StudentGpus, remote_teacher_memory
 from eaopd_megatron.planning.times import GiB, GpuSpec, TimeAssumptions, TimeEstimates
 from eaopd_megatron.planning.workload import (
@@ -87,6 +88,7 @@ class Planner:
     limit: float  # GiB of a GPU
     assumed: TimeAssumptions = field(default_factory=TimeAssumptions)
     servers: PlannedServers | None = None  # None: the trainer generates
+    transformer_engine: bool = True  # on the GPUs
 
     def fits(self, memory: GpuMemory) -> bool:
         return memory.peak <= self.limit * GiB
@@ -96,7 +98,8 @@ class Planner:
 
     def memory(self, layout: PlannedLayout, work: Workload) -> GpuMemory:
         """Return the memory of the student's fullest GPU."""
-        ours = StudentGpus(self.student.shape, self.teachers, layout, work, self.assumed.reserve * GiB)
+        path = gpu_layer_path(work.student_element, transformer_engine=self.transformer_engine)
+        ours = StudentGpus(self.student.shape, self.teachers, layout, work, self.assumed.reserve * GiB, path)
         if self.servers and self.servers.colocated:
             server = self.servers.mem_fraction_static * self.limit * GiB
             contexts = (self.servers.gpus - self.servers.tensor_parallel) * self.assumed.server_context

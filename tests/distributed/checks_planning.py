@@ -26,6 +26,7 @@ from eaopd_megatron.planning import memory
 from eaopd_megatron.planning.activations import Activations
 from eaopd_megatron.planning.workload import BYTES_PER_NUMBER, PlannedLayout, PlannedMicroBatch
 from tests.distributed.groups import model_parallel as groups_at
+from tests.emulated_varlen import emulated
 
 LIMIT = 0.06  # of the saved bytes
 
@@ -99,6 +100,28 @@ def check_activations(
             plan = Activations(ModelShape.of(config), where, BYTES_PER_NUMBER[precision], "torch", recompute)
             said = plan.of_stage(PlannedMicroBatch(sum(lengths), len(lengths) * max(lengths)), 0)
             assert abs(said / saved - 1) <= LIMIT, f"{config} {precision}: {said:.0f} planned, {saved} saved"
+
+
+class FlashAttention(torch.autograd.Function):
+    """What torch's kernel keeps for its backward: query, key, value, output and a sum per head and token."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = query.clone()
+        ctx.save_for_backward(query, key, value, out, query.new_zeros(query.shape[1], len(query), dtype=torch.float32))
+        return out
+
+
+def check_varlen_activations(group: dist.ProcessGroup, config: dict[str, Any], lengths: list[int]) -> None:
+    """The same of torch's variable-length attention, whose kernel is left out."""
+    with model_parallel({}) as (parallel, where), emulated() as stands:
+        stands.side_effect = lambda query, key, value, *unused, **options: FlashAttention.apply(query, key, value)
+        model = built(config, parallel, "bf16").train()
+        samples = [Sample(Prompt("", (1,), {}), [2] * (length - 1), "stop", [], 0) for length in lengths]
+        saved = saved_bytes(model, collate(samples, parallel.device, packing_for(parallel.layout)))
+        plan = Activations(ModelShape.of(config), where, 2, "varlen")
+        said = plan.of_stage(PlannedMicroBatch(sum(lengths), len(lengths) * max(lengths)), 0)
+        assert stands.called and abs(said / saved - 1) <= LIMIT, f"{said:.0f} planned, {saved} saved"
 
 
 def saved_bytes(model: ModelChunks, batch: Packed) -> int:

@@ -76,6 +76,13 @@ def test_activations_are_a_guess(ranks: Ranks, layout: dict[str, Any]) -> None:
     ranks.run(CHECKS, "check_activations", cases=cases, layout=layout, recompute="none")
 
 
+@pytest.mark.parametrize(("config", "lengths"), [(TINY, [40, 8, 8, 8]), (FEW_KEYS, [16, 8, 20, 12, 16])])
+def test_activations_of_variable_length_attention_are_a_guess(
+    ranks: Ranks, config: dict[str, Any], lengths: list[int]
+) -> None:
+    ranks.run(CHECKS, "check_varlen_activations", config=config, lengths=lengths)
+
+
 @pytest.mark.parametrize(("recompute", "layout"), [("selective", {}), ("full", {}), ("full", SP2)])
 def test_recompute_is_planned_as_if_it_kept_what_is_made_again(
     ranks: Ranks, recompute: str, layout: dict[str, Any]

@@ -10,7 +10,7 @@ import pytest
 from eaopd_megatron.models.shapes import ParameterCounts
 from eaopd_megatron.models.supported import built_in_shape, find_model
 from eaopd_megatron.planning import memory, traffic
-from eaopd_megatron.planning.activations import Activations
+from eaopd_megatron.planning.activations import Activations, gpu_layer_path
 from eaopd_megatron.planning.memory import StudentGpus
 from eaopd_megatron.planning.times import GiB, TimeEstimates
 from eaopd_megatron.planning.workload import PlannedLayout, PlannedMicroBatch, PlannedTeacher
@@ -178,3 +178,27 @@ def test_an_estimate_forgets_the_bubble_or_the_launches() -> None:
     assert clock.update(shape, PlannedLayout()) < TimeEstimates(
         clock.gpu, clock.assumed, replace(work, recompute="full")
     ).update(shape, PlannedLayout())
+
+
+def test_activations_without_transformer_engine_are_not_planned() -> None:
+    """Not padded but where torch pads: in fp32. Its norms and MLPs keep more."""
+    shape, short = planner().student.shape, PlannedMicroBatch(8192, 8192)
+    padded = replace(short, padded=65536)
+
+    def kept(batch: PlannedMicroBatch, element: int, engine: bool) -> float:
+        path = gpu_layer_path(element, transformer_engine=engine)
+        return Activations(shape, PlannedLayout(), element, path).of_stage(batch, 0)
+
+    assert kept(padded, 2, True) == kept(short, 2, True) < kept(short, 2, False) == kept(padded, 2, False)
+    assert kept(padded, 4, False) > 1.5 * kept(short, 4, False)
+    one, other = (
+        replace(planner(), transformer_engine=engine).memory(PlannedLayout(), planner().work)
+        for engine in (True, False)
+    )
+    assert other.of("update") > one.of("update") and other.of("always") == one.of("always")
+
+
+def test_a_checkpoint_takes_every_ranks_states_of_a_host() -> None:
+    layout, held = PlannedLayout(data_parallel=4), ParameterCounts(dense=800, expert=0)
+    assert memory.checkpoint_host_bytes(held, layout, 2, distributed=False) == (2 + 12) * 800
+    assert memory.checkpoint_host_bytes(held, layout, 2, distributed=True) == (2 + 12 / 4) * 800
