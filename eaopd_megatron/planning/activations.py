@@ -3,7 +3,7 @@
 `path` selects the layers. "torch": this project's norms and torch's attention on padded sequences, as on a CPU or in
 fp32; "varlen": the same with torch's variable-length attention, as on GPUs without Transformer Engine; both tested
 against the bytes of saved tensors without context and expert parallelism. "fused": Transformer Engine's norms, which
-keep input and output, flash attention on packed sequences and Megatron-Core's fused SwiGLU; from their code, not measured.
+keep input and output, flash attention on packed sequences and Megatron-Core's fused SwiGLU; from code, not measured.
 """
 
 from __future__ import annotations
