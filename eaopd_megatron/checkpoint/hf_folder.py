@@ -265,18 +265,31 @@ class HfFolder:
         return all(torch.equal(one[i : i + rows], other[i : i + rows]) for i in range(0, shape[0], rows))
 
 
-def check_same_tokenizer(teacher: HfFolder, student: HfFolder) -> None:
-    """Raise UserError if the teacher's token ids stand for other texts than the student's."""
+def check_same_tokenizer(teacher: HfFolder, student: HfFolder, *, allowed: str = "exact") -> list[int]:
+    """Return the ids that stand for other texts in the teacher's tokenizer than in the student's, sorted.
+
+    allowed: "exact", none; "shared", those of added and special tokens. Raises UserError for the first other one.
+    """
     texts = [
         {token_id: text for text, token_id in folder.tokenizer().get_vocab().items()} for folder in (teacher, student)
     ]
-    if texts[0] != texts[1]:
-        first = min(i for i in texts[0].keys() | texts[1].keys() if texts[0].get(i) != texts[1].get(i))
+    different = sorted(i for i in texts[0].keys() | texts[1].keys() if texts[0].get(i) != texts[1].get(i))
+    added = [
+        {*folder.tokenizer().get_added_vocab().values(), *folder.tokenizer().all_special_ids}
+        for folder in (teacher, student)
+    ]
+    ordinary = [i for i in different if any(i in text and i not in own for text, own in zip(texts, added, strict=True))]
+    refused = different if allowed == "exact" else ordinary
+    if refused:
+        first = refused[0]
         theirs, ours = (repr(text[first]) if first in text else "nothing" for text in texts)
+        key = teacher.name.removesuffix(".model")
+        remedy = "" if ordinary else f"; {key}.tokenizer_check=shared allows added and special tokens that differ"
         raise UserError(
             f"{teacher.name} and {student.name} have different tokenizers: token {first} is {theirs} in {teacher.path} "
-            f"and {ours} in {student.path}"
+            f"and {ours} in {student.path}{remedy}"
         )
+    return different
 
 
 def common_vocab_size(folders: Sequence[HfFolder]) -> int:

@@ -96,6 +96,9 @@ class TeacherConfig(Section):
     """What is kept of a token. auto: topk if the objective can use it, else hidden; logits: colocated only."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Precision of the weights. fp8: on GPUs with Transformer Engine."""
+    tokenizer_check: Literal["exact", "shared"] = "exact"
+    """Tokens that the teacher's tokenizer may have otherwise. exact: none; shared: added and special tokens, whose ids
+    are left out of the teacher's distribution and of responses."""
     terminal_map: Literal["swap", "label", "none"] = "swap"
     """How the teacher's end token is matched with the student's. swap: exchange the two ids in the teacher's
     vocabulary; label: look up the log-prob of a response's end token under the teacher's id (the paper); none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -47,13 +47,13 @@ class Sample:
     def token_ids(self) -> list[int]:
         return [*self.prompt.token_ids, *self.response_ids]
 
-    def truncated_to_vocab(self, vocab_size: int) -> Sample:
-        """Return the response up to the first id that is not below vocab_size; such an id ends it with "length".
+    def truncated_to_vocab(self, vocab_size: int, masked_ids: Collection[int] = ()) -> Sample:
+        """Return the response up to the first id that is not below vocab_size, or masked; it ends with "length" there.
 
         Servers sample from all of the student's rows. Rows that a teacher lacks belong to no token of the tokenizer,
         and their probability is negligible.
         """
-        end = next((i for i, token in enumerate(self.response_ids) if token >= vocab_size), None)
+        end = next((i for i, token in enumerate(self.response_ids) if token >= vocab_size or token in masked_ids), None)
         if end is None:
             return self
         return replace(

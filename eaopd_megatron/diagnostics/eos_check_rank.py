@@ -63,8 +63,7 @@ def eos_check_results(recipe: Recipe, components: Components, parallel: Parallel
     prompts, student = _prompts(recipe, components), components.student_folder
     folders = open_teacher_folders(recipe, student)
     maps = {
-        name: TerminalMap.between(config.terminal_map, student.eos_ids, folders[name].eos_ids)
-        for name, config in recipe.named_teachers().items()
+        name: TerminalMap.of_folders(config, student, folders[name]) for name, config in recipe.named_teachers().items()
     }
     local = _response_ends(recipe, components, parallel, prompts, maps)
     gathered = gather_objects(local, parallel.world_size)

@@ -46,7 +46,7 @@ def sample_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, *, temperature:
 class LocalRollout(RolloutEngine):
     """Generates with this data-parallel rank's model. All ranks of a model's copy call it with the same prompts.
 
-    stop_signal: returns the number of a received signal that asks the run to stop, or 0.
+    stop_signal: returns the number of a received signal that asks the run to stop, or 0. masked_ids: never sampled.
     """
 
     def __init__(
@@ -57,8 +57,9 @@ class LocalRollout(RolloutEngine):
         vocab_size: int,
         batch_size: int,
         stop_signal: Callable[[], int] = lambda: 0,
+        masked_ids: Sequence[int] = (),
     ) -> None:
-        self.model, self.parallel = model, parallel
+        self.model, self.parallel, self._masked_ids = model, parallel, list(masked_ids)
         self.vocab_size, self.batch_size, self.stop_signal = vocab_size, batch_size, stop_signal
         self._version = 0
 
@@ -143,7 +144,10 @@ class LocalRollout(RolloutEngine):
         if logits is None:
             token = torch.empty(len(noise), dtype=torch.long, device=self.parallel.device)
             return broadcast_from_last_stage(token, self.parallel), torch.empty(len(noise), device=self.parallel.device)
-        policy = torch.log_softmax(logits[:, : self.vocab_size].float(), -1)
+        logits = logits[:, : self.vocab_size].float()
+        if self._masked_ids:
+            logits = logits.index_fill(1, torch.tensor(self._masked_ids, device=logits.device), -torch.inf)
+        policy = torch.log_softmax(logits, -1)
         token = sample_tokens(policy, noise, temperature=sampling.temperature, top_p=sampling.top_p)
         if self.parallel.tp_size > 1:  # shards that decode different tokens would corrupt each other
             dist.broadcast(token, self.parallel.tp_src_rank(), group=self.parallel.tp_group)

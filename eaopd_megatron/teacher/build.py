@@ -35,7 +35,7 @@ def open_teacher_folders(recipe: Recipe, student: HfFolder) -> dict[str, HfFolde
         if config.precision == "fp8" and config.placement == "colocated":
             require_fp8_support(f"{key}.precision")
         folders[name] = HfFolder.open(config.model, f"{key}.model")
-        check_same_tokenizer(folders[name], student)
+        check_same_tokenizer(folders[name], student, allowed=config.tokenizer_check)
     return folders
 
 
@@ -71,8 +71,13 @@ def build_teachers(context: TeacherContext) -> TeacherRouter:
     gpus = _first_gpus(context.recipe, local_ranks)
     for name, config in context.recipe.named_teachers().items():
         key, student, folder = teacher_key(name), context.student_folder, context.teacher_folders[name]
-        terminal = TerminalMap.between(config.terminal_map, student.eos_ids, folder.eos_ids)
+        terminal = TerminalMap.of_folders(config, student, folder)
         _check_label_map(context.recipe, key, terminal)
+        if terminal.masked_ids and context.recipe.objective.build_objective().reverse_kl == "exact":
+            raise UserError(
+                f"{key}.tokenizer_check=shared gives {len(terminal.masked_ids)} ids no probability, from which "
+                "objective.reverse_kl=exact is infinitely far; set objective.reverse_kl=sampled"
+            )
         if config.launched_by_trainer and local_ranks != context.parallel.world_size:
             raise UserError(
                 f"{key}.placement={config.placement} starts replicas on the first rank's host, where {local_ranks} of "

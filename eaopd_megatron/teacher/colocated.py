@@ -17,7 +17,7 @@ from eaopd_megatron.megatron.offload import FrozenWeights
 from eaopd_megatron.megatron.pipeline import micro_batches, run_forward
 from eaopd_megatron.objective import TeacherHidden, TeacherLogits, TeacherTopK, summarise_teacher
 from eaopd_megatron.teacher.base import TeacherModel, TeacherSignal, require_scored
-from eaopd_megatron.teacher.eos_map import TerminalMap
+from eaopd_megatron.teacher.eos_map import MASKED_LOGIT, TerminalMap, mask_head, mask_hidden, masked_columns
 from eaopd_megatron.teacher.payload import TopKPayload, gather_top_k, split_top_k
 
 
@@ -30,15 +30,17 @@ def top_k_of_hidden(
     top_k: int,
     vocab_size: int,
     group: dist.ProcessGroup,
+    masked_ids: Sequence[int] = (),
 ) -> TeacherTopK:
     """Return the top-k of n tokens from their hidden states [n, h] and the output weight [V_padded/tp, h].
 
     The logits are computed in chunks. response_ids [n]; target_ids [n]: ids whose log p(y) is looked up, if they differ
-    from the response's. Collective over the tensor-parallel group.
+    from the response's. masked_ids: ids with probability 0. Collective over the tensor-parallel group.
     """
+    masked = masked_columns(masked_ids, len(head), dist.get_rank(group))
     chunks = [
         summarise_teacher(
-            logits,
+            logits.index_fill_(1, torch.tensor(masked, device=logits.device), MASKED_LOGIT) if masked else logits,
             response_ids[part],
             k=top_k,
             vocab_size=vocab_size,
@@ -106,10 +108,11 @@ class ColocatedTeacher(TeacherModel):
         hidden: dict[int, torch.Tensor] = {}
         with nullcontext() if self._weights is None else self._weights.onload():
             run_forward(self.model, batches, hidden.__setitem__)
-        head = self._head()
+        masked = self.terminal.masked_ids
+        head = mask_head(self._head(), masked, self.parallel.tp_rank) if self.parallel.is_last_stage else self._head()
         if self.signal == "hidden":
-            return lambda index: TeacherHidden(hidden[index], head)
-        return lambda index: TeacherLogits(hidden[index] @ head.T)
+            return lambda index: TeacherHidden(mask_hidden(hidden[index], masked), head)
+        return lambda index: TeacherLogits(mask_hidden(hidden[index], masked) @ head.T)
 
     def target_ids(self, batch: MicroBatch) -> torch.Tensor | None:
         return None if self.signal == "topk" else self.terminal.batch_target_ids(batch)
@@ -127,6 +130,7 @@ class ColocatedTeacher(TeacherModel):
                 top_k=self.top_k,
                 vocab_size=self.vocab_size,
                 group=self.parallel.tp_group,
+                masked_ids=self.terminal.masked_ids,
             )
             gathered = {name: gather_context_parallel(batch, own, self.parallel) for name, own in vars(local).items()}
             top_k = TeacherTopK(**gathered)

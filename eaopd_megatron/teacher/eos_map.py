@@ -6,11 +6,15 @@ about −21 nats, OPD punishes stopping, and truncation goes to 100 %.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
+from eaopd_megatron.config.schema import TeacherConfig
 from eaopd_megatron.data.types import MicroBatch, Sample
+from eaopd_megatron.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,30 @@ class TerminalMap:
     kind: str
     student_id: int
     teacher_id: int
+    masked_ids: tuple[int, ...] = ()  # of the student, that stand for other texts in the teacher: it gives them 0
+
+    @classmethod
+    def of_folders(cls, config: TeacherConfig, student: HfFolder, teacher: HfFolder) -> TerminalMap:
+        """Return the map of two models, with the ids that teacher.tokenizer_check=shared leaves out.
+
+        An end id that the map translates means the same in both, whatever its text. Raises UserError for other
+        tokenizers, and if an end id of the student has another text in the teacher and is not translated.
+        """
+        found = cls.between(config.terminal_map, student.eos_ids, teacher.eos_ids)
+        different = set(check_same_tokenizer(teacher, student, allowed=config.tokenizer_check))
+        own, other = found.student_id, found.teacher_id
+        translated = {own} if own == other or found.kind == "swap" else set[int]()
+        if found.kind == "label":
+            translated = {own, other}
+        if found.kind == "swap" and own in different:
+            different.add(other)  # the teacher's row there is the one that its id of the student's end had
+        masked = sorted(i for i in different - translated if i < min(student.vocab_size, teacher.vocab_size))
+        if ends := [i for i in student.eos_ids[:1] if i in masked]:
+            raise UserError(
+                f"{teacher.name}: token {ends[0]}, with which the student ends, is another one in {teacher.path}: set "
+                f"{teacher.name.removesuffix('.model')}.terminal_map=swap"
+            )
+        return replace(found, masked_ids=tuple(masked))
 
     @classmethod
     def between(cls, kind: str, student_eos: list[int], teacher_eos: list[int]) -> TerminalMap:
@@ -67,3 +95,29 @@ class TerminalMap:
         """Return those of `teacher_ids` that differ from the response's token, sorted, without duplicates."""
         pairs = zip(self.teacher_ids(sample).tolist(), sample.response_ids, strict=True)
         return sorted({mapped for mapped, token in pairs if mapped != token})
+
+
+MASKED_LOGIT = -1e4
+"""Logit of an id that the teacher does not have: e^-1e4 is 0, and products with 0 stay finite."""
+_MASK_COLUMNS = 8  # one is used; the rest keeps rows aligned
+
+
+def masked_columns(masked_ids: Sequence[int], columns: int, tp_rank: int) -> list[int]:
+    """Return the columns of the masked ids on a tensor-parallel rank that has `columns` of them."""
+    return [i - tp_rank * columns for i in masked_ids if 0 <= i - tp_rank * columns < columns]
+
+
+def mask_head(head: torch.Tensor, masked_ids: Sequence[int], tp_rank: int) -> torch.Tensor:
+    """Return the head [V/tp, h + 8] whose product with `mask_hidden` gives masked ids MASKED_LOGIT."""
+    if not masked_ids:
+        return head
+    out = torch.cat([head, head.new_zeros(len(head), _MASK_COLUMNS)], 1)
+    rows = masked_columns(masked_ids, len(head), tp_rank)
+    out[rows] = 0
+    out[rows, head.shape[1]] = MASKED_LOGIT
+    return out
+
+
+def mask_hidden(hidden: torch.Tensor, masked_ids: Sequence[int]) -> torch.Tensor:
+    """Return the hidden states [n, h + 8] for `mask_head`."""
+    return torch.cat([hidden, hidden.new_ones(len(hidden), _MASK_COLUMNS)], 1) if masked_ids else hidden

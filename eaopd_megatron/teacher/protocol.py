@@ -95,6 +95,11 @@ class TeacherInfo:
     max_tokens: int  # of a request
     layout: str  # for messages
     protocol: int = PROTOCOL_VERSION
+    masked_ids: tuple[int, ...] = ()  # ids left out by teacher.tokenizer_check=shared
+
+    @property
+    def terminal_map(self) -> TerminalMap:
+        return TerminalMap(*self.terminal, self.masked_ids)
 
     @property
     def payload_format(self) -> PayloadFormat:
@@ -112,7 +117,7 @@ class TeacherInfo:
             raise ValueError("it is no eaopd teacher of this version")
         try:
             kind, *ids = values["terminal"]
-            return cls(**{**values, "terminal": (kind, *ids)})
+            return cls(**{**values, "terminal": (kind, *ids), "masked_ids": tuple(values.get("masked_ids", ()))})
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"it is no eaopd teacher of this version ({error})") from None
 
@@ -122,7 +127,7 @@ def build_teacher_info(
 ) -> TeacherInfo:
     """Return the description of the teacher in `folder`. Reads a little of every tensor, for the fingerprint. Raises
     UserError for an incomplete folder."""
-    terminal = TerminalMap.between(config.terminal_map, student.eos_ids, folder.eos_ids)
+    terminal = TerminalMap.of_folders(config, student, folder)
     vocab_size = min(student.vocab_size, folder.vocab_size)
     return TeacherInfo(
         model=config.model,
@@ -133,6 +138,7 @@ def build_teacher_info(
         dtype="fp32" if config.precision == "fp32" else "bf16",  # fp8 is the precision of weights alone
         vocab_size=vocab_size,
         terminal=(terminal.kind, terminal.student_id, terminal.teacher_id),
+        masked_ids=terminal.masked_ids,
         max_tokens=max(
             recipe.train.micro_batch_tokens, recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
         ),

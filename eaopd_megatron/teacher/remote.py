@@ -28,7 +28,7 @@ from eaopd_megatron.serving.pool import C, L, PoolCall, ServerPool
 from eaopd_megatron.serving.supervisor import wait_until_any_ready
 from eaopd_megatron.teacher.answer_checks import AnswerChecks, AnswerFormat
 from eaopd_megatron.teacher.base import TeacherSignal, require_row_count
-from eaopd_megatron.teacher.eos_map import TerminalMap
+from eaopd_megatron.teacher.eos_map import TerminalMap, mask_head, mask_hidden
 from eaopd_megatron.teacher.payload import PayloadFormat, TopKPayload, gather_top_k, split_top_k
 from eaopd_megatron.teacher.replicas import REPLICA_KIND, TeacherReplicas
 
@@ -59,7 +59,8 @@ def load_teacher_head(
         vocab_size=vocab_size,
         row_map=terminal.row_map(),
     )
-    return head.to(parallel.device, DTYPES.get(precision, torch.bfloat16))
+    head = head.to(parallel.device, DTYPES.get(precision, torch.bfloat16))
+    return mask_head(head, terminal.masked_ids, parallel.tp_rank)
 
 
 class ScoringBackend(Protocol[C, L]):
@@ -200,7 +201,7 @@ class RemoteTeacher(Generic[C, L]):
             assert self.head is not None
             batch = batches[index]
             hidden = payload_format.decode(batch.gather_local([self._gather_payload(batch.samples)]))
-            return TeacherHidden(hidden, self.head)
+            return TeacherHidden(mask_hidden(hidden, self._backend.terminal.masked_ids), self.head)
 
         return signal_of
 

@@ -151,6 +151,7 @@ def check_same_teacher(url: str, actual: TeacherInfo, expected: TeacherInfo, con
         ("signal", f"{config_key}.signal", True),
         ("terminal", f"{config_key}.terminal_map", True),
         ("vocab_size", "student.model (vocabulary)", True),
+        ("masked_ids", f"{config_key}.tokenizer_check", True),
         ("top_k", "objective.top_k", topk),
         ("width", f"{config_key}.model (hidden size)", not topk),
         ("dtype", f"{config_key}.precision", not topk),

@@ -50,7 +50,7 @@ class ServedBackend:
         complete = folder.vocab_size <= vocab_size
         self.answer_format = AnswerFormat(vocab_size, folder.vocab_size if complete else None)
         # some of the server's top ids may be ones that the other models lack
-        self.num_logprobs = k + min(k, max(0, folder.vocab_size - vocab_size))
+        self.num_logprobs = k + min(k, max(0, folder.vocab_size - vocab_size) + len(terminal.masked_ids))
 
     def calls(self, samples: Sequence[Sample], number: str) -> list[tuple[ServedScoreCall, list[Sample]]]:
         """As `ScoringBackend.calls`: one call per sample."""
@@ -151,7 +151,8 @@ class ServedScoreCall:
         """
         terminal, tokens = self.backend.terminal, torch.tensor(self.sample.response_ids)
         ids = terminal.swap_ids(ids)
-        values = values.masked_fill(ids >= self.backend.vocab_size, -torch.inf)
+        foreign = (ids >= self.backend.vocab_size) | torch.isin(ids, torch.tensor(terminal.masked_ids, dtype=ids.dtype))
+        values = values.masked_fill(foreign, -torch.inf)
         best = top_k_positions(values, ids, self.backend.payload_format.k)
         targets = terminal.teacher_ids(self.sample)
         for token, logprobs in remapped.items():

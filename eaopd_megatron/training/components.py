@@ -37,6 +37,7 @@ from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.rollout.sglang.served_rollout import ServedRollout, ServedRolloutContext
 from eaopd_megatron.teacher.base import TeacherRouter
 from eaopd_megatron.teacher.build import TeacherContext, build_teachers, model_layouts, open_teacher_folders
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.training.run_folder import RunFolder
 from eaopd_megatron.training.step import StudentTrainer
 
@@ -74,6 +75,7 @@ class Components:
     rollout: RolloutEngine
     sampling: SamplingParams
     evaluator: Evaluator
+    masked_ids: list[int]  # that a teacher's tokenizer has for other tokens
     folders: dict[str, HfFolder]  # of student and teachers, by their key in the recipe
 
     @property
@@ -132,10 +134,22 @@ def build_components(
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         failures_folder=folder.failures,
     )
+    terminals = {
+        name: TerminalMap.of_folders(one, student_folder, teacher_folders[name])
+        for name, one in recipe.named_teachers().items()
+    }
+    masked_ids = sorted({token for terminal in terminals.values() for token in terminal.masked_ids})
+    if masked_ids:
+        log(f"{len(masked_ids)} ids are other tokens in a teacher's tokenizer and left out: {masked_ids[:8]}")
     rollout: RolloutEngine
     if recipe.rollout.engine == "local":
         rollout = LocalRollout(
-            model, parallel, vocab_size=vocab_size, batch_size=recipe.rollout.batch_size, stop_signal=stop_signal
+            model,
+            parallel,
+            vocab_size=vocab_size,
+            batch_size=recipe.rollout.batch_size,
+            stop_signal=stop_signal,
+            masked_ids=masked_ids,
         )
     else:
         context = ServedRolloutContext(
@@ -147,6 +161,7 @@ def build_components(
             compute_logprobs=student.logprobs,
             stop_signal=stop_signal,
             report=log,
+            masked_ids=masked_ids,
         )
         memory = TrainerMemory(ddp, optimizer)
         rollout = ServedRollout(recipe.servers, recipe.weight_sync, context, parallel, model, student_folder, memory)
@@ -163,6 +178,7 @@ def build_components(
         rollout,
         SamplingParams(recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_response_tokens, stop_ids),
         build_evaluator(recipe, parallel, rollout, student_folder, tokenizer, stop_ids, log),
+        masked_ids,
         {folder.name: folder for folder in (student_folder, *teacher_folders.values())},
     )
 

@@ -86,6 +86,8 @@ class Trainer:
             self.log(
                 f"{dropped} prompts are longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}: left out"
             )
+        if misread := sum(not set(self.components.masked_ids).isdisjoint(p.token_ids) for p in self.prompts):
+            self.log(f"{misread} prompts hold tokens that a teacher reads as others (teacher.tokenizer_check=shared)")
         data, train, options, objective = recipe.data, recipe.train, recipe.optimizer, recipe.objective
         self.cursor = PromptCursor(
             len(self.prompts), train.prompts_per_iteration, recipe.seed, data.shuffle, data.last_batch

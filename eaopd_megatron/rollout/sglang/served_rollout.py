@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ class ServedRolloutContext:
     compute_logprobs: Callable[[Sequence[int]], list[float]]  # nats, of every token after the first; collective
     stop_signal: Callable[[], int]  # number of the signal that asks the run to stop, or 0
     report: Callable[[str], None]
+    masked_ids: Collection[int] = ()  # ids before which responses end, too
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +136,7 @@ class ServedRollout:
         batch_tokens = self._context.batch_tokens * self._parallel.dp_size
         for batch in self._receive(partial(_collect_batches, handle, batch_tokens)):
             own = [replace(sample, prompt=prompts[sample.index]) for sample in batch if sample.index in local]
-            samples = [sample.truncated_to_vocab(self._context.vocab_size) for sample in own]
+            samples = [sample.truncated_to_vocab(self._context.vocab_size, self._context.masked_ids) for sample in own]
             for sample in samples:
                 missing.remove(sample.index)  # KeyError: it came twice
             yield samples

@@ -36,7 +36,6 @@ from eaopd_megatron.megatron.pipeline import packing_for, run_forward
 from eaopd_megatron.models.supported import check_supported, separate_layout
 from eaopd_megatron.serving.http import read_api_key
 from eaopd_megatron.teacher.colocated import top_k_of_hidden
-from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import HiddenStatePayload, PayloadFormat
 from eaopd_megatron.teacher.protocol import ScoreRequest, TeacherInfo, build_teacher_info
 from eaopd_megatron.teacher.service.listener import RequestQueue, TeacherHttpServer
@@ -82,12 +81,14 @@ def _build(
     sizes = [f"{name} {getattr(parallel.layout, f'{name}_parallel')}" for name in ("tensor", "pipeline", "expert")]
     info = build_teacher_info(recipe, config, student, folder, layout=" x ".join(sizes))
     # hidden states become logits on the student's ranks, which map their copy of the output layer
-    row_map = TerminalMap(*info.terminal).row_map() if info.signal == "topk" else None
+    row_map = info.terminal_map.row_map() if info.signal == "topk" else None
     dtype, fp8 = DTYPES[config.precision], config.precision == "fp8"
     model = build_model(folder.config, parallel.layout, dtype, untie=row_map is not None, fp8=fp8)
     load_hf(model, folder, parallel, row_map=row_map)
     log_rank0(attention_in_use(model.config))
-    return info, TeacherScorer(model, parallel, info.payload_format, vocab_size=info.vocab_size)
+    return info, TeacherScorer(
+        model, parallel, info.payload_format, vocab_size=info.vocab_size, masked_ids=info.masked_ids
+    )
 
 
 def _serve(scorer: TeacherScorer, info: TeacherInfo, listener: TeacherHttpServer | None, capacity: int) -> None:
@@ -156,9 +157,16 @@ class TeacherScorer:
     """
 
     def __init__(
-        self, model: ModelChunks, parallel: ParallelState, payload_format: PayloadFormat, *, vocab_size: int
+        self,
+        model: ModelChunks,
+        parallel: ParallelState,
+        payload_format: PayloadFormat,
+        *,
+        vocab_size: int,
+        masked_ids: Sequence[int] = (),
     ) -> None:
-        """vocab_size: ids over which top-k log-probs are normalised. Collective."""
+        """vocab_size: ids over which top-k log-probs are normalised, without masked_ids. Collective."""
+        self._masked_ids = masked_ids
         self.model = model.eval().requires_grad_(False)
         self.parallel, self.payload_format, self._vocab_size = parallel, payload_format, vocab_size
         ranks = gather_objects((parallel.reports_metrics, parallel.dp_rank), parallel.world_size)
@@ -205,6 +213,7 @@ class TeacherScorer:
             top_k=self.payload_format.k,
             vocab_size=self._vocab_size,
             group=self.parallel.tp_group,
+            masked_ids=self._masked_ids,
         )
         return self.payload_format.encode(top_k)
 
