@@ -56,7 +56,7 @@ class TerminalMap:
         """Return the map between the first end-of-sequence ids of the two models: "none" if they are the same."""
         same = not student_eos or not teacher_eos or student_eos[0] == teacher_eos[0]
         if same or kind == "none":
-            return cls("none", *(student_eos or [-1])[:1], *(teacher_eos or [-1])[:1])
+            return cls("none", (student_eos or [-1])[0], (teacher_eos or [-1])[0])
         return cls(kind, student_eos[0], teacher_eos[0])
 
     def row_map(self) -> dict[int, int] | None:

@@ -133,7 +133,7 @@ def test_masked_ids_have_probability_in_the_top_k(tensors: dict[str, torch.Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("forward", ["exact", "topk"])
 def test_masked_ids_have_probability_in_hidden_states(
-    tensors: dict[str, torch.Tensor], dtype: torch.dtype, forward: str
+    tensors: dict[str, torch.Tensor], dtype: torch.dtype, forward: Any
 ) -> None:
     """Loss and gradient are those of a teacher whose logits are -inf there."""
     objective = replace(Objective.preset("eopd"), forward_kl=forward, gate="always", top_k=4)
