@@ -184,7 +184,8 @@ def _elements(one: Any) -> Sequence[Any]:
     """Return what a list, tuple or pair (a, b), which is parsed as an open interval, consists of, as it was written."""
     if isinstance(one, Interval):
         return (one.start, one.end) if one.left_open and one.right_open else ()
-    return getattr(one, "_unsorted_args", None) or getattr(one, "args", ())
+    parts: Sequence[Any] = getattr(one, "_unsorted_args", None) or getattr(one, "args", ())
+    return parts
 
 
 def _match(golds: Sequence[Any], answers: Sequence[Any], relations: bool) -> bool:

@@ -143,8 +143,7 @@ def rewrite(text: str) -> str:
 
 def _unicode(text: str) -> str:
     for table, mark in ((_RAISED, "^"), (_LOWERED, "_")):
-        runs = re.compile(f"[{''.join(table)}]+")
-        text = runs.sub(lambda run, table=table, mark=mark: f"{mark}{{{''.join(map(table.get, run[0]))}}}", text)
+        text = re.sub(f"([{''.join(table)}]+)", rf"{mark}{{\1}}", text).translate(str.maketrans(table))
     text = re.sub(r"[½⅓⅔¼¾⅕-⅞⅐⅑⅒]", _vulgar_fraction, text)
     text = "".join(_CHARACTERS.get(character, character) for character in text)
     text = _GREEK.sub(_greek_letter, text)
@@ -190,7 +189,7 @@ def _plain_latex(text: str) -> str:
     text = re.sub(r"\\(?:mathbf|vec|boldsymbol) ?\{ ?([ijk]) ?\}", r"\\hat{\1}", text)
     text = re.sub(r"\\(?:text|mathrm) ?\{ ?(gcd|lcm|max|min) ?\}", r"\\operatorname{\1}", text)
     for command, simple in _SYNONYMS.items():
-        text = re.sub(rf"{re.escape(command)}(?![A-Za-z])", lambda _, simple=simple: simple, text)
+        text = re.sub(rf"{re.escape(command)}(?![A-Za-z])", simple.replace("\\", r"\\"), text)
     text = re.sub(r"\\(min|max) ?\\\{(.*?)\\\}", r"\\\1(\2)", text)
     return re.sub(r"([\s\d])([AaPp])\. ?[Mm]\.?|\b([AP])M\b", lambda m: f"{m[1] or ''}{(m[2] or m[3]).lower()}m", text)
 
