@@ -19,6 +19,7 @@ from eaopd_megatron.checkpoint.dist_checkpoint import (
     MODEL_PREFIX,
     load_sharded,
     load_training_state,
+    reading_untrusted,
     save_sharded,
     sharded_training_state,
 )
@@ -149,7 +150,10 @@ def open_checkpoint(checkpoint: Path) -> HfFolder:
 def stored_dtype(checkpoint: Path) -> torch.dtype:
     """Return the dtype of a checkpoint's weights. Raises UserError if it has no model or cannot be read."""
     try:
-        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint / "sharded"))
+        with reading_untrusted(checkpoint / "sharded"):
+            stored = dist_checkpointing.load_tensors_metadata(str(checkpoint / "sharded"))
+    except UserError:
+        raise
     except Exception as error:  # what a damaged pickle or JSON raises
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"--checkpoint: {checkpoint}/sharded cannot be read: {reason}") from error

@@ -10,11 +10,14 @@ import contextlib
 import io
 import json
 import os
+import pickle
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -133,14 +136,79 @@ def load_sharded(folder: Path, state: dict[str, Any], parallel: ParallelState) -
     if not (folder / CONFIG_FNAME).is_file():
         raise UserError(f"{folder}: not a distributed checkpoint ({CONFIG_FNAME} is missing)")
     try:
-        with cuda_as_cpu():
+        with cuda_as_cpu(), reading_untrusted(folder):
             return dist_checkpointing.load(_without_missing_extra_state(folder, state), str(folder))
     except checkpoint.CheckpointException as errors:
         error = errors.failures[min(errors.failures)][0]
+        if isinstance(error, pickle.UnpicklingError):
+            raise _pickle_error(folder, error) from None
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise UserError(f"{folder}: {one_line(text, 300)}") from errors
     except CheckpointingException as error:
         raise UserError(f"{folder}: {one_line(error, 300)}") from error
+
+
+_METADATA_CLASSES = {
+    *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
+    *(("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+            *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        )
+    ),
+}
+"""All that the pickle `.metadata` of a distributed checkpoint names, beside torch's dtypes."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _METADATA_CLASSES or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def _load_metadata(file: Any, **options: Any) -> Any:
+    """Stand in for `pickle.load` of `.metadata`. Raises UnpicklingError for other classes and paths elsewhere."""
+    try:
+        metadata = _MetadataUnpickler(file).load()
+        paths = {str(info.relative_path) for info in (metadata.storage_data or {}).values()}
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # any type: a damaged pickle
+        raise pickle.UnpicklingError(f"it is damaged ({type(error).__name__})") from None
+    if outside := sorted(path for path in paths if path != os.path.basename(path) or path in ("", ".", "..")):
+        raise pickle.UnpicklingError(f"it places tensors in {outside[0]}, outside the folder")
+    return metadata
+
+
+@contextlib.contextmanager
+def reading_untrusted(folder: Path) -> Iterator[None]:
+    """Let torch and Megatron-Core read a checkpoint, of which they unpickle `.metadata`, common.pt and all objects,
+    without running code that a stranger put there. Raises UserError in its place."""
+    before = dict(os.environ)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # the planner asks for the opposite; both libraries' classes pass
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    try:
+        with mock.patch("pickle.load", _load_metadata):
+            yield
+    except pickle.UnpicklingError as error:
+        raise _pickle_error(folder, error) from None
+    finally:
+        for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+def _pickle_error(folder: Path, error: Exception) -> UserError:
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch tells it in the middle of many lines
+    why = f"it names {named[1]}, which no checkpoint needs" if named else one_line(error, 200)
+    return UserError(f"{folder}: refused, because reading it could run foreign code or it is damaged: {why}")
 
 
 def _without_missing_extra_state(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
