@@ -44,6 +44,7 @@ from eaopd_megatron.models.mapping import EMBEDDING
 from eaopd_megatron.models.shapes import padded_vocab_size
 from eaopd_megatron.models.supported import check_supported
 from eaopd_megatron.utils.files import atomic_directory, partial_path, require_absent_or_empty, write_error_message
+from eaopd_megatron.utils.ports import listening_store
 
 _ROUNDINGS = 20
 """A right conversion's log-probs differ by a few times what rounding alone does, a wrong one's by thousands."""
@@ -165,8 +166,7 @@ def stored_dtype(checkpoint: Path) -> torch.dtype:
 @contextlib.contextmanager
 def single_process_group() -> Iterator[ParallelState]:
     """Initialize Megatron's process groups for this process alone."""
-    # Port 0 binds a free port at once, so no other process can take it in between.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = listening_store()
     before = dict(os.environ)
     os.environ |= {
         "RANK": "0",

@@ -130,7 +130,7 @@ class _HeartbeatThread:
         with contextlib.suppress(Exception):  # a dump that hangs in CUDA holds the GIL; this timer does not need it
             faulthandler.dump_traceback_later(_DUMP_SECONDS, exit=True)
         _call_quietly(self._on_failure)
-        os._exit(exit_code)
+        os._exit(exit_code or 1)  # a failure is never told as success, whatever the store holds
 
 
 def _call_quietly(on_failure: Callable[[], None]) -> None:

@@ -16,7 +16,13 @@ from pathlib import Path
 
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.files import atomic_write
-from eaopd_megatron.utils.lifetime import BUSY_FILE_SECONDS, ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE, busy_file
+from eaopd_megatron.utils.lifetime import (
+    BUSY_FILE_SECONDS,
+    ERROR_FILE_VARIABLE,
+    LAUNCHER_PID_VARIABLE,
+    busy_file,
+    finished_file,
+)
 
 
 def run_entrypoint(work: Callable[[], int | None]) -> int:
@@ -29,7 +35,10 @@ def run_entrypoint(work: Callable[[], int | None]) -> int:
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
-        return work() or 0
+        code = work() or 0
+        if code == 0 and (base := os.environ.get(ERROR_FILE_VARIABLE)):
+            finished_file(base, int(os.environ.get("RANK", "0"))).touch()
+        return code
     except SystemExit as stop:  # stopped by a signal, with the state saved
         return stop.code if isinstance(stop.code, int) else 1
     except BaseException as raised:

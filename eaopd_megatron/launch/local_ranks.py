@@ -25,8 +25,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from eaopd_megatron.errors import UserError, one_line
-from eaopd_megatron.utils.lifetime import BUSY_FILE_SECONDS, ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE, busy_file
-from eaopd_megatron.utils.ports import port_range
+from eaopd_megatron.utils.lifetime import (
+    BUSY_FILE_SECONDS,
+    ERROR_FILE_VARIABLE,
+    LAUNCHER_PID_VARIABLE,
+    busy_file,
+    finished_file,
+)
+from eaopd_megatron.utils.ports import listening_store, port_range
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import StudentConfig
@@ -176,14 +182,14 @@ def launch_ranks(
 ) -> int:
     """Run `command + arguments` once per rank on this host and return the exit code of the run.
 
-    It is 0 if every rank succeeded. A failed rank ends the others within FAILURE_GRACE_SECONDS, and one line
-    `error: ...` on stderr names the cause: the earliest error that a rank reports as the user's, else the rank that
-    failed first. SIGINT, SIGTERM and SIGHUP are passed on as SIGTERM; SHUTDOWN_SECONDS later, longer
-    as long as rank 0 is in `must_complete`, or at the second signal, the ranks are killed, and the code is 128 + the
-    signal's number. Rank 0 inherits stdout; all other output is
-    appended to `log_folder`/rank_N.log (without a folder: in a temporary one, which is kept only if a rank fails for a
-    reason that is not the user's). A rank reports an error as one JSON object, {"message", "exit_code", "rank", "user",
-    "time"}, in `$EAOPD_ERROR_FILE.RANK`.
+    It is 0 if every rank succeeded and, as a worker, said that its work is done. A failed rank ends the others within
+    FAILURE_GRACE_SECONDS, and one line `error: ...` on stderr names the cause: the earliest error that a rank reports
+    as the user's, else the rank that failed first. SIGINT, SIGTERM and SIGHUP are passed on as SIGTERM;
+    SHUTDOWN_SECONDS later, longer as long as rank 0 is in `must_complete`, or at the second signal, the ranks are
+    killed, and the code is 128 + the signal's number. Rank 0 inherits stdout; all other output is appended to
+    `log_folder`/rank_N.log (without a folder: in a temporary one, which is kept only if a rank fails for a reason that
+    is not the user's). A rank reports an error as one JSON object, {"message", "exit_code", "rank", "user", "time"}, in
+    `$EAOPD_ERROR_FILE.RANK`.
     """
     with tempfile.TemporaryDirectory(prefix="eaopd-") as scratch, _signals() as received:
         if log_folder is None:
@@ -191,7 +197,7 @@ def launch_ranks(
         else:
             logs = log_folder
             logs.mkdir(parents=True, exist_ok=True)
-        store = _store()
+        store = listening_store()
         ranks: list[_Rank] = []
         try:
             for number in range(world_size):
@@ -205,18 +211,16 @@ def launch_ranks(
             for rank in ranks:
                 rank.process.wait()
         errors = read_error_reports(Path(scratch))
+        unfinished = [n for n in range(world_size) if not finished_file(Path(scratch) / "error", n).exists()]
     code, line = _verdict(ranks, errors, received, late)
+    if code == 0 and unfinished and tuple(command) == WORKER_COMMAND:
+        rank = ranks[unfinished[0]]
+        code, line = 1, f"error: rank {rank.number} ended with exit code 0 before its work was done (log: {rank.log})"
     if line:
         print(line, file=sys.stderr, flush=True)
     if log_folder is None and (code == 0 or str(logs) not in (line or "")):
         shutil.rmtree(logs)
     return code
-
-
-def _store() -> Any:
-    from torch.distributed import TCPStore
-
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _child_environment(number: int, world_size: int, port: int, error_file: Path) -> dict[str, str]:

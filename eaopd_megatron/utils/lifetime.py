@@ -31,3 +31,9 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != int(launcher):  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def finished_file(error_file: str | Path, rank: int) -> Path:
+    """Return the file that a rank creates when its work is done. An exit code of 0 alone does not say so: a library, or
+    a thread of the rank, may end the process."""
+    return Path(f"{error_file}-finished.{rank}")

@@ -8,10 +8,15 @@ import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import psutil
 
 from eaopd_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 PORT_RANGE_VARIABLE, INTERFACE_VARIABLE = "EAOPD_PORTS", "EAOPD_INTERFACE"
 _DEFAULT_PORT_RANGE = "15000-29999"  # below the kernel's range for outgoing connections
@@ -44,6 +49,27 @@ def reserve_port() -> tuple[socket.socket, int]:
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))
     return reserved, int(reserved.getsockname()[1])
+
+
+def listening_store(address: str = "127.0.0.1", *, seconds: float = 300.0) -> TCPStore:
+    """Start a TCP store at a free port of this address alone.
+
+    The store takes no key, and torch's own lets it listen on all interfaces, whatever host it is given. seconds: limit
+    of one operation. Raises OSError if the address is none of this host.
+    """
+    from torch.distributed import TCPStore
+
+    family, *_, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server(place[:2], family=family, backlog=1024)  # type: ignore[arg-type]
+    host, port = listener.getsockname()[:2]
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=seconds),
+        master_listen_fd=listener.detach(),  # the store closes it
+    )
 
 
 class PortClaim:

@@ -39,6 +39,7 @@ from eaopd_megatron.checkpoint.safetensors_io import PlannedTensor
 from eaopd_megatron.rollout.weight_sync.distributed_transport import UpdateGroup, join_process_group
 from eaopd_megatron.rollout.weight_sync.local_transports import serialize_bucket
 from eaopd_megatron.rollout.weight_sync.transport import Bucket
+from eaopd_megatron.utils.ports import listening_store
 from tools.gpu_check.findings import record
 
 CUDA = torch.cuda.is_available()
@@ -48,7 +49,7 @@ SECONDS = 8.0
 
 
 def start_world() -> None:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = listening_store()
     dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=store, rank=0, world_size=1)
 
 

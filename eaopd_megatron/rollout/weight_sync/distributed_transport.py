@@ -34,6 +34,7 @@ from eaopd_megatron.rollout.weight_sync.transport import (
 )
 from eaopd_megatron.serving.http import SGLangClient
 from eaopd_megatron.utils.gpu_environment import nccl_difference
+from eaopd_megatron.utils.ports import listening_store
 
 T = TypeVar("T")
 
@@ -97,10 +98,8 @@ class UpdateGroup:
         self.name, self.world_size, self.address = name, 1 + ranks, address
         self._seconds = seconds
         try:
-            self._store = dist.TCPStore(
-                address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=seconds)
-            )
-        except RuntimeError:
+            self._store = listening_store(address, seconds=seconds)
+        except OSError:
             raise UserError(
                 f"weight_sync.address: {address} is no address of this host; give the one that the servers reach it by"
             ) from None
