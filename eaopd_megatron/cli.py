@@ -62,26 +62,37 @@ def expand_options(command: Callable[[Any], None]) -> Callable[..., None]:
 
 
 @app.command("train", epilog="Example: eaopd train recipes/countdown/eopd.yaml run.folder=runs/mine seed=1")
-def train_command(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def train_command(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    continue_from: Annotated[
+        str | None, _option("Begin a new run with the student of this run or checkpoint.", metavar="RUN")
+    ] = None,
+) -> None:
     """Train the student. The same command resumes an interrupted run from its last checkpoint.
 
     Starts its own ranks on this host; under torchrun or srun it joins theirs.
     """
     from eaopd_megatron.launch.local_ranks import is_started_rank, launch_ranks, student_world_size
 
-    arguments = ["train", recipe, *(overrides or [])]
+    overrides = overrides or []
+    if continue_from is not None:
+        overrides = [*overrides, f"run.continue_from={json.dumps(continue_from)}"]
+    arguments = ["train", recipe, *overrides]
     if is_started_rank():
         _run_as_rank(arguments)
         return
 
     from eaopd_megatron.config import load_recipe
     from eaopd_megatron.models.supported import check_recipe_models
-    from eaopd_megatron.training.run_folder import finished_message
+    from eaopd_megatron.training.run_folder import export_start, finished_message, started_from
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides)
     if finished := finished_message(loaded):
         print(finished)
         return
+    export_start(loaded, print)
+    loaded = started_from(loaded)
     check_recipe_models(loaded)
     logs = Path(loaded.run.folder) / "logs"
     raise typer.Exit(launch_ranks(arguments, student_world_size(loaded.student), log_folder=logs))

@@ -41,9 +41,11 @@ def _train(recipe: Recipe) -> None:
     from eaopd_megatron.distributed.heartbeat import dump_flight_recorder, enable_flight_recorder, heartbeat_monitor
     from eaopd_megatron.errors import ServiceUnavailable, StopRequested
     from eaopd_megatron.training.loop import train
-    from eaopd_megatron.training.run_folder import RunFolder, finished_message
+    from eaopd_megatron.training.run_folder import RunFolder, export_start, finished_message, started_from
     from eaopd_megatron.training.trainer import Trainer
 
+    export_start(recipe, log_rank0)
+    recipe = started_from(recipe)
     if finished := finished_message(recipe):
         log_rank0(finished)
         return

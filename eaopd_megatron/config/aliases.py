@@ -8,8 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-from pydantic import BaseModel
-
+from eaopd_megatron.config.model_schema import AtResume, Section
 from eaopd_megatron.config.schema import Recipe
 
 RENAMED_SINCE, RENAMED_UNTIL = "0.2", "0.3"
@@ -178,10 +177,10 @@ def rename_old_keys(tree: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[str, 
 
 
 @cache
-def section_models() -> dict[str, type[BaseModel]]:
+def section_models() -> dict[str, type[Section]]:
     """Return each section's model under its name in the recipe."""
     kinds = {name: field.annotation for name, field in Recipe.model_fields.items()}
-    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
 
 
 @cache
@@ -207,6 +206,14 @@ def value_keys() -> tuple[str, ...]:
     """Return every dotted key that holds a value: 'seed', 'run.folder', ..."""
     top = tuple(key for key in section_keys()[""] if key not in section_keys())
     return top + tuple(f"{section}.{key}" for section, keys in section_keys().items() if section for key in keys)
+
+
+def at_resume(key: str) -> AtResume:
+    """Return whether the value of a dotted key may change when a run is resumed."""
+    section, _, name = teacher_schema_key(key).rpartition(".")
+    model: type[Section] = section_models().get(section, Recipe)
+    marks = model.model_fields[name].metadata if name in model.model_fields else ()
+    return next((mark for mark in marks if isinstance(mark, AtResume)), model.at_resume)
 
 
 def flatten_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,14 +2,16 @@
 
 The models are strict (no silent conversion of "8" or true into a number), frozen, and refuse unknown keys. The string
 under a field is its documentation in recipes/README.md; a unit stands at its end in brackets. A rule on one key is in
-its type, a rule on several in the section's own validators.
+its type, a rule on several in the section's own validators. Whether a key may change at a resume stands in its type
+ (`Free`, `Logged`) or, for all keys of a section, in `Section.at_resume`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
-from typing import Annotated, Literal, Self
+from enum import Enum
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,8 +27,27 @@ FloatOrInfinity = Annotated[float, Field(allow_inf_nan=True)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 
 
+class AtResume(Enum):
+    """Whether a key may have another value at the resume of a trained run. The value is the reference's text."""
+
+    FREE = "yes"
+    """It changes nothing but the rounding of sums."""
+    LOGGED = "logged"
+    """It changes the rest of the run: with a line in the log, and `changed/KEY` in the metrics."""
+    NEVER = "no"
+    """The result would be that of no recipe."""
+
+
+T = TypeVar("T")
+Free = Annotated[T, AtResume.FREE]
+Logged = Annotated[T, AtResume.LOGGED]
+
+
 class Section(BaseModel):
     """Base of all sections: strict types, no unknown keys, immutable."""
+
+    at_resume: ClassVar[AtResume] = AtResume.NEVER
+    """Of the section's keys that do not say it themselves."""
 
     # the outermost section builds the validators of the inner ones, which takes a third of the time of building each
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
@@ -37,25 +58,25 @@ class StudentConfig(Section):
 
     model: NonEmptyStr
     """Hugging Face folder, or hub id `owner/name` or `owner/name@COMMIT`."""
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: Free[PositiveInt] = 1
     """Tensor-parallel size. [ranks]"""
-    pipeline_parallel: PositiveInt = 1
+    pipeline_parallel: Free[PositiveInt] = 1
     """Pipeline-parallel size. [ranks]"""
-    virtual_pipeline: PositiveInt = 1
+    virtual_pipeline: Free[PositiveInt] = 1
     """Model chunks per rank. 2 or more: the interleaved schedule; needs `pipeline_parallel` of 2 or more."""
-    context_parallel: PositiveInt = 1
+    context_parallel: Free[PositiveInt] = 1
     """Context-parallel size: ranks that share the tokens of a micro-batch. [ranks]"""
-    expert_parallel: PositiveInt = 1
+    expert_parallel: Free[PositiveInt] = 1
     """Expert-parallel size: ranks that share the experts of a mixture-of-experts model. [ranks]"""
-    expert_tensor_parallel: PositiveInt = 1
+    expert_tensor_parallel: Free[PositiveInt] = 1
     """Tensor-parallel size of each expert's matrices. [ranks]"""
-    data_parallel: PositiveInt | None = None
+    data_parallel: Free[PositiveInt | None] = None
     """Copies of the student. null: as many as the started ranks, or the devices of this host, allow."""
-    sequence_parallel: bool = False
+    sequence_parallel: Free[bool] = False
     """Megatron's sequence parallelism; needs `tensor_parallel` of 2 or more."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations; main parameters and moments are fp32."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Free[Literal["none", "selective", "full"]] = "none"
     """Activations recomputed in the backward pass. selective: attention; full: whole layers."""
 
     @model_validator(mode="after")
@@ -90,41 +111,41 @@ class TeacherConfig(Section):
 
     model: NonEmptyStr
     """Hugging Face folder, or hub id `owner/name` or `owner/name@COMMIT`."""
-    placement: Literal["colocated", "separate", "served"] = "colocated"
+    placement: Free[Literal["colocated", "separate", "served"]] = "colocated"
     """colocated: on the student's ranks; separate: on ranks of its own (`eaopd teach`); served: by SGLang."""
     signal: Literal["auto", "topk", "hidden", "logits"] = "auto"
     """What is kept of a token. auto: topk if the objective can use it, else hidden; logits: colocated only."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Precision of the weights. fp8: on GPUs with Transformer Engine."""
-    tokenizer_check: Literal["exact", "shared"] = "exact"
+    tokenizer_check: Logged[Literal["exact", "shared"]] = "exact"
     """Tokens that the teacher's tokenizer may have otherwise. exact: none; shared: added and special tokens, whose ids
     are left out of the teacher's distribution and of responses."""
-    terminal_map: Literal["swap", "label", "none"] = "swap"
+    terminal_map: Logged[Literal["swap", "label", "none"]] = "swap"
     """How the teacher's end token is matched with the student's. swap: exchange the two ids in the teacher's
     vocabulary; label: look up the log-prob of a response's end token under the teacher's id (the paper); none."""
-    offload: Literal["none", "weights"] = "none"
+    offload: Free[Literal["none", "weights"]] = "none"
     """weights: a colocated teacher's weights stay in host memory except while it scores."""
-    tensor_parallel: PositiveInt | None = None
+    tensor_parallel: Free[PositiveInt | None] = None
     """Tensor-parallel size. null: 1; a colocated teacher always has the student's. [ranks]"""
-    pipeline_parallel: PositiveInt | None = None
+    pipeline_parallel: Free[PositiveInt | None] = None
     """Pipeline-parallel size. null: 1; a colocated teacher always has the student's. [ranks]"""
-    expert_parallel: PositiveInt | None = None
+    expert_parallel: Free[PositiveInt | None] = None
     """Expert-parallel size. null: 1; a colocated teacher always has the student's. [ranks]"""
-    replicas: PositiveInt = 1
+    replicas: Free[PositiveInt] = 1
     """Replicas that the trainer starts on its own host (separate, served)."""
-    urls: list[NonEmptyStr] = []
+    urls: Free[list[NonEmptyStr]] = []
     """URLs of replicas that run already; none are started then."""
-    listen: NonEmptyStr = "127.0.0.1:0"
+    listen: Free[NonEmptyStr] = "127.0.0.1:0"
     """HOST:PORT on which `eaopd teach` serves; port 0: any free port."""
-    api_key_file: NonEmptyStr | None = None
+    api_key_file: Free[NonEmptyStr | None] = None
     """File with the replicas' API key (mode 0600). null: replicas that are started here get a generated one."""
-    max_concurrent_requests: PositiveInt = 8
+    max_concurrent_requests: Free[PositiveInt] = 8
     """Requests in flight per replica."""
-    mem_fraction_static: UnitFraction = 0.8
+    mem_fraction_static: Free[UnitFraction] = 0.8
     """Share of a GPU's memory for weights and KV cache of a served teacher."""
-    startup_timeout_minutes: PositiveFloat = 30.0
+    startup_timeout_minutes: Free[PositiveFloat] = 30.0
     """Longest wait until the replicas are ready. [minutes]"""
-    unavailable_timeout_minutes: PositiveFloat = 10.0
+    unavailable_timeout_minutes: Free[PositiveFloat] = 10.0
     """Time without any replica after which the run saves its state and stops. [minutes]"""
 
     @property
@@ -175,25 +196,25 @@ class ObjectiveConfig(Section):
     gate: str | None = None
     """Tokens that get the forward KL, by the teacher's entropy. hard: above the threshold; soft: a sigmoid around it;
     always; never."""
-    threshold: FloatOrInfinity | None = None
+    threshold: Logged[FloatOrInfinity | None] = None
     """Entropy of the teacher above which a hard gate opens. [nats]"""
-    gate_width: float | None = None
+    gate_width: Logged[float | None] = None
     """Width of the soft gate's sigmoid. [nats]"""
-    forward_weight: float | None = None
+    forward_weight: Logged[float | None] = None
     """Weight of the forward KL."""
-    reverse_weight: float | None = None
+    reverse_weight: Logged[float | None] = None
     """Weight of the reverse KL."""
-    top_k: int | None = None
+    top_k: Logged[int | None] = None
     """Size of the teacher's top-k. [tokens]"""
-    clip: FloatOrInfinity | None = None
+    clip: Logged[FloatOrInfinity | None] = None
     """Half-width of the clipping range of the sampled term's ratio, around 1. .inf: not clipped."""
-    threshold_end: float | None = None
+    threshold_end: Logged[float | None] = None
     """Value that `threshold` reaches after `ramp_updates`. null: it stays. [nats]"""
-    forward_weight_end: NonNegativeFloat | None = None
+    forward_weight_end: Logged[NonNegativeFloat | None] = None
     """Value that `forward_weight` reaches after `ramp_updates`. null: it stays."""
-    ramp: Literal["linear", "cosine"] = "linear"
+    ramp: Logged[Literal["linear", "cosine"]] = "linear"
     """Shape of the way to the end values."""
-    ramp_updates: PositiveInt | None = None
+    ramp_updates: Logged[PositiveInt | None] = None
     """Length of the ramp. null: the whole run. [updates]"""
 
     def build_objective(self) -> Objective:

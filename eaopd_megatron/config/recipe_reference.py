@@ -36,6 +36,9 @@ A recipe is a YAML file of sections. It gives what differs from the defaults; `e
 - **References.** `${section.key}` stands for the value of that key.
 - **Paths** of models and data are looked up in the folder of the file that gives them, in the recipe's, and in the
   working directory. Anything else is a hub id.
+- **Resuming.** A run that has trained goes on with changed values of the keys *at resume*: yes, or logged: these change
+  the rest of the run, with a line in the log and `changed/KEY` in the metrics. Before the first checkpoint any key may
+  change. `eaopd train RECIPE run.folder=NEW --continue-from RUN` begins a new run from another one's student.
 - **Several teachers.** `teachers: {math: {model: A}, code: {model: B}}` names them; each has the keys of `teacher` and
   inherits those it does not give. The prompt's field `data.teacher_field` chooses one.
 
@@ -51,7 +54,11 @@ def recipe_reference() -> str:
         title = f"`{section}`\n\n{_section_text(section)}" if section else "Top level"
         names = aliases.section_keys()[section] if section else [n for n in Recipe.model_fields if n not in models]
         keys = [f"{section}.{name}".lstrip(".") for name in names]
-        rows = ["| key | type | default | unit | meaning |", "| --- | --- | --- | --- | --- |", *map(_row, keys)]
+        rows = [
+            "| key | type | default | unit | at resume | meaning |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *map(_row, keys),
+        ]
         parts.append("\n".join([f"\n## {title}\n", *rows, ""]))
     return "".join(parts)
 
@@ -60,7 +67,7 @@ def _row(key: str) -> str:
     info = describe_key(key)
     default = info["default"] if info["default"] == "required" else f"`{info['default']}`"
     meaning = f"{info['meaning']} Old name: {info['old name']}." if info["old name"] else info["meaning"]
-    cells = (f"`{key}`", info["type"], default, info["unit"], meaning)
+    cells = (f"`{key}`", info["type"], default, info["unit"], info["at resume"], meaning)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -80,7 +87,7 @@ def explain_key(recipe: Recipe, origins: Mapping[str, str], key: str) -> str:
         raise RecipeError(aliases.unknown_key_message(key))
     info = {"from": origins.get(key) or origins.get(schema_key) or "the default", **describe_key(schema_key)}
     wrap = partial(textwrap.fill, width=100, subsequent_indent=" " * 12)
-    lines = [wrap(text, initial_indent=f"  {name:<9} ") for name, text in info.items() if text]
+    lines = [wrap(text, initial_indent=f"  {name:<10}") for name, text in info.items() if text]
     return "\n".join([f"{key} = {_shown(value)}", *lines])
 
 
@@ -94,6 +101,7 @@ def describe_key(key: str) -> dict[str, str]:
         "type": _type_text(_properties(section)[name]),
         "default": "required" if field.is_required() else _shown(field.get_default()),
         "unit": unit.rstrip("]"),
+        "at resume": aliases.at_resume(key).value,
         "meaning": meaning,
         "old name": next((f"{old}{note}" for old, new in aliases.RENAMED.items() if new == key), ""),
     }

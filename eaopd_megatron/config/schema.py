@@ -9,6 +9,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from eaopd_megatron.config.model_schema import (
+    AtResume,
+    Free,
+    Logged,
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
@@ -28,8 +31,12 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 class RunConfig(Section):
     """The run's folder and its checkpoints."""
 
+    at_resume = AtResume.FREE
+
     folder: NonEmptyStr
     """Folder of the run; an unfinished run in it is resumed."""
+    continue_from: Annotated[NonEmptyStr | None, AtResume.NEVER] = None
+    """Run, or checkpoint in it, whose student is trained on in place of `student.model`, in a run of its own."""
     save_interval: NonNegativeInt = 50
     """Iterations between checkpoints. 0: only at the end. [iterations]"""
     keep_checkpoints: PositiveInt = 2
@@ -72,6 +79,8 @@ class DataConfig(Section):
 class ServersConfig(Section):
     """The SGLang servers of `rollout.engine=sglang`: started and stopped by the trainer, or given by their URLs."""
 
+    at_resume = AtResume.FREE
+
     count: PositiveInt = 1
     """Servers that the trainer starts on its own host."""
     urls: list[NonEmptyStr] = []
@@ -112,6 +121,8 @@ class ServersConfig(Section):
 class WeightSyncConfig(Section):
     """How the servers get the student's weights."""
 
+    at_resume = AtResume.FREE
+
     transport: Literal["distributed", "disk", "tensor"] = "distributed"
     """distributed: broadcast; tensor: in requests, on the same host; disk: through a shared folder."""
     bucket_mib: PositiveInt = 512
@@ -131,21 +142,21 @@ class RolloutConfig(Section):
     """local: on the student's own ranks; sglang: by the servers of `servers`."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """1: generate the next iteration's responses while this one trains, with weights one iteration old. [iterations]"""
-    importance_clip: PositiveFloat = 2.0
+    importance_clip: Logged[PositiveFloat] = 2.0
     """Largest importance weight π_old/π_rollout of a token that older weights generated."""
-    warn_logprob_gap: PositiveFloat | None = 0.1
+    warn_logprob_gap: Free[PositiveFloat | None] = 0.1
     """Mean difference of the rollout's and the trainer's log-probs that raises a warning. null: no warning. [nats]"""
-    warn_truncated: Annotated[float, Field(gt=0, lt=1)] | None = 0.5
+    warn_truncated: Free[Annotated[float, Field(gt=0, lt=1)] | None] = 0.5
     """Share of truncated responses that raises a warning. null: no warning."""
     temperature: float = 1.0
     """Sampling temperature. It must be 1: the objective is an expectation over the student's own distribution."""
     top_p: float = 1.0
     """Nucleus sampling. It must be 1, for the same reason."""
-    max_response_tokens: PositiveInt = 4096
+    max_response_tokens: Logged[PositiveInt] = 4096
     """Longest response; longer ones are truncated. [tokens]"""
-    batch_size: PositiveInt = 128
+    batch_size: Free[PositiveInt] = 128
     """Sequences that a rank generates together (local engine)."""
-    stop_token_ids: list[NonNegativeInt] = []
+    stop_token_ids: Logged[list[NonNegativeInt]] = []
     """End tokens beside the model's own."""
 
     @field_validator("temperature", "top_p")
@@ -162,13 +173,13 @@ class RolloutConfig(Section):
 class TrainConfig(Section):
     """Batch sizes and number of iterations (Algorithm 1). Each prompt gets one response."""
 
-    iterations: PositiveInt
-    """Length of the run. [iterations]"""
+    iterations: Logged[PositiveInt]
+    """Length of the run. It may be raised after the end, too. [iterations]"""
     prompts_per_iteration: PositiveInt = 128
     """Prompts, and so responses, per iteration. [responses]"""
     mini_batch: PositiveInt = 32
     """Responses per update, over all data-parallel ranks. [responses]"""
-    micro_batch_tokens: PositiveInt = 16384
+    micro_batch_tokens: Free[PositiveInt] = 16384
     """Size of a packed micro-batch, which context-parallel ranks share. [tokens]"""
 
     @property
@@ -179,6 +190,8 @@ class TrainConfig(Section):
 
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule, whose steps are completed updates."""
+
+    at_resume = AtResume.LOGGED
 
     lr: PositiveFloat = 3.0e-6
     """Peak learning rate."""
@@ -198,11 +211,11 @@ class OptimizerConfig(Section):
     """Length of the linear warmup. [updates]"""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Final learning rate as a share of `lr`."""
-    distributed: bool = False
+    distributed: Free[bool] = False
     """Megatron's distributed optimizer: each data-parallel rank stores and updates its shard of the states."""
-    overlap: bool = False
+    overlap: Free[bool] = False
     """Reduce gradients during backward and gather weights during forward; needs `distributed`."""
-    offload: Literal["none", "moments"] = "none"
+    offload: Free[Literal["none", "moments"]] = "none"
     """moments: Adam's moments are in host memory between updates."""
 
     @model_validator(mode="after")
@@ -214,6 +227,8 @@ class OptimizerConfig(Section):
 
 class EvaluationConfig(Section):
     """Benchmarks before, during and after training."""
+
+    at_resume = AtResume.FREE
 
     interval: NonNegativeInt = 0
     """Iterations between evaluations. 0: before and after training only. [iterations]"""
@@ -238,6 +253,8 @@ class EvaluationConfig(Section):
 class ReportingConfig(Section):
     """Where metrics go beside the run's own folder."""
 
+    at_resume = AtResume.FREE
+
     tensorboard: bool = True
     """Write TensorBoard events into the run's folder."""
     wandb: bool = False
@@ -254,6 +271,8 @@ class ReportingConfig(Section):
 
 class DistributedConfig(Section):
     """Timeouts and diagnosis of collectives."""
+
+    at_resume = AtResume.FREE
 
     timeout_minutes: PositiveFloat = 10.0
     """Longest wait of a collective for other ranks. [minutes]"""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from eaopd_megatron.checkpoint.dist_checkpoint import load_training_state, sharded_training_state
 from eaopd_megatron.checkpoint.store import CheckpointStore, check_config_fingerprint, config_fingerprint
-from eaopd_megatron.config import Recipe
+from eaopd_megatron.config import Recipe, dump_recipe, recipe_differences
+from eaopd_megatron.config.aliases import at_resume
+from eaopd_megatron.config.model_schema import AtResume
 from eaopd_megatron.data.types import Prompt
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.training.components import Components
-from eaopd_megatron.training.run_folder import RunFolder
+from eaopd_megatron.training.run_folder import RECIPE_FILE, RunFolder
 
 
 class TrainingCheckpoints:
@@ -26,7 +29,9 @@ class TrainingCheckpoints:
     def __init__(
         self, recipe: Recipe, parallel: ParallelState, folder: RunFolder, components: Components, prompts: list[Prompt]
     ) -> None:
-        self.recipe, self.parallel, self.components = recipe, parallel, components
+        self.recipe, self.parallel, self.folder, self.components = recipe, parallel, folder, components
+        self.changed: dict[str, float] = {}
+        """Metrics of the first iteration after a resume: changed/KEY, the new value (1 where it is no number)."""
         self.optimizer = components.student.optimizer
         self.store = CheckpointStore(folder.checkpoints, recipe.run.keep_checkpoints, background=recipe.run.async_save)
         self.fingerprint = config_fingerprint(components.student_folder.config)
@@ -75,7 +80,16 @@ class TrainingCheckpoints:
         if changed:
             was, now = (", ".join(f"{name}={at.get(name)}" for name in changed) for at in (state["layout"], layout))
             log(f"{path.name} was saved at {was}; going on at {now}")
+        self._log_changes(path, int(state["iteration"]), log)
         return int(state["iteration"]), int(state["updates"])
+
+    def _log_changes(self, path: Path, iteration: int, log: Callable[[str], None]) -> None:
+        before = self.folder.recipe_of(path)
+        for key, old, new in recipe_differences(before, self.recipe) if before else ():
+            if at_resume(key) is AtResume.LOGGED:
+                log(f"{key} was {old}; it is {new} from iteration {iteration + 1} on")
+                number = float(new) if isinstance(new, (int, float)) and math.isfinite(new) else 1.0
+                self.changed[f"changed/{key}"] = number
 
     def _layout(self) -> dict[str, int | bool]:
         """Return how weights and optimizer are sharded now. A resumed run may change any of it."""
@@ -83,6 +97,7 @@ class TrainingCheckpoints:
         return sizes | {"optimizer.distributed": self.recipe.optimizer.distributed}
 
     def _write_hf_files(self, folder: Path) -> None:
+        (folder / RECIPE_FILE).write_text(dump_recipe(self.recipe), encoding="utf-8")
         (folder / "hf").mkdir()
         self.components.student_folder.copy_config_and_tokenizer(folder / "hf")
 

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from eaopd_megatron.config import Recipe, dump_recipe, load_recipe, recipe_differences
-from eaopd_megatron.config.aliases import teacher_schema_key
+from eaopd_megatron.config.aliases import at_resume
+from eaopd_megatron.config.model_schema import AtResume
 from eaopd_megatron.config.schema import teacher_key
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.digest import local_folder, model_digest
 from eaopd_megatron.utils.files import atomic_write, read_json
 
-_FREE_SECTIONS = ("evaluation.", "reporting.", "distributed.", "servers.", "weight_sync.")
-"""Settings that may change when a run is resumed: they do not affect the student's weights, except for the rounding of
-sums over another layout's ranks."""
-_FREE_KEYS = (
-    *(f"run.{key}" for key in ("folder", "save_interval", "keep_checkpoints", "async_save", "on_corrupt_checkpoint")),
-    *("run.log_rollouts", "rollout.batch_size", "rollout.warn_logprob_gap", "rollout.warn_truncated"),
-    *(f"student.{kind}_parallel" for kind in ("tensor", "pipeline", "context", "expert", "expert_tensor", "data")),
-    *("student.sequence_parallel", "student.virtual_pipeline", "student.recompute"),
-    *(f"optimizer.{key}" for key in ("distributed", "overlap", "offload")),
-    *(f"teacher.{key}" for key in ("placement", "offload", "replicas", "urls", "listen", "api_key_file")),
-    *(f"teacher.{kind}_parallel" for kind in ("tensor", "pipeline", "expert")),
-    *("teacher.max_concurrent_requests", "teacher.mem_fraction_static"),
-    *("teacher.startup_timeout_minutes", "teacher.unavailable_timeout_minutes"),
-)
-"""The same for single keys. Keys of `teacher` apply to `teachers.NAME` too."""
+RECIPE_FILE = "recipe.yaml"
+"""In a checkpoint: the recipe that it was made with."""
 
 
 class RunFolder:
@@ -70,25 +60,46 @@ class RunFolder:
         atomic_write(self.finished_file, json.dumps({"iterations": recipe.train.iterations}) + "\n")
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Raise UserError with the first difference if the folder holds a run of another recipe."""
-        if not self.config.exists():
+        """Raise UserError with the first difference if the folder holds a trained run that the recipe cannot go on."""
+        recipe, checkpoint = started_from(recipe), self.latest_checkpoint()
+        if checkpoint is None:
             return
-        before = load_recipe(self.config, report=lambda line: None)
+        if (done := int(checkpoint.name.partition("_")[2])) > recipe.train.iterations:
+            raise UserError(
+                f"{self.path} holds a run of {done} iterations, more than train.iterations={recipe.train.iterations}: "
+                "raise it, or choose another run.folder"
+            )
+        before = self.recipe_of(checkpoint)
+        if before is None:
+            return
         named = self.models.exists()  # else only the paths are known
         models = {f"{teacher_key(name)}.model": one.model for name, one in recipe.named_teachers().items()}
         models["student.model"] = recipe.student.model
         bound = (
             one
             for one in recipe_differences(before, recipe)
-            if not _is_free(one[0]) and not (named and one[0] in models)
+            if at_resume(one[0]) is AtResume.NEVER and not (named and one[0] in models)
         )
         different = next((f"with {key}={old}, this recipe has {new}" for key, old, new in bound), "")
         if before.teachers.keys() != recipe.teachers.keys():
             old, new = (", ".join(one.teachers) or "one, without a name" for one in (before, recipe))
             different = f"whose teachers are {old}, this recipe's are {new}"
         if different:
-            raise UserError(f"{self.path} holds a run {different}: choose another run.folder, or remove that one")
+            raise UserError(
+                f"{self.path} holds a run {different}, and it has trained: give the old value, or begin another run "
+                f"from its student: run.folder=NEW --continue-from {self.path}"
+            )
         self.check_models({key: (model, folder) for key, model in models.items() if (folder := local_folder(model))})
+
+    def latest_checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint, or None if nothing is trained."""
+        complete = (path for path in self.checkpoints.glob("step_*") if path.name.partition("_")[2].isdigit())
+        return max(complete, key=lambda path: int(path.name.partition("_")[2]), default=None)
+
+    def recipe_of(self, checkpoint: Path) -> Recipe | None:
+        """Return the recipe that a checkpoint was made with: its own or, of an earlier release, the run's."""
+        path = next((path for path in (checkpoint / RECIPE_FILE, self.config) if path.exists()), None)
+        return None if path is None else load_recipe(path, report=lambda line: None)
 
     def check_models(self, models: Mapping[str, tuple[str, Path]]) -> dict[str, dict[str, str | None]]:
         """Return the record of the models for `write_models`. models: by key, name in the recipe and folder.
@@ -99,8 +110,7 @@ class RunFolder:
             key: {"model": model, "folder": str(folder), "digest": _digest(folder)}
             for key, (model, folder) in models.items()
         }
-        trained = any("." not in path.name for path in self.checkpoints.glob("step_*"))
-        if not trained or not self.models.exists():
+        if self.latest_checkpoint() is None or not self.models.exists():
             return record
         before = read_json(self.models, str(self.models))
         for key, now in record.items():
@@ -128,18 +138,47 @@ def _digest(folder: Path) -> str | None:
         return None
 
 
-def _is_free(key: str) -> bool:
-    key = teacher_schema_key(key)
-    return key in _FREE_KEYS or key.startswith(_FREE_SECTIONS)
-
-
 def finished_message(recipe: Recipe) -> str | None:
     """Return the line for a user who restarts a finished run, or None if the run is not finished."""
     folder = RunFolder(Path(recipe.run.folder))
     folder.check_recipe(recipe)
-    if folder.finished() is None:
+    finished = folder.finished()
+    if finished is None or finished["iterations"] < recipe.train.iterations:
         return None
     return (
-        f"{folder.path}: this run is finished ({recipe.train.iterations} iterations). "
+        f"{folder.path}: this run is finished ({recipe.train.iterations} iterations; more with train.iterations). "
         f"Report: {folder.path / 'report.html'}  Student: {folder.student}"
     )
+
+
+def started_from(recipe: Recipe) -> Recipe:
+    """Return the recipe with `start/` of the run's folder as the student's model if run.continue_from names one."""
+    if recipe.run.continue_from is None:
+        return recipe
+    start = str((Path(recipe.run.folder) / "start").resolve())
+    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": start})})
+
+
+def export_start(recipe: Recipe, log: Callable[[str], None]) -> None:
+    """Write the student that run.continue_from names into the run's folder, unless it is there. For rank 0.
+
+    Raises UserError if there is none.
+    """
+    name, start = recipe.run.continue_from, Path(started_from(recipe).student.model)
+    if name is None or start.exists() or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return
+    source, work = Path(name).expanduser(), start.with_name("start.incomplete")
+    run = RunFolder(source)
+    checkpoint = run.latest_checkpoint() or source
+    shutil.rmtree(work, ignore_errors=True)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    if run.finished_file.exists():
+        shutil.copytree(run.student, work)
+    elif (checkpoint / "sharded").is_dir():
+        from eaopd_megatron.checkpoint.convert import export_checkpoint
+
+        export_checkpoint(checkpoint, work, verify=False, log=log)
+    else:
+        raise UserError(f"run.continue_from: {name} is no run with a checkpoint, and no checkpoint of a run")
+    work.rename(start)
+    log(f"the student of {name} is in {start}: this run begins with it")

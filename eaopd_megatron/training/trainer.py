@@ -197,6 +197,8 @@ class Trainer:
         self.iteration += 1
         record = self.metrics.reduce(dist.group.WORLD)
         self.metrics = MetricAccumulator()
+        record |= self.checkpoints.changed
+        self.checkpoints.changed = {}
         for line in self.alerts.check(record):
             self.log(line)
         self._write_rollouts(samples)
@@ -352,6 +354,7 @@ class Trainer:
         if not self.parallel.is_main:
             return
         self.folder.write_config(self.recipe)
+        self.folder.finished_file.unlink(missing_ok=True)
         self.folder.write_models(self._models)
         atomic_write(self.folder.path / "environment.json", json.dumps(describe_environment(), indent=1) + "\n")
         options = self.recipe.reporting

@@ -133,10 +133,38 @@ def test_the_same_command_in_a_finished_run_does_nothing(uninterrupted: Path, ea
 
 
 def test_another_recipe_does_not_go_on_in_the_run(uninterrupted: Path, eaopd: Start) -> None:
-    code, _, err = eaopd("train", RECIPE, f"run.folder={uninterrupted}", *SMALL, "optimizer.lr=0.5").wait()
+    code, _, err = eaopd("train", RECIPE, f"run.folder={uninterrupted}", *SMALL, "seed=5").wait()
     assert code == 1
     assert err.count("\n") == 1
-    assert "holds a run with optimizer.lr=" in err and "this recipe has 0.5" in err
+    assert "holds a run with seed=0, this recipe has 5" in err
+
+
+def test_a_finished_run_goes_on_with_more_iterations_and_another_learning_rate(
+    uninterrupted: Path, eaopd: Start, tmp_path: Path
+) -> None:
+    """With a line in the log and in the metrics; its student then begins another run."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(uninterrupted, run)
+    changes = ["train.iterations=7", "optimizer.lr=1e-4", "evaluation.benchmarks=[]"]
+    code, _, err = eaopd("train", RECIPE, *SMALL, f"run.folder={run}", *changes).wait()
+    assert code == 0, err
+    assert [one["iteration"] for one in records(run)] == list(range(8))
+    assert records(run)[:7] == records(uninterrupted)
+    assert records(run)[7]["changed/optimizer.lr"] == 1e-4 and records(run)[7]["changed/train.iterations"] == 7
+    assert "it is 0.0001 from iteration 7 on" in (run / "log.txt").read_text()
+    assert json.loads((run / "finished.json").read_text()) == {"iterations": 7}
+    before = load_file(run / "student/model.safetensors")
+    begin = [
+        f"run.folder={other}",
+        "train.iterations=1",
+        "seed=5",
+        f"--continue-from={run / 'checkpoints/step_000007'}",
+    ]
+    code, _, err = eaopd("train", RECIPE, *SMALL, "evaluation.benchmarks=[]", *begin).wait()
+    assert code == 0, err
+    start = load_file(other / "start/model.safetensors")
+    assert all(torch.equal(before[name], start[name]) for name in before)
+    assert [one["iteration"] for one in records(other)] == [0, 1]
 
 
 def test_a_run_killed_in_the_middle_repeats_the_uninterrupted_one_bit_for_bit(

@@ -126,7 +126,7 @@ def test_a_run_of_the_last_release_cannot_be_resumed(capsys: pytest.CaptureFixtu
     for old, new in RENAMED.items():
         text = text.replace(f"  {new.partition('.')[2]}:", f"  {old.partition('.')[2]}:")
     assert "max_lag: 1" in text and "max_staleness" not in text
-    Path("old").mkdir()
+    (Path("old") / "checkpoints" / "step_000001").mkdir(parents=True)
     (Path("old") / "config.yaml").write_text(text)
     run = RunFolder(Path("old"))
     run.check_recipe(recipe)
