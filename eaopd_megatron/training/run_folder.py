@@ -146,7 +146,7 @@ def finished_message(recipe: Recipe) -> str | None:
     if finished is None or finished["iterations"] < recipe.train.iterations:
         return None
     return (
-        f"{folder.path}: this run is finished ({recipe.train.iterations} iterations; more with train.iterations). "
+        f"{folder.path}: this run is finished ({recipe.train.iterations} iterations); a larger train.iterations goes on. "
         f"Report: {folder.path / 'report.html'}  Student: {folder.student}"
     )
 
