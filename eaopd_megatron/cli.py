@@ -85,7 +85,7 @@ def train_command(
 
     from eaopd_megatron.config import load_recipe
     from eaopd_megatron.models.supported import check_recipe_models
-    from eaopd_megatron.training.run_folder import export_start, finished_message, started_from
+    from eaopd_megatron.training.run_folder import check_inputs, export_start, finished_message, started_from
 
     loaded = load_recipe(recipe, overrides)
     if finished := finished_message(loaded):
@@ -94,6 +94,7 @@ def train_command(
     export_start(loaded, print)
     loaded = started_from(loaded)
     check_recipe_models(loaded)
+    check_inputs(loaded, hub=False)
     logs = Path(loaded.run.folder) / "logs"
     raise typer.Exit(launch_ranks(arguments, student_world_size(loaded.student), log_folder=logs))
 
@@ -220,11 +221,19 @@ def _check_choice(option: str, value: str, *allowed: str) -> None:
 
 
 @app.command("report", epilog="Example: eaopd report runs/mine")
-def report_command(run: Annotated[Path, _argument("RUN", "The run's folder.")]) -> None:
+def report_command(
+    run: Annotated[Path, _argument("RUN", "The run's folder.")],
+    out: Annotated[
+        Path | None, _option("Write the report here.", metavar="FOLDER", show_default="the run's folder")
+    ] = None,
+) -> None:
     """Write report.html, with its plots, into a run's folder, also while the run goes on."""
     from eaopd_megatron.reporting.run_report import write_run_report
 
-    print(write_run_report(run))
+    try:
+        print(write_run_report(run, out))
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; choose another folder with --out FOLDER") from None
 
 
 @app.command("show", epilog="Example: eaopd show recipes/countdown/eopd.yaml seed=1 --explain optimizer.lr")

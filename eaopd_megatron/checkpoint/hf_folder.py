@@ -99,13 +99,14 @@ class HfFolder:
 
     @functools.cached_property
     def eos_ids(self) -> list[int]:
-        """End-of-sequence ids, those of generation_config.json first.
+        """End-of-sequence ids, those of generation_config.json first; the tokenizer's if no configuration has one.
 
         If there are several, the tokenizer's own comes first: Llama 3 Instruct lists the end-of-text id before the
         end-of-turn id, but ends its answers with the latter.
         """
         eos_ids: list[int] = []
-        sources = [getattr(self.config, "eos_token_id", None)]
+        # of the file: transformers gives a Llama configuration without one the id 2
+        sources = [read_json(self.path / "config.json", self.label).get("eos_token_id")]
         if (self.path / "generation_config.json").exists():
             sources.insert(0, read_json(self.path / "generation_config.json", self.label).get("eos_token_id"))
         for value in sources:
@@ -114,6 +115,8 @@ class HfFolder:
                 own = self.tokenizer().eos_token_id
                 ids = sorted(ids, key=lambda token: token != own)
             eos_ids += [int(token) for token in ids if token is not None and token not in eos_ids]
+        if not eos_ids and self.has_tokenizer and (own := self.tokenizer().eos_token_id) is not None:
+            eos_ids.append(int(own))
         return eos_ids
 
     @property

@@ -9,11 +9,12 @@ its type, a rule on several in the section's own validators. Whether a key may c
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import fields, replace
 from enum import Enum
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.objective.settings import Objective
@@ -25,6 +26,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 UnitFraction = Annotated[float, Field(gt=0, le=1)]
 FloatOrInfinity = Annotated[float, Field(allow_inf_nan=True)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
+FilePath = Annotated[NonEmptyStr, AfterValidator(os.path.expanduser)]
 
 
 class AtResume(Enum):
@@ -137,7 +139,7 @@ class TeacherConfig(Section):
     """URLs of replicas that run already; none are started then."""
     listen: Free[NonEmptyStr] = "127.0.0.1:0"
     """HOST:PORT on which `eaopd teach` serves; port 0: any free port."""
-    api_key_file: Free[NonEmptyStr | None] = None
+    api_key_file: Free[FilePath | None] = None
     """File with the replicas' API key (mode 0600). null: replicas that are started here get a generated one."""
     max_concurrent_requests: Free[PositiveInt] = 8
     """Requests in flight per replica."""

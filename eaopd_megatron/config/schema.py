@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from eaopd_megatron.config.model_schema import (
     AtResume,
+    FilePath,
     Free,
     Logged,
     NonEmptyStr,
@@ -33,9 +34,9 @@ class RunConfig(Section):
 
     at_resume = AtResume.FREE
 
-    folder: NonEmptyStr
+    folder: FilePath
     """Folder of the run; an unfinished run in it is resumed."""
-    continue_from: Annotated[NonEmptyStr | None, AtResume.NEVER] = None
+    continue_from: Annotated[FilePath | None, AtResume.NEVER] = None
     """Run, or checkpoint in it, whose student is trained on in place of `student.model`, in a run of its own."""
     save_interval: NonNegativeInt = 50
     """Iterations between checkpoints. 0: only at the end. [iterations]"""
@@ -95,7 +96,7 @@ class ServersConfig(Section):
     """Share of a GPU's memory for weights and KV cache (SGLang's option of the same name)."""
     max_concurrent_requests: PositiveInt = 64
     """Responses that a server generates at the same time."""
-    api_key_file: NonEmptyStr | None = None
+    api_key_file: FilePath | None = None
     """File with the API key of servers that run already (mode 0600); servers started here get a generated one."""
     startup_timeout_minutes: PositiveFloat = 15.0
     """Longest wait until the servers are ready. [minutes]"""

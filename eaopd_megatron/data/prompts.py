@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from eaopd_megatron.data.sources import check_batch, prompt_text
 from eaopd_megatron.data.types import Prompt
 from eaopd_megatron.errors import RecipeError, UserError
 
@@ -40,11 +41,7 @@ class PromptCursor:
     last_batch: str = "drop"
 
     def __post_init__(self) -> None:
-        if self.batches_per_epoch < 1:
-            raise RecipeError(
-                f"train.prompts_per_iteration={self.batch} is more than the {self.count} prompts of data.source; "
-                "lower it or set data.last_batch=keep"
-            )
+        check_batch(self.count, self.batch, self.last_batch)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -114,11 +111,9 @@ class PromptBuilder:
         prompts: list[Prompt] = []
         dropped = 0
         for number, problem in enumerate(problems, 1):
-            text = problem.get(self.field)
-            if not isinstance(text, str) or not text:
-                keys = ", ".join(problem) or "none"
-                raise UserError(f"{source}, record {number}: no text under {self.field!r}; its keys are {keys}")
-            ids = self.token_ids(text)
+            ids = self.token_ids(prompt_text(problem, self.field, f"{source}, record {number}"))
+            if not ids:
+                raise UserError(f"{source}, record {number}: the tokenizer gives no token for {problem[self.field]!r}")
             if len(ids) > self.max_tokens:
                 dropped += 1
                 continue

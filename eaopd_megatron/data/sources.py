@@ -47,15 +47,19 @@ class FieldNames:
         return cls(**values)
 
 
-def load_problems(source: str, split: str, names: FieldNames | None = None) -> list[Problem]:
+def load_problems(
+    source: str, split: str, names: FieldNames | None = None, *, text_field: str | None = None
+) -> list[Problem]:
     """Return the records of a source with their own fields and `id`, `problem` and `answer`.
 
     source: `countdown` (split train or heldout), a .jsonl or .parquet file, or `hub:owner/name[:config][@revision]`,
-    which `datasets` downloads and caches. Raises UserError.
+    which `datasets` downloads and caches. text_field: the field that each record must have a text under. Raises
+    UserError.
     """
+    rows: list[Problem]
     if source == "countdown":
-        return countdown.problems("train" if split == "train" else "heldout")
-    if source.startswith("hub:"):
+        rows = countdown.problems("train" if split == "train" else "heldout")
+    elif source.startswith("hub:"):
         rows = _load_hub(source, split)
     elif source.endswith(".jsonl"):
         rows = read_jsonl(Path(source))
@@ -63,11 +67,39 @@ def load_problems(source: str, split: str, names: FieldNames | None = None) -> l
         rows = _read_parquet(Path(source))
     else:
         raise RecipeError(f"data source {source!r}: expected {SOURCE_KINDS}")
+    for number, row in enumerate(rows, 1) if text_field else ():
+        prompt_text(row, text_field, f"{source}, record {number}")
+    if source == "countdown":
+        return rows
     ours = {field.name: getattr(names or FieldNames(), field.name) for field in fields(FieldNames)}
     return [
         {**row, "id": str(number), **{name: row[theirs] for name, theirs in ours.items() if theirs in row}}
         for number, row in enumerate(rows)
     ]
+
+
+def prompt_text(record: Problem, field: str, where: str) -> str:
+    """Return the text of a record's field. Raises UserError, starting with `where`, that names the record's keys."""
+    text = record.get(field)
+    if not isinstance(text, str) or not text:
+        lists = [name for name, value in record.items() if isinstance(value, list) and value and value[0] is not None]
+        messages = next((name for name in lists if isinstance(record[name][0], dict) and "role" in record[name][0]), "")
+        hint = f" ({messages!r} is a list of messages, which is not read: a prompt is one text)" if messages else ""
+        raise UserError(f"{where}: no text under {field!r}{hint}; its keys are {', '.join(record) or 'none'}")
+    if match := re.search("[\ud800-\udfff]", text):
+        raise UserError(
+            f"{where}: {field!r} holds the lone surrogate \\u{ord(match[0]):04x}, which is no character: correct it"
+        )
+    return text
+
+
+def check_batch(count: int, batch: int, last_batch: str) -> None:
+    """Raise RecipeError if `count` prompts do not fill one iteration of `batch`."""
+    if count < 1 or (last_batch == "drop" and count < batch):
+        raise RecipeError(
+            f"train.prompts_per_iteration={batch} is more than the {count} prompts of data.source; "
+            "lower it or set data.last_batch=keep"
+        )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -170,9 +170,12 @@ def _require_text(problems: Sequence[Problem], source: str) -> None:
                 )
 
 
+_FIELDS = "call them problem and answer or, with eaopd evaluate, see --fields"
+
+
 def _gold(problem: Problem, where: str, solution: bool) -> str:
     if not isinstance(problem.get("problem"), str) or not problem["problem"].strip():
-        raise UserError(f"{where}: no problem; its fields are {', '.join(problem)}; see --fields")
+        raise UserError(f"{where}: no problem; its fields are {', '.join(problem)}; {_FIELDS}")
     gold = problem.get("answer")
     if isinstance(gold, list):
         gold = ", ".join(map(str, gold))
@@ -181,5 +184,5 @@ def _gold(problem: Problem, where: str, solution: bool) -> str:
     text = "" if gold is None else str(gold)
     text = (last_boxed(text) or "") if solution else text
     if not text.strip():
-        raise UserError(f"{where} ({problem['id']}): no gold; its fields are {', '.join(problem)}; see --fields")
+        raise UserError(f"{where} ({problem['id']}): no gold; its fields are {', '.join(problem)}; {_FIELDS}")
     return text

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eaopd_megatron.errors import UserError
+from eaopd_megatron.errors import UserError, one_line
 from eaopd_megatron.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -110,15 +111,25 @@ def _truncate_after(path: Path, iteration: int | None) -> None:
     atomic_write(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def import_sink(module: str, package: str) -> Any:
+    """Import what `reporting.<package>` needs. Raises UserError if it is missing or cannot be imported."""
+    off = f"or set reporting.{package}=false"
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        if isinstance(error, ImportError) and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"reporting.{package}: the package {package} is missing; pip install {package}, {off}"
+            ) from error
+        raise UserError(
+            f"reporting.{package}: the package {package} is installed and cannot be imported "
+            f"({type(error).__name__}: {one_line(error)}); mend its installation, {off}"
+        ) from error
+
+
 class _TensorBoard:
     def __init__(self, folder: Path, resume_iteration: int | None) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "reporting.tensorboard: the package tensorboard is missing; pip install tensorboard, "
-                "or set reporting.tensorboard=false"
-            ) from error
+        SummaryWriter = import_sink("torch.utils.tensorboard", "tensorboard").SummaryWriter
         first = 0 if resume_iteration is None else resume_iteration + 1
         self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
             log_dir=str(folder), purge_step=first, flush_secs=_TENSORBOARD_FLUSH_SECONDS
@@ -138,12 +149,7 @@ class _Wandb:
     """Stores its id in the run's folder, so that a resumed run continues the same curves."""
 
     def __init__(self, folder: Path, options: dict[str, Any], resume_iteration: int | None) -> None:
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise UserError(
-                "reporting.wandb: the package wandb is missing; pip install wandb, or set reporting.wandb=false"
-            ) from error
+        wandb = import_sink("wandb", "wandb")
         id_file = folder / "wandb_id.txt"
         if resume_iteration is None or not id_file.exists():
             atomic_write(id_file, secrets.token_hex(8) + "\n")

@@ -75,13 +75,13 @@ class Comparison:
         return self.change.value / self.before.value if self.change is not None and self.before.value > 0 else None
 
 
-def write_run_report(run: Path) -> Path:
-    """Write run/report.html and run/report/*.png from a run's folder and return the HTML's path.
+def write_run_report(run: Path, out: Path | None = None) -> Path:
+    """Write report.html and report/*.png into a run's folder, or into `out`, and return the HTML's path.
 
     Works during the run: the page names figures whose metrics are missing. Raise UserError for a folder without
     metrics.
     """
-    data = RunData.read(run)
+    data, folder = RunData.read(run), run if out is None else out
     environment = json.dumps(data.environment, indent=2, ensure_ascii=False) if data.environment else ""
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
@@ -95,10 +95,10 @@ def write_run_report(run: Path) -> Path:
         facts=_facts(data),
         teacher_heads=[label for label, *_ in _TEACHER_COLUMNS],
         teachers=_teachers(data),
-        plots=[_draw(plot, data) for plot in PLOTS],
+        plots=[_draw(plot, data, folder) for plot in PLOTS],
         appendix={"Resolved recipe": data.recipe_text, "Environment": environment},
     )
-    target = run / "report.html"
+    target = folder / "report.html"
     atomic_write(target, page)
     return target
 
@@ -127,9 +127,9 @@ def _compare(name: str, figure: str, before: BenchmarkResult, after: BenchmarkRe
     return Comparison(name, figure, estimate_mean(first), estimate_mean(second), change)
 
 
-def _draw(plot: Plot, run: RunData) -> dict[str, Any]:
+def _draw(plot: Plot, run: RunData, folder: Path) -> dict[str, Any]:
     """Write a figure's PNG file and return what the template needs; without its metrics, remove an older file."""
-    path = run.folder / "report" / f"{plot.name}.png"
+    path = folder / "report" / f"{plot.name}.png"
     try:
         png = to_png(plot.draw(run))
     except MissingMetrics as error:

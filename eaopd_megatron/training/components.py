@@ -47,7 +47,8 @@ def load_training_problems(data: DataConfig, report: Path | None, log: Callable[
 
     report: file listing the removed problems; None on ranks that do not write it. Raises UserError if none is left.
     """
-    problems = load_problems(data.source, data.split, FieldNames(problem=data.prompt_field))
+    names = FieldNames(problem=data.prompt_field)
+    problems = load_problems(data.source, data.split, names, text_field=data.prompt_field)
     if not data.decontaminate:
         return problems
     benchmarks = {name: load_benchmark(name) for name in data.decontaminate}
@@ -167,6 +168,11 @@ def build_components(
         rollout = ServedRollout(recipe.servers, recipe.weight_sync, context, parallel, model, student_folder, memory)
     eos_ids = [folder.eos_ids for folder in (student_folder, *teacher_folders.values())]
     stop_ids = tuple(sorted({*itertools.chain(*eos_ids), *recipe.rollout.stop_token_ids}))
+    if not stop_ids:
+        log(
+            "warning: no configuration and no tokenizer names an end token: every response is as long as "
+            "rollout.max_response_tokens; name one in rollout.stop_token_ids"
+        )
     tokenizer = student_folder.tokenizer()
     return Components(
         student_folder,

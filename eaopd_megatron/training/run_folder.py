@@ -146,9 +146,30 @@ def finished_message(recipe: Recipe) -> str | None:
     if finished is None or finished["iterations"] < recipe.train.iterations:
         return None
     return (
-        f"{folder.path}: this run is finished ({recipe.train.iterations} iterations); a larger train.iterations goes on. "
-        f"Report: {folder.path / 'report.html'}  Student: {folder.student}"
+        f"{folder.path}: this run is finished ({recipe.train.iterations} iterations); a larger "
+        f"train.iterations goes on. Report: {folder.path / 'report.html'}  Student: {folder.student}"
     )
+
+
+def check_inputs(recipe: Recipe, *, hub: bool) -> None:
+    """Read data and benchmarks and import what reports, before a rank starts or a model is loaded. Raises UserError.
+
+    hub: read data sets of the Hugging Face hub too, which may be downloaded.
+    """
+    from eaopd_megatron.data.sources import FieldNames, check_batch, load_problems
+    from eaopd_megatron.evaluation.benchmarks import BENCHMARKS, load_benchmark, sources_by_name
+    from eaopd_megatron.reporting.metrics_log import import_sink
+
+    data, benchmarks = recipe.data, sources_by_name(recipe.evaluation.benchmarks).values()
+    for source in dict.fromkeys([*benchmarks, *data.decontaminate]):
+        if hub or not (source in BENCHMARKS or source.startswith("hub:")):
+            load_benchmark(source)
+    if hub or not data.source.startswith("hub:"):
+        names = FieldNames(problem=data.prompt_field)
+        problems = load_problems(data.source, data.split, names, text_field=data.prompt_field)
+        check_batch(len(problems), recipe.train.prompts_per_iteration, data.last_batch)
+    if recipe.reporting.wandb:
+        import_sink("wandb", "wandb")
 
 
 def started_from(recipe: Recipe) -> Recipe:

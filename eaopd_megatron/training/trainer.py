@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import signal
 import time
 from collections import defaultdict
@@ -13,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -37,7 +37,7 @@ from eaopd_megatron.rollout.interface import GenerationRequest, RolloutHandle
 from eaopd_megatron.training.checkpointing import TrainingCheckpoints
 from eaopd_megatron.training.components import build_components, build_prompt_builder, load_training_problems
 from eaopd_megatron.training.measurement import MetricAccumulator, ProfilerWindow, ThroughputMeter
-from eaopd_megatron.training.run_folder import RunFolder
+from eaopd_megatron.training.run_folder import RunFolder, check_inputs
 from eaopd_megatron.training.schedule import LearningRateSchedule, ObjectiveSchedule
 from eaopd_megatron.utils.environment import describe_environment
 from eaopd_megatron.utils.files import atomic_write
@@ -67,6 +67,7 @@ class Trainer:
         models = f"student {_relative(recipe.student.model)}, {teachers}"
         self.log(f"{models}: loading on {parallel.world_size} ranks")
         self._signal: int | None = None
+        run_on_all_or_raise(parallel, lambda: check_inputs(recipe, hub=True) if parallel.is_main else None)
         self.components = build_components(
             recipe, parallel, self.folder, stop_signal=lambda: self._signal or 0, log=self.log
         )
@@ -308,7 +309,9 @@ class Trainer:
         responses, flops = self.cursor.size(self.iteration - 1), record.pop(_SAMPLE_FLOPS)
         rates |= self.throughput.rates(self._times, responses, record["rollout/length"], flops)
         rates["memory/peak"] = float(
-            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         )
         self._times.clear()
         return rates

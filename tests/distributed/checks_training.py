@@ -17,10 +17,12 @@ from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.config.schema import OptimizerConfig
 from eaopd_megatron.data.packing import collate
 from eaopd_megatron.data.types import MicroBatch, Prompt, Sample, SamplingParams
+from eaopd_megatron.errors import StopRequested
 from eaopd_megatron.megatron import optimizer as megatron_optimizer
 from eaopd_megatron.megatron.model import ModelChunks, build_model, wait_param_gather
 from eaopd_megatron.megatron.pipeline import packing_for, run_forward_backward
 from eaopd_megatron.objective import Objective
+from eaopd_megatron.rollout.interface import GenerationRequest
 from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.base import TeacherRouter
 from eaopd_megatron.teacher.colocated import ColocatedTeacher
@@ -190,6 +192,40 @@ def check_rollouts_are_the_same_at_every_layout(group: dist.ProcessGroup, studen
         exact = logits.log_softmax(-1).gather(-1, torch.tensor(sample.response_ids)[:, None])[:, 0]
         assert torch.allclose(exact, torch.tensor(sample.rollout_logprobs), atol=1e-5)
     assert {s.finish_reason for s in made} == {"stop", "length"}
+
+
+class _SignalInTheMiddle:
+    """A signal that this rank, or none, gets before it looks for the second time."""
+
+    def __init__(self, here: bool) -> None:
+        self.here, self.looks = here, 0
+
+    def __call__(self) -> int:
+        self.looks += 1
+        return 15 if self.here and self.looks > 1 else 0
+
+
+def check_a_signal_ends_generation_on_every_rank(group: dist.ProcessGroup, student: str, layouts: str) -> None:
+    """One rank gets it in the middle of decoding; the model is as before, and generates the same again."""
+    folder = HfFolder.open(student)
+    prompts = [Prompt(str(i), (5 + i, 6), {}) for i in range(5)]
+    keys: list[tuple[int | str, ...]] = [(0, "rollout", 0, i) for i in range(len(prompts))]
+    request = GenerationRequest(prompts, keys, range(len(prompts)), SamplingParams(1.0, 1.0, 40, stop_token_ids=()))
+    for layout in dict.fromkeys((ParallelLayout(1), *getattr(training_cases, layouts))):
+        with model_parallel(layout) as parallel:
+            model = build_model(folder.config, layout, torch.float32)
+            load_hf(model, folder, parallel)
+            signal = _SignalInTheMiddle(parallel.rank == 3)
+            calm = LocalRollout(model, parallel, vocab_size=folder.vocab_size, batch_size=3)
+            before = next(calm.collect(calm.submit(request)))
+            stopped = LocalRollout(model, parallel, vocab_size=folder.vocab_size, batch_size=3, stop_signal=signal)
+            try:
+                next(stopped.collect(stopped.submit(request)))
+                raise AssertionError(layout)
+            except StopRequested as asked:
+                assert asked.args == (15,)
+            again = next(calm.collect(calm.submit(request)))
+            assert [one.response_ids for one in again] == [one.response_ids for one in before]
 
 
 def check_the_terminal_maps_give_the_students_stop_the_teachers_meaning(

@@ -100,6 +100,15 @@ def test_rollouts_are_the_same_at_every_layout(ranks: Ranks, pair: dict[str, str
     ranks.run(CHECKS, check, student=pair["student"], layouts=layouts)
 
 
+@pytest.mark.parametrize("layouts", ["SIMPLE_LAYOUTS", "WIDE_LAYOUTS"])
+def test_a_signal_ends_generation_on_every_rank(ranks: Ranks, pair: dict[str, str], layouts: str) -> None:
+    ranks.run(CHECKS, "check_a_signal_ends_generation_on_every_rank", student=pair["student"], layouts=layouts)
+
+
+def test_a_signal_ends_generation_of_experts_over_ranks(ranks: Ranks, experts: str) -> None:
+    ranks.run(CHECKS, "check_a_signal_ends_generation_on_every_rank", student=experts, layouts="EXPERT_LAYOUTS")
+
+
 def test_experts_over_ranks_change_no_rollout(ranks: Ranks, experts: str) -> None:
     """A rank that is done while others decode would leave them waiting for its part of the exchange."""
     check = "check_rollouts_are_the_same_at_every_layout"

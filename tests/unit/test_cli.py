@@ -227,6 +227,12 @@ def test_a_bad_option_of_evaluate_is_found_late(eaopd: Callable[..., Any], argum
 
 def test_report_hides_where_it_is(eaopd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     report = ModuleType("eaopd_megatron.reporting.run_report")
-    report.write_run_report = lambda run: run / "report.html"  # type: ignore[attr-defined]
+    report.write_run_report = lambda run, out: (out or run) / "report.html"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "eaopd_megatron.reporting.run_report", report)
     assert eaopd("report", "runs/x") == (0, "runs/x/report.html\n", "")
+    assert eaopd("report", "runs/x", "--out", "here") == (0, "here/report.html\n", "")
+    report.write_run_report = lambda run, out: (_ for _ in ()).throw(  # type: ignore[attr-defined]
+        PermissionError(13, "Permission denied", "runs/x/report.html")
+    )
+    line = "error: runs/x/report.html: Permission denied; choose another folder with --out FOLDER\n"
+    assert eaopd("report", "runs/x") == (1, "", line)

@@ -171,6 +171,19 @@ def test_every_end_of_sequence_id_is_found_the_generation_config_first(folder: P
     assert HfFolder.open(str(folder)).eos_ids == [5, 3]
 
 
+@pytest.mark.parametrize("changes", [{}, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}], ids=str)
+def test_a_model_never_ends_that_only_its_tokenizer_knows_to_end(tmp_path: Path, changes: dict[str, object]) -> None:
+    """transformers gives a Llama configuration without an end id the number 2."""
+    shutil.copytree(ROOT / "recipes/countdown/student", tmp_path / "chat")
+    (tmp_path / "chat/generation_config.json").unlink(missing_ok=True)
+    path = tmp_path / "chat/config.json"
+    config = json.loads(path.read_text()) | changes
+    config.pop("eos_token_id", None)
+    path.write_text(json.dumps(config))
+    folder = HfFolder.open(str(tmp_path / "chat"))
+    assert folder.eos_ids == [folder.tokenizer().eos_token_id]
+
+
 def test_an_end_of_text_is_taken_for_the_end_of_a_turn(tmp_path: Path) -> None:
     """An instructed Llama 3 lists both, the wrong one first; its tokenizer's is the one with which it ends."""
     shutil.copytree(ROOT / "recipes/countdown/student", tmp_path / "chat")

@@ -90,8 +90,17 @@ def test_a_missing_sink_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, options: tuple[bool, dict[str, Any] | None]
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, package.rpartition(".")[2], None)
     with pytest.raises(UserError, match=r"reporting\.\w+: the package \w+ is missing; pip install"):
         MetricsWriter(tmp_path, *options, resume_iteration=None)
+
+
+def test_a_broken_sink_is_told_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb.py").write_text("import not_there_either")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match=r"wandb is installed and cannot be imported \(ModuleNotFoundError: No module"):
+        MetricsWriter(tmp_path, False, {"project": "p"}, resume_iteration=None)
 
 
 def test_wandb_continues_the_same_run_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
