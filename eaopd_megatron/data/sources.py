@@ -67,8 +67,9 @@ def load_problems(
         rows = _read_parquet(Path(source))
     else:
         raise RecipeError(f"data source {source!r}: expected {SOURCE_KINDS}")
-    for number, row in enumerate(rows, 1) if text_field else ():
-        prompt_text(row, text_field, f"{source}, record {number}")
+    if text_field is not None:
+        for number, row in enumerate(rows, 1):
+            prompt_text(row, text_field, f"{source}, record {number}")
     if source == "countdown":
         return rows
     ours = {field.name: getattr(names or FieldNames(), field.name) for field in fields(FieldNames)}
