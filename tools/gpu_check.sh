@@ -146,7 +146,7 @@ step kernels 170 "${run[@]}" test_with "${parallel[@]}" --junitxml "$work/kernel
 ) &
 wait
 echo "[$((SECONDS - started)) s] memory and speed: one step at a time"
-step memory 80 "$python" tools/gpu_check/memory.py "$work"
+step memory 110 "$python" tools/gpu_check/memory.py "$work"
 "$python" -c 'import transformer_engine.pytorch' 2>/dev/null &&
     step transformer_engine 60 "$python" tools/gpu_check/engine_layers.py "$work"
 step real_width 90 "${run[@]}" real_width
