@@ -16,7 +16,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig, normalize_latex
@@ -184,8 +184,7 @@ def _elements(one: Any) -> Sequence[Any]:
     """Return what a list, tuple or pair (a, b), which is parsed as an open interval, consists of, as it was written."""
     if isinstance(one, Interval):
         return (one.start, one.end) if one.left_open and one.right_open else ()
-    parts: Sequence[Any] = getattr(one, "_unsorted_args", None) or getattr(one, "args", ())
-    return parts
+    return cast(Sequence[Any], getattr(one, "_unsorted_args", None) or getattr(one, "args", ()))
 
 
 def _match(golds: Sequence[Any], answers: Sequence[Any], relations: bool) -> bool:

@@ -143,7 +143,7 @@ def rewrite(text: str) -> str:
 
 def _unicode(text: str) -> str:
     for table, mark in ((_RAISED, "^"), (_LOWERED, "_")):
-        text = re.sub(f"([{''.join(table)}]+)", rf"{mark}{{\1}}", text).translate(str.maketrans(table))
+        text = re.sub(f"([{''.join(table)}]+)", rf"{mark}{{\1}}", text).translate({ord(k): v for k, v in table.items()})
     text = re.sub(r"[½⅓⅔¼¾⅕-⅞⅐⅑⅒]", _vulgar_fraction, text)
     text = "".join(_CHARACTERS.get(character, character) for character in text)
     text = _GREEK.sub(_greek_letter, text)

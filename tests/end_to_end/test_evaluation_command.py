@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,12 @@ def test_an_evaluation_uses_one_of_several_gpus(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("eaopd_megatron.launch.local_ranks._devices", lambda: 3)
     started: list[int] = []
     launch = local_ranks.launch_ranks
-    monkeypatch.setattr(local_ranks, "launch_ranks", lambda work, size: started.append(size) or launch(work, size))
+
+    def counted(work: Any, size: int) -> int:
+        started.append(size)
+        return launch(work, size)
+
+    monkeypatch.setattr(local_ranks, "launch_ranks", counted)
     assert run_evaluation(replace(request, out=tmp_path / "three")) == 0
     assert started == [3]
     assert responses(tmp_path / "three") == responses(tmp_path / "one")

@@ -243,7 +243,12 @@ class LateReader(BucketTransport[int]):
 
 def late(monkeypatch: pytest.MonkeyPatch, given: list[tuple[str, torch.Tensor]], *, reads_late: bool) -> LateReader:
     reader = LateReader(20, reads_late=reads_late)
-    monkeypatch.setattr(WeightUpdate, "call_all", lambda self, call: reader.read(len(reader.unread)) or {})
+
+    def read_all(self: WeightUpdate, call: object) -> dict[object, object]:
+        reader.read(len(reader.unread))
+        return {}
+
+    monkeypatch.setattr(WeightUpdate, "call_all", read_all)
     reader.send(iter(given), "1", [SGLangClient("http://a:1")])
     return reader
 

@@ -94,7 +94,8 @@ def test_fp8_weights_are_read_as_other_values(folder: Path, scaling: str) -> Non
 
 
 def test_an_fp8_folder_cannot_be_imported_and_exported(folder: Path, tmp_path: Path) -> None:
-    values, lines = quantise(folder, "block"), []
+    values = quantise(folder, "block")
+    lines: list[str] = []
     with convert.single_process_group() as parallel:
         convert.import_folder(str(folder), tmp_path / "imported", parallel, verify=True, log=lines.append)
     convert.export_checkpoint(tmp_path / "imported", tmp_path / "out", verify=True, log=lines.append)
@@ -232,7 +233,8 @@ def test_a_right_conversion_of_large_logits_is_refused(large_logits: Path, tmp_p
     weights = load_file(large_logits / "model.safetensors")
     noisy = {name: weight * (1 + 0.002 * torch.randn_like(weight)) for name, weight in weights.items()}
     save_file(noisy, tmp_path / "m/model.safetensors")
-    opened, lines = HfFolder.open(str(tmp_path / "m")), []
+    opened = HfFolder.open(str(tmp_path / "m"))
+    lines: list[str] = []
     with convert.single_process_group() as parallel:
         model = build_model(opened.config, parallel.layout, torch.float32)
         load_hf(model, opened, parallel)
