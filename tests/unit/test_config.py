@@ -102,8 +102,8 @@ def test_unknown_key_is_accepted_or_its_neighbour_is_not_named(recipe: Path, key
 
 def test_unknown_key_with_nothing_like_it_lists_what_there_is(recipe: Path) -> None:
     assert refusal(recipe, "run.zzz=1").endswith(
-        "unknown key 'run.zzz'; the keys of 'run' are folder, save_interval, keep_checkpoints, async_save, "
-        "on_corrupt_checkpoint, log_rollouts"
+        "unknown key 'run.zzz'; the keys of 'run' are folder, continue_from, save_interval, keep_checkpoints, "
+        "async_save, on_corrupt_checkpoint, log_rollouts"
     )
     assert "the keys at the top are seed, run, student" in refusal(recipe, "zzzzz.q=1")
 
