@@ -25,6 +25,7 @@ from eaopd_megatron.launch import local_ranks as launch
 from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.models.supported import check_local_model
 from eaopd_megatron.utils import files
+from eaopd_megatron.utils.gpu_environment import EXACT_FP32_VARIABLES, set_unless_given
 from eaopd_megatron.utils.lifetime import die_with_parent
 from eaopd_megatron.utils.log import log_rank0
 
@@ -49,6 +50,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Import in this process or on ranks and return the exit code. Raises UserError."""
+    set_unless_given(EXACT_FP32_VARIABLES)  # for --verify, here and in the ranks
     sizes = {kind: getattr(options, f"{kind}_parallel") for kind in KINDS}
     for kind, size in sizes.items():
         if size < 1:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from eaopd_megatron.launch.entrypoint import run_entrypoint
 from eaopd_megatron.utils import files
+from eaopd_megatron.utils.gpu_environment import EXACT_FP32_VARIABLES, set_unless_given
 from eaopd_megatron.utils.log import log_rank0
 
 
@@ -34,6 +35,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def convert(options: argparse.Namespace) -> int:
     """Export and return the exit code. Raises UserError."""
+    set_unless_given(EXACT_FP32_VARIABLES)
     files.require_absent_or_empty(options.out, "--out")
     from eaopd_megatron.checkpoint import convert as conversion
 

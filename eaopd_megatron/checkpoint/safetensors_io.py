@@ -155,11 +155,6 @@ class TensorFiles:
         self.label = label
         self.locations: dict[str, TensorLocation] = {}
         single, indexed = (folder / SINGLE_FILE).exists(), (folder / INDEX_FILE).exists()
-        if single and indexed:
-            raise UserError(
-                f"{label}: it holds two sets of weights: transformers reads {SINGLE_FILE}, SGLang the files of "
-                f"{INDEX_FILE}; remove the one that is out of date"
-            )
         if indexed:
             self._read_index(folder)
         elif single:
@@ -181,7 +176,13 @@ class TensorFiles:
                     f"{self.label}: {INDEX_FILE} places tensor {name} in {one_line(repr(file), 100)}; it must name a "
                     "safetensors file of the same folder"
                 )
-        headers = {file: read_header(folder / file, self.label) for file in sorted(set(weight_map.values()))}
+        files = set(weight_map.values())
+        if files != {SINGLE_FILE} and (folder / SINGLE_FILE).exists():
+            raise UserError(
+                f"{self.label}: it holds two sets of weights: transformers reads {SINGLE_FILE}, SGLang the files of "
+                f"{INDEX_FILE}; remove the one that is out of date"
+            )
+        headers = {file: read_header(folder / file, self.label) for file in sorted(files)}
         for name, file in weight_map.items():
             if name not in headers[file]:
                 raise UserError(f"{self.label}: {INDEX_FILE} places tensor {name} in {file}, which does not hold it")

@@ -81,16 +81,20 @@ def must_complete() -> Iterator[None]:
     path, ended = busy_file(base), threading.Event()
 
     def touch() -> None:
-        with contextlib.suppress(OSError):  # the launcher is gone
-            while not ended.wait(BUSY_FILE_SECONDS / 4):
-                path.touch()
+        with contextlib.suppress(OSError):  # the disk is full, or the launcher gone: no reason to end a run
+            path.touch()
 
-    path.touch()
-    thread = threading.Thread(target=touch, name="must_complete", daemon=True)
+    def keep_fresh() -> None:
+        while not ended.wait(BUSY_FILE_SECONDS / 4):
+            touch()
+
+    touch()
+    thread = threading.Thread(target=keep_fresh, name="must_complete", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

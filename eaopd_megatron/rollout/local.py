@@ -59,7 +59,8 @@ class LocalRollout(RolloutEngine):
         stop_signal: Callable[[], int] = lambda: 0,
         masked_ids: Sequence[int] = (),
     ) -> None:
-        self.model, self.parallel, self._masked_ids = model, parallel, list(masked_ids)
+        self.model, self.parallel = model, parallel
+        self._masked_ids = [token for token in masked_ids if token < vocab_size]  # another teacher's may be smaller
         self.vocab_size, self.batch_size, self.stop_signal = vocab_size, batch_size, stop_signal
         self._version = 0
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 UPDATE_GROUP_VARIABLES = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 """What all processes of a weight-update group must agree on, with the values that SGLang (0.5.21 to 0.5.23) gives its
 servers where nothing is set. NCCL's own defaults are other ones, and its handshake fails or hangs where they differ."""
+EXACT_FP32_VARIABLES = {"NVIDIA_TF32_OVERRIDE": "0"}
+"""Transformer Engine multiplies fp32 matrices in TF32, of 11 bits, whatever torch's own settings are."""
 _TRAINER_WITH_UPDATE_GROUPS = {
     # torch's monitor would abort the trainer eight minutes after a server died in a broadcast: the watchdog of every
     # group signals it, whatever the group's own error handling. Dead ranks are noticed by `heartbeat_monitor`.

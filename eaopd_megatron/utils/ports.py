@@ -54,17 +54,18 @@ def reserve_port() -> tuple[socket.socket, int]:
 def listening_store(address: str = "127.0.0.1", *, seconds: float = 300.0) -> TCPStore:
     """Start a TCP store at a free port of this address alone.
 
-    The store takes no key, and torch's own lets it listen on all interfaces, whatever host it is given. seconds: limit
-    of one operation. Raises OSError if the address is none of this host.
+    The store takes no key, and torch's own lets it listen on all interfaces, whatever host it is given. Only a name that
+    this host resolves to itself (127.0.1.1 on Debian) tells no interface: others reach it at all. seconds: limit of one
+    operation. Raises OSError if the address is none of this host.
     """
     from torch.distributed import TCPStore
 
     family, *_, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
-    listener = socket.create_server(place[:2], family=family, backlog=1024)  # type: ignore[arg-type]
-    host, port = listener.getsockname()[:2]
+    host, everywhere = str(place[0]), address not in ("localhost", place[0]) and str(place[0]).startswith("127.")
+    listener = socket.create_server(("" if everywhere else host, 0), family=family, backlog=1024)
     return TCPStore(
         host,
-        port,
+        listener.getsockname()[1],
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=seconds),

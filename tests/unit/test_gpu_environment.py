@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -130,6 +131,17 @@ def test_a_device_is_chosen_elsewhere() -> None:
             assert "set_device(" not in line or "local_device_index()" in line or "device)" in line, (file, line)
             if file.name != "gpu_environment.py":
                 assert 'int(os.environ["LOCAL_RANK"])' not in line and 'environ.get("LOCAL_RANK"' not in line, file
+
+
+@pytest.mark.parametrize("tool", ["mcore_to_hf.py --checkpoint", "hf_to_mcore.py --hf"])
+def test_a_conversion_is_verified_in_tf32(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's products of fp32 matrices are TF32, a thousand times coarser than the limit."""
+    name, option = tool.split()
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    module = importlib.import_module(f"tools.{name.removesuffix('.py')}")
+    assert module.main([option, str(tmp_path / "no"), "--out", str(tmp_path / "out")]) == 1
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
 
 
 def test_a_server_with_other_options_shares_a_group() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,17 @@ def test_a_store_listens_to_everybody() -> None:
     assert {ip for port, ip in listening().items() if port not in before} == {"127.0.0.1"}
     with pytest.raises(OSError):
         listening_store("203.0.113.7")  # an address of documentation
+
+
+def test_a_name_that_means_loopback_here_alone_is_unreachable_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Debian's /etc/hosts has it; weight_sync.address may be the host's name."""
+    entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))
+    before = listening()
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "getaddrinfo", lambda *arguments, **options: [entry])
+        store = listening_store("trainer-7", seconds=5.0)
+    store.set("key", "value")
+    assert {ip for port, ip in listening().items() if port not in before} == {"0.0.0.0"}
 
 
 def test_no_other_store_is_started() -> None:

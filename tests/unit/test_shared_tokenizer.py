@@ -6,7 +6,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ import torch
 from eaopd_megatron.checkpoint.convert import single_process_group
 from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
 from eaopd_megatron.config.model_schema import TeacherConfig
-from eaopd_megatron.data.types import Prompt, Sample
+from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.objective import Objective, TeacherHidden, linear_entropy_aware_loss
+from eaopd_megatron.rollout.local import LocalRollout
 from eaopd_megatron.teacher.colocated import top_k_of_hidden
 from eaopd_megatron.teacher.eos_map import TerminalMap, mask_head, mask_hidden
 from eaopd_megatron.teacher.protocol import TeacherInfo
@@ -171,6 +173,16 @@ def test_a_response_goes_on_behind_a_masked_id() -> None:
     sample = Sample(Prompt("p", (1, 2), {}), [4, 5, 11, 6], "stop", [-0.1] * 4, 0)
     short = sample.truncated_to_vocab(20, MASKED)
     assert (short.response_ids, short.finish_reason, short.foreign_tokens) == ([4, 5], "length", 2)
+
+
+def test_an_id_behind_a_smaller_vocabulary_of_another_teacher_is_masked() -> None:
+    """The rollout samples among the ids that all models have."""
+    parallel: Any = SimpleNamespace(tp_size=1, pp_size=1, device=torch.device("cpu"))
+    rollout = LocalRollout(cast(Any, None), parallel, vocab_size=12, batch_size=1, masked_ids=[3, 11, 15])
+    logits = torch.zeros(1, 16)
+    sampling = SamplingParams(1.0, 1.0, 4, [1])
+    drawn = {int(rollout._draw(logits, torch.tensor([u / 50]), sampling)[0]) for u in range(50)}
+    assert drawn == {*range(12)} - {3, 11}
 
 
 def test_a_replica_with_other_masks_is_taken_for_the_teacher() -> None:
