@@ -54,8 +54,8 @@ def reserve_port() -> tuple[socket.socket, int]:
 def listening_store(address: str = "127.0.0.1", *, seconds: float = 300.0) -> TCPStore:
     """Start a TCP store at a free port of this address alone.
 
-    The store takes no key, and torch's own lets it listen on all interfaces, whatever host it is given. Only a name that
-    this host resolves to itself (127.0.1.1 on Debian) tells no interface: others reach it at all. seconds: limit of one
+    The store takes no key, and torch's own lets it listen on all interfaces, whatever host it is given. Only for a name
+    that means loopback here (Debian's hosts have theirs at 127.0.1.1) it listens on all. seconds: limit of one
     operation. Raises OSError if the address is none of this host.
     """
     from torch.distributed import TCPStore
