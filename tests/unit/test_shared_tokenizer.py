@@ -180,7 +180,7 @@ def test_an_id_behind_a_smaller_vocabulary_of_another_teacher_is_masked() -> Non
     parallel: Any = SimpleNamespace(tp_size=1, pp_size=1, device=torch.device("cpu"))
     rollout = LocalRollout(cast(Any, None), parallel, vocab_size=12, batch_size=1, masked_ids=[3, 11, 15])
     logits = torch.zeros(1, 16)
-    sampling = SamplingParams(1.0, 1.0, 4, [1])
+    sampling = SamplingParams(1.0, 1.0, 4, (1,))
     drawn = {int(rollout._draw(logits, torch.tensor([u / 50]), sampling)[0]) for u in range(50)}
     assert drawn == {*range(12)} - {3, 11}
 
