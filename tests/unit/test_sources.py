@@ -140,9 +140,10 @@ def test_a_gold_that_is_missing_or_cannot_be_read_is_found_when_the_run_ends(tmp
     with pytest.raises(UserError, match=r"own.jsonl, record 2 \(1\): the gold .* cannot be read"):
         check_golds(path, load_benchmark(path), pytest.fail)
     said: list[str] = []
-    path = jsonl(tmp_path / "own.jsonl", {"problem": "p", "answer": "E_{1},E_{2}"}, {"problem": "q", "answer": "2"})
+    gold = r"a \sim b"
+    path = jsonl(tmp_path / "own.jsonl", {"problem": "p", "answer": gold}, {"problem": "q", "answer": "2"})
     check_golds(path, load_benchmark(path), said.append)
-    assert said == [f"{path}: math-verify does not parse 1 golds, which are compared as text: ['E_{{1}},E_{{2}}']"]
+    assert said == [f"{path}: math-verify does not parse 1 golds, which are compared as text: {[gold]}"]
 
 
 # Decontamination
