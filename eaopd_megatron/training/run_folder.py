@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +199,25 @@ def export_start(recipe: Recipe, log: Callable[[str], None]) -> None:
     if run.finished_file.exists():
         shutil.copytree(run.student, work)
     elif (checkpoint / "sharded").is_dir():
-        from eaopd_megatron.checkpoint.convert import export_checkpoint
-
-        export_checkpoint(checkpoint, work, verify=False, log=log)
+        # by a process of its own: a launcher that had loaded the model would keep its GPU memory for the whole run
+        try:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                lines = pool.submit(_export, checkpoint, work).result()
+        except BrokenExecutor:
+            raise UserError(f"run.continue_from: the process that read {checkpoint} was killed (memory?)") from None
+        for line in lines:
+            log(line)
     else:
         raise UserError(f"run.continue_from: {name} is no run with a checkpoint, and no checkpoint of a run")
     work.rename(start)
     log(f"the student of {name} is in {start}: this run begins with it")
+
+
+def _export(checkpoint: Path, out: Path) -> list[str]:
+    """Write a checkpoint's student as a Hugging Face folder; return the lines to log."""
+    warnings.simplefilter("ignore")
+    from eaopd_megatron.checkpoint.convert import export_checkpoint
+
+    lines: list[str] = []
+    export_checkpoint(checkpoint, out, verify=False, log=lines.append)
+    return lines

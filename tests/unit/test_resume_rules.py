@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from eaopd_megatron.checkpoint.convert import import_folder, single_process_group
 from eaopd_megatron.config import dump_recipe, load_recipe
 from eaopd_megatron.config.aliases import at_resume, value_keys
 from eaopd_megatron.config.model_schema import AtResume
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.training.run_folder import RECIPE_FILE, RunFolder, export_start, finished_message, started_from
+from tests import tiny_models
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/countdown/eopd.yaml"
 OTHER = {  # values that differ from the recipe's
@@ -99,6 +103,25 @@ def test_a_run_begins_with_the_student_of_another(tmp_path: Path) -> None:
         lost = load_recipe(RECIPE, [f"run.folder={tmp_path / 'lost'}", f"run.continue_from={tmp_path / name}"])
         with pytest.raises(UserError, match=r"run\.continue_from: .* is no run with a checkpoint"):
             export_start(lost, said.append)
+
+
+def test_a_launcher_holds_the_memory_of_the_model_that_it_exported(tmp_path: Path) -> None:
+    """It lives as long as its ranks, of which the first has the same GPU."""
+    hf, checkpoint, new = (tmp_path / name for name in ("hf", "checkpoint", "new"))
+    tiny_models.build("qwen3_untied").save_pretrained(hf)
+    with single_process_group() as parallel:
+        import_folder(str(hf), checkpoint, parallel, verify=False, log=lambda line: None)
+    program = f"""
+import sys
+from eaopd_megatron.config import load_recipe
+from eaopd_megatron.training.run_folder import export_start
+export_start(load_recipe({str(RECIPE)!r}, ["run.folder={new}", "run.continue_from={checkpoint}"]), print)
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == [f"the student of {checkpoint} is in {new}/start: this run begins with it", "False"]
+    assert (new / "start/model.safetensors").is_file()
 
 
 def test_every_key_has_a_rule() -> None:
