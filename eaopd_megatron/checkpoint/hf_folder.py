@@ -219,11 +219,13 @@ class HfFolder:
                 what = f"its weights are quantised as {kind}, which is not read; use the unquantised model, or FP8"
             raise UserError(f"{self.label}: {what}")
         known = {*expected, *self.family.tied_copies(self.config)}
-        known |= {name + SCALE_SUFFIX for name in expected if locations[name].dtype == FP8_DTYPE}
+        known |= {name + SCALE_SUFFIX for name in known & locations.keys() if locations[name].dtype == FP8_DTYPE}
         others = [name for name in locations if name not in known]
         if unused := [name for name in others if not is_buffer(name)]:
-            architecture = self.family.architecture
-            raise UserError(f"{self.label}: tensor {unused[0]} has no place in {architecture} ({len(unused)} such)")
+            what = f"tensor {unused[0]} has no place in {self.family.architecture} ({len(unused)} such)"
+            if kind := foreign_format(unused):
+                what += f": its weights are quantised as {kind}, which is not read"
+            raise UserError(f"{self.label}: {what}")
         for name, shape in expected.items():
             location = locations[name]
             if location.shape != shape:

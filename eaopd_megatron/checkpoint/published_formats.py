@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -40,6 +41,10 @@ def foreign_format(names: Iterable[str]) -> str | None:
     return next((kind for kind, sign in _FORMATS.items() if any(map(sign.search, listed))), None)
 
 
+def _is_block(block: Any) -> bool:
+    return isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+
+
 class Fp8Tensor:
     """A lazy FP8 weight times its scales, in fp32. Reads like `LazyTensor`.
 
@@ -49,7 +54,7 @@ class Fp8Tensor:
 
     dtype = torch.float32
 
-    def __init__(self, weight: LazyTensor, scales: torch.Tensor, block: Sequence[int] | None) -> None:
+    def __init__(self, weight: LazyTensor, scales: torch.Tensor, block: Any) -> None:
         self.weight, self.location = weight, weight.location
         rows, columns = shape = weight.location.shape
         self._scales, found = scales.float(), tuple(scales.shape)
@@ -57,12 +62,12 @@ class Fp8Tensor:
             self._block, self._scales = (rows, columns), self._scales.reshape(1, 1)
         elif found in ((rows,), (rows, 1)):
             self._block, self._scales = (1, columns), self._scales.reshape(rows, 1)
-        elif block and found == (-(-rows // block[0]), -(-columns // block[1])):
+        elif _is_block(block) and found == (-(-rows // block[0]), -(-columns // block[1])):
             self._block = (block[0], block[1])
         else:
             raise UserError(
                 f"{weight.label}: scales of shape {list(found)} do not fit an FP8 tensor of shape {list(shape)} "
-                f"(weight_block_size is {block and list(block)})"
+                f"(weight_block_size is {block!r})"
             )
 
     def get_shape(self) -> Sequence[int]:

@@ -192,6 +192,9 @@ class TensorFiles:
         """Return a lazy tensor. Raises UserError if there is no such tensor."""
         if name not in self.locations:
             raise UserError(f"{self.label}: tensor {name} is missing")
+        if (dtype := self.locations[name].dtype) not in _READABLE_DTYPES:
+            supported = ", ".join(sorted(_READABLE_DTYPES))
+            raise UserError(f"{self.label}: tensor {name} is stored as {dtype}; supported: {supported}")
         return LazyTensor(self.locations[name], self.label)
 
 

@@ -6,6 +6,7 @@ name of its own that no letter has: a number in another base, the integer of a f
 
 # ruff: noqa: RUF001
 
+import itertools
 import re
 import unicodedata
 from fractions import Fraction
@@ -108,10 +109,13 @@ _MIXED = re.compile(r"(?<![\d.\w}^_])(\d+) (\d+) ?/ ?(\d+)(?![\d/.])")
 _ARGUMENTS = re.compile(r"\\(frac|binom)(?: (?=[A-Za-z])|(?= ?\d)) ?([A-Za-z\d]) ?([A-Za-z\d])|([_^]) ?(\d) (?=\d)")
 _MODULUS = re.compile(r"\\[pb]?mod ?(?:\{ ?(\w+) ?\}|(\w+))|\( ?(?:\\[pb]mod|mod) ?\{? ?(\w+) ?\}? ?\)")
 _DEGREES = r"\^ ?(?:\{ ?\\circ ?\}|\\circ)"
+_ANGLE = r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})"
 _TRIGONOMETRIC = re.compile(
-    r"\\(sin|cos|tan|cot|sec|csc)(\^ ?\{?\d\}?)? ?[({]? ?(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}) ?"
-    rf"{_DEGREES} ?[)}}]?"
+    r"\\(sin|cos|tan|cot|sec|csc)(\^ ?\{?\d\}?)? ?"
+    rf"(?:\( ?{_ANGLE} ?{_DEGREES} ?\)|\{{ ?{_ANGLE} ?{_DEGREES} ?\}}|{_ANGLE} ?{_DEGREES})"
 )
+_SIGN = re.compile(r"\\(pm|mp)(?![A-Za-z])")
+_MOST_SIGNS = 3
 _DECLARED = re.compile(
     rf"[,;(]?(?: |{_TEXT}\{{[^{{}}]*\}})*\(?([a-z]) ?\\in ?\\(?:mathbb|mathbf|Bbb)? ?\{{?Z\}}?\)?(?: |\$)*$"
     rf"|[,;(]? ?{_TEXT}\{{[^{{}}]*\}} ?([a-z]) ?{_TEXT}\{{[^{{}}]*integers?[^{{}}]*\}}\)? ?$"
@@ -184,6 +188,7 @@ def _plain_latex(text: str) -> str:
     if not _UPRIGHT.fullmatch(text.strip()):  # a choice
         text = _UPRIGHT.sub(lambda letter: f"{{{letter[1] or letter[2]}}}", text)
     text = re.sub(r"\\degrees?(?![A-Za-z])", r"^\\circ ", text)
+    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
     if pair := re.fullmatch(r"\s*(?:\\langle|<)([^<>]*,[^<>]*)(?:\\rangle|>)\s*", text):
         text = f"({pair[1]})"
     text = re.sub(r"\\(?:mathbf|vec|boldsymbol) ?\{ ?([ijk]) ?\}", r"\\hat{\1}", text)
@@ -257,7 +262,7 @@ def _scaled_number(match: re.Match[str]) -> str:
 
 def _names(text: str) -> str:
     """Name what the parser would read as a number, a product or a constant, and is none."""
-    text = _TRIGONOMETRIC.sub(r"\\\1\2(\\frac{\3 \\pi}{180})", text)
+    text = _TRIGONOMETRIC.sub(lambda m: rf"\{m[1]}{m[2] or ''}(\frac{{{m[3] or m[4] or m[5]} \pi}}{{180}})", text)
     text = re.sub(r"^([A-F][\dA-F]+)_ ?\{?(1[1-6])\}?$", r"\\text{\1}_{\2}", text)
     text = _BASE.sub(_number_in_base, text)
     text = _family(text)
@@ -270,7 +275,40 @@ def _names(text: str) -> str:
     parts = [part.strip() for part in text.split(":")]
     if len(parts) > 2 and "\\text" not in text and all(re.fullmatch(r"[^,=<>]+", part) for part in parts):
         text = f"(1, {', '.join(rf'FRAC{{{part}}}{{{parts[0]}}}' for part in parts[1:])})".replace("FRAC", r"\frac")
-    return text
+    return _both_signs(text)
+
+
+def _both_signs(text: str) -> str:
+    r"""Write a number with \pm in a fraction, root or bracket as several: the parser knows the sign outside alone."""
+    if braces := re.fullmatch(r"(\\\{)(.*)(\\\})", text.strip()):
+        return braces[1] + _both_signs(braces[2]) + braces[3]
+    parts, depth, nested = [""], 0, [False]
+    for place, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+            nested.append(False)
+            continue
+        parts[-1] += character
+        nested[-1] |= depth > 0 and _SIGN.match(text, place) is not None
+    return ",".join(_signed(part) if inside else part for part, inside in zip(parts, nested, strict=True))
+
+
+def _signed(part: str) -> str:
+    name, _, rest = part.rpartition("=")
+    signs = _SIGN.findall(rest)
+    if "," in part or len(signs) > _MOST_SIGNS:  # a tuple, or a long list
+        return part
+    if "mp" in signs:  # the upper signs belong together
+        choices = [signs, ["pm" if sign == "mp" else "mp" for sign in signs]]
+    else:
+        choices = [list(choice) for choice in itertools.product(("pm", "mp"), repeat=len(signs))]
+    found = []
+    for choice in choices:
+        left = iter(choice)
+        one = _SIGN.sub(lambda _, left=left: "+" if next(left) == "pm" else "-", rest)
+        found.append(re.sub(r"(^|[({\[]) ?\+ ?", r"\1", one))
+    return (f"{name}=" if name else "") + ", ".join(found)
 
 
 def _figure(match: re.Match[str]) -> str:

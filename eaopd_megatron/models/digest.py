@@ -11,7 +11,9 @@ from typing import Any
 
 from eaopd_megatron.utils.files import read_json
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(
+    r"(?![^@]*--)(?!.*\.\.)(?![^@]*\.git(?:@|$))\w(?:[\w.-]*\w)?/\w(?:[\w.-]{0,94}\w)?(@[\w./-]+)?", re.ASCII
+)
 """A model of the Hugging Face hub: owner/name, or owner/name@REVISION (a commit, branch or tag)."""
 _IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 """Keys of config.json that do not describe the model."""

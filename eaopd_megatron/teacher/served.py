@@ -47,7 +47,7 @@ class ServedBackend:
         self.folder, self.terminal, self._connections, self._config_key = folder, terminal, connections, config_key
         self.payload_format, self.vocab_size = TopKPayload(k, has_entropy=False), vocab_size
         # log-probs are normalised over the teacher's own ids, of which those that others lack are removed
-        complete = folder.vocab_size <= vocab_size
+        complete = folder.vocab_size <= vocab_size and not terminal.masked_ids
         self.answer_format = AnswerFormat(vocab_size, folder.vocab_size if complete else None)
         # some of the server's top ids may be ones that the other models lack
         self.num_logprobs = k + min(k, max(0, folder.vocab_size - vocab_size) + len(terminal.masked_ids))

@@ -3,6 +3,21 @@ r"""More pairs of the same kinds: (gold, answer) as in answer_kinds.py, drawn af
 # ruff: noqa: RUF001
 
 STRICT = [
+    (r"\frac{1 \pm \sqrt{5}}{2}", r"\frac{1-\sqrt5}{2}, \frac{1+\sqrt5}{2}"),
+    (r"\frac{1+\sqrt{5}}{2},\frac{1-\sqrt{5}}{2}", r"x=\frac{1 \pm \sqrt{5}}{2}"),
+    (r"\frac{1 \pm \sqrt{5}}{2}", r"\frac12 \pm \frac{\sqrt5}{2}"),
+    (r"\frac{-3 \pm i\sqrt{7}}{4}", r"\frac{-3+i\sqrt7}{4}, \frac{-3-i\sqrt7}{4}"),
+    (r"0, \frac{1 \pm \sqrt{5}}{2}", r"\{\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}, 0\}"),
+    (r"\pm\sqrt{2 \pm \sqrt{3}}", r"\sqrt{2+\sqrt3},\sqrt{2-\sqrt3},-\sqrt{2+\sqrt3},-\sqrt{2-\sqrt3}"),
+    (r"\{\frac{1\pm\sqrt{5}}{2},-2\}", r"-2, \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}"),
+    (r"2(1 \pm \sqrt{3})", r"2+2\sqrt3, 2-2\sqrt3"),
+    (r"e^{\pm i\pi/3}", r"\frac{1 \pm i\sqrt{3}}{2}"),
+    (r"\sec 20^\circ", r"\frac{1}{\cos 20^\circ}"),
+    (r"\frac{\sin 20^\circ}{2}", r"\frac12\sin(20^\circ)"),
+    (r"(\cos 20^\circ, \sin 20^\circ)", r"(\sin 70^\circ, \cos 70^\circ)"),
+    (r"2\pi", "2pi"),
+    (r"(3, \frac{\pi}{2})", "(3, pi/2)"),
+    (r"\frac{\pi^2}{6}", "pi^2/6"),
     ("2^{n}", "2^{n+1}/2"),
     (r"\cos^2 x+\sin^2 x", "1"),
     (r"\frac{x^{10}-1}{x-1}", "x^9+x^8+x^7+x^6+x^5+x^4+x^3+x^2+x+1"),
@@ -199,6 +214,10 @@ LENIENT = [
 ]
 
 WRONG = [
+    (r"\frac{1 \pm \sqrt{5}}{2}", r"\frac{1+\sqrt{5}}{2}"),
+    (r"\frac{1+\sqrt{5}}{2}", r"\frac{1 \pm \sqrt{5}}{2}"),
+    (r"\frac{1 \pm \sqrt{5}}{2}", r"\frac{-1 \pm \sqrt{5}}{2}"),
+    (r"(\cos 20^\circ, \sin 20^\circ)", r"(\sin 20^\circ, \cos 20^\circ)"),
     ("e^{-1000}", "0"),
     ("e^{-1000}", "e^{-1001}"),
     (r"\frac{1}{0}", "0"),

@@ -140,3 +140,10 @@ def test_a_hub_model_cannot_be_pinned(tmp_path: Path, monkeypatch: pytest.Monkey
     assert HfFolder.open("own/tiny").path == cache / "snapshots" / ("b" * 40)
     assert asked == [("own/tiny", "a" * 40), ("own/tiny", None)]
     assert built_in_shape("Qwen/Qwen3-8B@main") == built_in_shape("Qwen/Qwen3-8B")
+
+
+@pytest.mark.parametrize("model", ["owner/a--b", "owner/a..b", "owner/name-", "-owner/name", "owner/name.git"])
+def test_a_name_that_the_hub_refuses_ends_in_a_traceback(model: str) -> None:
+    assert local_folder(model) is None
+    with pytest.raises(UserError, match=r"is no folder with a config\.json and no hub id owner/name"):
+        find_model(model, "student.model")

@@ -119,6 +119,42 @@ def test_faulty_scales_are_not_named(folder: Path) -> None:
     assert f"tensor {name} is stored as F8_E5M2" in refusal(lambda: check(folder))
 
 
+@pytest.mark.parametrize("block", [[128], [0, 0], [128, 128, 128], "128", {"rows": 128}, None])
+def test_a_block_size_of_another_form_ends_in_a_traceback(folder: Path, block: Any) -> None:
+    quantise(folder, "block")
+    edit_config(folder, quantization_config=FP8 | {"weight_block_size": block})
+    assert f"weight_block_size is {block!r}" in refusal(lambda: check(folder))
+
+
+def test_scales_of_another_type_end_in_a_traceback(folder: Path) -> None:
+    quantise(folder, "block")
+    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    edit_weights(folder, **{name: torch.ones(3, 2, dtype=torch.float64)})
+    assert f"tensor {name} is stored as F64; supported: BF16" in refusal(lambda: check(folder))
+
+
+def test_a_copy_of_a_tied_embedding_has_a_type_and_scales_of_its_own(tmp_path: Path) -> None:
+    tiny_models.build("qwen3", hidden_size=160).bfloat16().save_pretrained(tmp_path)
+    table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    edit_weights(tmp_path, **{"lm_head.weight": table.double()})
+    assert "tensor lm_head.weight is stored as F64" in refusal(lambda: check(tmp_path))
+    scales = torch.full((-(-table.shape[0] // 128), 2), 1 / 64)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        edit_weights(tmp_path, **{name: (table * 64).to(torch.float8_e4m3fn), name + "_scale_inv": scales})
+    edit_config(tmp_path, quantization_config=FP8)
+    check(tmp_path)
+    edit_weights(tmp_path, **{"lm_head.weight_scale_inv": scales * 2})
+    assert "lm_head.weight differs from model.embed_tokens.weight" in refusal(lambda: check(tmp_path))
+
+
+def test_fp8_weights_of_compressed_tensors_are_told_as_unknown_tensors(folder: Path) -> None:
+    quantise(folder, "row")
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.replace("_scale_inv", "_scale"): weight for name, weight in weights.items()}
+    save_file(renamed, folder / "model.safetensors")
+    assert "its weights are quantised as compressed-tensors" in refusal(lambda: check(folder))
+
+
 @pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "compressed-tensors", "mxfp4"])
 def test_other_quantised_formats_are_told_as_missing_tensors(folder: Path, method: str) -> None:
     edit_config(folder, quantization_config={"quant_method": method, "bits": 4})

@@ -17,11 +17,13 @@ from eaopd_megatron.checkpoint.hf_folder import HfFolder, check_same_tokenizer
 from eaopd_megatron.config.model_schema import TeacherConfig
 from eaopd_megatron.data.types import Prompt, Sample, SamplingParams
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.objective import Objective, TeacherHidden, linear_entropy_aware_loss
+from eaopd_megatron.objective import Objective, TeacherHidden, TeacherTopK, linear_entropy_aware_loss
 from eaopd_megatron.rollout.local import LocalRollout
+from eaopd_megatron.teacher.answer_checks import find_contradiction
 from eaopd_megatron.teacher.colocated import top_k_of_hidden
 from eaopd_megatron.teacher.eos_map import TerminalMap, mask_head, mask_hidden
 from eaopd_megatron.teacher.protocol import TeacherInfo
+from eaopd_megatron.teacher.served import ServedBackend
 
 ROOT = Path(__file__).resolve().parents[2]
 MASKED = [3, 11]
@@ -190,3 +192,16 @@ def test_a_replica_with_other_masks_is_taken_for_the_teacher() -> None:
     again = TeacherInfo.from_json(json.loads(json.dumps(info.to_json())))
     assert again == info
     assert again.terminal_map.masked_ids == (3, 11)
+
+
+def test_a_served_teacher_that_favours_a_masked_id_is_refused() -> None:
+    """Its log-probs are normalised over all its ids, of which masked ones are removed afterwards."""
+    terminal = TerminalMap("none", 1, 1, tuple(MASKED))
+    folder: Any = SimpleNamespace(vocab_size=20)
+    backend = ServedBackend(folder, vocab_size=20, k=4, terminal=terminal, connections=1)
+    logits = torch.zeros(1, 20)
+    logits[0, MASKED[0]] = 8.0
+    logprobs = torch.log_softmax(logits, -1)
+    values, ids = logprobs.index_fill(1, torch.tensor(MASKED), -torch.inf).topk(4)
+    answer = TeacherTopK(ids, values, logprobs[:, 5])
+    assert find_contradiction(answer, torch.tensor([5]), backend.answer_format) is None
