@@ -73,11 +73,13 @@ def _train(recipe: Recipe) -> None:
 def _prepare_student_rank(recipe: Recipe) -> None:
     """Set this rank's variables, before an import or a call looks for devices."""
     update_groups = recipe.rollout.engine == "sglang" and recipe.weight_sync.transport == "distributed"
-    prepare_rank(recipe.student.parallel_layout, update_groups=update_groups)
+    student = recipe.student
+    prepare_rank(student.parallel_layout, precision=student.precision, update_groups=update_groups)
 
 
 def _teach(recipe: Recipe, teacher: str) -> None:
-    prepare_rank(select_separate_teacher(recipe, teacher).parallel_layout)
+    options = select_separate_teacher(recipe, teacher)
+    prepare_rank(options.parallel_layout, precision=options.precision)
     import torch
 
     from eaopd_megatron.teacher.service.run import serve_teacher

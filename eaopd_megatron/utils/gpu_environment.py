@@ -45,11 +45,13 @@ def own_variables() -> frozenset[str]:
     return frozenset(_own)
 
 
-def prepare_rank(layout: ParallelLayout, *, update_groups: bool = False) -> None:
+def prepare_rank(layout: ParallelLayout, *, precision: str = "bf16", update_groups: bool = False) -> None:
     """Set this rank's variables; nothing may have asked for a CUDA device before.
 
-    layout: of the rank's models. update_groups: whether the rank is to share NCCL groups with SGLang servers.
+    layout, precision: of the rank's models. update_groups: whether the rank is to share NCCL groups with SGLang servers.
     """
+    if precision == "fp32":
+        set_unless_given(EXACT_FP32_VARIABLES)
     if update_groups:
         set_unless_given(UPDATE_GROUP_VARIABLES | _TRAINER_WITH_UPDATE_GROUPS)
     if layout.tensor_parallel > 1 or layout.context_parallel > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from eaopd_megatron import worker
+from eaopd_megatron.config import load_recipe
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.rollout.sglang.server import SGLangServer, SGLangSettings
@@ -26,7 +29,7 @@ ALONE, TENSOR, CONTEXT = ParallelLayout(), ParallelLayout(tensor_parallel=2), Pa
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that has set nothing, in an environment without these variables."""
     monkeypatch.setattr(gpu, "_own", set())
-    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if "NCCL" not in k and k != CONNECTIONS})
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if not re.search("NCCL|TF32|MAX_CONN", k)})
     yield
 
 
@@ -71,6 +74,13 @@ def test_what_the_user_set_is_overwritten(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_a_run_without_servers_loses_what_nccl_does_by_itself() -> None:
     gpu.prepare_rank(ALONE)
     assert not gpu.own_variables()
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", {"NVIDIA_TF32_OVERRIDE"}), ("bf16", set())])
+def test_fp32_is_tf32_with_transformer_engine(precision: str, expected: set[str]) -> None:
+    recipe = load_recipe(str(ROOT / "recipes/countdown/eopd.yaml"), [f"student.precision={precision}"])
+    worker._prepare_student_rank(recipe)
+    assert gpu.own_variables() == expected
 
 
 def test_trainer_and_server_start_nccl_differently(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
