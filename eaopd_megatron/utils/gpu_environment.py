@@ -48,7 +48,8 @@ def own_variables() -> frozenset[str]:
 def prepare_rank(layout: ParallelLayout, *, precision: str = "bf16", update_groups: bool = False) -> None:
     """Set this rank's variables; nothing may have asked for a CUDA device before.
 
-    layout, precision: of the rank's models. update_groups: whether the rank is to share NCCL groups with SGLang servers.
+    layout, precision: of the rank's models. update_groups: whether the rank is to share NCCL groups with SGLang's
+    servers.
     """
     if precision == "fp32":
         set_unless_given(EXACT_FP32_VARIABLES)
