@@ -103,7 +103,11 @@ class PromptBuilder:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
-        return list(self.tokenizer.encode(text, add_special_tokens=self.template != "chat"))
+        ids = list(self.tokenizer.encode(text, add_special_tokens=self.template != "chat"))
+        end = getattr(self.tokenizer, "eos_token", None)
+        if len(ids) > 1 and end and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(end):
+            ids.pop()  # of a tokenizer with add_eos_token: the response follows
+        return ids
 
     def build(self, problems: Sequence[dict[str, Any]], source: str) -> tuple[list[Prompt], int]:
         """Return the prompts, and the number of problems dropped because they are longer than max_tokens. Raises

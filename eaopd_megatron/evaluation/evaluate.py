@@ -174,7 +174,7 @@ def _hf_folder(model: str, folder: EvaluationFolder) -> tuple[Path, bool]:
         path = latest
     if not (path / "sharded").is_dir():
         return HfFolder.open(model, "MODEL").path, False
-    exported = folder.path / "model"
+    exported = folder.path / "-".join(["model", *path.resolve().parts[-3:]])  # an interrupted evaluation leaves its own
     if not exported.exists():
         from eaopd_megatron.checkpoint.convert import export_checkpoint
 

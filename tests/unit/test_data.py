@@ -1,10 +1,13 @@
 """Prompts, cursor and packing, which decide the logits that a token is trained with."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from eaopd_megatron.data.packing import (
     Packing,
@@ -16,6 +19,8 @@ from eaopd_megatron.data.packing import (
 from eaopd_megatron.data.prompts import PromptBuilder, PromptCursor, seeded_uniforms
 from eaopd_megatron.data.types import Prompt, Sample
 from eaopd_megatron.errors import RecipeError, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def sample(prompt: list[int], response: list[int], reason: str = "stop") -> Sample:
@@ -174,6 +179,19 @@ def test_a_prompt_for_nobody_is_named_before_the_run_begins(problem: dict[str, A
     with pytest.raises(UserError) as caught:
         builder.build([{"problem": "a", "teacher": "math"}, problem], "x.jsonl")
     assert str(caught.value) == f"x.jsonl, record 2: {fault}; the recipe's teachers are math, code"
+
+
+def test_a_prompt_ends_with_the_end_that_its_tokenizer_appends() -> None:
+    """As LlamaTokenizer and Qwen2Tokenizer do with add_eos_token."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes/countdown/student")
+    builder = PromptBuilder(tokenizer, template="raw", suffix="", field="problem", max_tokens=99)
+    plain, end = builder.token_ids("1 + 2"), tokenizer.eos_token
+    assert builder.token_ids(f"1 + 2{end}") == [*plain, tokenizer.eos_token_id]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert tokenizer.encode("1 + 2") == [*plain, tokenizer.eos_token_id]
+    assert builder.token_ids("1 + 2") == plain
 
 
 def test_a_missing_prompt_field_and_prompts_that_are_too_long_are_told() -> None:

@@ -14,7 +14,7 @@ from eaopd_megatron.data.sources import read_jsonl
 from eaopd_megatron.data.types import Prompt
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.benchmarks import grader_for, is_countdown, load_benchmark
-from eaopd_megatron.evaluation.evaluate import EvaluationRequest, _check_vocabulary, run_evaluation
+from eaopd_megatron.evaluation.evaluate import EvaluationRequest, _check_vocabulary, _hf_folder, run_evaluation
 from eaopd_megatron.evaluation.folder import EvaluationFolder, read_prompts, write_prompts
 from eaopd_megatron.evaluation.generate import decode_response
 from eaopd_megatron.evaluation.grading import DecodedResponse, MathGrader, grade_countdown, problem_digest
@@ -176,3 +176,18 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     recipe, folder = ROOT / "recipes/countdown/eopd.yaml", [f"run.folder={tmp_path}"]
     (tmp_path / "recipe.yaml").write_text(f"\ufeffbase: {recipe}\n", encoding="utf-8")
     assert load_recipe(str(tmp_path / "recipe.yaml"), folder) == load_recipe(str(recipe), folder)
+
+
+def test_the_export_that_an_interrupted_evaluation_left_is_taken_for_another_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(checkpoint: Path, out: Path, **_: object) -> None:
+        out.mkdir()
+        (out / "from").write_text(checkpoint.name)
+
+    monkeypatch.setattr("eaopd_megatron.checkpoint.convert.export_checkpoint", export)
+    for step in ("step_000001", "step_000002", "step_000001"):
+        checkpoint = tmp_path / "run" / "checkpoints" / step
+        (checkpoint / "sharded").mkdir(parents=True, exist_ok=True)
+        path, _ = _hf_folder(str(checkpoint), EvaluationFolder(tmp_path / "out"))
+        assert (path / "from").read_text() == step
