@@ -19,7 +19,6 @@ from eaopd_megatron.config import StudentConfig
 from eaopd_megatron.config.parallel import ParallelLayout
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.launch import local_ranks as launching
-from eaopd_megatron.launch.entrypoint import must_complete
 from eaopd_megatron.launch.local_ranks import (
     is_started_rank,
     launch_ranks,
@@ -27,7 +26,6 @@ from eaopd_megatron.launch.local_ranks import (
     student_world_size,
     teacher_world_size,
 )
-from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
@@ -264,15 +262,6 @@ def test_a_rank_that_still_saves_is_killed(launcher: Callable[..., Launcher], tm
     code, said = started.result()
     assert (code, said[-1]) == (143, "stopped by SIGTERM")
     assert [(tmp_path / f"saved.{rank}").exists() for rank in range(2)] == [True, True]
-
-
-def test_a_full_disk_ends_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The file that says that rank 0 is busy cannot be written; the work goes on."""
-    for name, value in {ERROR_FILE_VARIABLE: str(tmp_path / "gone/error"), LAUNCHER_PID_VARIABLE: "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("RANK", "0")
-    with must_complete():
-        pass
 
 
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" + READY

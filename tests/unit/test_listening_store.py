@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from eaopd_megatron.launch import local_ranks
+from eaopd_megatron.launch.entrypoint import must_complete
+from eaopd_megatron.utils.lifetime import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 from eaopd_megatron.utils.ports import listening_store
 
 
@@ -85,3 +87,12 @@ with heartbeat.heartbeat_monitor(store, 0, 2):
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, timeout=100)
     assert done.returncode == 1 and "rank 1 failed: bye" in done.stderr
+
+
+def test_a_full_disk_ends_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The file that says that rank 0 is busy cannot be written; the work goes on."""
+    for name, value in {ERROR_FILE_VARIABLE: str(tmp_path / "gone/error"), LAUNCHER_PID_VARIABLE: "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "0")
+    with must_complete():
+        pass
