@@ -303,10 +303,10 @@ def _signed(part: str) -> str:
         choices = [signs, ["pm" if sign == "mp" else "mp" for sign in signs]]
     else:
         choices = [list(choice) for choice in itertools.product(("pm", "mp"), repeat=len(signs))]
-    found = []
+    pieces, found = _SIGN.split(rest)[::2], []
     for choice in choices:
-        left = iter(choice)
-        one = _SIGN.sub(lambda _, left=left: "+" if next(left) == "pm" else "-", rest)
+        marks = ["+" if sign == "pm" else "-" for sign in choice]
+        one = pieces[0] + "".join(f"{mark}{piece}" for mark, piece in zip(marks, pieces[1:], strict=True))
         found.append(re.sub(r"(^|[({\[]) ?\+ ?", r"\1", one))
     return (f"{name}=" if name else "") + ", ".join(found)
 
