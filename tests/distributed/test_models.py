@@ -263,7 +263,7 @@ def test_the_export_refuses_what_is_no_checkpoint(
     broken = tmp_path / "broken"
     shutil.copytree(imported, broken)
     (broken / "sharded" / ".metadata").write_bytes(b"?")
-    assert f"{broken}/sharded cannot be read" in line(broken, out)
+    assert f"{broken}/sharded: refused" in line(broken, out)
     (broken / "hf" / "config.json").unlink()
     assert "config.json is missing" in line(broken, out)
     assert not out.exists()
