@@ -78,7 +78,6 @@ if [[ -n "$newer" ]]; then
     echo "[test] on megatron-core $newer:"
     tests=tests/distributed/test
     PYTHONPATH="$root/.megatron-$newer" EAOPD_TEST_MEGATRON="$newer" pytest -p no:cacheprovider \
-        tests/unit/test_private_names.py "${tests}"_{families,checkpoint,optimizer}.py \
-        "${tests}_training.py::test_an_update_is_the_same_at_every_layout" || code=$?
+        tests/unit/test_private_names.py "${tests}"_{families,optimizer}.py || code=$?
 fi
 exit "$code"

@@ -210,7 +210,7 @@ def check_a_signal_ends_generation_on_every_rank(group: dist.ProcessGroup, stude
     folder = HfFolder.open(student)
     prompts = [Prompt(str(i), (5 + i, 6), {}) for i in range(5)]
     keys: list[tuple[int | str, ...]] = [(0, "rollout", 0, i) for i in range(len(prompts))]
-    request = GenerationRequest(prompts, keys, range(len(prompts)), SamplingParams(1.0, 1.0, 40, stop_token_ids=()))
+    request = GenerationRequest(prompts, keys, range(len(prompts)), SamplingParams(1.0, 1.0, 20, stop_token_ids=()))
     for layout in dict.fromkeys((ParallelLayout(1), *getattr(training_cases, layouts))):
         with model_parallel(layout) as parallel:
             model = build_model(folder.config, layout, torch.float32)
