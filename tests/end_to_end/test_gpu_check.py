@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ["update_group", "memory", "real_width"]  # the others start runs as other tests do
+STEPS = ["update_group", "real_width"]  # the others start runs as other tests do
 
 
 @pytest.mark.server
@@ -24,5 +24,4 @@ def test_no_step_of_the_rehearsal_fails(tmp_path: Path) -> None:
     steps = {step["step"]: step for step in json.loads((tmp_path / "check.json").read_text())["steps"]}
     assert sorted(steps) == sorted(STEPS) and all(step["ok"] for step in steps.values()), done.stdout
     names = {finding["name"] for step in steps.values() for finding in step["findings"]}
-    assert "a resumed trainer makes the same update bit for bit" in names
     assert "a broadcast to a dead server" in names and "throughput/tokens_per_second" in names
