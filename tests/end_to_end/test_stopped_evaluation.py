@@ -16,7 +16,7 @@ from tools.lib.run_records import records
 RECIPE = "recipes/countdown/eopd.yaml"
 # One rank whose evaluation at an iteration raises what a stop signal raises during generation by servers.
 STOP_DURING_EVALUATION = """
-import sys
+import os, sys
 from eaopd_megatron import worker
 from eaopd_megatron.config import load_recipe
 from eaopd_megatron.evaluation.runner import Evaluator
@@ -28,7 +28,11 @@ def run(self, iteration, *others):
         raise StopRequested(15)
     return run_completely(self, iteration, *others)
 Evaluator.run = run
-worker._train(load_recipe(sys.argv[2], sys.argv[3:]))
+try:
+    worker._train(load_recipe(sys.argv[2], sys.argv[3:]))
+except SystemExit as end:
+    sys.stderr.flush()
+    os._exit(end.code)  # as a rank does
 """
 
 # One rank that gets SIGTERM in the middle of an iteration's generation.
@@ -46,7 +50,11 @@ def counted(self, *arguments):
     assert drawn[0] < 30, "generates on"
     return draw(self, *arguments)
 LocalRollout._draw = counted
-worker._train(load_recipe(sys.argv[2], sys.argv[3:]))
+try:
+    worker._train(load_recipe(sys.argv[2], sys.argv[3:]))
+except SystemExit as end:
+    sys.stderr.flush()
+    os._exit(end.code)  # as a rank does
 """
 
 

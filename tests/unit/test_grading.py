@@ -25,7 +25,7 @@ from eaopd_megatron.evaluation.answers import (
 )
 from eaopd_megatron.evaluation.benchmarks import benchmark_name, grader_for
 from eaopd_megatron.evaluation.estimators import majority
-from eaopd_megatron.evaluation.grading import MAX_ANSWER_LENGTH, MathGrader, grade_responses
+from eaopd_megatron.evaluation.grading import MAX_ANSWER_LENGTH, MathGrader, grade_responses, shared_math_grader
 from eaopd_megatron.evaluation.results import Grade, ProblemResult
 from tests.unit import answer_kinds, answer_relatives
 from tests.unit.answer_pairs import NOTATION, RIGHT, WRONG
@@ -308,6 +308,7 @@ def test_countdown_is_graded_by_its_own_checker_and_survives_broken_problems() -
 
 def test_a_missing_math_verify_is_named_before_the_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    shared_math_grader.cache_clear()  # another test's
     with pytest.raises(UserError, match="pip install math-verify"):
         grader_for("math500", [{"answer": "1"}])
 
