@@ -81,13 +81,13 @@ trap 'kill "$second" "$checked" 2>/dev/null || true; rm -f "$output" "$types"' E
 code=0
 pytest "${beside[@]/#/--ignore=}" || code=$?
 [[ -z "$engine" ]] || "$engine" -m pytest -p no:cacheprovider -m te --durations=3 tests/te || code=$?
-wait "$second" || code=$?
-wait "$checked" || code=$?
-cat "$output" "$types"
 if [[ -n "$newer" ]]; then
     bash "$root/tools/install_newer_megatron.sh"
     echo "[test] on megatron-core $newer:"
     PYTHONPATH="$root/.megatron-$newer" EAOPD_TEST_MEGATRON="$newer" pytest -p no:cacheprovider \
         tests/unit/test_private_names.py tests/distributed/test_families.py || code=$?
 fi
+wait "$second" || code=$?
+wait "$checked" || code=$?
+cat "$output" "$types"
 exit "$code"
