@@ -234,25 +234,17 @@ def fused_rope_forward(
     cu_seqlens: torch.Tensor | None,
     cp_size: int,
     cp_rank: int,
+    *,
+    inverse: bool = False,
 ) -> torch.Tensor:
     """Rotate queries or keys, in fp32."""
     assert start_positions is None and not interleaved and cp_size == 1
-    return _rotated(t, freqs, qkv_format.name.removeprefix("NVTE_").lower(), cu_seqlens, inverse=False)
+    return _rotated(t, freqs, qkv_format.name.removeprefix("NVTE_").lower(), cu_seqlens, inverse=inverse)
 
 
-def fused_rope_backward(
-    grad: torch.Tensor,
-    freqs: torch.Tensor,
-    start_positions: torch.Tensor | None,
-    qkv_format: Any,
-    interleaved: bool,
-    cu_seqlens: torch.Tensor | None,
-    cp_size: int,
-    cp_rank: int,
-) -> torch.Tensor:
-    """Rotate back."""
-    assert start_positions is None and not interleaved and cp_size == 1
-    return _rotated(grad, freqs, qkv_format.name.removeprefix("NVTE_").lower(), cu_seqlens, inverse=True)
+def fused_rope_backward(*arguments: Any) -> torch.Tensor:
+    """Rotate back: the arguments of `fused_rope_forward`."""
+    return fused_rope_forward(*arguments, inverse=True)
 
 
 # --- The optimizer's kernels
