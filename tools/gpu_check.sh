@@ -96,9 +96,8 @@ stop_and_resume() {
     while kill -0 $pid 2>/dev/null && [[ ! -s "$work/runs/stopped/metrics.jsonl" ]]; do sleep 0.1; done
     kill -TERM $pid
     wait $pid || code=$?
-    echo "finding {\"name\": \"exit code after SIGTERM\", \"value\": $code, \"ok\": $([[ $code == 143 ]] && echo true || echo false)}"
     eaopd train "${settings[@]}" run.folder="$work/runs/stopped" || return 1
-    "$python" tools/gpu_check/report.py compare "$work/runs/undisturbed" "$work/runs/stopped"
+    "$python" tools/gpu_check/report.py compare "$work/runs/undisturbed" "$work/runs/stopped" "$code"
     rm -rf "$work/runs/undisturbed" "$work/runs/stopped"
 }
 

@@ -16,17 +16,14 @@ import torch
 
 from eaopd_megatron.checkpoint.convert import single_process_group
 from eaopd_megatron.checkpoint.hf_folder import HfFolder
-from eaopd_megatron.checkpoint.hf_import import load_hf
-from eaopd_megatron.config.schema import OptimizerConfig
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.megatron import layers
 from eaopd_megatron.megatron import model as model_module
-from eaopd_megatron.megatron.forward import response_logits
 from eaopd_megatron.megatron.generation import Decoder, decode_mode
-from eaopd_megatron.megatron.model import ModelChunks, build_model
-from eaopd_megatron.megatron.optimizer import build_optimizer, finalize_gradients, optimizer_step, wrap_ddp
-from eaopd_megatron.megatron.pipeline import run_forward, run_forward_backward, single_batch
+from eaopd_megatron.megatron.model import ModelChunks
+from eaopd_megatron.megatron.pipeline import run_forward, single_batch
 from tools.gpu_check.findings import record
+from tools.gpu_check.fixed_trainer import FixedTrainer, load_student
 
 CUDA = torch.cuda.is_available()
 LENGTH = 2048 if CUDA else 32
@@ -39,9 +36,7 @@ TOLERANCE = 3e-2
 def build(source: HfFolder, parallel: ParallelState, *, engine: bool) -> ModelChunks:
     for module in (layers, model_module):
         module.uses_transformer_engine = lambda: engine  # type: ignore[attr-defined]
-    model = build_model(source.config, parallel.layout, torch.bfloat16)
-    load_hf(model, source, parallel)
-    return model
+    return load_student(source, parallel)
 
 
 def hidden_states(model: ModelChunks, ids: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
@@ -62,20 +57,11 @@ def decoded(model: ModelChunks, prompts: list[list[int]], parallel: ParallelStat
 
 def update(model: ModelChunks, ids: torch.Tensor, parallel: ParallelState) -> tuple[float, float]:
     """Return the gradient norm and the seconds of the last of three updates."""
-    ddp = wrap_ddp(model)
-    optimizer = build_optimizer(ddp, OptimizerConfig(lr=1e-5))
+    trainer = FixedTrainer(model, ids, parallel, lr=1e-5)
     norm = seconds = 0.0
     for _ in range(3):
         started = time.monotonic()
-        ddp.zero_grad_buffer()
-        optimizer.zero_grad()
-        run_forward_backward(
-            ddp,
-            [single_batch(ids, parallel)],
-            lambda index, hidden: response_logits(model, hidden).float().logsumexp(-1).sum(),
-        )
-        finalize_gradients(ddp, torch.tensor(ids.numel()))
-        norm = optimizer_step(optimizer)[1]  # waits for the device
+        norm = trainer.update()  # waits for the device
         seconds = time.monotonic() - started
     return norm, round(seconds, 3)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 PAIR = Path(__file__).resolve().parents[2] / "recipes" / "countdown"  # lends its tokenizer
 VOCAB_SIZE = 151_936
@@ -46,44 +46,15 @@ SMALL = {
 
 
 def write_model(folder: Path, role: str, shape: dict[str, Any]) -> None:
-    """Write one Hugging Face folder with normal weights; the teacher's seed differs from the student's."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(len(role))
-
-    def normal(*size: int, std: float = 0.02) -> torch.Tensor:
-        return (torch.randn(*size, generator=generator, device=device) * std).bfloat16().cpu()
-
-    def ones(size: int) -> torch.Tensor:
-        return torch.ones(size, dtype=torch.bfloat16)
-
-    hidden, ffn, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
-    query, kv = head * shape["num_attention_heads"], head * shape["num_key_value_heads"]
-    tensors = {
-        "model.embed_tokens.weight": normal(shape["vocab_size"], hidden, std=0.05),
-        "model.norm.weight": ones(hidden),
-    }
-    for layer in range(shape["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        tensors |= {
-            f"{prefix}self_attn.q_proj.weight": normal(query, hidden),
-            f"{prefix}self_attn.k_proj.weight": normal(kv, hidden),
-            f"{prefix}self_attn.v_proj.weight": normal(kv, hidden),
-            f"{prefix}self_attn.o_proj.weight": normal(hidden, query),
-            f"{prefix}self_attn.q_norm.weight": ones(head),
-            f"{prefix}self_attn.k_norm.weight": ones(head),
-            f"{prefix}mlp.gate_proj.weight": normal(ffn, hidden),
-            f"{prefix}mlp.up_proj.weight": normal(ffn, hidden),
-            f"{prefix}mlp.down_proj.weight": normal(hidden, ffn),
-            f"{prefix}input_layernorm.weight": ones(hidden),
-            f"{prefix}post_attention_layernorm.weight": ones(hidden),
-        }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    """Write one Hugging Face folder with random weights; the teacher's seed differs from the student's."""
     source = PAIR / role
     config = json.loads((source / "config.json").read_text()) | shape
-    for name in ("layer_types", "max_window_layers", "torch_dtype"):
+    for name in ("layer_types", "max_window_layers"):
         config.pop(name, None)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    torch.manual_seed(list(SHAPES).index(role))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(Qwen3Config(**config), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, folder / name)
 

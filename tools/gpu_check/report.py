@@ -1,6 +1,6 @@
 """Compare and collect the results of `tools/gpu_check.sh`.
 
-report.py compare RUN RUN          two runs that must be equal: metrics and exported weights
+report.py compare RUN RUN CODE     two runs that must be equal: metrics and exported weights; the stopped one's code
 report.py speed METRICS PLAN       an iteration's rates, and its peak memory beside the plan's
 report.py environment              versions, commit and device, as JSON
 report.py write WORK OUT SECONDS   check.json and check.md of the steps so far; exits with 1 if one has failed
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -19,29 +20,24 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 
 from tools.gpu_check.findings import PREFIX, record
+from tools.lib.run_records import records
 
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers")
-UNEQUAL = ("time/", "throughput/", "memory/", "rollout/tokens_per_second")
-"""Prefixes of metrics that differ between equal runs."""
 MEMORY_TOLERANCE = 0.10
 
 
-def metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def compare(first: Path, second: Path) -> None:
+def compare(first: Path, second: Path, stopped_with: int) -> None:
     """Record whether two runs have equal metrics, and how far their exported students lie from each other.
 
-    Runs that differ in their first iteration, before the second one was stopped, prove nothing about resuming.
+    stopped_with: exit code with which the second one was stopped by SIGTERM before it went on. Runs that differ in
+    their first iteration, before the stop, prove nothing about resuming.
     """
     from safetensors.torch import load_file
 
-    runs = [metrics(folder / "metrics.jsonl") for folder in (first, second)]
-    names = [name for name in runs[0][-1] if not name.startswith(UNEQUAL)]
+    record("exit code after SIGTERM", stopped_with, stopped_with == 128 + signal.SIGTERM)
     deterministic = True
-    for one, other in zip(*runs, strict=True):
-        unequal = {name: [one.get(name), other.get(name)] for name in names if one.get(name) != other.get(name)}
+    for one, other in zip(records(first), records(second), strict=True):
+        unequal = {name: [one[name], other.get(name)] for name in one if one[name] != other.get(name)}
         record(f"metrics of iteration {one['iteration']} that differ", dict(list(unequal.items())[:6]))
         deterministic = deterministic and not (unequal and one["iteration"] <= 1)
     students = [load_file(next((folder / "student").glob("*.safetensors"))) for folder in (first, second)]
@@ -54,7 +50,7 @@ def compare(first: Path, second: Path) -> None:
 
 def speed(path: Path, plan: Path) -> None:
     """Record rates of the last iteration and the peak of allocated memory against the plan."""
-    last = metrics(path)[-1]
+    last = json.loads(path.read_text().splitlines()[-1])
     for name in sorted(last):
         if name.startswith(("time/", "throughput/", "rollout/tokens", "rollout/logprob_gap", "optimizer/grad_norm")):
             record(name, last[name])
@@ -186,7 +182,7 @@ def _cell(value: Any) -> str:
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     if command == "compare":
-        compare(*map(Path, arguments))
+        compare(Path(arguments[0]), Path(arguments[1]), int(arguments[2]))
     elif command == "speed":
         speed(*map(Path, arguments))
     elif command == "environment":

@@ -19,17 +19,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-os.environ.update(  # before torch reads them
-    {
-        "NCCL_HOSTID": str(os.getpid()),
-        "NCCL_CUMEM_ENABLE": "0",
-        "NCCL_NVLS_ENABLE": "0",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_IB_DISABLE": "1",
-    }
-)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
+
+from eaopd_megatron.utils.gpu_environment import UPDATE_GROUP_VARIABLES
+
+os.environ.update(UPDATE_GROUP_VARIABLES)  # before torch reads them
+os.environ.update(NCCL_HOSTID=str(os.getpid()), NCCL_IB_DISABLE="1", NCCL_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo")
 
 import torch
 import torch.distributed as dist
