@@ -306,6 +306,11 @@ class Recipe(Section):
         """Return every teacher under the name in the prompts' `data.teacher_field`; a single one under ''."""
         return self.teachers or {"": self.teacher}
 
+    def model_names(self) -> dict[str, str]:
+        """Return the student's and every teacher's `model` by its key in the recipe."""
+        teachers = {f"{teacher_key(name)}.model": teacher.model for name, teacher in self.named_teachers().items()}
+        return {"student.model": self.student.model, **teachers}
+
     def resolve_signal(self, teacher: TeacherConfig) -> Literal["topk", "hidden", "logits"]:
         """Return teacher.signal with auto resolved: top-k if it serves the objective, else hidden states."""
         if teacher.signal != "auto":

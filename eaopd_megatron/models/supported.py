@@ -176,10 +176,7 @@ def check_context(recipe: Recipe, positions: Mapping[str, int | None], longest_p
 
 def check_recipe_context(recipe: Recipe) -> None:
     """`check_context` of the models of a recipe that are here, while the prompts are not known."""
-    teachers = {f"{teacher_key(name)}.model": teacher.model for name, teacher in recipe.named_teachers().items()}
-    found = {
-        key: local_config(model, key) for key, model in {"student.model": recipe.student.model, **teachers}.items()
-    }
+    found = {key: local_config(model, key) for key, model in recipe.model_names().items()}
     check_context(recipe, {key: max_positions(config) for key, config in found.items() if config})
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from eaopd_megatron.config import Recipe, dump_recipe, load_recipe, recipe_differences
 from eaopd_megatron.config.aliases import at_resume
 from eaopd_megatron.config.model_schema import AtResume
-from eaopd_megatron.config.schema import teacher_key
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.digest import local_folder, model_digest
 from eaopd_megatron.utils.files import atomic_write, read_json
@@ -76,8 +75,7 @@ class RunFolder:
         if before is None:
             return
         named = self.models.exists()  # else only the paths are known
-        models = {f"{teacher_key(name)}.model": one.model for name, one in recipe.named_teachers().items()}
-        models["student.model"] = recipe.student.model
+        models = recipe.model_names()
         bound = (
             one
             for one in recipe_differences(before, recipe)

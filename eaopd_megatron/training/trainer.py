@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,11 +18,10 @@ import torch.distributed as dist
 
 from eaopd_megatron.checkpoint.hf_export import export_hf
 from eaopd_megatron.config import Recipe
-from eaopd_megatron.config.schema import teacher_key
 from eaopd_megatron.data.prompts import PromptCursor
 from eaopd_megatron.data.types import Sample
 from eaopd_megatron.distributed.broadcast import wait_on_all_ranks
-from eaopd_megatron.distributed.collective_errors import run_on_all_or_raise
+from eaopd_megatron.distributed.collective_errors import run_on_main_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import ServiceUnavailable, StopRequested, UserError
 from eaopd_megatron.evaluation.results import result_file_name
@@ -43,8 +41,6 @@ from eaopd_megatron.utils.environment import describe_environment
 from eaopd_megatron.utils.files import atomic_write
 
 _SAMPLE_FLOPS = "sample_flops"  # averaged like a metric but not recorded
-
-
 _INTERRUPTIBLE_PHASES = ("rollout", "evaluation")
 """Phases that a stop signal ends. The others last to their end: a stopped iteration that has updates is completed."""
 
@@ -67,16 +63,14 @@ class Trainer:
         models = f"student {_relative(recipe.student.model)}, {teachers}"
         self.log(f"{models}: loading on {parallel.world_size} ranks")
         self._signal: int | None = None
-        run_on_all_or_raise(parallel, lambda: check_inputs(recipe, hub=True) if parallel.is_main else None)
+        run_on_main_or_raise(parallel, lambda: check_inputs(recipe, hub=True))
         self.components = build_components(
             recipe, parallel, self.folder, stop_signal=lambda: self._signal or 0, log=self.log
         )
         self.student, self.teachers = self.components.student, self.components.teachers
-        names = {"student.model": recipe.student.model}
-        names |= {f"{teacher_key(name)}.model": one.model for name, one in recipe.named_teachers().items()}
+        names = recipe.model_names()
         opened = {key: (names[key], folder.path) for key, folder in self.components.folders.items()}
-        check = partial(self.folder.check_models, opened)
-        self._models = run_on_all_or_raise(parallel, lambda: check() if parallel.is_main else {})
+        self._models = run_on_main_or_raise(parallel, lambda: self.folder.check_models(opened)) or {}
         report = self.folder.path / "decontamination.json" if parallel.is_main else None
         problems = load_training_problems(recipe.data, report, self.log)
         self._teacher_model = {name: one.model for name, one in recipe.named_teachers().items()}
