@@ -26,10 +26,7 @@ def run_on_all_or_raise(parallel: ParallelState, work: Callable[[], T], group: d
         result = work()
     except Exception as error:
         cause = error
-    errors = gather_objects(describe_error(cause) if cause else None, parallel.world_size, group)
-    failed = {rank: error for rank, error in enumerate(errors) if error is not None}
-    if failed:
-        raise first_error(failed) from cause
+    raise_on_all(parallel, cause, group)
     return result
 
 
@@ -40,14 +37,12 @@ def run_on_main_or_raise(
     return run_on_all_or_raise(parallel, lambda: work() if parallel.is_main else None, group)
 
 
-def raise_on_all(parallel: ParallelState, error: Exception | None) -> None:
-    """Raise the lowest failed rank's error on all ranks, if any has one. Collective."""
-
-    def raise_own() -> None:
-        if error is not None:
-            raise error
-
-    run_on_all_or_raise(parallel, raise_own)
+def raise_on_all(parallel: ParallelState, error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise the lowest failed rank's error on all ranks, if any has one. Collective. As `run_on_all_or_raise`."""
+    errors = gather_objects(describe_error(error) if error else None, parallel.world_size, group)
+    failed = {rank: description for rank, description in enumerate(errors) if description is not None}
+    if failed:
+        raise first_error(failed) from error
 
 
 def first_error(failed: Mapping[int, ErrorDescription]) -> Exception:
