@@ -111,7 +111,7 @@ def allocate(recipe: str, overrides: Sequence[str], nodes: JobNodes) -> Allocati
     defaults = (nodes.teacher, "teacher.placement=separate"), (nodes.servers, "rollout.engine=sglang")
     overrides = [*(override for count, override in defaults if count), *overrides]
     named = load_recipe(recipe, overrides)
-    resolved = {key: _model_path(key, model) for key, model in _model_names(named).items()}
+    resolved = {key: _model_path(key, model) for key, model in named.model_names().items()}
     resolved["run.folder"] = str(Path(os.environ.get(_SHARED) or ".").absolute() / named.run.folder)
     overrides += [f"{key}={value}" for key, value in resolved.items()]
     loaded = load_recipe(recipe, overrides)
@@ -119,7 +119,7 @@ def allocate(recipe: str, overrides: Sequence[str], nodes: JobNodes) -> Allocati
         recipe=recipe,
         folder=Path(loaded.run.folder),
         finished=finished_message(loaded) or "",
-        models=tuple(dict.fromkeys(_model_names(loaded).values())),
+        models=tuple(dict.fromkeys(loaded.model_names().values())),
         staged=_staged_overrides(loaded),
         overrides=tuple(overrides),
         steps=(_student_step(loaded, nodes), *_teacher_steps(loaded, nodes), *_server_steps(loaded, nodes)),
@@ -127,13 +127,6 @@ def allocate(recipe: str, overrides: Sequence[str], nodes: JobNodes) -> Allocati
     if not allocation.finished:
         check_recipe_models(loaded)
     return allocation
-
-
-def _model_names(recipe: Recipe) -> dict[str, str]:
-    names = {"student.model": recipe.student.model}
-    for name, teacher in recipe.named_teachers().items():
-        names[f"teachers.{name}.model" if name else "teacher.model"] = teacher.model
-    return names
 
 
 def _model_path(key: str, model: str) -> str:
@@ -159,10 +152,10 @@ def _staged_overrides(recipe: Recipe) -> tuple[str, ...]:
     stage = os.environ.get(_STAGE)
     if not stage:
         return ()
-    for key, model in _model_names(recipe).items():
+    for key, model in recipe.model_names().items():
         if not Path(model).is_absolute():
             raise UserError(f"{key} is {model}: {_STAGE} copies folders, so set {_MODELS} to the folder that holds it")
-    return tuple(f"{key}={staged_path(Path(model), Path(stage))}" for key, model in _model_names(recipe).items())
+    return tuple(f"{key}={staged_path(Path(model), Path(stage))}" for key, model in recipe.model_names().items())
 
 
 def _student_step(recipe: Recipe, nodes: JobNodes) -> StepPlan:
