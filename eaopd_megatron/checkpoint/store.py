@@ -15,7 +15,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -36,7 +35,7 @@ from eaopd_megatron.checkpoint.dist_checkpoint import (
 from eaopd_megatron.distributed.collective_errors import run_on_main_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
-from eaopd_megatron.utils.files import publish_directory
+from eaopd_megatron.utils.files import checkpoint_step, complete_checkpoints, publish_directory
 
 
 class AsyncSaver:
@@ -69,7 +68,6 @@ class AsyncSaver:
 
 _SHARDED, _STATE, _MANIFEST = "sharded", "state.json", "manifest.json"
 _INCOMPLETE, _REPLACED, _REMOVED, _DAMAGED = ".incomplete", ".replaced", ".removed", ".damaged"
-_COMPLETE = re.compile(r"step_(\d{6,})")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -89,10 +87,7 @@ class CheckpointStore:
 
     def completed(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
+        return complete_checkpoints(self.folder)
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint, or None."""
@@ -220,7 +215,7 @@ class CheckpointStore:
             return
         for path in sorted(self.folder.iterdir()):
             name, dot, kind = path.name.partition(".")
-            if not _COMPLETE.fullmatch(name) or dot + kind not in (_INCOMPLETE, _REPLACED, _REMOVED):
+            if checkpoint_step(name) is None or dot + kind not in (_INCOMPLETE, _REPLACED, _REMOVED):
                 continue
             if dot + kind == _REPLACED and not path.with_name(name).exists():
                 path.rename(path.with_name(name))  # killed between the two renames of `publish_directory`

@@ -17,7 +17,7 @@ from eaopd_megatron.config.aliases import at_resume
 from eaopd_megatron.config.model_schema import AtResume
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.models.digest import local_folder, model_digest
-from eaopd_megatron.utils.files import atomic_write, read_json
+from eaopd_megatron.utils.files import atomic_write, checkpoint_step, complete_checkpoints, read_json
 
 RECIPE_FILE = "recipe.yaml"
 """In a checkpoint: the recipe that it was made with."""
@@ -66,7 +66,7 @@ class RunFolder:
         recipe, checkpoint = started_from(recipe), self.latest_checkpoint()
         if checkpoint is None:
             return
-        if (done := int(checkpoint.name.partition("_")[2])) > recipe.train.iterations:
+        if (done := checkpoint_step(checkpoint.name) or 0) > recipe.train.iterations:
             raise UserError(
                 f"{self.path} holds a run of {done} iterations, more than train.iterations={recipe.train.iterations}: "
                 "raise it, or choose another run.folder"
@@ -94,8 +94,7 @@ class RunFolder:
 
     def latest_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint, or None if nothing is trained."""
-        complete = (path for path in self.checkpoints.glob("step_*") if path.name.partition("_")[2].isdigit())
-        return max(complete, key=lambda path: int(path.name.partition("_")[2]), default=None)
+        return next(reversed(complete_checkpoints(self.checkpoints)), None)
 
     def recipe_of(self, checkpoint: Path) -> Recipe | None:
         """Return the recipe that a checkpoint was made with: its own or, of an earlier release, the run's."""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,22 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+_CHECKPOINT = re.compile(r"step_(\d{6,})")
+
+
+def checkpoint_step(name: str) -> int | None:
+    """Return the step of a complete checkpoint's folder of this name, step_000050; None for any other name."""
+    match = _CHECKPOINT.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a run's folder of checkpoints, oldest first; none if there is no folder."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = [(step, path) for path in paths if (step := checkpoint_step(path.name)) is not None]
+    return [path for _, path in sorted(found)]
 
 
 def partial_path(out: Path) -> Path:
