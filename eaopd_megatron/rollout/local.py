@@ -60,7 +60,8 @@ class LocalRollout(RolloutEngine):
         masked_ids: Sequence[int] = (),
     ) -> None:
         self.model, self.parallel = model, parallel
-        self._masked_ids = [token for token in masked_ids if token < vocab_size]  # another teacher's may be smaller
+        masked = [token for token in masked_ids if token < vocab_size]  # another teacher's vocabulary may be smaller
+        self._masked_ids = torch.tensor(masked, dtype=torch.long, device=parallel.device)
         self.vocab_size, self.batch_size, self.stop_signal = vocab_size, batch_size, stop_signal
         self._version = 0
 
@@ -146,8 +147,8 @@ class LocalRollout(RolloutEngine):
             token = torch.empty(len(noise), dtype=torch.long, device=self.parallel.device)
             return broadcast_from_last_stage(token, self.parallel), torch.empty(len(noise), device=self.parallel.device)
         logits = logits[:, : self.vocab_size].float()
-        if self._masked_ids:
-            logits = logits.index_fill(1, torch.tensor(self._masked_ids, device=logits.device), -torch.inf)
+        if len(self._masked_ids):
+            logits = logits.index_fill(1, self._masked_ids, -torch.inf)
         policy = torch.log_softmax(logits, -1)
         token = sample_tokens(policy, noise, temperature=sampling.temperature, top_p=sampling.top_p)
         if self.parallel.tp_size > 1:  # shards that decode different tokens would corrupt each other

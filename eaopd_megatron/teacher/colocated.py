@@ -37,10 +37,11 @@ def top_k_of_hidden(
     The logits are computed in chunks. response_ids [n]; target_ids [n]: ids whose log p(y) is looked up, if they differ
     from the response's. masked_ids: ids with probability 0. Collective over the tensor-parallel group.
     """
-    masked = masked_columns(masked_ids, len(head), dist.get_rank(group))
+    columns = masked_columns(masked_ids, len(head), dist.get_rank(group))
+    masked = torch.tensor(columns, dtype=torch.long, device=head.device)
     chunks = [
         summarise_teacher(
-            logits.index_fill_(1, torch.tensor(masked, device=logits.device), MASKED_LOGIT) if masked else logits,
+            logits.index_fill_(1, masked, MASKED_LOGIT) if columns else logits,
             response_ids[part],
             k=top_k,
             vocab_size=vocab_size,
