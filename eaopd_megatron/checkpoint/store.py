@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
@@ -36,27 +35,19 @@ from eaopd_megatron.distributed.collective_errors import run_on_main_or_raise
 from eaopd_megatron.distributed.parallel_state import ParallelState
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.files import checkpoint_step, complete_checkpoints, publish_directory
+from eaopd_megatron.utils.lifetime import call_in_thread
 
 
 class AsyncSaver:
     """Runs one task at a time on a daemon thread. `start` and `wait` raise the error of the task before."""
 
     def __init__(self) -> None:
-        self._task: concurrent.futures.Future[None] | None = None
+        self._task: concurrent.futures.Future[object] | None = None
 
     def start(self, work: Callable[[], object]) -> None:
         """Wait for the previous task, then start `work`."""
         self.wait()
-        task = self._task = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                work()
-                task.set_result(None)
-            except BaseException as error:
-                task.set_exception(error)
-
-        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+        self._task = call_in_thread(work, "checkpoint")
 
     def wait(self) -> None:
         """Wait for the running task, if any, and raise its error."""

@@ -1,4 +1,5 @@
-"""Tie the lifetime of a process to its parent's; variables that a launcher passes to its ranks."""
+"""Tie the lifetime of a process to its parent's; variables that a launcher passes to its ranks; threads that keep no
+process alive."""
 
 from __future__ import annotations
 
@@ -6,7 +7,13 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 ERROR_FILE_VARIABLE = "EAOPD_ERROR_FILE"
 LAUNCHER_PID_VARIABLE = "EAOPD_LAUNCHER_PID"
@@ -37,3 +44,19 @@ def finished_file(error_file: str | Path, rank: int) -> Path:
     """Return the file that a rank creates when its work is done. An exit code of 0 alone does not say so: a library, or
     a thread of the rank, may end the process."""
     return Path(f"{error_file}-finished.{rank}")
+
+
+def call_in_thread(work: Callable[[], T], name: str) -> Future[T]:
+    """Start `work` in a thread that does not keep the process alive; the future gets its result or error."""
+    future: Future[T] = Future()
+    threading.Thread(target=complete, args=(future, work), name=name, daemon=True).start()
+    return future
+
+
+def complete(future: Future[T], work: Callable[[], T]) -> Future[T]:
+    """Run `work` here; the future gets its result or error. Return the future."""
+    try:
+        future.set_result(work())
+    except BaseException as error:  # of the caller of `result`
+        future.set_exception(error)
+    return future

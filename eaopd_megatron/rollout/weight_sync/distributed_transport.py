@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -34,9 +33,8 @@ from eaopd_megatron.rollout.weight_sync.transport import (
 )
 from eaopd_megatron.serving.http import SGLangClient
 from eaopd_megatron.utils.gpu_environment import nccl_difference
+from eaopd_megatron.utils.lifetime import call_in_thread, complete
 from eaopd_megatron.utils.ports import listening_store
-
-T = TypeVar("T")
 
 ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
@@ -132,7 +130,7 @@ class UpdateGroup:
         The future has a RuntimeError if a connection is lost.
         """
         if self._connected:
-            return _call_now(lambda: [self.broadcast(data) for data in parts])
+            return complete(Future(), lambda: [self.broadcast(data) for data in parts])
 
         def connect() -> list[dist.Work]:
             with nullcontext() if stream is None else torch.cuda.stream(stream):
@@ -141,34 +139,18 @@ class UpdateGroup:
             return works
 
         stream = torch.cuda.current_stream(parts[0].device) if parts[0].is_cuda else None
-        return _call_in_thread(connect, f"connecting {self.name}")
+        return call_in_thread(connect, f"connecting {self.name}")
 
     def leave(self) -> None:
         """End this rank's part without waiting for the others."""
         if self._group is None:
             return
         references, self._group = [self._group], None
-        left = _call_in_thread(lambda: abort_process_group(references[0]), f"leaving {self.name}")
+        left = call_in_thread(lambda: abort_process_group(references[0]), f"leaving {self.name}")
         with suppress(TimeoutError):  # of a group that is still connecting
             left.result(_LEAVE_SECONDS)
         # gloo's destructor waits for the last operation, if a rank hangs until the time limit
-        _call_in_thread(references.clear, f"freeing {self.name}")
-
-
-def _call_in_thread(work: Callable[[], T], name: str) -> Future[T]:
-    """Run `work` in a thread that does not keep the process alive."""
-    future: Future[T] = Future()
-    threading.Thread(target=lambda: _call_now(work, future), name=name, daemon=True).start()
-    return future
-
-
-def _call_now(work: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
-    future = Future() if future is None else future
-    try:
-        future.set_result(work())
-    except Exception as error:  # of the caller of `result`
-        future.set_exception(error)
-    return future
+        call_in_thread(references.clear, f"freeing {self.name}")
 
 
 def local_address_towards(url: str) -> str:
