@@ -21,7 +21,7 @@ from eaopd_megatron.checkpoint.published_formats import (
     is_buffer,
 )
 from eaopd_megatron.checkpoint.safetensors_io import SAFETENSORS_DTYPES, LazyTensor, TensorFiles, TensorLocation
-from eaopd_megatron.errors import UserError
+from eaopd_megatron.errors import UserError, one_line
 from eaopd_megatron.models.digest import HUB_ID, model_digest, split_revision
 from eaopd_megatron.models.families import family_of
 from eaopd_megatron.models.mapping import Family
@@ -78,7 +78,7 @@ class HfFolder:
         try:
             config = AutoConfig.from_pretrained(folder)
         except Exception as error:  # any type, depending on the broken value
-            raise UserError(f"{label}: config.json is broken: {_one_line(error)}") from None
+            raise UserError(f"{label}: config.json is broken: {_kind_and_text(error)}") from None
         return cls(folder, name, config, family)
 
     @property
@@ -170,7 +170,7 @@ class HfFolder:
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except Exception as error:  # any type
-            raise UserError(f"{self.label}: the tokenizer cannot be loaded: {_one_line(error)}") from None
+            raise UserError(f"{self.label}: the tokenizer cannot be loaded: {_kind_and_text(error)}") from None
 
     def tokenizer(self) -> Any:
         """Return the folder's tokenizer, loaded once. Raises UserError if there is none."""
@@ -333,11 +333,11 @@ def _find(path: str, name: str) -> Path:
     except LocalEntryNotFoundError:
         reason = "the Hugging Face hub cannot be reached and the model is not in its cache"
     except Exception as error:  # any network, disk or hub fault
-        reason = f"its download failed: {_one_line(error)}"
+        reason = f"its download failed: {_kind_and_text(error)}"
     raise UserError(f"{name}: there is no folder {path}, and {reason}")
 
 
-def _one_line(error: Exception) -> str:
+def _kind_and_text(error: Exception) -> str:
     """Return an error of several lines as one: transformers names the key in the first, the reason in the others."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+    text = one_line(error)[:400]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

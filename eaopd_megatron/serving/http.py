@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import yarl
 
-from eaopd_megatron.errors import UserError
+from eaopd_megatron.errors import UserError, one_line
 
 T = TypeVar("T")
 _Json = dict[str, Any]
@@ -283,7 +283,7 @@ def _error_text(content: bytes | bytearray) -> str:
         if isinstance(answer, dict):
             error = answer.get("error", answer.get("message", answer.get("detail", text)))
             text = str(error.get("message", error) if isinstance(error, dict) else error)
-    return " ".join(text.split())[:500]
+    return one_line(text)[:500]
 
 
 def server_is_ready(url: str, api_key: str | None = None) -> bool:

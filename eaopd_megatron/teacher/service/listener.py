@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from eaopd_megatron.errors import UserError
+from eaopd_megatron.errors import UserError, one_line
 from eaopd_megatron.teacher.protocol import MAX_HEADER_BYTES, ScoreRequest, TeacherInfo
 
 _SOCKET_TIMEOUT_SECONDS = 300.0
@@ -340,7 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return
 
     def _refuse(self, status: int, text: str) -> None:
-        self._send_json(status, {"error": " ".join(text.split())[:500]})
+        self._send_json(status, {"error": one_line(text)[:500]})
 
     def _send_json(self, status: int, content: object) -> None:
         text = json.dumps(content).encode()
