@@ -186,7 +186,7 @@ def _scoring_backend(
             connections=config.max_concurrent_requests,
             config_key=key,
         )
-    expected = build_teacher_info(context.recipe, config, context.student_folder, folder)
+    expected = build_teacher_info(context.recipe, config, context.student_folder, folder, terminal)
     if expected.signal == "topk" and expected.vocab_size > context.vocab_size:
         raise UserError(
             f"{key}.signal=topk is computed over {expected.vocab_size} tokens, and another teacher's vocabulary has "

@@ -123,11 +123,16 @@ class TeacherInfo:
 
 
 def build_teacher_info(
-    recipe: Recipe, config: TeacherConfig, student: HfFolder, folder: HfFolder, *, layout: str = ""
+    recipe: Recipe,
+    config: TeacherConfig,
+    student: HfFolder,
+    folder: HfFolder,
+    terminal: TerminalMap,
+    *,
+    layout: str = "",
 ) -> TeacherInfo:
-    """Return the description of the teacher in `folder`. Reads a little of every tensor, for the fingerprint. Raises
-    UserError for an incomplete folder."""
-    terminal = TerminalMap.of_folders(config, student, folder)
+    """Return the description of the teacher in `folder`, whose ids `terminal` translates into the student's. Reads a
+    little of every tensor, for the fingerprint. Raises UserError for an incomplete folder."""
     vocab_size = min(student.vocab_size, folder.vocab_size)
     return TeacherInfo(
         model=config.model,

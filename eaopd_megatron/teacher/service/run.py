@@ -36,6 +36,7 @@ from eaopd_megatron.megatron.pipeline import packing_for, run_forward
 from eaopd_megatron.models.supported import check_supported, separate_layout
 from eaopd_megatron.serving.http import read_api_key
 from eaopd_megatron.teacher.colocated import top_k_of_hidden
+from eaopd_megatron.teacher.eos_map import TerminalMap
 from eaopd_megatron.teacher.payload import HiddenStatePayload, PayloadFormat
 from eaopd_megatron.teacher.protocol import ScoreRequest, TeacherInfo, build_teacher_info
 from eaopd_megatron.teacher.service.listener import RequestQueue, TeacherHttpServer
@@ -79,7 +80,8 @@ def _build(
     """Return the description of this teacher for clients, and its model."""
     student = HfFolder.open(recipe.student.model, "student.model")
     sizes = [f"{name} {getattr(parallel.layout, f'{name}_parallel')}" for name in ("tensor", "pipeline", "expert")]
-    info = build_teacher_info(recipe, config, student, folder, layout=" x ".join(sizes))
+    terminal = TerminalMap.of_folders(config, student, folder)
+    info = build_teacher_info(recipe, config, student, folder, terminal, layout=" x ".join(sizes))
     # hidden states become logits on the student's ranks, which map their copy of the output layer
     row_map = info.terminal_map.row_map() if info.signal == "topk" else None
     dtype, fp8 = DTYPES[config.precision], config.precision == "fp8"
