@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from rich.table import Table
 from eaopd_megatron.diagnostics import machine
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.utils.environment import git_commit, package_versions
-from eaopd_megatron.utils.gpu_environment import local_device_index
+from eaopd_megatron.utils.gpu_environment import local_device_index, query_gpus
 from eaopd_megatron.utils.log import log_rank0
 from eaopd_megatron.utils.ports import INTERFACE_VARIABLE, claim_port, node_address
 
@@ -117,12 +116,9 @@ def _gpus(facts: machine.MachineFacts, problems: list[str]) -> int:
 
 def busy_gpus() -> list[str]:
     """Return a line for each GPU that another process uses according to nvidia-smi, if there is a driver."""
-    query = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
     lines = []
-    with suppress(OSError, subprocess.SubprocessError, ValueError):
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
-        for line in listed.splitlines():
-            index, used = map(int, line.split(","))
+    with suppress(ValueError):
+        for index, used in (map(int, values) for values in query_gpus("index", "memory.used")):
             if used > _BUSY_MIB:
                 lines.append(f"GPU {index} has {used} MiB in use by another process: find it with nvidia-smi")
     return lines

@@ -63,12 +63,19 @@ def prepare_rank(layout: ParallelLayout, *, precision: str = "bf16", update_grou
 
 def oldest_capability() -> tuple[int, int] | None:
     """Return the lowest compute capability of this host's GPUs; None without a driver. Does not initialise CUDA."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    with suppress(OSError, subprocess.SubprocessError, ValueError):
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.split()
-        found = [(int(major), int(minor)) for major, _, minor in (line.partition(".") for line in listed)]
-        return min(found, default=None)
+    with suppress(ValueError):
+        parts = (capability.partition(".") for (capability,) in query_gpus("compute_cap"))
+        return min(((int(major), int(minor)) for major, _, minor in parts), default=None)
     return None
+
+
+def query_gpus(*fields: str) -> list[list[str]]:
+    """Return nvidia-smi's values of these fields, without units, of each of this host's GPUs; none without a driver."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    with suppress(OSError, subprocess.SubprocessError):
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+        return [line.split(",") for line in listed.splitlines()]
+    return []
 
 
 def update_group_environment() -> dict[str, str]:
