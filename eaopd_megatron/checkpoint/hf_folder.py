@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from eaopd_megatron.checkpoint.published_formats import (
+from eaopd_megatron.checkpoint.published_formats import SCALE_SUFFIX, Fp8Tensor, foreign_format, is_buffer
+from eaopd_megatron.checkpoint.safetensors_io import (
     FP8_DTYPE,
-    SCALE_SUFFIX,
-    Fp8Tensor,
-    foreign_format,
-    is_buffer,
+    SAFETENSORS_DTYPES,
+    LazyTensor,
+    TensorFiles,
+    TensorLocation,
 )
-from eaopd_megatron.checkpoint.safetensors_io import SAFETENSORS_DTYPES, LazyTensor, TensorFiles, TensorLocation
 from eaopd_megatron.errors import UserError, one_line
 from eaopd_megatron.models.digest import HUB_ID, model_digest, split_revision
 from eaopd_megatron.models.families import family_of

@@ -11,7 +11,6 @@ import torch
 from eaopd_megatron.checkpoint.safetensors_io import LazyTensor
 from eaopd_megatron.errors import UserError
 
-FP8_DTYPE = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"
 """An FP8 tensor NAME has its scales, by which it is multiplied, in NAME_scale_inv."""
 

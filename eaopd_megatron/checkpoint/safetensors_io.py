@@ -21,16 +21,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from eaopd_megatron.errors import UserError, one_line
+from eaopd_megatron.models.digest import INDEX_FILE, SINGLE_FILE
 from eaopd_megatron.utils.files import read_json
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SAFETENSORS_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+FP8_DTYPE = "F8_E4M3"
 _MAX_HEADER_BYTES = 10**8  # as the safetensors package
 _FILE_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 """A file in the folder itself: an index from a stranger may name any path."""
-_READABLE_DTYPES = {**SAFETENSORS_DTYPES, "F8_E4M3": torch.float8_e4m3fn}
+_READABLE_DTYPES = {**SAFETENSORS_DTYPES, FP8_DTYPE: torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)

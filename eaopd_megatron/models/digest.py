@@ -17,7 +17,8 @@ HUB_ID = re.compile(
 """A model of the Hugging Face hub: owner/name, or owner/name@REVISION (a commit, branch or tag)."""
 _IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 """Keys of config.json that do not describe the model."""
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 _PIECE_BYTES = 512
 
 
@@ -70,11 +71,11 @@ def model_digest(folder: Path) -> str:
 def _headers(folder: Path) -> Iterator[tuple[tuple[Path, int], str, Mapping[str, Any]]]:
     """Yield each tensor of a folder: its file and where the data begin there, its name, its entry in the header."""
     weight_map: Mapping[str, str] | None = None
-    if (folder / _INDEX).exists():
-        weight_map = json.loads((folder / _INDEX).read_text())["weight_map"]
-    elif not (folder / _SINGLE).exists():
+    if (folder / INDEX_FILE).exists():
+        weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+    elif not (folder / SINGLE_FILE).exists():
         return
-    for name in sorted(set(weight_map.values())) if weight_map else [_SINGLE]:
+    for name in sorted(set(weight_map.values())) if weight_map else [SINGLE_FILE]:
         with (folder / name).open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
