@@ -11,41 +11,15 @@ import re
 import unicodedata
 from fractions import Fraction
 
+_COMMANDS = (
+    r"times cdot cdot cdot div pm mp le ge le ge ne approx infty cup cap in setminus emptyset angle triangle ldots "
+    r"langle rangle langle rangle lfloor rfloor lceil rceil sum prod int"
+)
 _CHARACTERS = {
-    **dict(
-        zip(
-            "×·⋅∙÷±∓≤≥⩽⩾≠≈∞∪∩∈∖∅∠△…⟨⟩〈〉⌊⌋⌈⌉∑∏∫",
-            [
-                *(
-                    r"\times ",
-                    r"\cdot ",
-                    r"\cdot ",
-                    r"\cdot ",
-                    r"\div ",
-                    r"\pm ",
-                    r"\mp ",
-                    r"\le ",
-                    r"\ge ",
-                    r"\le ",
-                    r"\ge ",
-                ),
-                *(
-                    r"\ne ",
-                    r"\approx ",
-                    r"\infty ",
-                    r"\cup ",
-                    r"\cap ",
-                    r"\in ",
-                    r"\setminus ",
-                    r"\emptyset ",
-                    r"\angle ",
-                ),
-                *(r"\triangle ", r"\ldots ", *(r"\langle ", r"\rangle ") * 2, r"\lfloor ", r"\rfloor ", r"\lceil "),
-                *(r"\rceil ", r"\sum ", r"\prod ", r"\int "),
-            ],
-            strict=True,
-        )
-    ),
+    **{
+        character: rf"\{command} "
+        for character, command in zip("×·⋅∙÷±∓≤≥⩽⩾≠≈∞∪∩∈∖∅∠△…⟨⟩〈〉⌊⌋⌈⌉∑∏∫", _COMMANDS.split(), strict=True)
+    },
     **{letter: rf"\mathbb{{{name}}}" for letter, name in zip("ℝℤℚℕℂ", "RZQNC", strict=True)},
     **{
         "−": "-",
@@ -223,18 +197,19 @@ def _numbers(text: str) -> str:
 
 def _without_thousands(text: str) -> str:
     """Join `1,234` outside brackets if every other comma is followed by a space."""
-    depth, starts = 0, set()
-    for place, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0:
-            starts.add(place)
-    numbers = [m for m in _THOUSANDS.finditer(text) if m.start() in starts]
+    depths = _depths(text)
+    numbers = [m for m in _THOUSANDS.finditer(text) if depths[m.start()] == 0]
     inside = sum(number[0].count(",") for number in numbers)
     if inside != len(re.findall(r",(?! )", text)):
         return text
     for number in reversed(numbers):
         text = text[: number.start()] + number[0].replace(",", "") + text[number.end() :]
     return text
+
+
+def _depths(text: str) -> list[int]:
+    """Return how many brackets are open after each character."""
+    return list(itertools.accumulate((character in "([{") - (character in ")]}") for character in text))
 
 
 def _repeating_decimal(match: re.Match[str]) -> str:
@@ -245,17 +220,21 @@ def _repeating_decimal(match: re.Match[str]) -> str:
     value = Fraction(
         int((whole + start + period) or 0) - int((whole + start) or 0), 10 ** len(start) * (10 ** len(period) - 1)
     )
-    return str(value.numerator) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+    return _fraction(value)
+
+
+def _fraction(value: Fraction) -> str:
+    return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _scaled_number(match: re.Match[str]) -> str:
     number, word, rest = match[1], match[2], match[3]
     factor = 12 if word == "dozen" else 10 ** _SCALES[word]
     if number.startswith("\\"):
-        value = Fraction(*map(int, re.findall(r"\d+", number)[:2])) * factor
+        value = Fraction(*map(int, re.findall(r"\d+", number)[:2]))
     else:
-        value = Fraction(number.replace(",", "")) * factor
-    text = str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+        value = Fraction(number.replace(",", ""))
+    text = _fraction(value * factor)
     unit = (rest or "").removesuffix("}").strip()
     return text + (rf"\text{{ {unit}}}" if unit and match[0].endswith("}") else rest or "")
 
@@ -274,7 +253,8 @@ def _names(text: str) -> str:
     text = re.sub(r"(?:^|(?<=,)|(?<=, ))([A-Z]{3,})(?=$|,| ?\\text)", r"\\text{\1}", text)
     parts = [part.strip() for part in text.split(":")]
     if len(parts) > 2 and "\\text" not in text and all(re.fullmatch(r"[^,=<>]+", part) for part in parts):
-        text = f"(1, {', '.join(rf'FRAC{{{part}}}{{{parts[0]}}}' for part in parts[1:])})".replace("FRAC", r"\frac")
+        ratios = ", ".join(rf"\frac{{{part}}}{{{parts[0]}}}" for part in parts[1:])
+        text = f"(1, {ratios})"
     return _both_signs(text)
 
 
@@ -282,16 +262,13 @@ def _both_signs(text: str) -> str:
     r"""Write a number with \pm in a fraction, root or bracket as several: the parser knows the sign outside alone."""
     if braces := re.fullmatch(r"(\\\{)(.*)(\\\})", text.strip()):
         return braces[1] + _both_signs(braces[2]) + braces[3]
-    parts, depth, nested = [""], 0, [False]
-    for place, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-            nested.append(False)
-            continue
-        parts[-1] += character
-        nested[-1] |= depth > 0 and _SIGN.match(text, place) is not None
-    return ",".join(_signed(part) if inside else part for part, inside in zip(parts, nested, strict=True))
+    depths, parts = _depths(text), []
+    commas = [place for place, character in enumerate(text) if character == "," and depths[place] == 0]
+    for before, end in itertools.pairwise([-1, *commas, len(text)]):
+        part = text[before + 1 : end]
+        inside = any(depths[sign.start()] > 0 for sign in _SIGN.finditer(text, before + 1, end))
+        parts.append(_signed(part) if inside else part)
+    return ",".join(parts)
 
 
 def _signed(part: str) -> str:
