@@ -158,11 +158,11 @@ _WORD = (
 )
 _POWER = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d+\s*\}))?"
 _JOIN = r"(?:\s|~|\\[,;: ]|/|\\cdot|\\times|\*|\\quad)*+"
-_MARKED_UNITS = re.compile(rf"(?:{_JOIN}(?:{_MACRO}{_POWER}|\^\s*\{{?\s*\\circ\s*\}}?|\\degree|\\?%))+{_JOIN}\Z")
+_DEGREE = r"\^\s*\{?\s*\\circ\s*\}?"
+_MARKED_UNITS = re.compile(rf"(?:{_JOIN}(?:{_MACRO}{_POWER}|{_DEGREE}|\\degree|\\?%))+{_JOIN}\Z")
 _BARE_UNITS = re.compile(rf"(?<=[\d}}])(?:\s|~|\\[,;: ])+{_WORD}{_POWER}(?:{_JOIN}{_WORD}{_POWER})*\s*\Z")
-_TEXT_WITH_UNITS = re.compile(
-    rf"\\(?:text|textrm|textbf|mathrm|mbox)\s*+\{{\s*+({_NUMBER}\s++[A-Za-z][A-Za-z\s^\d]*+)\}}\Z"
-)
+_TEXT_COMMAND = r"\\(?:text|textrm|textbf|mathrm|mbox)"
+_TEXT_WITH_UNITS = re.compile(rf"{_TEXT_COMMAND}\s*+\{{\s*+({_NUMBER}\s++[A-Za-z][A-Za-z\s^\d]*+)\}}\Z")
 _RELATION = re.compile(r"[<>]|\\[lg]e|\\ne|\\in(?![a-z])|matrix")  # compared again, with a set or a tuple
 _PRIME = re.compile(r"([A-Za-z])(?:\^\{\\prime\}|\^\\prime|')")
 
@@ -197,7 +197,7 @@ def exact_number(text: str) -> Fraction | None:
     if re.search(r",\s", text):
         return None
     text = re.sub(r"\\[;: !]|\\left|\\right", "", normalise(text)).replace("−", "-")
-    if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", text):
+    if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
     if len(text) > 2 * _MAX_EXPONENT:
         return None
@@ -336,10 +336,10 @@ _OPPOSITES = (
     {"even", "odd"},
 )
 _BOUNDS = {"more", "less", "fewer", "least", "most", "greater", "not", "except", "minus", "squared", "cubed"}
-_TEXT = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
+_TEXT = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}")
 _UNIT = re.compile(
-    r"\\(?:text|textrm|textbf|mathrm|mbox)\s*\{\s*([A-Za-z]+(?:/[a-z]+)?)\.?\s*(?:\^\{?([23])\}?)?\s*\}(?:\s*\^\s*\{?([23])\}?)?\s*\.?$"
-    r"|(?<=[\d}\s])([A-Za-z]{2,}(?:/[a-z]+)?|m/s)\.?(?:\s*\^\s*\{?([23])\}?)?\s*$|(\^\s*\{?\s*\\circ\s*\}?)\s*$"
+    rf"{_TEXT_COMMAND}\s*\{{\s*([A-Za-z]+(?:/[a-z]+)?)\.?\s*(?:\^\{{?([23])\}}?)?\s*\}}(?:\s*\^\s*\{{?([23])\}}?)?\s*\.?$"
+    rf"|(?<=[\d}}\s])([A-Za-z]{{2,}}(?:/[a-z]+)?|m/s)\.?(?:\s*\^\s*\{{?([23])\}}?)?\s*$|({_DEGREE})\s*$"
 )
 
 
