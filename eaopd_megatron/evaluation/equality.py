@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import sympy
@@ -136,16 +136,16 @@ def _same(gold: Any, answer: Any, relations: bool = False, listed: bool = False)
     if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
         return gold.shape == answer.shape and all(map(_equal, gold, answer))
     if isinstance(gold, FiniteSet) and isinstance(answer, FiniteSet):
-        return _match(gold.args, answer.args, relations)
+        return _match(gold.args, answer.args, functools.partial(_equal, relations=relations))
     if isinstance(gold, Interval) and isinstance(answer, Interval):
         ends = (gold.left_open, gold.right_open) == (answer.left_open, answer.right_open)
         return ends and _equal(gold.start, answer.start) and _equal(gold.end, answer.end)
-    lists = (sympy.FiniteSet, Tuple, Interval)
+    lists = (FiniteSet, Tuple, Interval)
     if isinstance(gold, lists) and isinstance(answer, lists):
         parts = _elements(gold), _elements(answer)
         if len(parts[0]) != len(parts[1]) or not parts[0]:
             return False
-        if not listed and isinstance(gold, sympy.FiniteSet) != isinstance(answer, sympy.FiniteSet):
+        if not listed and isinstance(gold, FiniteSet) != isinstance(answer, FiniteSet):
             return False
         return all(_equal(one, other, relations) for one, other in zip(*parts, strict=True))
     if isinstance(gold, Set) and isinstance(answer, Set):
@@ -187,11 +187,11 @@ def _elements(one: Any) -> Sequence[Any]:
     return cast(Sequence[Any], getattr(one, "_unsorted_args", None) or getattr(one, "args", ()))
 
 
-def _match(golds: Sequence[Any], answers: Sequence[Any], relations: bool) -> bool:
+def _match(golds: Sequence[Any], answers: Sequence[Any], same: Callable[[Any, Any], bool]) -> bool:
     """Return whether the elements of two sets are pairwise equal."""
     rest = list(answers)
     for one in golds:
-        found = next((other for other in rest if _equal(one, other, relations)), None)
+        found = next((other for other in rest if same(one, other)), None)
         if found is None:
             return False
         rest.remove(found)
@@ -241,15 +241,9 @@ def _same_condition(gold: Any, answer: Any, relations: bool) -> bool | None:
         sets = [_solution_set(one) for one in (gold, answer)]
         return None if None in sets else _same_set(*sets)
     chains = [sorted(_inequalities(one), key=str) for one in (gold, answer)]
-    if not all(chains) or len(chains[0]) != len(chains[1]):
-        return None if not all(chains) else False
-    rest = list(chains[1])
-    for one in chains[0]:
-        found = next((other for other in rest if type(one) is type(other) and _same_side(one, other)), None)
-        if found is None:
-            return False
-        rest.remove(found)
-    return True
+    if not all(chains):
+        return None
+    return len(chains[0]) == len(chains[1]) and _match(chains[0], chains[1], _same_side)
 
 
 def _inequalities(one: Any) -> list[Any]:
@@ -261,6 +255,9 @@ def _inequalities(one: Any) -> list[Any]:
 
 
 def _same_side(one: Any, other: Any) -> bool:
+    """Return whether two relations are of one kind, and one a multiple of the other, of inequalities a positive one."""
+    if type(one) is not type(other):
+        return False
     differences = one.lhs - one.rhs, other.lhs - other.rhs
     if not proportional(*differences):
         return False
@@ -290,9 +287,9 @@ def _same_set(gold: Any, answer: Any) -> bool | None:
     pieces = []
     for one in (gold.doit(), answer.doit()):
         parts = one.args if isinstance(one, sympy.Union) else (one,)
-        if not all(isinstance(part, (Interval, sympy.FiniteSet)) for part in parts):
+        if not all(isinstance(part, (Interval, FiniteSet)) for part in parts):
             return True if gold.doit() == answer.doit() else None
         intervals = [part for part in parts if isinstance(part, Interval)]
-        numbers = [number for part in parts if isinstance(part, sympy.FiniteSet) for number in part.args]
+        numbers = [number for part in parts if isinstance(part, FiniteSet) for number in part.args]
         pieces.append((intervals, numbers))
-    return all(_match(first, second, False) for first, second in zip(*pieces, strict=True))
+    return all(_match(first, second, _equal) for first, second in zip(*pieces, strict=True))

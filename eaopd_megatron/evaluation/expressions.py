@@ -131,8 +131,8 @@ def _same_family(gold: Any, answer: Any) -> bool | None:
     return bool(ratio in (1, -1) and shift.is_integer)
 
 
-def proportional(gold: Any, answer: Any) -> Any:
-    """Return whether the ratio of two expressions is a number other than 0: the ratio, or False."""
+def proportional(gold: Any, answer: Any) -> bool:
+    """Return whether the ratio of two expressions is a number other than 0."""
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     ratios = []
     for point in list(sample_points(symbols, False))[:4]:
