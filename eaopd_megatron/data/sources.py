@@ -87,11 +87,15 @@ def prompt_text(record: Problem, field: str, where: str) -> str:
         messages = next((name for name in lists if isinstance(record[name][0], dict) and "role" in record[name][0]), "")
         hint = f" ({messages!r} is a list of messages, which is not read: a prompt is one text)" if messages else ""
         raise UserError(f"{where}: no text under {field!r}{hint}; its keys are {', '.join(record) or 'none'}")
-    if match := re.search("[\ud800-\udfff]", text):
-        raise UserError(
-            f"{where}: {field!r} holds the lone surrogate \\u{ord(match[0]):04x}, which is no character: correct it"
-        )
+    if half := lone_surrogate(text):
+        raise UserError(f"{where}: {field!r} holds the lone surrogate {half}, which is no character: correct it")
     return text
+
+
+def lone_surrogate(text: str) -> str | None:
+    r"""Return the first half of a surrogate pair in a text, which UTF-8 has not, as an escape; None if it has none."""
+    match = re.search("[\ud800-\udfff]", text)
+    return None if match is None else f"\\u{ord(match[0]):04x}"
 
 
 def check_batch(count: int, batch: int, last_batch: str) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eaopd_megatron.data.sources import SOURCE_KINDS, FieldNames, Problem, load_problems
+from eaopd_megatron.data.sources import SOURCE_KINDS, FieldNames, Problem, load_problems, lone_surrogate
 from eaopd_megatron.errors import RecipeError, UserError
 from eaopd_megatron.evaluation.answers import last_boxed
 from eaopd_megatron.evaluation.grading import MathGrader, grade_countdown, shared_math_grader
@@ -18,8 +17,6 @@ from eaopd_megatron.evaluation.results import Grader
 if TYPE_CHECKING:
     from eaopd_megatron.data.prompts import PromptBuilder
     from eaopd_megatron.data.types import Prompt
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -163,10 +160,10 @@ def _require_text(problems: Sequence[Problem], source: str) -> None:
     for number, problem in enumerate(problems, 1):
         for name, value in problem.items():
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-            if match := _SURROGATE.search(text):
+            if half := lone_surrogate(text):
                 raise UserError(
-                    f"{source}, record {number} ({problem['id']}): {name!r} holds the lone surrogate "
-                    f"\\u{ord(match[0]):04x}, which is no character: correct the record, or leave it out"
+                    f"{source}, record {number} ({problem['id']}): {name!r} holds the lone surrogate {half}, which is "
+                    "no character: correct the record, or leave it out"
                 )
 
 

@@ -13,12 +13,12 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from eaopd_megatron.data.sources import lone_surrogate
 from eaopd_megatron.data.types import Prompt
 from eaopd_megatron.errors import UserError
 from eaopd_megatron.evaluation.benchmarks import grader_for
@@ -35,7 +35,6 @@ from eaopd_megatron.utils.files import atomic_write, read_json
 SampleIndex = tuple[int, int]
 """(problem, sample)."""
 _FINGERPRINT_BYTES = 2**20
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ResponseFile:
@@ -86,7 +85,7 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
 def _json_line(row: Mapping[str, Any]) -> str:
     """Return a line of UTF-8, with escapes alone if the row has half of a surrogate pair, which UTF-8 has not."""
     line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
-    return line if line.isascii() or not _SURROGATE.search(line) else json.dumps(row, default=str) + "\n"
+    return line if line.isascii() or not lone_surrogate(line) else json.dumps(row, default=str) + "\n"
 
 
 def read_prompts(path: Path) -> list[Prompt]:
