@@ -115,7 +115,6 @@ def load_prompts(
     source: str,
     builder: PromptBuilder,
     *,
-    names: FieldNames | None = None,
     first: int | None = None,
     problems: Sequence[Problem] | None = None,
     report: Callable[[str], None] | None = None,
@@ -125,7 +124,7 @@ def load_prompts(
     problems: what `load_benchmark` returned, if it was called before. report: receives the warnings of `check_golds`
     and the number of problems too long for the builder's limit; None skips both, as on ranks but the main one.
     """
-    problems = (load_benchmark(source, names) if problems is None else problems)[:first]
+    problems = (load_benchmark(source) if problems is None else problems)[:first]
     if report is not None:
         check_golds(source, problems, report)
     prompts, dropped = builder.build(problems, source)
