@@ -22,12 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 
-from eaopd_megatron.errors import UserError
+from eaopd_megatron.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from eaopd_megatron.config import Recipe
-
-from eaopd_megatron.errors import one_line
 
 PROJECT = "eaopd-megatron"
 _SHOWN_PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "psutil")

@@ -80,10 +80,11 @@ def _layer_lines(plan: Plan) -> Iterator[str]:
     planner, layout, work = plan.planner, plan.layout, plan.planner.work
     if plan.own is None:
         return
-    kept = []
-    for engine in (planner.transformer_engine, not planner.transformer_engine):
-        parts = replace(planner, transformer_engine=engine).memory(layout, work).parts
-        kept.append(next(part.bytes for part in parts if part.name == "activations"))
+    otherwise = replace(planner, transformer_engine=not planner.transformer_engine).memory(layout, work)
+    kept = [
+        next(part.bytes for part in memory.parts if part.name == "activations")
+        for memory in (plan.own.memory, otherwise)
+    ]
     names = "Transformer Engine's", "torch's (Transformer Engine is not installed here)"
     other = "without Transformer Engine" if planner.transformer_engine else "with it"
     name = names[not planner.transformer_engine]
