@@ -233,10 +233,12 @@ def _question(problem: Problem, text: str) -> _Question | None:
     gold, answer = _readable(str(gold)), contents[-1]
     if len(answer) <= MAX_ANSWER_LENGTH:
         answer = gold if same else _readable(answer)  # 100,200 is 100, 200 only if the gold is written so, too
-    if (FAMILY in gold) != (FAMILY in answer) and len(answer) <= MAX_ANSWER_LENGTH:
+    if len(answer) > MAX_ANSWER_LENGTH:
+        return gold, answer, answer
+    if (FAMILY in gold) != (FAMILY in answer):
         gold, answer = name_family(gold), name_family(answer)
     expected = len(answers.split_answers(gold))
-    if len(answer) > MAX_ANSWER_LENGTH or not 1 < expected <= len(contents) or len(answers.split_answers(answer)) != 1:
+    if not 1 < expected <= len(contents) or len(answers.split_answers(answer)) != 1:
         return gold, answer, answer
     boxes = ", ".join(contents[-expected:])
     return gold, answer, _readable(boxes) if len(boxes) <= MAX_ANSWER_LENGTH else answer
